@@ -1,0 +1,82 @@
+"""Checkpoints: plain dicts that `torch.load(weights_only=True)` accepts, complete or not there.
+
+A checkpoint holds everything that is needed to go on training or to rebuild the model: `model`,
+`optimizer`, `scheduler`, `scaler`, `epoch`, `step`, `rng`, `best`, `history`, `config`, `classes`
+and `format_version`. Loading one runs no code from it.
+"""
+
+import pickle
+import random
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from atomic import atomic
+from errors import UserError
+from models import build_model, model_options
+
+FORMAT_VERSION = 1
+
+
+def save_checkpoint(path: str | Path, state: dict[str, Any]) -> None:
+    """Write a checkpoint whole; a kill at any moment leaves the old one or the new one."""
+    with atomic(path) as unfinished:
+        torch.save({**state, "format_version": FORMAT_VERSION}, unfinished)
+
+
+def load_checkpoint(run_or_file: str | Path, name: str = "best.pt") -> dict[str, Any]:
+    """Read a checkpoint file, or the one called `name` in a run folder, onto the CPU.
+
+    Raises:
+        UserError: there is none, it is damaged, or it is not one of ours.
+    """
+    path = Path(run_or_file)
+    if path.is_dir():
+        path = path / name
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such checkpoint (give a run folder or a .pt file)") from None
+    except (RuntimeError, EOFError, OSError, KeyError, pickle.UnpicklingError, ValueError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(f"{path}: damaged, or not a checkpoint: {reason}") from None
+    if not isinstance(state, dict) or "format_version" not in state:
+        raise UserError(f"{path}: not a checkpoint of this project (no 'format_version' in it)")
+    if state["format_version"] > FORMAT_VERSION:
+        raise UserError(
+            f"{path}: written by a newer version of this project "
+            f"(format {state['format_version']}, this one reads up to {FORMAT_VERSION})"
+        )
+    return state
+
+
+def build_from_checkpoint(state: dict[str, Any]) -> torch.nn.Module:
+    """The checkpoint's model with its weights, in eval mode."""
+    model = build_model_from_config(state["config"], len(state["classes"]))
+    model.load_state_dict(state["model"])
+    return model.eval()
+
+
+def build_model_from_config(config: dict[str, Any], num_classes: int) -> torch.nn.Module:
+    """The model that a `TrainConfig` (as a dict) describes, with random weights."""
+    options = {name: config[name] for name in model_options(config["model"]) if name in config}
+    return build_model(config["model"], num_classes, **options)
+
+
+def rng_state() -> dict[str, Any]:
+    """The random generators' states, in types that a safe load accepts."""
+    return {
+        "python": random.getstate(),
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+    }
+
+
+def set_rng_state(state: dict[str, Any]) -> None:
+    """Continue the random generators from `rng_state()`."""
+    version, internal, gauss = state["python"]
+    random.setstate((version, tuple(internal), gauss))
+    torch.set_rng_state(state["torch"])
+    if state["cuda"] and len(state["cuda"]) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all(state["cuda"])

@@ -1,0 +1,245 @@
+"""TrainConfig: every setting of a training. Edit the defaults here, or give them as flags."""
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args, get_type_hints
+
+from device import Precision
+from errors import UserError
+from manifest import CLASSES
+from models import model_options
+from video import Sampling
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Settings of a training run. Where the default is None, `resolve` fills in what suits the
+    demo data or your own data (see DEMO and OWN_DATA below)."""
+
+    data_root: str = ""
+    """folder of your data: the manifests, and the clips there or below clips/; empty: demo data"""
+    train_csv: str = "train.csv"
+    """manifest of the training clips, below data_root or a path of its own"""
+    val_csv: str = "val.csv"
+    """manifest of the validation clips, which choose the best epoch"""
+    test_csv: str = "test.csv"
+    """manifest of the test clips, looked at once, at the end"""
+    classes: tuple[str, ...] = CLASSES
+    """names of the classes, in the order of their numbers"""
+    skip_unreadable: bool = False
+    """leave out validation and test clips that cannot be read, and say how many, instead of
+    stopping (unreadable training clips are always left out, and listed)"""
+    check_clips: bool = True
+    """read every validation and test clip once before the first epoch"""
+
+    n_frames: int = 16
+    """frames a clip, T"""
+    image_size: int | None = None
+    """height and width in pixels (None: 224; demo data 64)"""
+    sampling: Sampling = "random"
+    """which frames of a training clip: random (one in each of T segments), uniform, first"""
+    eval_sampling: Literal["uniform", "first"] = "uniform"
+    """which frames of a validation or test clip"""
+    flip: float = 0.5
+    """probability of a horizontal flip"""
+    rotation: float = 10.0
+    """largest random rotation, degrees"""
+    translate: float = 0.05
+    """largest random shift, share of the picture"""
+    zoom: float = 0.1
+    """largest random change of scale; strong zoom blurs PanoView against LocPanoView"""
+    brightness: float = 0.2
+    """strength of the random brightness change"""
+    contrast: float = 0.2
+    """strength of the random contrast change"""
+    saturation: float = 0.2
+    """strength of the random saturation change"""
+    hue: float = 0.02
+    """strength of the random hue change, at most 0.5"""
+
+    model: Literal["tsm", "cnn_lstm", "r2plus1d", "vivit"] = "tsm"
+    """which model"""
+    weights: str | None = None
+    """pretrained weights: default, a torchvision name such as IMAGENET1K_V1, a file, or none
+    (None: default; demo data none)"""
+    shift_place: Literal["blockres", "stage"] = "blockres"
+    """tsm: shift inside every residual branch, or before each of the four stages"""
+    shift_div: int = 8
+    """tsm: 1/shift_div of the channels shift forward in time, as many backward"""
+    lstm_hidden: int = 512
+    """cnn_lstm: hidden size of the LSTM"""
+    lstm_layers: int = 1
+    """cnn_lstm: layers of the LSTM"""
+    bidirectional: bool = False
+    """cnn_lstm: a second LSTM reads the clip backward"""
+    temporal_pooling: Literal["mean", "last", "max", "attention"] = "mean"
+    """cnn_lstm: how the LSTM's outputs become one"""
+    dropout: float = 0.0
+    """dropout before the classifier (and inside ViViT's blocks, between LSTM layers)"""
+    freeze_to: str = ""
+    """freeze the model's stages up to and including this one, e.g. layer2; empty: train all"""
+    layer_decay: float = 1.0
+    """each stage nearer the input learns this much slower than the next (1: all alike)"""
+
+    epochs: int | None = None
+    """passes over the training clips (None: 30; demo data 12)"""
+    batch_size: int | None = None
+    """clips a step and process (None: 8; demo data 16)"""
+    accumulation: int = 1
+    """batches whose gradients are added up for one step"""
+    learning_rate: float | None = None
+    """peak learning rate of AdamW (None: 1e-4; demo data 1e-3)"""
+    weight_decay: float = 0.05
+    """AdamW's weight decay; biases and norms have none"""
+    warmup_epochs: float = 1.0
+    """epochs of linear warm-up before the cosine (half of all epochs at most)"""
+    label_smoothing: float = 0.1
+    """share of the target spread over all classes"""
+    tau: float = 0.5
+    """class balance: clips are drawn with weight count^-tau (0: plain shuffling, 1: all classes
+    equally often)"""
+    clip_norm: float = 1.0
+    """largest gradient norm (0: no clipping)"""
+    amp: Precision = "auto"
+    """precision of the forward pass: auto (what the device does fast), fp32, bf16, fp16"""
+    select_by: Literal["macro_f1", "accuracy", "balanced_accuracy", "loss"] = "macro_f1"
+    """validation metric that chooses the best epoch"""
+    patience: int = 0
+    """stop after so many epochs without a better one (0: never)"""
+
+    workers: int = 2
+    """processes that decode clips, for each training process (0: decode in between steps)"""
+    seed: int = 0
+    """of everything random"""
+    device: str = "auto"
+    """auto, cpu, cuda, cuda:1, mps"""
+    compile: bool = False
+    """torch.compile the model (slow first step)"""
+    run_dir: str = "runs"
+    """where run folders are made"""
+    resume: str = ""
+    """a run folder to go on with; it brings its own settings"""
+    tensorboard: bool = False
+    """also write TensorBoard logs into the run folder (needs: pip install tensorboard)"""
+
+
+# What None stands for. The demo is small enough to train from scratch on two CPU cores.
+DEMO = {
+    "image_size": 64,
+    "weights": "none",
+    "epochs": 12,
+    "batch_size": 16,
+    "learning_rate": 1e-3,
+}
+OWN_DATA = {
+    "image_size": 224,
+    "weights": "default",
+    "epochs": 30,
+    "batch_size": 8,
+    "learning_rate": 1e-4,
+}
+
+# Settings that may differ between a run and its continuation without changing the result.
+RESUMABLE = {"workers", "device", "patience", "tensorboard", "resume", "check_clips"}
+
+# (smallest, largest) allowed value; None is no bound.
+_BOUNDS: dict[str, tuple[float | None, float | None]] = {
+    "n_frames": (1, None),
+    "image_size": (16, None),
+    "flip": (0, 1),
+    "rotation": (0, 180),
+    "translate": (0, 1),
+    "zoom": (0, 0.9),
+    "brightness": (0, None),
+    "contrast": (0, None),
+    "saturation": (0, None),
+    "hue": (0, 0.5),
+    "shift_div": (2, None),
+    "lstm_hidden": (1, None),
+    "lstm_layers": (1, None),
+    "dropout": (0, 0.99),
+    "layer_decay": (0.01, 1),
+    "epochs": (1, None),
+    "batch_size": (1, None),
+    "accumulation": (1, None),
+    "learning_rate": (0, None),
+    "weight_decay": (0, None),
+    "warmup_epochs": (0, None),
+    "label_smoothing": (0, 0.99),
+    "tau": (0, None),
+    "clip_norm": (0, None),
+    "patience": (0, None),
+    "workers": (0, None),
+    "seed": (0, 2**32),
+}
+
+
+def resolve(config: TrainConfig) -> TrainConfig:
+    """Fill in what None stands for, and refuse what cannot work.
+
+    Raises:
+        UserError: all wrong settings at once, each with the allowed values.
+    """
+    defaults = OWN_DATA if config.data_root else DEMO
+    unset = {name: value for name, value in defaults.items() if getattr(config, name) is None}
+    config = dataclasses.replace(config, **unset)
+    problems = _problems(config)
+    if problems:
+        raise UserError("\n  ".join(["these settings cannot work:", *problems]))
+    return config
+
+
+def from_dict(settings: dict[str, Any]) -> TrainConfig:
+    """The config of a checkpoint. Settings that this version does not know are left out."""
+    known = {field.name for field in dataclasses.fields(TrainConfig)}
+    settings = {name: value for name, value in settings.items() if name in known}
+    return TrainConfig(**{**settings, "classes": tuple(settings["classes"])})
+
+
+def manifest_paths(config: TrainConfig) -> dict[str, Path]:
+    """The manifest of each split. A name is looked up below data_root, then as a path."""
+    paths = {}
+    for split in ("train", "val", "test"):
+        name = getattr(config, f"{split}_csv")
+        below = Path(config.data_root) / name
+        paths[split] = Path(name) if not below.exists() and Path(name).exists() else below
+    return paths
+
+
+def _problems(config: TrainConfig) -> list[str]:
+    problems = []
+    hints = get_type_hints(TrainConfig)
+    for field in dataclasses.fields(config):
+        name, value = field.name, getattr(config, field.name)
+        choices = get_args(hints[name]) if "Literal" in str(hints[name]) else ()
+        if choices and value not in choices:
+            problems.append(f"{name} = {value!r}: choose from {', '.join(map(repr, choices))}")
+        low, high = _BOUNDS.get(name, (None, None))
+        if (low is not None and not value >= low) or (high is not None and not value <= high):
+            problems.append(f"{name} = {value}: must be {_range(low, high)}")
+    if not problems:
+        problems += _misplaced_options(config)
+    if len(config.classes) < 2:
+        problems.append(f"classes = {config.classes}: needs two at least")
+    if len(set(config.classes)) < len(config.classes):
+        problems.append(f"classes = {config.classes}: a name stands there twice")
+    return problems
+
+
+def _misplaced_options(config: TrainConfig) -> list[str]:
+    """Settings of one model that were changed although another is trained."""
+    options = {name: model_options(name) for name in get_args(get_type_hints(TrainConfig)["model"])}
+    problems = []
+    for field in dataclasses.fields(config):
+        if field.name in ("n_frames", "image_size"):  # ViViT is built for them, all models use them
+            continue
+        owners = [model for model, accepted in options.items() if field.name in accepted]
+        changed = getattr(config, field.name) != field.default
+        if owners and config.model not in owners and changed and field.default is not None:
+            problems.append(f"{field.name} is a setting of {', '.join(owners)}, not {config.model}")
+    return problems
+
+
+def _range(low: float | None, high: float | None) -> str:
+    return f"at least {low}" if high is None else f"from {low} to {high}"

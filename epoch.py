@@ -1,0 +1,127 @@
+"""One epoch of training: forward, backward, step."""
+
+import contextlib
+import math
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+import distributed
+from dataset import Batch
+from device import autocast
+from errors import UserError
+from interrupt import Interrupt
+from models import hold_frozen
+from training import Training
+
+
+def train_one_epoch(
+    run: Training, parallel: nn.Module, loader: DataLoader, interrupt: Interrupt
+) -> None:
+    """Train on what is left of the epoch.
+
+    Args:
+        parallel: `run.model` as several processes train it together; alone, the model itself.
+
+    Raises:
+        Interrupted: between two optimizer steps.
+        UserError: the loss is no longer finite.
+
+    The gradient of a step is the mean over all clips that went into it: over accumulated batches
+    and processes, and over what is left when clips could not be read.
+    """
+    config = run.config
+    world = distributed.world_size()
+    full = config.batch_size * config.accumulation
+    loader.sampler.epoch, loader.sampler.start = run.epoch, run.step * config.batch_size
+    batches = math.ceil(loader.sampler.total / config.batch_size)
+    run.model.train()
+    hold_frozen(run.model)
+    run.optimizer.zero_grad(set_to_none=True)
+    clips_in_step = 0
+    bar = tqdm(
+        total=batches,
+        initial=run.step,
+        desc=f"epoch {run.epoch + 1}/{config.epochs}",
+        unit="batch",
+        leave=False,
+        disable=distributed.rank() != 0,
+    )
+    with bar:
+        for batch in loader:
+            run.step += 1
+            run.unreadable.update(batch.unreadable)
+            steps_now = run.step % config.accumulation == 0 or run.step == batches
+            # DDP sums gradients over the processes in the backward pass of the step's last batch.
+            waiting = world > 1 and not steps_now
+            with parallel.no_sync() if waiting else contextlib.nullcontext():
+                clips_in_step += _forward_backward(run, parallel, batch, loader, full)
+            if steps_now:
+                _optimizer_step(run, clips_in_step, full)
+                clips_in_step = 0
+            bar.update()
+            bar.set_postfix_str(f"loss {run.totals[0] / max(1, run.totals[2]):.3f}", refresh=False)
+            if steps_now:
+                interrupt.check()
+
+
+def _forward_backward(
+    run: Training, parallel: nn.Module, batch: Batch, loader: DataLoader, full: int
+) -> int:
+    """Add one batch's gradients, as if the step had `full` clips. Returns the number of clips."""
+    config = run.config
+    n = len(batch.labels)
+    clips, labels = batch.clips, batch.labels
+    if n == 0:  # none could be read
+        if distributed.world_size() == 1:
+            return 0
+        # The other processes wait for this one's gradients: send zeros.
+        shape = (1, config.n_frames, 3, config.image_size, config.image_size)
+        clips, labels = torch.zeros(shape, dtype=torch.uint8), torch.zeros(1, dtype=torch.long)
+    clips = clips.to(run.device, non_blocking=True)
+    labels = labels.to(run.device, non_blocking=True)
+    with autocast(run.device, run.dtype):
+        logits = parallel(clips)
+    loss = F.cross_entropy(
+        logits.float(), labels, reduction="sum", label_smoothing=config.label_smoothing
+    )
+    loss = loss if n else loss * 0
+    if not math.isfinite(value := loss.item()):
+        rows = loader.dataset.clips.rows
+        raise UserError(
+            "\n  ".join(
+                [
+                    f"the loss became {value} in epoch {run.epoch + 1}, batch {run.step}: lower "
+                    f"learning_rate ({config.learning_rate}), or set amp to fp32. The clips were:",
+                    *(str(rows[index].path) for index in batch.indices),
+                ]
+            )
+        )
+    run.scaler.scale(loss / full).backward()
+    if n:
+        right = (logits.argmax(dim=1) == labels).sum().item()
+        run.totals = [old + new for old, new in zip(run.totals, (value, right, n), strict=True)]
+    return n
+
+
+def _optimizer_step(run: Training, clips: int, full: int) -> None:
+    """Step on the mean gradient of `clips` clips whose gradients were divided by `full`."""
+    world = distributed.world_size()  # DDP divides the sum of gradients by it
+    clips = distributed.total([clips])[0]
+    run.scaler.unscale_(run.optimizer)
+    parameters = [p for p in run.model.parameters() if p.grad is not None]
+    if clips and clips != full * world:
+        for parameter in parameters:
+            parameter.grad.mul_(full * world / clips)
+    if run.config.clip_norm:
+        nn.utils.clip_grad_norm_(parameters, run.config.clip_norm)
+    scale = run.scaler.get_scale()
+    if clips:
+        run.scaler.step(run.optimizer)
+        run.scaler.update()
+    if run.scaler.get_scale() >= scale:  # a smaller scale: fp16 overflowed, the step was left out
+        run.scheduler.step()
+    run.optimizer.zero_grad(set_to_none=True)

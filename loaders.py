@@ -1,0 +1,180 @@
+"""From a config to batches: the splits, the samplers and the three loaders."""
+
+import logging
+import math
+import signal
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Sampler, WeightedRandomSampler
+
+import distributed
+from config import TrainConfig, manifest_paths
+from dataset import (
+    ClipsDataset,
+    ReportingDataset,
+    collate,
+    get_num_classes,
+    get_train_transform,
+    get_val_transform,
+)
+from demo_data import render_demo
+from manifest import ClipRow, read_splits
+
+log = logging.getLogger(__name__)
+
+DEMO_ROOT = Path("data") / "demo"
+
+
+class TrainSampler(Sampler[tuple[int, int]]):
+    """Which clips an epoch trains on, as `(index, seed)` pairs (see `ClipsDataset`).
+
+    A clip of a class with `count` training clips is drawn with weight `count^-tau`, so that a class
+    makes up a share of the epoch proportional to `count^(1-tau)`; tau = 0 is plain shuffling, each
+    clip once. The order depends on the seed and `epoch` alone. Process `rank` of `world` takes
+    every world-th draw: together the processes see the batches that one process would have seen.
+
+    Set `epoch` before each epoch; `start` skips this process's first draws, to go on in the middle.
+    """
+
+    def __init__(
+        self, labels: Sequence[int], tau: float, seed: int, rank: int = 0, world: int = 1
+    ) -> None:
+        counts = np.bincount(labels)
+        self.weights = torch.as_tensor(counts[np.asarray(labels)] ** -float(tau))
+        self.tau = tau
+        self.seed = seed
+        self.rank = rank
+        self.world = world
+        self.epoch = 0
+        self.start = 0
+
+    def _draws(self) -> list[tuple[int, int]]:
+        n = len(self.weights)
+        words = np.random.SeedSequence([self.seed, self.epoch]).generate_state(1, np.uint64)
+        generator = torch.Generator().manual_seed(int(words[0]) >> 1)
+        if self.tau:
+            drawn = WeightedRandomSampler(self.weights, n, replacement=True, generator=generator)
+            order = list(drawn)
+        else:
+            order = torch.randperm(n, generator=generator).tolist()
+        # Every process needs equally many, or the others would wait for it for ever.
+        order += [order[i % n] for i in range(-n % self.world)]
+        seeds = torch.randint(2**62, (len(order),), generator=generator).tolist()
+        return list(zip(order, seeds, strict=True))
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        return iter(self._draws()[self.rank :: self.world][self.start :])
+
+    def __len__(self) -> int:
+        return self.total - self.start
+
+    @property
+    def total(self) -> int:
+        """This process's draws in a whole epoch."""
+        return math.ceil(len(self.weights) / self.world)
+
+
+def build_dataloaders(config: TrainConfig) -> tuple[DataLoader, DataLoader, DataLoader, int]:
+    """The train, val and test loaders of a resolved config, and the number of classes.
+
+    Each yields `dataset.Batch`es. The demo data is rendered where there is none yet.
+
+    Raises:
+        UserError: the manifests need mending.
+    """
+    splits = load_splits(config)
+    labels = [row.label for row in splits["train"]]
+    sampler = TrainSampler(
+        labels, config.tau, config.seed, distributed.rank(), distributed.world_size()
+    )
+    transform = get_train_transform(
+        config.image_size,
+        config.flip,
+        config.rotation,
+        config.translate,
+        config.zoom,
+        config.brightness,
+        config.contrast,
+        config.saturation,
+        config.hue,
+    )
+    train = ClipsDataset(
+        splits["train"], config.n_frames, config.image_size, config.sampling, transform
+    )
+    return (
+        _loader(train, sampler, config, config.batch_size, persistent=True),
+        eval_loader(splits["val"], config),
+        eval_loader(splits["test"], config),
+        get_num_classes(config.classes),
+    )
+
+
+def eval_loader(
+    rows: Sequence[ClipRow],
+    config: TrainConfig,
+    views: int = 1,
+    shuffle_frames: bool = False,
+) -> DataLoader:
+    """A loader of clips in their order, nothing random; each process gets its own share of them.
+
+    The shares differ in length by one clip at most and hold no clip twice, so that gathered
+    predictions are those of the split exactly.
+    """
+    clips = ClipsDataset(
+        rows,
+        config.n_frames,
+        config.image_size,
+        config.eval_sampling,
+        get_val_transform(config.image_size),
+        views,
+        shuffle_frames,
+    )
+    share = range(distributed.rank(), len(rows), distributed.world_size())
+    return _loader(clips, share, config, max(1, config.batch_size // views))
+
+
+def load_splits(config: TrainConfig) -> dict[str, list[ClipRow]]:
+    """The rows of train, val and test. Renders the demo data where data_root is empty."""
+    if config.data_root:
+        splits, warnings = read_splits(manifest_paths(config), config.data_root, config.classes)
+    else:
+        if distributed.rank() == 0:
+            render_demo(DEMO_ROOT)
+        distributed.from_first(None)  # the others wait for it
+        manifests = {name: DEMO_ROOT / f"{name}.csv" for name in ("train", "val", "test")}
+        splits, warnings = read_splits(manifests, DEMO_ROOT, config.classes)
+    for warning in warnings:
+        log.warning(warning)
+    return splits
+
+
+def _loader(
+    clips: ClipsDataset,
+    sampler: Sampler | range,
+    config: TrainConfig,
+    batch_size: int,
+    persistent: bool = False,
+) -> DataLoader:
+    return DataLoader(
+        ReportingDataset(clips),
+        batch_size,
+        sampler=sampler,
+        num_workers=config.workers,
+        collate_fn=collate,
+        pin_memory=torch.cuda.is_available(),
+        worker_init_fn=_start_worker,
+        persistent_workers=persistent and config.workers > 0,
+        # A generator of its own: starting a loader must not move the one that dropout draws from,
+        # or a resumed epoch would differ from an uninterrupted one.
+        generator=torch.Generator(),
+    )
+
+
+def _start_worker(_: int) -> None:
+    # The main process decides what Ctrl-C means and ends its workers itself.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    torch.set_num_threads(1)

@@ -1,0 +1,267 @@
+"""Manifests: which clips there are, what they show and whom they come from.
+
+`read_manifest` understands three layouts:
+
+- ours: a header with `path` and `label`, and when known `patient` and `video`;
+- SLAM and LapSurg-230K: column 1 the path below `clips/`, column 2 the label's name; patient and
+  video stand in the file name (`Clip_P058_V001_C1_UseClipper_part6.mp4`);
+- the field's headerless `path label` (space, tab or comma), the label often a number.
+
+`read_splits` looks at train, val and test together before anything is trained on them.
+"""
+
+import csv
+import difflib
+import re
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path, PurePosixPath
+from typing import NamedTuple
+
+from errors import UserError
+
+CLASSES = (
+    "AbdominalEntry",
+    "UseClipper",
+    "HookCut",
+    "Suturing",
+    "PanoView",
+    "LocPanoView",
+    "Suction",
+)
+
+# Other names of the classes in SLAM's CSVs, its file names, its paper and its successor LapSurg.
+ALIASES = {
+    "Needle": "Suturing",
+    "NeedleIn": "Suturing",
+    "NeedleOut": "Suturing",
+    "UseClip": "UseClipper",
+    "PanoramicView": "PanoView",
+    "LocalPanoramicView": "LocPanoView",
+}
+
+_SLAM_NAME = re.compile(r"Clip_P(?P<patient>[^_]+)_V(?P<video>[^_]+)_C(?P<action>[^_]+)_")
+_VIDEO_NAME = re.compile(r"\.(mp4|avi|mov|mkv|webm|m4v|mpe?g|ts|wmv|flv|3gp|ogv|asf)$", re.I)
+
+
+class ClipRow(NamedTuple):
+    """One clip of a manifest. `label` is the class's number; patient and video may be unknown."""
+
+    path: Path
+    label: int
+    patient: str | None = None
+    video: str | None = None
+
+
+def get_num_classes(classes: Sequence[str] = CLASSES) -> int:
+    """The number of classes: 7, unless another list is given."""
+    return len(classes)
+
+
+def read_manifest(
+    path: str | Path, data_root: str | Path | None = None, classes: Sequence[str] = CLASSES
+) -> list[ClipRow]:
+    """Read one manifest in any of the three layouts.
+
+    Clip paths are looked up below `data_root` (by default the manifest's own folder), then below
+    its `clips/`; backslashes are taken as separators where that finds the file. A label is the name
+    of a class, an alias of it, or its number in `classes`.
+
+    Raises:
+        UserError: with all problems of the file at once: no such file, an unknown layout, missing
+            clips, unknown labels with the nearest known name, duplicate rows, no rows.
+    """
+    rows, problems = _parse(Path(path), data_root, classes)
+    _raise(problems)
+    return rows
+
+
+def read_splits(
+    manifests: Mapping[str, str | Path],
+    data_root: str | Path | None = None,
+    classes: Sequence[str] = CLASSES,
+) -> tuple[dict[str, list[ClipRow]], list[str]]:
+    """Read the manifests of several splits and check them together.
+
+    Returns:
+        The rows of each split, and warnings: things a person must know that do not stop the work.
+
+    Raises:
+        UserError: every problem of every manifest, of files shared between splits and of classes
+            that have no training clip, in one message.
+    """
+    splits, problems = {}, []
+    for name, path in manifests.items():
+        splits[name], found = _parse(Path(path), data_root, classes)
+        problems += found
+    whole = not problems  # else rows are left out, and a class may look absent that is not
+    problems += shared_files(splits)
+    if whole and "train" in splits:
+        problems += absent_classes(splits["train"], classes)
+    _raise(problems)
+    return splits, patient_overlap(splits)
+
+
+def shared_files(splits: Mapping[str, Sequence[ClipRow]]) -> list[str]:
+    """A problem if any file is in two splits."""
+    where = defaultdict(set)
+    for name, rows in splits.items():
+        for row in rows:
+            where[row.path].add(name)
+    shared = [f"{path} ({', '.join(sorted(s))})" for path, s in where.items() if len(s) > 1]
+    return _summary("the same file in two splits (keep it in one)", shared)
+
+
+def absent_classes(train: Sequence[ClipRow], classes: Sequence[str]) -> list[str]:
+    """A problem if a class has no clip to learn from."""
+    present = {row.label for row in train}
+    absent = [name for number, name in enumerate(classes) if number not in present]
+    return _summary("classes with no training clip (leave them out of --classes)", absent)
+
+
+def patient_overlap(splits: Mapping[str, Sequence[ClipRow]]) -> list[str]:
+    """Warnings that splits share patients, with counts but without naming anybody.
+
+    A model that has seen the patient in training is tested on its memory; SLAM's official split is
+    of this kind.
+    """
+    patients = {name: {r.patient for r in rows if r.patient} for name, rows in splits.items()}
+    warnings = []
+    names = list(splits)
+    for i, first in enumerate(names):
+        for second in names[i + 1 :]:
+            common = patients[first] & patients[second]
+            if common:
+                clips = sum(row.patient in common for row in splits[second])
+                warnings.append(
+                    f"LEAKAGE: {len(common)} of {len(patients[second])} patients of {second} are "
+                    f"also in {first} ({clips} of {len(splits[second])} {second} clips): "
+                    f"{second} numbers will partly measure memory of these patients"
+                )
+    return warnings
+
+
+def match_class(label: str, classes: Sequence[str]) -> int | None:
+    """The number of the class that a label names, or None.
+
+    Exact names first, then spelling without case, spaces, `-` and `_`, then aliases, then numbers.
+    """
+    label = label.strip()
+    if label in classes:
+        return list(classes).index(label)
+    plain = {_plain(name): number for number, name in enumerate(classes)}
+    aliases = {_plain(other): _plain(name) for other, name in ALIASES.items()}
+    key = _plain(label)
+    if key in plain:
+        return plain[key]
+    if aliases.get(key) in plain:
+        return plain[aliases[key]]
+    if label.isascii() and label.isdigit() and int(label) < len(classes):
+        return int(label)
+    return None
+
+
+def _plain(name: str) -> str:
+    return re.sub(r"[\s_-]", "", name).casefold()
+
+
+def _parse(
+    manifest: Path, data_root: str | Path | None, classes: Sequence[str]
+) -> tuple[list[ClipRow], list[str]]:
+    """The readable rows of one manifest and the problems with the others."""
+    root = Path(data_root) if data_root else manifest.parent
+    try:
+        lines = manifest.read_text(encoding="utf-8-sig").splitlines()
+    except FileNotFoundError:
+        return [], [f"{manifest}: no such manifest (a CSV with the columns path,label)"]
+    except UnicodeDecodeError:
+        return [], [f"{manifest}: not UTF-8 text: save the table as 'CSV UTF-8'"]
+    except OSError as error:
+        return [], [f"{manifest}: {error.strerror}"]
+
+    rows: list[ClipRow] = []
+    problems, missing, unknown, seen = [], [], Counter(), Counter()
+    for number, record in _records(lines):
+        if record is None:
+            problems.append(f"{manifest}, line {number}: neither 'path,label' nor SLAM's columns")
+            break
+        path = _locate(record["path"], root)
+        label = match_class(record["label"], classes)
+        if path is None:
+            missing.append(record["path"])
+        elif label is None:
+            unknown[record["label"]] += 1
+        else:
+            seen[path] += 1
+            named = _SLAM_NAME.search(path.name)
+            patient = record.get("patient") or (named and named["patient"]) or None
+            video = record.get("video") or (named and f"{patient}_V{named['video']}") or None
+            rows.append(ClipRow(path, label, patient, video))
+
+    hint = f"below {root} or {root / 'clips'}"
+    problems += _summary(f"{manifest}: clips that are not there ({hint})", missing)
+    problems += _summary(
+        f"{manifest}: unknown labels (the classes are {', '.join(classes)}; --classes sets others)",
+        [_suggest(label, count, classes) for label, count in unknown.items()],
+    )
+    twice = [str(path) for path, count in seen.items() if count > 1]
+    problems += _summary(f"{manifest}: the same clip in more than one row", twice)
+    if not rows and not problems:
+        problems.append(f"{manifest}: lists no clip")
+    return rows, problems
+
+
+def _records(lines: Sequence[str]) -> Iterable[tuple[int, dict[str, str] | None]]:
+    """(line number, columns) of each clip; None for a line of no known layout."""
+    numbered = [(n, line) for n, line in enumerate(lines, 1) if line.strip()]
+    if not numbered:
+        return
+    delimiter = max(",;\t", key=numbered[0][1].count)
+    table = [(n, next(csv.reader([line], delimiter=delimiter))) for n, line in numbered]
+    header = [name.strip().lower() for name in table[0][1]]
+    first = table[0][1]
+    if "path" in header and "label" in header:
+        for number, cells in table[1:]:
+            record = dict(zip(header, (cell.strip() for cell in cells), strict=False))
+            yield number, record if record.get("path") and record.get("label") else None
+    elif len(first) >= 3:  # SLAM: index, path, label; with or without a header of whatever names
+        for number, cells in table[not _VIDEO_NAME.search(first[1].strip()) :]:
+            known = len(cells) >= 3 and _VIDEO_NAME.search(cells[1].strip())
+            yield number, {"path": cells[1].strip(), "label": cells[2].strip()} if known else None
+    else:
+        for number, line in numbered:
+            # From the right: the path may hold spaces and commas, the label may not.
+            parts = re.match(r"\s*(.+?)\s*[,;\t ]\s*([^\s,;]+)\s*$", line)
+            yield number, {"path": parts[1].strip('"'), "label": parts[2]} if parts else None
+
+
+def _locate(name: str, root: Path) -> Path | None:
+    """The file that a manifest's path means, or None."""
+    for spelling in dict.fromkeys((name, name.replace("\\", "/"))):
+        relative = PurePosixPath(spelling)
+        for candidate in (root / relative, root / "clips" / relative):
+            try:
+                if candidate.is_file():
+                    return candidate
+            except (OSError, ValueError):  # a name too long, or with a NUL in it
+                return None
+    return None
+
+
+def _suggest(label: str, count: int, classes: Sequence[str]) -> str:
+    near = difflib.get_close_matches(label, [*classes, *ALIASES], n=1)
+    meant = f", did you mean {near[0]!r}?" if near else ""
+    return f"{label!r} ({count} row{'s' * (count > 1)}{meant})"
+
+
+def _summary(what: str, items: Sequence[str], most: int = 5) -> list[str]:
+    """One line for any number of equal problems, the first few shown."""
+    if not items:
+        return []
+    more = f" and {len(items) - most:,} more" if len(items) > most else ""
+    return [f"{what}: {len(items):,}: {'; '.join(map(str, items[:most]))}{more}"]
+
+
+def _raise(problems: Sequence[str]) -> None:
+    if problems:
+        raise UserError("\n  ".join(["the manifests need mending:", *problems]))

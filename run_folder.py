@@ -1,0 +1,47 @@
+"""A run's folder: `runs/<time>_<model>/` and the small files in it."""
+
+import json
+import logging
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from atomic import write_text
+from errors import UserError
+
+
+def new_run_folder(run_dir: str | Path, model: str) -> Path:
+    """Make a folder for a run; two runs started in the same second get two folders."""
+    name = f"{time.strftime('%Y%m%d-%H%M%S')}_{model}"
+    for number in range(1, 1000):
+        folder = Path(run_dir) / (name if number == 1 else f"{name}_{number}")
+        try:
+            folder.mkdir(parents=True)
+            return folder
+        except FileExistsError:
+            continue
+        except OSError as error:
+            raise UserError(f"{folder}: cannot be made: {error.strerror}") from None
+    raise UserError(f"{run_dir}: no free name for a run folder")
+
+
+def start_log(folder: Path | None) -> None:
+    """Send the program's log to standard output and, with a folder, to its train.log."""
+    handlers: list[logging.Handler] = [logging.StreamHandler(sys.stdout)]
+    if folder:
+        handlers.append(logging.FileHandler(folder / "train.log", encoding="utf-8"))
+    logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=handlers, force=True)
+
+
+def write_json(path: str | Path, content: dict[str, Any]) -> None:
+    """Write a dict as JSON, as a whole."""
+    write_text(path, json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def write_history(path: str | Path, history: Sequence[dict[str, Any]]) -> None:
+    """Write metrics.csv, a row an epoch, as a whole."""
+    write_text(path, pd.DataFrame(history).to_csv(index=False, float_format="%.6g"))

@@ -1,0 +1,87 @@
+"""What the tests share: tiny clips, tiny manifests, scripts run as subprocesses, real files."""
+
+import csv
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from video import write_video
+
+ROOT = Path(__file__).parent.parent
+
+
+def make_clip(path: Path, brightness: int, frames: int = 20, size: int = 32, seed: int = 0) -> Path:
+    """A bright square that moves over noise; `brightness` tells the clip's class."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    noise = np.random.default_rng(seed).integers(0, 40, (frames, size, size, 3), dtype=np.uint8)
+    for number, frame in enumerate(noise):
+        left = (seed + number) % (size // 2)
+        frame[4:20, left : left + 10] = brightness
+    write_video(path, noise)
+    return path
+
+
+def make_data(
+    root: Path, classes: tuple[str, ...], clips: dict[str, int], frames: int = 20
+) -> Path:
+    """Manifests with `clips[split]` tiny clips a class; each split has patients of its own."""
+    for split, count in clips.items():
+        with open(root / f"{split}.csv", "w", newline="", encoding="utf-8") as file:
+            writer = csv.writer(file)
+            writer.writerow(["path", "label", "patient"])
+            for label, name in enumerate(classes):
+                for number in range(count):
+                    path = root / "clips" / split / f"{label}_{number}.mp4"
+                    seed = 1000 * label + number + 100 * len(split)
+                    make_clip(path, 60 + 190 * label // len(classes), frames, seed=seed)
+                    relative = path.relative_to(root / "clips")
+                    writer.writerow([relative.as_posix(), name, f"{split}{number % 2}"])
+    return root
+
+
+@pytest.fixture(scope="session")
+def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three classes, 6 + 3 + 3 clips a class, read-only."""
+    root = tmp_path_factory.mktemp("tiny data")  # a path with a space, on purpose
+    return make_data(root, ("dark", "grey", "light"), {"train": 6, "val": 3, "test": 3})
+
+
+# fmt: off
+TINY_FLAGS = [
+    "--classes", "dark", "grey", "light", "--weights", "none", "--image-size", "32",
+    "--n-frames", "4", "--batch-size", "6", "--learning-rate", "1e-3",
+    "--workers", "0", "--amp", "fp32", "--device", "cpu",
+]
+# fmt: on
+
+
+@pytest.fixture(scope="session")
+def real() -> Path:
+    """The folder of real clips that the environment names, or a skipped test."""
+    folder = os.environ.get("SURGICAL_CLIPS_REAL")
+    if not folder:
+        pytest.skip("SURGICAL_CLIPS_REAL is not set: no real clips to test on")
+    return Path(folder)
+
+
+def run_script(
+    *arguments: object, cwd: Path, check: bool = True, timeout: float = 280, **environment: str
+) -> subprocess.CompletedProcess:
+    """Run one of the project's scripts in a folder, as a person would."""
+    script, *rest = map(str, arguments)
+    done = subprocess.run(
+        [sys.executable, str(ROOT / script), *rest],
+        cwd=cwd,
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        check=False,
+    )
+    if check:
+        assert done.returncode == 0, f"{script} failed:\n{done.stdout}\n{done.stderr}"
+    return done

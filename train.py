@@ -1,0 +1,294 @@
+"""Train a clip classifier, pick the best epoch on validation, test that one.
+
+    python train.py                                              the demo data, about two minutes
+    python train.py --data-root /data/SLAM --model cnn_lstm      your own data
+    python train.py --resume runs/20260101-120000_cnn_lstm       go on where it stopped
+    torchrun --nproc-per-node=4 train.py --data-root /data/SLAM  several GPUs
+
+Settings are the fields of TrainConfig in config.py: edit them there or give them as flags.
+"""
+
+import dataclasses
+import logging
+import math
+import signal
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import torch
+import tyro
+from torch import nn
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+import distributed
+from atomic import remove_unfinished
+from checkpoint import (
+    build_from_checkpoint,
+    build_model_from_config,
+    load_checkpoint,
+    save_checkpoint,
+)
+from config import RESUMABLE, TrainConfig, from_dict, resolve
+from device import choose_device, describe_device
+from epoch import train_one_epoch
+from errors import UserError, script
+from evaluate import evaluate, scores, write_results
+from interrupt import Interrupt, Interrupted
+from loaders import build_dataloaders
+from models import describe, freeze
+from plots import plot_curves
+from run_folder import new_run_folder, start_log, write_history, write_json
+from training import Training
+from weights import load_weights
+
+log = logging.getLogger(__name__)
+
+
+def train(config: TrainConfig, resume_from: dict[str, Any] | None = None) -> Path:
+    """Train, pick the best epoch, test it. Returns the run folder.
+
+    Args:
+        config: resolved.
+        resume_from: the state of last.pt, to go on from it.
+    """
+    device = distributed.start(choose_device(config.device))
+    first = distributed.rank() == 0
+    start_log(None)
+    if not first:
+        logging.disable()
+    folder = Path(config.resume) if config.resume else None
+    train_loader, val_loader, test_loader, num_classes = build_dataloaders(config)
+
+    torch.manual_seed(config.seed)
+    model = build_model_from_config(dataclasses.asdict(config), num_classes)
+    loaded = "" if resume_from else load_weights(model, config.weights)
+    if config.freeze_to:
+        freeze(model, config.freeze_to)
+    model.to(device)
+    batches = math.ceil(train_loader.sampler.total / config.batch_size)
+    run = Training(config, model, device, batches)
+    if resume_from:
+        run.load_state(resume_from)
+    else:
+        torch.manual_seed(config.seed + distributed.rank())
+    if config.check_clips and config.data_root and not resume_from:
+        check_clips({"validation": val_loader, "test": test_loader}, config.skip_unreadable)
+
+    folder = folder or Path(distributed.from_first(_new_folder(config) if first else None))
+    if first:
+        start_log(folder)
+        remove_unfinished(folder)
+    log.info(_introduction(run, train_loader, val_loader, test_loader))
+    log.info(f"resumed at epoch {run.epoch + 1}, batch {run.step + 1}" if resume_from else loaded)
+    parallel = _parallel(model, device)
+    if config.compile:
+        model.compile()  # in place: the checkpoint's keys stay clean
+    interrupt = Interrupt()
+    run.save(folder)  # from here on there is a checkpoint to resume from, whatever happens
+    try:
+        train_epochs(run, parallel, train_loader, val_loader, folder, interrupt)
+        test(run, test_loader, folder, interrupt)
+    except Interrupted:
+        run.save(folder)
+        log.info(f"\ninterrupted: to go on, run\n  python train.py --resume {folder}")
+        raise SystemExit(128 + (interrupt.number or signal.SIGTERM)) from None
+    finally:
+        distributed.stop()
+    return folder
+
+
+def train_epochs(
+    run: Training,
+    parallel: nn.Module,
+    train_loader: DataLoader,
+    val_loader: DataLoader,
+    folder: Path,
+    interrupt: Interrupt,
+) -> None:
+    """The epochs that are left: train, validate, keep the best, save.
+
+    Raises:
+        Interrupted: in the middle of an epoch, or at its end.
+    """
+    config = run.config
+    first = distributed.rank() == 0
+    writer = _tensorboard(folder) if config.tensorboard and first else None
+    while run.epoch < config.epochs and not _out_of_patience(run):
+        began = time.perf_counter()
+        train_one_epoch(run, parallel, train_loader, interrupt)
+        predictions = evaluate(
+            run.model,
+            val_loader,
+            run.device,
+            run.dtype,
+            "validation",
+            config.skip_unreadable,
+            interrupt,
+        )
+        loss, right, clips = distributed.total(run.totals)
+        summary = scores(predictions, config.classes)
+        run.epoch, run.step = run.epoch + 1, 0
+        run.totals = [0.0, 0.0, 0.0]
+        row = {
+            "epoch": run.epoch,
+            "train_loss": loss / max(1, clips),
+            "train_accuracy": right / max(1, clips),
+            "val_loss": summary["loss"],
+            "val_accuracy": summary["accuracy"],
+            "val_balanced_accuracy": summary["balanced_accuracy"],
+            "val_macro_f1": summary["macro_f1"],
+            "learning_rate": run.optimizer.param_groups[-1]["lr"],
+            "seconds": round(time.perf_counter() - began, 2),
+        }
+        run.history.append(row)
+        better = not run.best or _goodness(row, config) > _goodness(run.best, config)
+        if better:
+            run.best = row
+        log.info(_epoch_line(row, config, better))
+        if first:
+            if better:
+                save_checkpoint(folder / "best.pt", run.model_state())
+            write_history(folder / "metrics.csv", run.history)
+            plot_curves(run.history, run.best["epoch"], folder / "curves.png")
+        if writer:
+            for name, value in row.items():
+                writer.add_scalar(name, value, run.epoch)
+            writer.flush()
+        run.save(folder)
+    if run.unreadable:
+        count = len(run.unreadable)
+        listing = "\n  ".join(sorted(run.unreadable))
+        log.warning(f"{count} training clips could not be read and were left out:\n  {listing}")
+
+
+def test(run: Training, loader: DataLoader, folder: Path, interrupt: Interrupt) -> None:
+    """Test the best epoch, in fp32 as evaluate.py does, and write the results.
+
+    Raises:
+        Interrupted: before the end.
+    """
+    state = load_checkpoint(folder)
+    model = build_from_checkpoint(state).to(run.device)
+    config = run.config
+    predictions = evaluate(
+        model, loader, run.device, torch.float32, "test", config.skip_unreadable, interrupt
+    )
+    if distributed.rank() == 0:
+        rows = loader.dataset.clips.rows
+        facts = {"checkpoint": str(folder / "best.pt"), "epoch": state["epoch"], "split": "test"}
+        table = write_results(predictions, rows, config.classes, folder, facts)
+        log.info(f"\ntest of epoch {state['epoch']}, the best by validation {config.select_by}:")
+        log.info(f"{table}\n\nrun folder: {folder}")
+
+
+def check_clips(loaders: dict[str, DataLoader], skip_unreadable: bool) -> None:
+    """Read every clip of these loaders once, before hours of training rest on them.
+
+    Raises:
+        UserError: listing all that cannot be read, unless they are to be skipped.
+    """
+    unreadable = []
+    for name, loader in loaders.items():
+        bar = tqdm(
+            loader, f"reading {name} clips", leave=False, disable=distributed.rank() != 0, delay=1
+        )
+        for lines in distributed.gather([line for batch in bar for line in batch.unreadable]):
+            unreadable += lines
+    if unreadable:
+        listing = "\n  ".join(unreadable)
+        what = f"{len(unreadable)} validation and test clips cannot be read"
+        if not skip_unreadable:
+            raise UserError(
+                f"{what} (mend them, take them out of the manifests, or give --skip-unreadable):"
+                f"\n  {listing}"
+            )
+        log.warning(f"{what} and are left out:\n  {listing}")
+
+
+def _parallel(model: nn.Module, device: torch.device) -> nn.Module:
+    """The model as torchrun's processes train it together; alone, the model itself."""
+    if distributed.world_size() == 1:
+        return model
+    if device.type == "cuda":
+        nn.SyncBatchNorm.convert_sync_batchnorm(model)
+        return nn.parallel.DistributedDataParallel(model, device_ids=[device.index])
+    return nn.parallel.DistributedDataParallel(model)
+
+
+def _goodness(row: dict[str, Any], config: TrainConfig) -> float:
+    value = row[f"val_{config.select_by}"]
+    return -value if config.select_by == "loss" else value
+
+
+def _out_of_patience(run: Training) -> bool:
+    waited = run.epoch - run.best["epoch"] if run.best else 0
+    return bool(run.config.patience) and waited >= run.config.patience
+
+
+def _epoch_line(row: dict[str, Any], config: TrainConfig, better: bool) -> str:
+    return (
+        f"epoch {row['epoch']:3d}/{config.epochs}  "
+        f"train loss {row['train_loss']:.4f} accuracy {row['train_accuracy']:.3f}  "
+        f"val loss {row['val_loss']:.4f} accuracy {row['val_accuracy']:.3f} "
+        f"macro-F1 {row['val_macro_f1']:.3f}  {row['seconds']:.1f} s{'  *' if better else ''}"
+    )
+
+
+def _introduction(run: Training, *loaders: DataLoader) -> str:
+    """What will be trained on what, where, in words."""
+    config = run.config
+    lines = [f"{'clips':>16} {'train':>6} {'val':>6} {'test':>6}"]
+    counts = [Counter(row.label for row in loader.dataset.clips.rows) for loader in loaders]
+    for number, name in enumerate(config.classes):
+        lines.append(f"{name:>16} " + " ".join(f"{count[number]:6d}" for count in counts))
+    frames = f"{config.n_frames} frames of {config.image_size} px"
+    where = f"{describe_device(run.device)}, {run.dtype}, torch {torch.__version__}"
+    if distributed.world_size() > 1:
+        where += f", {distributed.world_size()} processes"
+    lines += ["", f"{config.model}, {frames}, on {where}", describe(run.model)]
+    return "\n".join(lines)
+
+
+def _new_folder(config: TrainConfig) -> str:
+    folder = new_run_folder(config.run_dir, config.model)
+    write_json(folder / "config.json", dataclasses.asdict(config))
+    return str(folder)
+
+
+def _tensorboard(folder: Path) -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise UserError("--tensorboard needs a package: pip install tensorboard") from None
+    return SummaryWriter(folder)
+
+
+def read_settings() -> tuple[TrainConfig, dict[str, Any] | None]:
+    """The settings of the command line, and with --resume the state to go on from."""
+    config = tyro.cli(TrainConfig, description=__doc__)
+    if not config.resume:
+        return resolve(config), None
+    state = load_checkpoint(config.resume, "last.pt")
+    saved = dataclasses.replace(from_dict(state["config"]), resume=config.resume)
+    config = tyro.cli(TrainConfig, default=saved, description=__doc__)
+    for field in dataclasses.fields(config):
+        before, now = getattr(saved, field.name), getattr(config, field.name)
+        if before != now and field.name not in RESUMABLE:
+            raise UserError(
+                f"a resumed run keeps its settings: {field.name} is {before!r}, not {now!r} (only "
+                f"{', '.join(sorted(RESUMABLE - {'resume'}))} may change; to train on from its "
+                f"weights, start a new run with --weights {config.resume}/best.pt)"
+            )
+    return resolve(config), state
+
+
+@script
+def main() -> None:
+    train(*read_settings())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,108 @@
+"""The state of a training: what changes from step to step, and its checkpoint."""
+
+import dataclasses
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, LRScheduler, SequentialLR
+
+import distributed
+from checkpoint import rng_state, save_checkpoint, set_rng_state
+from config import TrainConfig
+from device import choose_precision
+from errors import UserError
+from models import parameter_groups
+
+
+class Training:
+    """The things that change while training, and their checkpoint."""
+
+    def __init__(
+        self, config: TrainConfig, model: nn.Module, device: torch.device, batches: int
+    ) -> None:
+        """`model` is on its device; `batches` is the number of batches an epoch."""
+        self.config = config
+        self.model = model
+        self.device = device
+        self.dtype = choose_precision(config.amp, device)
+        groups = parameter_groups(
+            model, config.learning_rate, config.weight_decay, config.layer_decay
+        )
+        self.optimizer = torch.optim.AdamW(groups, lr=config.learning_rate)
+        steps = math.ceil(batches / config.accumulation)
+        self.scheduler = cosine_with_warmup(
+            self.optimizer, config.epochs * steps, int(config.warmup_epochs * steps)
+        )
+        # Only fp16 needs scaled gradients; disabled, the scaler does nothing.
+        self.scaler = torch.amp.GradScaler(device.type, enabled=self.dtype == torch.float16)
+        self.epoch = 0  # epochs finished
+        self.step = 0  # batches done of the epoch under way
+        self.totals = [0.0, 0.0, 0.0]  # loss, right answers, clips of the epoch under way
+        self.history: list[dict[str, Any]] = []
+        self.best: dict[str, Any] = {}  # history's row of the best epoch
+        self.unreadable: set[str] = set()
+
+    def state(self) -> dict[str, Any]:
+        """Everything needed to go on exactly. All processes must call this together."""
+        everywhere = distributed.gather((rng_state(), self.totals))
+        return {
+            **self.model_state(),
+            "optimizer": self.optimizer.state_dict(),
+            "scheduler": self.scheduler.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "step": self.step,
+            "totals": [totals for _, totals in everywhere],
+            "rng": [states for states, _ in everywhere],
+            "unreadable": sorted(self.unreadable),
+        }
+
+    def model_state(self) -> dict[str, Any]:
+        """Everything needed to rebuild the model."""
+        return {
+            "model": self.model.state_dict(),
+            "epoch": self.epoch,
+            "best": self.best,
+            "history": self.history,
+            "config": dataclasses.asdict(self.config),
+            "classes": list(self.config.classes),
+        }
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Continue from `state()`.
+
+        Raises:
+            UserError: the number of processes is another one.
+        """
+        if len(state["rng"]) != distributed.world_size():
+            raise UserError(
+                f"the run was trained by {len(state['rng'])} processes and can go on only with as "
+                f"many, not {distributed.world_size()} (torchrun --nproc-per-node)"
+            )
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scheduler.load_state_dict(state["scheduler"])
+        self.scaler.load_state_dict(state["scaler"])
+        self.epoch, self.step = state["epoch"], state["step"]
+        self.history, self.best = state["history"], state["best"]
+        self.unreadable = set(state["unreadable"])
+        self.totals = list(state["totals"][distributed.rank()])
+        set_rng_state(state["rng"][distributed.rank()])
+
+    def save(self, folder: Path) -> None:
+        """Write last.pt."""
+        state = self.state()
+        if distributed.rank() == 0:
+            save_checkpoint(folder / "last.pt", state)
+
+
+def cosine_with_warmup(optimizer: torch.optim.Optimizer, steps: int, warmup: int) -> LRScheduler:
+    """Linear warm-up from 1 % over `warmup` steps (half of all at most), then a cosine to zero."""
+    warmup = min(warmup, steps // 2)
+    cosine = CosineAnnealingLR(optimizer, max(1, steps - warmup))
+    if not warmup:
+        return cosine
+    linear = LinearLR(optimizer, start_factor=0.01, total_iters=warmup)
+    return SequentialLR(optimizer, [linear, cosine], milestones=[warmup])

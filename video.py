@@ -1,0 +1,277 @@
+"""Reading and writing clips. The only module that imports av.
+
+A clip file is short, so frames are found by decoding and counting, never by a header's frame count
+or by time stamps: real files lie about both. Frames keep the order in which the decoder puts them
+out; some AVI files carry time stamps that run backwards, and sorting by them scrambles the clip.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Literal
+
+import av
+import numpy as np
+from av.stream import Disposition
+from av.video.reformatter import Interpolation
+
+from atomic import atomic
+from errors import UserError
+
+Sampling = Literal["first", "uniform", "random"]
+
+# A frame this large is a decompression bomb, not an endoscope: 8K is 33 million pixels.
+MAX_PIXELS = 8192 * 4608
+
+# Containers that hold video. Playlists (HLS, DASH, concat, SDP) are left out: they make the reader
+# open whatever other file or address they name.
+_FORMATS = (
+    "mov,mp4,3gp,matroska,webm,avi,asf,flv,mpegts,mpeg,mpegvideo,ivf,ogg,gif,apng,h263,h264,hevc,"
+    "m4v,obu,mjpeg,dv,gxf,mxf,nut,rm,swf,vob,wtv,yuv4mpegpipe"
+)
+
+
+class ClipError(UserError):
+    """A clip file that cannot be read, with the path and the reason."""
+
+    def __init__(self, path: str | Path, reason: str) -> None:
+        super().__init__(f"{path}: {reason}")
+        self.path = str(path)
+        self.reason = reason
+
+    def __reduce__(self) -> tuple:  # exceptions cross from a DataLoader worker as pickles
+        return type(self), (self.path, self.reason)
+
+
+def sample_indices(
+    n_available: int,
+    n_frames: int,
+    sampling: Sampling = "uniform",
+    draws: Sequence[float] | None = None,
+    view: tuple[int, int] = (0, 1),
+) -> list[int]:
+    """Which `n_frames` of `n_available` frames make the clip.
+
+    The clip is cut into `n_frames` equal segments and one frame is taken of each, as in Temporal
+    Segment Networks (Wang et al., arXiv:1608.00859, section 3.1).
+
+    - `first`: the first frames, what the data set's own code does;
+    - `uniform`: the middle of each segment; view k of n takes the point (k + 1/2) / n instead, so
+      that the views of one clip see different frames;
+    - `random`: `draws[i]` in [0, 1) is the place inside segment i, for training.
+
+    A clip shorter than `n_frames` is taken whole, its last frame repeated, whatever the sampling.
+    """
+    if n_available < 1:
+        raise ValueError("a clip without frames cannot be sampled")
+    if sampling == "first" or n_available <= n_frames:
+        return [min(i, n_available - 1) for i in range(n_frames)]
+    if sampling == "uniform":
+        number, count = view
+        draws = [(number + 0.5) / count] * n_frames
+    elif sampling != "random":
+        raise ValueError(f"sampling must be first, uniform or random, not {sampling!r}")
+    elif draws is None or len(draws) != n_frames:
+        raise ValueError("random sampling needs one draw a frame")
+    # int() after the sum: segments may have unequal whole lengths, no frame is left out for ever.
+    return [int((i + draws[i]) * n_available / n_frames) for i in range(n_frames)]
+
+
+def read_frames(
+    path: str | Path,
+    choose: Callable[[int], Sequence[int]],
+    size: int | None = 224,
+    stop_after: int | None = None,
+) -> np.ndarray:
+    """Decode the chosen frames of a file.
+
+    Args:
+        choose: maps the number of frames in the file to the wanted frame numbers; called again if
+            the header's number turns out wrong, so it must be a pure function.
+        size: frames are squeezed to `size` x `size` pixels while the colours are converted, by one
+            resizer (swscale, bilinear with support widened when shrinking) for all of the project.
+            None keeps the file's own size.
+        stop_after: count no further than this many frames.
+
+    Returns:
+        `(len(choose(n)), size, size, 3)` uint8 RGB.
+
+    Raises:
+        ClipError: no such file, no video in it, it breaks off before its end, or most of the
+            wanted frames are damaged.
+
+    The file's rotation is applied; pixel shape is not, since the target is square anyway. Memory is
+    bounded by the chosen frames, however many the file has.
+    """
+    path = Path(path)
+    if not path.is_file():  # also keeps out pipes and devices, which would block for ever
+        raise ClipError(path, "no such file" if not path.exists() else "not a file")
+    try:
+        for stream, expected in _video_streams(path):
+            frames = _read_stream(path, stream, expected, choose, size, stop_after)
+            if frames is not None:
+                return frames
+    except (av.FFmpegError, ValueError, MemoryError) as error:
+        raise ClipError(path, f"cannot be read: {_reason(error)}") from error
+    raise ClipError(path, "holds no video frames")
+
+
+def read_clip(
+    path: str | Path,
+    n_frames: int = 16,
+    sampling: Sampling = "uniform",
+    size: int | None = 224,
+    draws: Sequence[float] | None = None,
+    views: int = 1,
+) -> np.ndarray:
+    """A clip of `n_frames` frames, `(views * n_frames, size, size, 3)` uint8, view after view.
+
+    See `sample_indices` for the sampling and `read_frames` for everything else.
+    """
+
+    def choose(n_available: int) -> list[int]:
+        return [
+            index
+            for number in range(views)
+            for index in sample_indices(n_available, n_frames, sampling, draws, (number, views))
+        ]
+
+    return read_frames(path, choose, size, stop_after=n_frames if sampling == "first" else None)
+
+
+def write_video(
+    path: str | Path, frames: Iterable[np.ndarray], rate: int = 25, lossless: bool = False
+) -> None:
+    """Write `(H, W, 3)` uint8 RGB frames as H.264; `path` appears only when it is complete.
+
+    One encoder thread, so that the same frames always give the same bytes. `lossless` keeps RGB
+    exactly (libx264rgb), for tests; otherwise H and W must be even (4:2:0).
+    """
+    path = Path(path)
+    codec, pixels = ("libx264rgb", "rgb24") if lossless else ("libx264", "yuv420p")
+    options = {"crf": "0" if lossless else "20", "preset": "veryfast", "threads": "1"}
+    with atomic(path) as unfinished, av.open(str(unfinished.absolute()), "w") as container:
+        stream = container.add_stream(codec, rate=rate, options=options)
+        stream.pix_fmt = pixels
+        for number, frame in enumerate(frames):
+            if number == 0:
+                stream.height, stream.width = frame.shape[:2]
+            picture = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")
+            container.mux(stream.encode(picture))
+        container.mux(stream.encode(None))
+
+
+def _open(path: Path) -> av.container.InputContainer:
+    # The absolute path: "concat:a|b" or "http://x" in a manifest stays a file name. Non-UTF-8
+    # metadata (old cameras, other languages) is no reason to refuse a clip.
+    return av.open(
+        str(path.absolute()),
+        metadata_errors="replace",
+        options={"format_whitelist": _FORMATS, "protocol_whitelist": "file"},
+    )
+
+
+def _video_streams(path: Path) -> list[tuple[int, int]]:
+    """(number, expected frames) of the file's video streams, cover pictures left out."""
+    with _open(path) as container:
+        streams = [
+            (stream.index, stream.frames)
+            for stream in container.streams.video
+            if not stream.disposition & Disposition.attached_pic
+        ]
+        if not streams:
+            raise ClipError(path, "holds no video stream")
+        return streams
+
+
+def _decode(path: Path, index: int) -> Iterator[av.VideoFrame]:
+    """All frames of stream `index` in decode order, on one thread.
+
+    One thread a worker: FFmpeg's thread pools beside PyTorch's can deadlock (PyAV issues 1849, 1861
+    and 1962), and with several workers they gain nothing.
+    """
+    with _open(path) as container:
+        stream = container.streams[index]
+        stream.thread_type = "NONE"
+        stream.codec_context.thread_count = 1
+        stream.codec_context.options = {"max_pixels": str(MAX_PIXELS)}
+        yield from container.decode(stream)
+
+
+def _read_stream(
+    path: Path,
+    index: int,
+    expected: int,
+    choose: Callable[[int], Sequence[int]],
+    size: int | None,
+    stop_after: int | None,
+) -> np.ndarray | None:
+    """The chosen frames of one stream, or None where it has none.
+
+    The header's frame count is only a guess at what to keep while decoding. The pass counts what
+    really came; where the guess was wrong the frames are chosen anew and read in a second pass.
+    """
+    count = min(expected or _count_packets(path, index), stop_after or MAX_COUNT)
+    for _ in range(2):
+        wanted = choose(count) if count else []
+        kept, found, damaged = _keep(path, index, set(wanted), size, stop_after)
+        if found == 0:
+            return None
+        if found == count or list(choose(found)) == list(wanted):
+            if damaged > len(kept) / 2:  # the decoder filled them in: grey, green or smeared
+                raise ClipError(path, f"{damaged} of {len(kept)} frames are damaged or encrypted")
+            if len({frame.shape for frame in kept.values()}) > 1:
+                raise ClipError(path, "the frame size changes inside the clip: give a size")
+            return np.stack([kept[number] for number in wanted])  # (T, H, W, 3)
+        count = found
+    raise ClipError(path, "the number of frames differs from one reading to the next")
+
+
+MAX_COUNT = 2**62  # larger than any file's number of frames
+
+
+def _keep(
+    path: Path, index: int, wanted: set[int], size: int | None, stop_after: int | None
+) -> tuple[dict[int, np.ndarray], int, int]:
+    """Decode a stream: the wanted frames, how many it has, how many wanted ones are damaged."""
+    kept: dict[int, np.ndarray] = {}
+    found = damaged = 0
+    try:
+        for frame in _decode(path, index):
+            if found in wanted:
+                kept[found] = _to_rgb(frame, size)
+                damaged += frame.is_corrupt
+            found += 1
+            if found == stop_after:
+                break
+    except (av.FFmpegError, ValueError, MemoryError) as error:
+        if found == 0:
+            raise
+        reason = f"breaks off after {found} frames: {_reason(error)}"
+        raise ClipError(path, reason) from error
+    return kept, found, damaged
+
+
+def _count_packets(path: Path, index: int) -> int:
+    with _open(path) as container:
+        return sum(1 for packet in container.demux(container.streams[index]) if packet.size)
+
+
+def _to_rgb(frame: av.VideoFrame, size: int | None) -> np.ndarray:
+    """`(H, W, 3)` uint8 RGB, upright. The frame's own colour matrix and range are used."""
+    rgb = frame.reformat(
+        width=size or frame.width,
+        height=size or frame.height,
+        format="rgb24",
+        interpolation=Interpolation.BILINEAR,
+        src_colorspace=frame.colorspace,
+        src_color_range=frame.color_range,
+        threads=1,
+    ).to_ndarray()
+    # rotation is in degrees counter-clockwise, as np.rot90 counts quarters
+    return np.rot90(rgb, round(frame.rotation / 90)) if frame.rotation else rgb
+
+
+def _reason(error: BaseException) -> str:
+    """FFmpeg's words without its number and without the path, which the caller names already."""
+    words = getattr(error, "strerror", None) or str(error) or type(error).__name__
+    return words[0].lower() + words[1:]
