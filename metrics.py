@@ -31,7 +31,7 @@ def per_class(matrix: np.ndarray, classes: Sequence[str]) -> pd.DataFrame:
             "f1": 2 * hits / (support + predicted),
         }
     table = {name: np.where(present, values, np.nan) for name, values in table.items()}
-    return pd.DataFrame({**table, "support": support}, index=pd.Index(classes, name="class"))
+    return pd.DataFrame({**table, "support": support}, index=pd.Index(list(classes), name="class"))
 
 
 def summarize(matrix: np.ndarray, classes: Sequence[str]) -> dict[str, Any]:
