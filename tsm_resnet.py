@@ -1,0 +1,98 @@
+"""TSM-ResNet18: a 2D network that sees motion by shifting channels in time.
+
+Lin, Gan and Han, "TSM: Temporal Shift Module for Efficient Video Understanding", ICCV 2019,
+arXiv:1811.08383.
+"""
+
+from typing import Literal
+
+import torch
+from torch import nn
+from torchvision.models import ResNet18_Weights, resnet18
+from torchvision.models.resnet import BasicBlock
+
+from normalize import IMAGENET_MEAN_STD, Normalize
+
+LAYERS = ("layer1", "layer2", "layer3", "layer4")
+
+
+def temporal_shift(x: torch.Tensor, n_frames: int, shift_div: int = 8) -> torch.Tensor:
+    """Shift 1/shift_div of the channels from the next frame and as many from the previous one.
+
+    `(B * T, C, H, W)` to the same shape. The first C // shift_div channels of frame t become those
+    of frame t + 1, the second C // shift_div those of frame t - 1, the others stay; where there is
+    no such frame they are zero (section 3.2 of the paper; bidirectional). Frames never cross from
+    one clip into another.
+    """
+    fold = x.shape[1] // shift_div
+    x = x.unflatten(0, (-1, n_frames))  # (B, T, C, H, W)
+    out = torch.zeros_like(x)  # keeps the memory format, which concatenation would lose
+    out[:, :-1, :fold] = x[:, 1:, :fold]
+    out[:, 1:, fold : 2 * fold] = x[:, :-1, fold : 2 * fold]
+    out[:, :, 2 * fold :] = x[:, :, 2 * fold :]
+    return out.flatten(0, 1)  # (B * T, C, H, W)
+
+
+class TSMResNet18(nn.Module):
+    """ResNet-18 over the frames, temporal shifts inside, logits averaged over time.
+
+    Args:
+        shift_place: `blockres` shifts the input of the first convolution inside every residual
+            branch and leaves the identity path alone, so that no frame loses what it saw itself
+            (the paper's released recipe); `stage` shifts the features before each of the four
+            stages, as the project that this one follows did.
+        shift_div: 1/shift_div of the channels shift each way.
+        dropout: before the classifier.
+    """
+
+    torchvision_weights = ResNet18_Weights
+
+    def __init__(
+        self,
+        num_classes: int = 7,
+        shift_place: Literal["blockres", "stage"] = "blockres",
+        shift_div: int = 8,
+        dropout: float = 0.0,
+    ) -> None:
+        super().__init__()
+        self.shift_place = shift_place
+        self.shift_div = shift_div
+        self.normalize = Normalize(IMAGENET_MEAN_STD)
+        self.backbone = resnet18(weights=None)
+        self.head = nn.Linear(self.backbone.fc.in_features, num_classes)
+        self.backbone.fc = nn.Identity()
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, clips: torch.Tensor) -> torch.Tensor:
+        """`(B, T, C, H, W)` uint8 or float in [0, 1] to logits `(B, num_classes)`."""
+        n_frames = clips.shape[1]
+        net = self.backbone
+        x = self.normalize(clips).flatten(0, 1)  # (B * T, C, H, W)
+        x = net.maxpool(net.relu(net.bn1(net.conv1(x))))
+        for name in LAYERS:
+            if self.shift_place == "stage":
+                x = temporal_shift(x, n_frames, self.shift_div)
+            for block in getattr(net, name):
+                x = self._block(block, x, n_frames)
+        x = net.avgpool(x).flatten(1)  # (B * T, 512)
+        logits = self.head(self.dropout(x))  # (B * T, num_classes)
+        return logits.unflatten(0, (-1, n_frames)).mean(dim=1)
+
+    def _block(self, block: BasicBlock, x: torch.Tensor, n_frames: int) -> torch.Tensor:
+        """A residual block, its residual branch looking at the neighbouring frames."""
+        out = x
+        if self.shift_place == "blockres":
+            out = temporal_shift(x, n_frames, self.shift_div)
+        out = block.relu(block.bn1(block.conv1(out)))
+        out = block.bn2(block.conv2(out))
+        return block.relu(out + (block.downsample(x) if block.downsample else x))
+
+    def stages(self) -> dict[str, list[nn.Module]]:
+        """The modules from stem to head."""
+        return resnet_stages(self.backbone) | {"head": [self.head]}
+
+
+def resnet_stages(backbone: nn.Module) -> dict[str, list[nn.Module]]:
+    """Stem and four layers of a 2D ResNet."""
+    stem = {"stem": [backbone.conv1, backbone.bn1]}
+    return stem | {name: [getattr(backbone, name)] for name in LAYERS}
