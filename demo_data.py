@@ -1,0 +1,207 @@
+"""The embedded demo data: seven rendered actions laid out exactly like SLAM.
+
+    python demo_data.py data/demo          render the data set (train.py does it by itself)
+    python demo_data.py --filmstrip x.png  draw a filmstrip of each class
+
+`clips/<patient>/Clip_P###_V###_C#_<Action>_part#.mp4`, 30 frames at 25 fps, and train.csv, val.csv
+and test.csv with SLAM's columns (index, path below clips/, label). No patient is in two splits, and
+the classes are unequally frequent, as in life.
+"""
+
+import csv
+import json
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from multiprocessing import get_context
+from pathlib import Path
+
+import numpy as np
+import tyro
+from matplotlib.figure import Figure
+from tqdm import tqdm
+
+from atomic import atomic
+from demo_scene import FRAMES, make_patient, render_clip
+from errors import UserError, script
+from manifest import CLASSES
+from video import write_video
+
+VERSION = 1  # raise it when the pictures change: older renderings are then made anew
+MARKER = "demo.json"  # says that a folder is ours, and complete
+
+PATIENTS = {"train": 12, "val": 4, "test": 6}
+CLIPS_PER_PATIENT = {
+    "AbdominalEntry": 3,
+    "UseClipper": 6,
+    "HookCut": 5,
+    "Suturing": 4,
+    "PanoView": 2,
+    "LocPanoView": 3,
+    "Suction": 5,
+}
+# SLAM calls this class Needle in its tables, NeedleIn and NeedleOut in its file names.
+_LABEL = {"Suturing": "Needle"}
+
+
+@dataclass(frozen=True)
+class Clip:
+    """One clip to render; the numbers seed it."""
+
+    split: str
+    patient: int
+    video: int
+    action_number: int
+    part: int
+    action: str
+
+    @property
+    def path(self) -> str:
+        """Below clips/, as in SLAM."""
+        name = self.action
+        if name == "Suturing":
+            name = ("NeedleIn", "NeedleOut")[self.action_number % 2]
+        return (
+            f"{self.patient:03d}/Clip_P{self.patient:03d}_V{self.video:03d}"
+            f"_C{self.action_number}_{name}_part{self.part}.mp4"
+        )
+
+
+def render_demo(
+    root: Path,
+    patients: dict[str, int] | None = None,
+    clips_per_patient: dict[str, int] | None = None,
+    seed: int = 0,
+    workers: int | None = None,
+) -> Path:
+    """Render the demo data into `root`, unless it is there already. Returns `root`.
+
+    Args:
+        patients: number of patients in train, val and test.
+        clips_per_patient: number of clips of each class for each patient.
+        workers: processes that render (None: one a core, at most 8).
+
+    Raises:
+        UserError: `root` holds something else.
+    """
+    root = Path(root)
+    recipe = {
+        "version": VERSION,
+        "seed": seed,
+        "patients": patients or PATIENTS,
+        "clips_per_patient": clips_per_patient or CLIPS_PER_PATIENT,
+    }
+    marker = root / MARKER
+    if marker.is_file() and json.loads(marker.read_text()) == recipe:
+        return root
+    if root.exists() and not marker.is_file() and any(root.iterdir()):
+        raise UserError(f"{root} is to hold the demo data but holds something else: move it away")
+    clips = list(plan_clips(recipe["patients"], recipe["clips_per_patient"]))
+    unfinished = root.with_name(f".{root.name}.{os.getpid()}.unfinished")
+    for leftover in root.parent.glob(f".{root.name}.*.unfinished"):
+        shutil.rmtree(leftover)
+    try:
+        _render_all(clips, unfinished / "clips", seed, workers)
+        for split in recipe["patients"]:
+            _write_csv(unfinished / f"{split}.csv", [c for c in clips if c.split == split])
+        (unfinished / MARKER).write_text(json.dumps(recipe))
+        if root.exists():
+            shutil.rmtree(root)  # ours, of another recipe
+        os.replace(unfinished, root)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+    return root
+
+
+def plan_clips(patients: dict[str, int], clips_per_patient: dict[str, int]) -> Iterator[Clip]:
+    """All clips of the data set. A source action gives two parts, as SLAM's give several."""
+    number = 0
+    for split, count in patients.items():
+        for _ in range(count):
+            number += 7  # SLAM's patients are not numbered in a row either
+            action_number = 0
+            for action in CLASSES:
+                for i in range(clips_per_patient[action]):
+                    action_number += i % 2 == 0
+                    yield Clip(
+                        split, number, 1 + action_number % 2, action_number, 1 + i % 2, action
+                    )
+
+
+def render(clip: Clip, seed: int = 0) -> np.ndarray:
+    """The frames of a clip, `(30, 96, 128, 3)` uint8; the same on every call."""
+
+    def rng(*numbers: int) -> np.random.Generator:
+        return np.random.default_rng([seed, clip.patient, *numbers])
+
+    patient = make_patient(f"{clip.patient:03d}", rng())
+    scene = rng(clip.action_number)
+    return render_clip(clip.action, patient, scene, rng(clip.action_number, clip.part))
+
+
+def draw_filmstrip(path: str | Path, columns: int = 7) -> None:
+    """One row of frames for each class, for the README."""
+    patients = {action: 1 + number for number, action in enumerate(CLASSES)}
+    figure = Figure(figsize=(1.3 * columns, 1.02 * len(CLASSES)), layout="constrained")
+    grid = figure.subplots(len(CLASSES), columns)
+    for row, action in zip(grid, CLASSES, strict=True):
+        frames = render(Clip("train", patients[action], 1, 1, 1, action))
+        picks = np.linspace(0, FRAMES - 1, columns).round().astype(int)
+        for axes, pick in zip(row, picks, strict=True):
+            axes.imshow(frames[pick])
+            axes.set(xticks=[], yticks=[])
+            for spine in axes.spines.values():
+                spine.set_visible(False)
+            if action == CLASSES[0]:
+                axes.set_title(f"{pick / 25:.2f} s", fontsize=8)
+        row[0].set_ylabel(action, fontsize=8, rotation=0, ha="right", va="center")
+    with atomic(path) as unfinished:
+        figure.savefig(unfinished, dpi=110)
+
+
+def _render_one(clip: Clip, folder: Path, seed: int) -> None:
+    path = folder / clip.path
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_video(path, render(clip, seed))
+
+
+def _render_all(clips: Sequence[Clip], folder: Path, seed: int, workers: int | None) -> None:
+    workers = workers or min(os.cpu_count() or 1, 8)
+    # Fresh processes: a fork would copy whatever threads the caller has started.
+    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+        jobs = [pool.submit(_render_one, clip, folder, seed) for clip in clips]
+        for job in tqdm(jobs, "rendering demo clips", unit="clip", leave=False):
+            job.result()
+
+
+def _write_csv(path: Path, clips: Sequence[Clip]) -> None:
+    with open(path, "w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(["", "path", "label"])
+        for number, clip in enumerate(clips):
+            writer.writerow([number, clip.path, _LABEL.get(clip.action, clip.action)])
+
+
+@dataclass
+class DemoConfig:
+    """What to draw, and where."""
+
+    root: tyro.conf.Positional[Path] = Path("data/demo")
+    """folder of the demo data"""
+    filmstrip: Path | None = None
+    """draw a filmstrip of each class into this picture instead"""
+
+
+@script
+def main() -> None:
+    config = tyro.cli(DemoConfig, description=__doc__)
+    if config.filmstrip:
+        draw_filmstrip(config.filmstrip)
+    else:
+        print(render_demo(config.root))
+
+
+if __name__ == "__main__":
+    main()

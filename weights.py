@@ -1,0 +1,135 @@
+"""Pretrained weights: torchvision's by name, or a file. Never silently random ones."""
+
+import hashlib
+import pickle
+from pathlib import Path
+
+import torch
+from torch import nn
+from torchvision.models import WeightsEnum
+
+from errors import UserError
+from vivit import resize_positions
+
+
+def load_weights(model: nn.Module, spec: str) -> str:
+    """Load weights into a model.
+
+    Args:
+        spec: `none` leaves the random ones; `default` or a name such as `IMAGENET1K_V1` takes
+            torchvision's for the backbone; anything else is a file: an official torchvision one for
+            the backbone, or a checkpoint of this project (its head too, if the classes' number is
+            the same).
+
+    Returns:
+        What was loaded, in one line.
+
+    Raises:
+        UserError: the weights are not to be had, damaged, or of another model. The message names
+            the file, its size and the folder to put it in.
+    """
+    if spec == "none":
+        return "weights: random, trained from scratch"
+    enum = model.torchvision_weights
+    names = ["default", *(enum.__members__ if enum else [])]
+    path = Path(spec)
+    if spec == "default" and enum is None:
+        raise UserError(
+            f"there are no pretrained weights of {type(model).__name__}: give --weights none to "
+            "train it from scratch, or a checkpoint file of an earlier run"
+        )
+    if enum and spec in (*names, "DEFAULT"):
+        weights = enum[spec.upper()]
+        path = _official_file(weights)
+        state = _read(path, f"delete it and run again, or download {weights.url}")
+    elif path.is_file():
+        state = _read(path, "give another file, or --weights none to train from scratch")
+    else:
+        raise UserError(
+            f"weights {spec!r}: neither a file nor one of {', '.join(names if enum else [])} none"
+        )
+    if isinstance(state.get("model"), dict):
+        return f"weights: {path}, {_load_checkpoint(model, state['model'], path)}"
+    _load_backbone(model, state, path)
+    return f"weights: {path}, backbone only; the head is new"
+
+
+def _official_file(weights: WeightsEnum) -> Path:
+    """torchvision's file, checked; downloaded if it is not there."""
+    name = Path(weights.url).name
+    folder = Path(torch.hub.get_dir()) / "checkpoints"
+    path = folder / name
+    prefix = path.stem.rsplit("-", 1)[1]  # the first digits of the file's SHA-256
+    size = f"{weights.meta['_file_size']:.1f} MB"
+    remedy = f"put {name} ({size}, from {weights.url}) into {folder}"
+    if not path.exists():
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            torch.hub.download_url_to_file(weights.url, str(path), prefix, progress=True)
+        except Exception as error:  # whatever a network can think of
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise UserError(
+                f"cannot download the pretrained weights ({reason}): {remedy}, or give "
+                "--weights none to train from scratch"
+            ) from None
+    with open(path, "rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    if not digest.startswith(prefix):
+        have = path.stat().st_size / 1e6
+        raise UserError(f"{path} is damaged ({have:.1f} MB of {size}): delete it and {remedy}")
+    return path
+
+
+def _read(path: Path, remedy: str) -> dict:
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, EOFError, OSError, KeyError, ValueError, pickle.UnpicklingError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        size = path.stat().st_size / 1e6
+        raise UserError(
+            f"{path} ({size:.1f} MB) is damaged or holds no weights ({reason}): {remedy}"
+        ) from None
+    if not isinstance(state, dict):
+        raise UserError(f"{path} holds no weights but a {type(state).__name__}: {remedy}")
+    return state
+
+
+def _load_backbone(model: nn.Module, state: dict[str, torch.Tensor], path: Path) -> None:
+    """An official file: everything but its classifier; the oldest ones count no batches."""
+    backbone = getattr(model, "backbone", None)
+    if backbone is None:
+        raise UserError(f"{path} is no checkpoint of {type(model).__name__} (no 'model' in it)")
+    state = {key: value for key, value in state.items() if not key.startswith("fc.")}
+    counters = {
+        key: value for key, value in backbone.state_dict().items() if "num_batches_tracked" in key
+    }
+    _load(backbone, counters | state, path)
+
+
+def _load_checkpoint(model: nn.Module, state: dict[str, torch.Tensor], path: Path) -> str:
+    """A checkpoint of this project; a head for other classes stays as it is."""
+    state = resize_positions(state, model)
+    own = model.state_dict()
+    head = [key for key in own if key.startswith("head.")]
+    other = [key for key in head if key in state and state[key].shape != own[key].shape]
+    _load(model, state | {key: own[key] for key in other}, path)
+    return "all but the head, which is new" if other else "all of the model"
+
+
+def _load(module: nn.Module, state: dict[str, torch.Tensor], path: Path) -> None:
+    own = module.state_dict()
+    wrong = {
+        "missing": [key for key in own if key not in state],
+        "unexpected": [key for key in state if key not in own],
+        "of another shape": [
+            key for key in own if key in state and own[key].shape != state[key].shape
+        ],
+    }
+    if any(wrong.values()):
+        found = "; ".join(
+            f"{len(keys)} {what}, e.g. {', '.join(keys[:3])}"
+            for what, keys in wrong.items()
+            if keys
+        )
+        raise UserError(f"{path} does not fit {type(module).__name__}: weights {found}")
+    module.load_state_dict(state)
