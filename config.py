@@ -85,11 +85,11 @@ class TrainConfig:
     epochs: int | None = None
     """passes over the training clips (None: 30; demo data 12)"""
     batch_size: int | None = None
-    """clips a step and process (None: 8; demo data 16)"""
+    """clips a step and process (None: 8)"""
     accumulation: int = 1
     """batches whose gradients are added up for one step"""
     learning_rate: float | None = None
-    """peak learning rate of AdamW (None: 1e-4; demo data 1e-3)"""
+    """peak learning rate of AdamW (None: 1e-4; demo data 2e-3)"""
     weight_decay: float = 0.05
     """AdamW's weight decay; biases and norms have none"""
     warmup_epochs: float = 1.0
@@ -126,11 +126,11 @@ class TrainConfig:
 
 # What None stands for. The demo is small enough to train from scratch on two CPU cores.
 DEMO = {
-    "image_size": 64,
+    "image_size": 48,
     "weights": "none",
     "epochs": 12,
-    "batch_size": 16,
-    "learning_rate": 1e-3,
+    "batch_size": 8,
+    "learning_rate": 2e-3,
 }
 OWN_DATA = {
     "image_size": 224,

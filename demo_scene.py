@@ -8,11 +8,13 @@ backward version belongs to another action or to none:
 - PanoView: the camera draws back, the rim closes in;
 - LocPanoView: the camera wanders over the tissue at one distance;
 - UseClipper: the jaws close (elsewhere they open, or rest);
-- HookCut: strokes along the shaft, slow in and fast out;
+- HookCut: strokes along the shaft, slow in and fast out, and smoke that gathers (elsewhere it
+  clears, or there is none);
 - Suturing: the tip goes round in circles;
 - Suction: the blood sinks (elsewhere it rises, or stands).
 """
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -40,7 +42,7 @@ def make_patient(name: str, rng: np.random.Generator) -> Patient:
     pink, yellow = rng.uniform(0.75, 1.0), rng.uniform(0.0, 1.0)
     return Patient(
         name=name,
-        tissue=(205 * pink, (95 + 45 * yellow) * pink, (90 - 15 * yellow) * pink),
+        tissue=(205 * pink, (82 + 40 * yellow) * pink, (80 - 10 * yellow) * pink),
         roughness=rng.uniform(0.6, 1.4),
         view_radius=rng.uniform(50, 60),
         brightness=rng.uniform(0.85, 1.15),
@@ -67,7 +69,8 @@ def render_clip(
 
 
 def _movement(action: str, patient: Patient, rng: np.random.Generator) -> tuple[np.ndarray, ...]:
-    """Tracks over time: camera (x, y, zoom, angle), rim radius, tip (x, y), jaws, blood level."""
+    """Tracks over time: camera (x, y, zoom, angle), rim radius, tip and root (x, y), jaws, blood
+    level, smoke."""
     t = np.linspace(0, 1, FRAMES)
     ease = t**2 * (3 - 2 * t) * 0.4 + t * 0.6
 
@@ -85,11 +88,12 @@ def _movement(action: str, patient: Patient, rng: np.random.Generator) -> tuple[
     side = rng.choice([-1, 1])
     tip = np.tile([side * rng.uniform(-12, 14), rng.uniform(-16, 14)], (FRAMES, 1))
     tip += np.cumsum(rng.normal(0, 0.4, (FRAMES, 2)), axis=0)
-    low, high = rng.uniform(0.02, 0.15), rng.uniform(0.5, 0.8)
-    jaws = ramp(low, high) if rng.random() < 0.5 else np.full(FRAMES, rng.uniform(low, high))
+    low, high = rng.uniform(0.05, 0.15), rng.uniform(0.7, 0.95)
+    jaws = ramp(low, high) if rng.random() < 0.3 else np.full(FRAMES, rng.uniform(low, high))
     bottom, top = rng.uniform(36, 44), rng.uniform(2, 16)
     standing = np.full(FRAMES, rng.uniform(top, bottom))
-    blood = ramp(bottom, top) if rng.random() < 0.4 else standing
+    blood = ramp(bottom, top) if rng.random() < 0.3 else standing
+    smoke = ramp(rng.uniform(0.7, 1), 0) if rng.random() < 0.3 else np.zeros(FRAMES)
 
     if action == "AbdominalEntry":
         camera[:, 2] = ramp(rng.uniform(0.6, 0.75), rng.uniform(1.6, 1.9))
@@ -99,25 +103,26 @@ def _movement(action: str, patient: Patient, rng: np.random.Generator) -> tuple[
         rim = ramp(rng.uniform(62, 75), rng.uniform(20, 28))
     elif action == "LocPanoView":
         heading = rng.uniform(0, 2 * np.pi)
-        heading = heading + np.cumsum(rng.normal(0, 0.12, FRAMES))
-        steps = rng.uniform(2.0, 3.2) * np.stack([np.cos(heading), np.sin(heading)], axis=1)
+        heading = heading + np.cumsum(rng.normal(0, 0.06, FRAMES))
+        steps = rng.uniform(3.5, 5.0) * np.stack([np.cos(heading), np.sin(heading)], axis=1)
         camera[:, :2] += np.cumsum(steps, axis=0) - steps.sum(axis=0) / 2
     elif action == "UseClipper":
         jaws = ramp(high, low)
     elif action == "HookCut":
         phase = (t * rng.uniform(2.0, 3.0) + rng.random()) % 1
         stroke = np.where(phase < 0.75, phase / 0.75, (1 - phase) / 0.25)  # slow in, fast out
-        reach = rng.uniform(12, 20) * (stroke - 0.5)
+        reach = rng.uniform(24, 34) * (stroke - 0.5)
         tip += reach[:, None] * np.array([-side, -0.5])
+        smoke = ramp(0, rng.uniform(0.7, 1))
     elif action == "Suturing":
         angle = rng.choice([-1, 1]) * 2 * np.pi * (t * rng.uniform(1.2, 2.0) + rng.random())
-        tip += rng.uniform(9, 14) * np.stack([np.cos(angle), np.sin(angle)], axis=1)
+        tip += rng.uniform(14, 19) * np.stack([np.cos(angle), np.sin(angle)], axis=1)
     elif action == "Suction":
         blood = ramp(top, bottom)
     else:
         raise ValueError(f"no such action: {action}")
     root = np.tile([side * rng.uniform(70, 85), rng.uniform(5, 45)], (FRAMES, 1))
-    return camera, rim, tip, root, jaws, blood
+    return camera, rim, tip, root, jaws, blood, smoke
 
 
 def _tissue(patient: Patient, rng: np.random.Generator) -> np.ndarray:
@@ -130,9 +135,9 @@ def _tissue(patient: Patient, rng: np.random.Generator) -> np.ndarray:
     )
     y, x = np.mgrid[0:_TEXTURE, 0:_TEXTURE].astype(np.float32)
     for _ in range(7):  # vessels
-        a, b, c = rng.uniform(-1, 1), rng.uniform(0, _TEXTURE), rng.uniform(6, 20)
-        bend = c * np.sin(x / rng.uniform(18, 45) + rng.uniform(0, 6))
-        across = np.abs((y - b) - a * (x - _TEXTURE / 2) - bend) / np.hypot(1, a)
+        a, b, c = float(rng.uniform(-1, 1)), float(rng.uniform(0, _TEXTURE)), rng.uniform(6, 20)
+        bend = c * np.sin(x[0] / rng.uniform(18, 45) + rng.uniform(0, 6)).astype(np.float32)
+        across = np.abs((y - b) - a * (x - _TEXTURE / 2) - bend) / math.hypot(1, a)
         depth = np.clip(1.6 * rng.uniform(0.8, 2.2) - across, 0, 1)[..., None] * 0.55
         colour = colour * (1 - depth) + np.array([125, 25, 30], np.float32) * depth
     wet = np.clip((_enlarge(rng.normal(0, 1, (62, 62))) - 1.3) * 2, 0, 1)[..., None]
@@ -148,12 +153,15 @@ def _frame(
     root: np.ndarray,
     jaws: float,
     blood: float,
+    smoke: float,
 ) -> np.ndarray:
-    """One picture, `(96, 128, 3)` float: tissue, blood, instrument, rim, light, round view."""
+    """One picture, `(96, 128, 3)` float: tissue, blood, instrument, smoke, rim, light, round view."""
     x, y = _X - WIDTH / 2, _Y - HEIGHT / 2
     distance = np.hypot(x, y)
-    cx, cy, zoom, angle = camera
-    cos, sin = np.cos(angle) / zoom, np.sin(angle) / zoom
+    # Python floats from here on: numpy's would turn the pictures into float64, twice as slow.
+    cx, cy, zoom, angle = camera.tolist()
+    cos, sin = math.cos(angle) / zoom, math.sin(angle) / zoom
+    rim, jaws, blood, smoke = float(rim), float(jaws), float(blood), float(smoke)
     picture = _sample(tissue, cos * x - sin * y + cx, sin * x + cos * y + cy)
 
     surface = y - blood - 1.5 * np.sin(x / 14)
@@ -163,22 +171,27 @@ def _frame(
     picture = picture * (1 - gleam) + np.array([215, 120, 115], np.float32) * gleam
 
     along = (tip - root) / np.hypot(*(tip - root))
-    shaft, offset = _stroke(x, y, root, tip, 5.0)
-    shine = patient.steel * (0.55 + 0.6 * np.exp(-(((offset + 1.5) / 2) ** 2)))
+    shaft, offset = _stroke(x, y, root, tip, 7.0)
+    shine = float(patient.steel) * (0.55 + 0.6 * np.exp(-(((offset + 2) / 3) ** 2)))
     picture = picture * (1 - shaft) + shine * shaft
     for turn in (-jaws, jaws):
         c, s = np.cos(turn), np.sin(turn)
-        end = tip + 15 * np.array([c * along[0] - s * along[1], s * along[0] + c * along[1]])
-        jaw, _ = _stroke(x, y, tip, end, 2.0)
+        end = tip + 28 * np.array([c * along[0] - s * along[1], s * along[0] + c * along[1]])
+        jaw, _ = _stroke(x, y, tip, end, 3.5)
         picture = picture * (1 - jaw) + (patient.steel + 45) * jaw
+
+    if smoke:
+        away = np.hypot(x - float(tip[0]), y - float(tip[1]) + 12 * smoke)
+        puff = (0.75 * smoke * np.exp(-((away / (8 + 26 * smoke)) ** 2)))[..., None]
+        picture = picture * (1 - puff) + np.array([205, 205, 210], np.float32) * puff
 
     wall = np.clip((distance - rim) / 2, 0, 1)[..., None] * 0.85
     ring = np.clip(3 - np.abs(distance - rim), 0, 1)[..., None] * 0.7
     picture = picture * (1 - wall) + np.array([52, 40, 38], np.float32) * wall
     picture = picture * (1 - ring) + np.array([150, 140, 135], np.float32) * ring
 
-    light = patient.brightness * (1.12 - 0.55 * (distance / 64) ** 2)
-    view = np.clip(patient.view_radius - distance, 0, 1)
+    light = float(patient.brightness) * (1.12 - 0.55 * (distance / 64) ** 2)
+    view = np.clip(float(patient.view_radius) - distance, 0, 1)
     return picture * np.clip(light * view, 0, None)[..., None]
 
 
@@ -186,11 +199,12 @@ def _stroke(
     x: np.ndarray, y: np.ndarray, start: np.ndarray, end: np.ndarray, half_width: float
 ) -> tuple[np.ndarray, np.ndarray]:
     """Cover `(H, W, 1)` of a thick line, and the signed distance from its axis."""
-    along = end - start
-    length = np.hypot(*along)
-    place = np.clip(((x - start[0]) * along[0] + (y - start[1]) * along[1]) / length**2, 0, 1)
-    away = np.hypot(x - start[0] - place * along[0], y - start[1] - place * along[1])
-    side = ((x - start[0]) * along[1] - (y - start[1]) * along[0]) / length
+    (x0, y0), (dx, dy) = start.tolist(), (end - start).tolist()
+    length = math.hypot(dx, dy)
+    x, y = x - x0, y - y0
+    place = np.clip((x * dx + y * dy) / length**2, 0, 1)
+    away = np.hypot(x - place * dx, y - place * dy)
+    side = (x * dy - y * dx) / length
     return np.clip(half_width - away, 0, 1)[..., None], side[..., None]
 
 

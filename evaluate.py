@@ -29,7 +29,7 @@ import metrics
 from atomic import write_text
 from checkpoint import build_from_checkpoint, load_checkpoint
 from config import TrainConfig, from_dict
-from device import autocast, choose_device, choose_precision, describe_device
+from device import autocast, channels_last, choose_device, choose_precision, describe_device
 from errors import UserError, script
 from interrupt import Interrupt
 from loaders import eval_loader, load_splits
@@ -248,7 +248,7 @@ def main() -> None:
     )
     device = choose_device(config.device)
     dtype = choose_precision(config.amp, device)
-    model = build_from_checkpoint(state).to(device)
+    model = channels_last(build_from_checkpoint(state).to(device))
     rows = evaluation_rows(config, training)
     loader = eval_loader(rows, training, config.views, config.shuffle_frames)
     what = Path(config.csv).stem if config.csv else config.split

@@ -32,7 +32,7 @@ from checkpoint import (
     save_checkpoint,
 )
 from config import RESUMABLE, TrainConfig, from_dict, resolve
-from device import choose_device, describe_device
+from device import channels_last, choose_device, describe_device
 from epoch import train_one_epoch
 from errors import UserError, script
 from evaluate import evaluate, scores, write_results
@@ -67,7 +67,7 @@ def train(config: TrainConfig, resume_from: dict[str, Any] | None = None) -> Pat
     loaded = "" if resume_from else load_weights(model, config.weights)
     if config.freeze_to:
         freeze(model, config.freeze_to)
-    model.to(device)
+    channels_last(model.to(device))
     batches = math.ceil(train_loader.sampler.total / config.batch_size)
     run = Training(config, model, device, batches)
     if resume_from:
@@ -171,7 +171,7 @@ def test(run: Training, loader: DataLoader, folder: Path, interrupt: Interrupt) 
         Interrupted: before the end.
     """
     state = load_checkpoint(folder)
-    model = build_from_checkpoint(state).to(run.device)
+    model = channels_last(build_from_checkpoint(state).to(run.device))
     config = run.config
     predictions = evaluate(
         model, loader, run.device, torch.float32, "test", config.skip_unreadable, interrupt

@@ -149,7 +149,8 @@ def resize_positions(state: dict[str, torch.Tensor], model: nn.Module) -> dict[s
     """Fit the position embeddings of a ViViT state dict to a model of another T or image size.
 
     The positions of the patches are interpolated trilinearly over (T, H, W), those of the class
-    token linearly over T. Equal sizes, and other models, are left untouched.
+    token linearly over T. Equal sizes, and other models, are left untouched, and so are positions
+    of another width.
     """
     key = "embedding.positions"
     if not isinstance(model, ViViT) or key not in state:
@@ -157,8 +158,11 @@ def resize_positions(state: dict[str, torch.Tensor], model: nn.Module) -> dict[s
     old, new = state[key], model.embedding.positions
     if old.shape == new.shape:
         return state
+    side = round((old.shape[2] - 1) ** 0.5) if old.dim() == 4 else 0
+    if old.dim() != 4 or old.shape[2] != side**2 + 1 or old.shape[3] != new.shape[3]:
+        return state  # not a matter of size: the loader tells which shape was wanted
     cls, grid = old[:, :, :1], old[:, :, 1:]  # (1, T, 1, dim), (1, T, patches, dim)
-    side, new_side = (round((tokens.shape[2] - 1) ** 0.5) for tokens in (old, new))
+    new_side = round((new.shape[2] - 1) ** 0.5)
     frames = new.shape[1]
     grid = grid.unflatten(2, (side, side)).permute(0, 4, 1, 2, 3)  # (1, dim, T, H, W)
     grid = F.interpolate(grid, (frames, new_side, new_side), mode="trilinear")

@@ -1,7 +1,6 @@
 """Pretrained weights: torchvision's by name, or a file. Never silently random ones."""
 
 import hashlib
-import pickle
 from pathlib import Path
 
 import torch
@@ -31,7 +30,7 @@ def load_weights(model: nn.Module, spec: str) -> str:
     if spec == "none":
         return "weights: random, trained from scratch"
     enum = model.torchvision_weights
-    names = ["default", *(enum.__members__ if enum else [])]
+    names = ["default", *(weights.name for weights in enum)] if enum else []
     path = Path(spec)
     if spec == "default" and enum is None:
         raise UserError(
@@ -46,7 +45,7 @@ def load_weights(model: nn.Module, spec: str) -> str:
         state = _read(path, "give another file, or --weights none to train from scratch")
     else:
         raise UserError(
-            f"weights {spec!r}: neither a file nor one of {', '.join(names if enum else [])} none"
+            f"weights {spec!r}: neither a file nor one of {', '.join([*names, 'none'])}"
         )
     if isinstance(state.get("model"), dict):
         return f"weights: {path}, {_load_checkpoint(model, state['model'], path)}"
@@ -83,15 +82,28 @@ def _official_file(weights: WeightsEnum) -> Path:
 def _read(path: Path, remedy: str) -> dict:
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, OSError, KeyError, ValueError, pickle.UnpicklingError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+    except Exception as error:  # flipped bytes raise IndexError, struct.error, AssertionError ...
         size = path.stat().st_size / 1e6
         raise UserError(
-            f"{path} ({size:.1f} MB) is damaged or holds no weights ({reason}): {remedy}"
+            f"{path} ({size:.1f} MB) is damaged or holds no weights ({_reason(path, error)}): "
+            f"{remedy}"
         ) from None
     if not isinstance(state, dict):
         raise UserError(f"{path} holds no weights but a {type(state).__name__}: {remedy}")
     return state
+
+
+def _reason(path: Path, error: Exception) -> str:
+    """Why torch.load failed, in a few words.
+
+    Its own text is cut after the first sentence: the second advises `weights_only=False`, which
+    would run whatever code a stranger's file holds.
+    """
+    if path.is_file() and path.open("rb").read(262).endswith(b"ustar"):
+        # torchvision's first ResNet-18, resnet18-5c106cde.pth, is one of these even when intact.
+        return "the .tar format of 2017, which torch no longer loads safely"
+    text = str(error).strip()
+    return text.splitlines()[0].split(". ")[0].rstrip(".") if text else type(error).__name__
 
 
 def _load_backbone(model: nn.Module, state: dict[str, torch.Tensor], path: Path) -> None:
@@ -99,7 +111,7 @@ def _load_backbone(model: nn.Module, state: dict[str, torch.Tensor], path: Path)
     backbone = getattr(model, "backbone", None)
     if backbone is None:
         raise UserError(f"{path} is no checkpoint of {type(model).__name__} (no 'model' in it)")
-    state = {key: value for key, value in state.items() if not key.startswith("fc.")}
+    state = {key: value for key, value in state.items() if not str(key).startswith("fc.")}
     counters = {
         key: value for key, value in backbone.state_dict().items() if "num_batches_tracked" in key
     }
@@ -108,12 +120,18 @@ def _load_backbone(model: nn.Module, state: dict[str, torch.Tensor], path: Path)
 
 def _load_checkpoint(model: nn.Module, state: dict[str, torch.Tensor], path: Path) -> str:
     """A checkpoint of this project; a head for other classes stays as it is."""
-    state = resize_positions(state, model)
+    fitted = resize_positions(state, model)
     own = model.state_dict()
     head = [key for key in own if key.startswith("head.")]
-    other = [key for key in head if key in state and state[key].shape != own[key].shape]
-    _load(model, state | {key: own[key] for key in other}, path)
-    return "all but the head, which is new" if other else "all of the model"
+    other = [key for key in head if key in state and _shape(state[key]) != own[key].shape]
+    _load(model, fitted | {key: own[key] for key in other}, path)
+    loaded = "all but the head, which is new" if other else "all of the model"
+    return loaded if fitted is state else f"{loaded}; positions resized to this T and image size"
+
+
+def _shape(value: object) -> tuple[int, ...] | None:
+    """A tensor's shape; None for what is no tensor, which then fits nowhere."""
+    return tuple(value.shape) if isinstance(value, torch.Tensor) else None
 
 
 def _load(module: nn.Module, state: dict[str, torch.Tensor], path: Path) -> None:
@@ -122,12 +140,12 @@ def _load(module: nn.Module, state: dict[str, torch.Tensor], path: Path) -> None
         "missing": [key for key in own if key not in state],
         "unexpected": [key for key in state if key not in own],
         "of another shape": [
-            key for key in own if key in state and own[key].shape != state[key].shape
+            key for key in own if key in state and own[key].shape != _shape(state[key])
         ],
     }
     if any(wrong.values()):
         found = "; ".join(
-            f"{len(keys)} {what}, e.g. {', '.join(keys[:3])}"
+            f"{len(keys)} {what}, e.g. {', '.join(map(str, keys[:3]))}"
             for what, keys in wrong.items()
             if keys
         )

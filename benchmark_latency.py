@@ -1,0 +1,297 @@
+"""How fast the models are: the ms/clip table.
+
+    python benchmark_latency.py                              all four models, on what is here
+    python benchmark_latency.py --models tsm runs/2026..._tsm --device cuda --amp bf16
+    python benchmark_latency.py --models r2plus1d@112 --batch-size 8 --repeats 30
+
+A model is a name (random weights: speed does not depend on them), a name@size, or a run folder
+(its own settings, its accuracy and macro-F1 beside its speed). Two numbers are easily confused:
+
+- Latency (ms/clip) is the mean time of a batch of 8 divided by 8, as published: throughput;
+- batch-1 p50, p95 and p99 are what someone waits for the answer to one clip.
+
+Only the forward pass is timed, from a batch in the device's memory to its logits, but for the
+column end to end, which starts at a video file (an H.264 clip of 30 frames, 1280 x 720).
+"""
+
+import dataclasses
+import json
+import platform
+import resource
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import av
+import numpy as np
+import pandas as pd
+import torch
+import torchvision
+import tyro
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+from tqdm import tqdm
+
+from atomic import write_text
+from checkpoint import build_from_checkpoint, build_model_from_config, load_checkpoint
+from config import TrainConfig
+from device import autocast, channels_last, choose_device, choose_precision, describe_device
+from errors import UserError, script
+from models import MODELS
+from run_folder import write_json
+from video import read_clip, write_video
+
+
+@dataclass
+class BenchmarkConfig:
+    """What to time, and how often."""
+
+    models: tuple[str, ...] = ("tsm", "cnn_lstm", "r2plus1d@112", "vivit")
+    """names, name@size, or run folders"""
+    batch_size: int = 8
+    """clips a batch for the published columns"""
+    n_frames: int = 16
+    """frames a clip"""
+    image_size: int = 224
+    """pixels of a side"""
+    warmup: int = 3
+    """forward passes before the clock starts"""
+    repeats: int = 10
+    """timed forward passes of a batch; five times as many of a single clip"""
+    device: str = "auto"
+    """auto, cpu, cuda, cuda:1, mps"""
+    amp: Literal["auto", "fp32", "bf16", "fp16"] = "fp32"
+    """precision"""
+    compile: bool = False
+    """torch.compile the models"""
+    num_classes: int = 7
+    """classes of the models that are given by name"""
+    output: str = "benchmarks"
+    """folder for latency.csv, .json and .md"""
+
+
+@dataclass
+class Subject:
+    """A model to time, with what it takes in."""
+
+    name: str
+    model: nn.Module
+    n_frames: int
+    image_size: int
+    scores: dict[str, float]
+
+
+def subject(spec: str, config: BenchmarkConfig) -> Subject:
+    """The model that a name, a name@size or a run folder means.
+
+    Raises:
+        UserError: it means nothing.
+    """
+    name, _, size = spec.partition("@")
+    if name in MODELS:
+        if size and not size.isdigit():
+            raise UserError(
+                f"{spec!r}: after the @ stands the image size in pixels, e.g. {name}@112"
+            )
+        settings = dataclasses.replace(
+            TrainConfig(),
+            model=name,
+            n_frames=config.n_frames,
+            image_size=int(size or config.image_size),
+        )
+        torch.manual_seed(0)
+        model = build_model_from_config(dataclasses.asdict(settings), config.num_classes).eval()
+        return Subject(spec, model, settings.n_frames, settings.image_size, {})
+    if not Path(spec).exists():
+        raise UserError(
+            f"{spec!r} is neither a model ({', '.join(MODELS)}) nor a run folder or checkpoint"
+        )
+    state = load_checkpoint(spec)
+    settings, results = state["config"], Path(spec) / "test_metrics.json"
+    scores = json.loads(results.read_text(encoding="utf-8")) if results.is_file() else {}
+    model = build_from_checkpoint(state)
+    label = f"{settings['model']} ({Path(spec).name})"
+    return Subject(label, model, settings["n_frames"], settings["image_size"], scores)
+
+
+def count_gflops(model: nn.Module, clip: torch.Tensor) -> float:
+    """Floating-point operations of a forward pass in billions, a multiply-add counted as two.
+
+    PyTorch's counter sees an LSTM as nothing: it is added by formula, for each frame and layer
+    2 x 4 x hidden x (input + hidden), twice that if bidirectional.
+    """
+    with torch.inference_mode(), FlopCounterMode(display=False) as counter:
+        model(clip)
+    flops = counter.get_total_flops()
+    for module in model.modules():
+        if isinstance(module, nn.LSTM):
+            directions = 2 if module.bidirectional else 1
+            for layer in range(module.num_layers):
+                width = module.input_size if layer == 0 else directions * module.hidden_size
+                cells = 2 * 4 * module.hidden_size * (width + module.hidden_size)
+                flops += clip.shape[0] * clip.shape[1] * directions * cells
+    return flops / 1e9
+
+
+def time_calls(call: Callable[[], Any], repeats: int, device: torch.device) -> np.ndarray:
+    """Seconds of each call, `(repeats,)`; the device's queue is empty before and after each."""
+    seconds = np.empty(repeats)
+    for number in range(repeats):
+        _synchronize(device)
+        began = time.perf_counter()
+        call()
+        _synchronize(device)
+        seconds[number] = time.perf_counter() - began
+    return seconds
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()
+
+
+@torch.inference_mode()
+def measure(
+    item: Subject, video: Path, config: BenchmarkConfig, device: torch.device, dtype: torch.dtype
+) -> dict[str, Any]:
+    """The table's row of one model."""
+    model = channels_last(item.model.to(device))
+    shape = (item.n_frames, 3, item.image_size, item.image_size)
+    batch = torch.randint(0, 256, (config.batch_size, *shape), dtype=torch.uint8, device=device)
+    gflops = count_gflops(model, batch[:1])
+    if config.compile:
+        model.compile()
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+
+    def forward(clips: torch.Tensor) -> torch.Tensor:
+        with autocast(device, dtype):
+            return model(clips)
+
+    def from_file() -> None:
+        frames = torch.from_numpy(read_clip(video, item.n_frames, size=item.image_size))
+        forward(frames.permute(0, 3, 1, 2)[None].to(device)).cpu()
+
+    for clips in (batch, batch[:1]):
+        for _ in range(config.warmup):
+            forward(clips)
+    batches = time_calls(lambda: forward(batch), config.repeats, device)
+    singles = time_calls(lambda: forward(batch[:1]), 5 * config.repeats, device) * 1000
+    whole = time_calls(from_file, config.repeats, device) * 1000
+    p50, p95, p99 = np.percentile(singles, (50, 95, 99))
+    return {
+        "Model": item.name,
+        "Params (M)": sum(p.numel() for p in model.parameters()) / 1e6,
+        "Accuracy": item.scores.get("accuracy"),
+        "Macro F1": item.scores.get("macro_f1"),
+        "Mean Batch Time (s)": batches.mean(),
+        "+- std (s)": batches.std(),
+        "Latency (ms/clip)": batches.mean() / config.batch_size * 1000,
+        "Batch-1 p50 (ms)": p50,
+        "Batch-1 p95 (ms)": p95,
+        "Batch-1 p99 (ms)": p99,
+        "End to end (ms)": float(np.median(whole)),
+        "GFLOPs": gflops,
+        "Peak memory (MB)": _peak_memory(device),
+        "Frames": item.n_frames,
+        "Size (px)": item.image_size,
+    }
+
+
+def _peak_memory(device: torch.device) -> float:
+    """On a GPU what this model took; else the most this process ever had."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e6
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6
+
+
+def conditions(config: BenchmarkConfig, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
+    """Everything that the numbers depend on besides the code."""
+    return {
+        "device": describe_device(device),
+        "precision": str(dtype).removeprefix("torch."),
+        "batch_size": config.batch_size,
+        "n": f"{config.repeats} batches, {5 * config.repeats} single clips",
+        "compile": config.compile,
+        "torch": torch.__version__,
+        "torchvision": torchvision.__version__,
+        "av": av.__version__,
+        "python": platform.python_version(),
+        "system": platform.platform(),
+        "command": " ".join(sys.argv),
+    }
+
+
+def to_markdown(table: pd.DataFrame, facts: dict[str, Any]) -> str:
+    """The table and its conditions as Markdown."""
+    formats = {"Accuracy": "{:.4f}", "Macro F1": "{:.4f}", "Mean Batch Time (s)": "{:.4f}"}
+    formats |= {"+- std (s)": "{:.4f}", "Frames": "{:d}", "Size (px)": "{:d}"}
+    rows = [
+        [_cell(row[name], formats.get(name, "{:.2f}")) for name in table.columns]
+        for row in table.to_dict(orient="records")
+    ]
+    lines = [list(table.columns), ["---"] * len(table.columns), *rows]
+    text = "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
+    said = "; ".join(f"{name}: {value}" for name, value in facts.items())
+    return f"{text}\n\n{said}\n"
+
+
+def _cell(value: Any, pattern: str) -> str:
+    if isinstance(value, str):
+        return value.replace("|", "\\|")
+    return "-" if value is None or np.isnan(value) else pattern.format(value)
+
+
+def benchmark(specs: Sequence[str], config: BenchmarkConfig) -> tuple[pd.DataFrame, dict[str, Any]]:
+    """Time the models one after the other: the table, and its conditions."""
+    device = choose_device(config.device)
+    dtype = choose_precision(config.amp, device)
+    items = [subject(spec, config) for spec in specs]  # a wrong name is told before the work
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        video = Path(folder) / "clip.mp4"
+        write_video(video, _test_video())
+        for item in tqdm(items, "timing", unit="model", leave=False):
+            rows.append(measure(item, video, config, device, dtype))
+            item.model = None  # give its memory back
+    return pd.DataFrame(rows), conditions(config, device, dtype)
+
+
+def _test_video() -> np.ndarray:
+    """30 frames of 1280 x 720 with some detail and some motion, `(30, 720, 1280, 3)`."""
+    rng = np.random.default_rng(0)
+    blocks = rng.integers(0, 256, (100, 180, 3), dtype=np.uint8)
+    scene = blocks.repeat(8, axis=0).repeat(8, axis=1)  # (800, 1440, 3)
+    return np.stack([scene[t : t + 720, 2 * t : 2 * t + 1280] for t in range(30)])
+
+
+@script
+def main() -> None:
+    config = tyro.cli(BenchmarkConfig, description=__doc__)
+    for name in ("batch_size", "n_frames", "image_size", "repeats", "num_classes"):
+        if getattr(config, name) < 1:
+            raise UserError(f"{name} = {getattr(config, name)}: must be at least 1")
+    if config.warmup < 0 or not config.models:
+        raise UserError("warmup must be at least 0, and there must be a model to time")
+    table, facts = benchmark(config.models, config)
+    text = to_markdown(table, facts)
+    print(text)
+    folder = Path(config.output)
+    folder.mkdir(parents=True, exist_ok=True)
+    records = json.loads(table.to_json(orient="records", double_precision=9))
+    write_text(folder / "latency.csv", table.to_csv(index=False))
+    write_text(folder / "latency.md", text)
+    write_json(folder / "latency.json", {"conditions": facts, "rows": records})
+    print(f"saved: {folder}/latency.csv, .json, .md")
+    print(json.dumps({"conditions": facts, "rows": records}))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,89 @@
+"""CNN-LSTM against a loop over LSTM cells, and each pooling by hand."""
+
+import pytest
+import torch
+from torch import nn
+
+from cnn_lstm import CNNLSTM
+
+
+def build(seed: int = 0, **options: object) -> CNNLSTM:
+    torch.manual_seed(seed)
+    return CNNLSTM(**options).eval()
+
+
+def clips(*shape: int) -> torch.Tensor:
+    return torch.rand(shape, generator=torch.Generator().manual_seed(0))
+
+
+def run_cell(lstm: nn.LSTM, suffix: str, x: torch.Tensor) -> torch.Tensor:
+    """`(B, T, features)` to `(B, T, hidden)`: a cell with the LSTM's weights, frame by frame."""
+    cell = nn.LSTMCell(x.shape[2], lstm.hidden_size)
+    for kind in ("weight_ih", "weight_hh", "bias_ih", "bias_hh"):
+        getattr(cell, kind).data = getattr(lstm, f"{kind}_{suffix}").data
+    hidden, memory = torch.zeros(2, len(x), lstm.hidden_size)
+    outputs = []
+    for t in range(x.shape[1]):
+        hidden, memory = cell(x[:, t], (hidden, memory))
+        outputs.append(hidden)
+    return torch.stack(outputs, dim=1)
+
+
+def test_parameters() -> None:
+    assert sum(p.numel() for p in CNNLSTM().parameters()) == 13_281_351
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("layers", [1, 2])
+@pytest.mark.parametrize("bidirectional", [False, True])
+@pytest.mark.parametrize("pooling", ["mean", "last", "max", "attention"])
+def test_model_equals_the_loop(layers: int, bidirectional: bool, pooling: str) -> None:
+    model = build(
+        lstm_hidden=12, lstm_layers=layers, bidirectional=bidirectional, temporal_pooling=pooling
+    )
+    x = clips(2, 3, 3, 32, 32)
+    # A frame at a time: batched features would hide a mix-up of clips and frames.
+    features = [[model.backbone(model.normalize(x[b : b + 1, t])) for t in range(3)]
+                for b in range(2)]  # fmt: skip
+    out = torch.stack([torch.cat(frames) for frames in features])  # (B, T, 512)
+    for layer in range(layers):
+        forward = run_cell(model.lstm, f"l{layer}", out)
+        if bidirectional:
+            backward = run_cell(model.lstm, f"l{layer}_reverse", out.flip(1)).flip(1)
+            out = torch.cat((forward, backward), dim=2)
+        else:
+            out = forward
+
+    if pooling == "mean":
+        pooled = (out[:, 0] + out[:, 1] + out[:, 2]) / 3
+    elif pooling == "max":
+        pooled = torch.maximum(torch.maximum(out[:, 0], out[:, 1]), out[:, 2])
+    elif pooling == "attention":
+        scores = (out @ model.attention.weight[0] + model.attention.bias).exp()  # (B, T)
+        pooled = sum(out[:, t] * (scores[:, t] / scores.sum(1))[:, None] for t in range(3))
+    elif bidirectional:  # each direction where it has seen all frames
+        pooled = torch.cat((out[:, 2, :12], out[:, 0, 12:]), dim=1)
+    else:
+        pooled = out[:, 2]
+    wanted = pooled @ model.head.weight.T + model.head.bias
+    torch.testing.assert_close(model(x), wanted, atol=1e-5, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_last_is_the_final_state_of_both_directions() -> None:
+    model = build(lstm_hidden=8, bidirectional=True, temporal_pooling="last")
+    out, (final, _) = model.lstm(clips(2, 5, 512))  # final: (directions, B, hidden)
+    torch.testing.assert_close(model.pool(out), torch.cat((final[0], final[1]), dim=1))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("pooling", ["mean", "last", "max", "attention"])
+def test_the_order_of_frames_matters(pooling: str) -> None:
+    model = build(temporal_pooling=pooling)
+    x = clips(1, 4, 3, 32, 32)
+    assert not torch.allclose(model(x), model(x.flip(1)), atol=1e-5)
+
+
+def test_dropout_lies_between_layers_too() -> None:
+    assert CNNLSTM(lstm_layers=2, lstm_hidden=8, dropout=0.3).lstm.dropout == 0.3
+    assert CNNLSTM(lstm_layers=1, lstm_hidden=8, dropout=0.3).lstm.dropout == 0.0  # torch warns

@@ -1,0 +1,136 @@
+"""The temporal shift against loops, TSM-ResNet18 against hooks on torchvision's ResNet-18."""
+
+import copy
+
+import pytest
+import torch
+
+from tsm_resnet import LAYERS, TSMResNet18, temporal_shift
+
+
+def shift_by_loop(x: torch.Tensor, n_frames: int, shift_div: int = 8) -> torch.Tensor:
+    """One frame of one channel at a time, from the paper's description."""
+    frames, channels = x.shape[:2]
+    fold = channels // shift_div
+    out = x.clone()
+    for clip in range(frames // n_frames):
+        for t in range(n_frames):
+            for channel in range(2 * fold):
+                source = t + 1 if channel < fold else t - 1
+                inside = 0 <= source < n_frames
+                frame = x[clip * n_frames + source, channel] if inside else 0.0
+                out[clip * n_frames + t, channel] = frame
+    return out
+
+
+def clips(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.rand(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def lively(**options: object) -> TSMResNet18:
+    """A random model in eval mode, its BatchNorm statistics those of some clips.
+
+    With fresh statistics the signal fades or explodes, and every model gives nearly the same logits.
+    """
+    torch.manual_seed(0)
+    model = TSMResNet18(**options)
+    with torch.no_grad():
+        for seed in range(20):
+            model(clips(2, 4, 3, 64, 64, seed=seed))
+    return model.eval()
+
+
+@pytest.mark.parametrize("n_frames", [1, 2, 5, 16])
+@pytest.mark.parametrize("shift_div", [2, 4, 8, 64])
+def test_shift_equals_the_loop(n_frames: int, shift_div: int) -> None:
+    x = clips(3 * n_frames, 16, 2, 3)
+    assert torch.equal(
+        temporal_shift(x, n_frames, shift_div), shift_by_loop(x, n_frames, shift_div)
+    )
+
+
+def test_shift_directions() -> None:
+    x = torch.arange(1.0, 4.0).view(3, 1, 1, 1).expand(3, 8, 1, 1)  # frame t holds t + 1
+    out = temporal_shift(x, 3)[:, :, 0, 0]
+    assert out[:, 0].tolist() == [2, 3, 0]
+    assert out[:, 1].tolist() == [0, 1, 2]
+    assert out[:, 2:].tolist() == [[1] * 6, [2] * 6, [3] * 6]
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_shift_keeps_the_memory_format_and_its_input(layout: torch.memory_format) -> None:
+    x = clips(8, 16, 4, 5).contiguous(memory_format=layout)
+    before = x.clone()
+    out = temporal_shift(x, 4)
+    assert out.is_contiguous(memory_format=layout)
+    assert out.stride() == x.stride()
+    assert torch.equal(x, before)
+
+
+def test_shift_gradient() -> None:
+    x = clips(6, 8, 2, 2).double().requires_grad_()
+    assert torch.autograd.gradcheck(lambda x: temporal_shift(x, 3, 4), x)
+
+
+def test_shift_gradient_is_the_adjoint() -> None:
+    x, y = clips(10, 16, 3, 3).double().requires_grad_(), clips(10, 16, 3, 3, seed=1).double()
+    shifted = temporal_shift(x, 5)
+    (gradient,) = torch.autograd.grad(shifted, x, y)
+    torch.testing.assert_close((shifted * y).sum(), (x * gradient).sum())
+
+
+def test_parameters() -> None:
+    assert sum(p.numel() for p in TSMResNet18().parameters()) == 11_180_103
+
+
+@pytest.mark.parametrize("shift_place", ["blockres", "stage"])
+@pytest.mark.parametrize("shift_div", [4, 8])
+def test_model_equals_torchvision_with_hooks(shift_place: str, shift_div: int) -> None:
+    model = lively(shift_place=shift_place, shift_div=shift_div)
+    x = clips(2, 3, 3, 32, 32)
+    reference = copy.deepcopy(model.backbone)
+    stages = [getattr(reference, name) for name in LAYERS]
+    blocks = [block.conv1 for stage in stages for block in stage]
+    pixels = model.normalize(x).flatten(0, 1)
+    with torch.no_grad():
+        unshifted = model.head(reference(pixels))
+    for module in blocks if shift_place == "blockres" else stages:
+        module.register_forward_pre_hook(lambda _, args: shift_by_loop(args[0], 3, shift_div))
+    with torch.no_grad():
+        logits = model.head(reference(pixels))
+        assert not torch.allclose(logits, unshifted, atol=1e-2)  # the shift is seen in the logits
+        wanted = torch.stack([logits[:3].mean(0), logits[3:].mean(0)])
+        torch.testing.assert_close(model(x), wanted, atol=1e-5, rtol=1e-4)
+
+
+def test_places_and_divs_differ() -> None:
+    x = clips(1, 4, 3, 32, 32)
+    models = [lively(shift_place=place, shift_div=div) for place in ("blockres", "stage")
+              for div in (4, 8)]  # fmt: skip
+    with torch.no_grad():
+        outputs = [model(x) for model in models]
+    for number, one in enumerate(outputs):
+        for other in outputs[number + 1 :]:
+            assert not torch.allclose(one, other, atol=1e-4)
+
+
+@pytest.mark.parametrize("shift_place", ["blockres", "stage"])
+def test_the_order_of_frames_matters(shift_place: str) -> None:
+    model = lively(shift_place=shift_place)
+    x = clips(1, 6, 3, 32, 32)
+    with torch.no_grad():
+        assert not torch.allclose(model(x), model(x[:, [3, 0, 5, 1, 4, 2]]), atol=1e-4)
+
+
+def test_one_model_takes_any_number_of_frames() -> None:
+    model = lively()
+    with torch.no_grad():
+        assert [model(clips(2, t, 3, 32, 32)).shape for t in (1, 3, 8)] == [(2, 7)] * 3
+
+
+def test_channels_last_weights_give_the_same_logits() -> None:
+    model, x = lively(), clips(2, 4, 3, 32, 32)
+    with torch.no_grad():
+        wanted = model(x)
+        out = model.to(memory_format=torch.channels_last)(x)
+    torch.testing.assert_close(out, wanted, atol=1e-4, rtol=1e-4)
