@@ -23,14 +23,13 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
-import av
 import numpy as np
 import pandas as pd
 import torch
-import torchvision
 import tyro
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
@@ -220,9 +219,7 @@ def conditions(config: BenchmarkConfig, device: torch.device, dtype: torch.dtype
         "batch_size": config.batch_size,
         "n": f"{config.repeats} batches, {5 * config.repeats} single clips",
         "compile": config.compile,
-        "torch": torch.__version__,
-        "torchvision": torchvision.__version__,
-        "av": av.__version__,
+        **{name: version(name) for name in ("torch", "torchvision", "av")},
         "python": platform.python_version(),
         "system": platform.platform(),
         "command": " ".join(sys.argv),

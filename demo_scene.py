@@ -155,7 +155,7 @@ def _frame(
     blood: float,
     smoke: float,
 ) -> np.ndarray:
-    """One picture, `(96, 128, 3)` float: tissue, blood, instrument, smoke, rim, light, round view."""
+    """One picture, `(96, 128, 3)` float: tissue, blood, instrument, smoke, rim, light."""
     x, y = _X - WIDTH / 2, _Y - HEIGHT / 2
     distance = np.hypot(x, y)
     # Python floats from here on: numpy's would turn the pictures into float64, twice as slow.

@@ -99,9 +99,12 @@ def _reason(path: Path, error: Exception) -> str:
     Its own text is cut after the first sentence: the second advises `weights_only=False`, which
     would run whatever code a stranger's file holds.
     """
-    if path.is_file() and path.open("rb").read(262).endswith(b"ustar"):
+    if not isinstance(error, OSError):  # it can be opened
+        with open(path, "rb") as file:
+            start = file.read(262)
         # torchvision's first ResNet-18, resnet18-5c106cde.pth, is one of these even when intact.
-        return "the .tar format of 2017, which torch no longer loads safely"
+        if start.endswith(b"ustar"):
+            return "the .tar format of 2017, which torch no longer loads safely"
     text = str(error).strip()
     return text.splitlines()[0].split(". ")[0].rstrip(".") if text else type(error).__name__
 

@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from torch import nn
 
 from tsm_resnet import LAYERS, TSMResNet18, temporal_shift
 
@@ -34,9 +35,11 @@ def lively(**options: object) -> TSMResNet18:
     """
     torch.manual_seed(0)
     model = TSMResNet18(**options)
+    norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
+    for norm in norms:
+        norm.momentum = 1.0  # take the statistics of the next batch
     with torch.no_grad():
-        for seed in range(20):
-            model(clips(2, 4, 3, 64, 64, seed=seed))
+        model(clips(2, 4, 3, 64, 64, seed=1))
     return model.eval()
 
 

@@ -1,0 +1,204 @@
+"""What holds for every model: stages, groups, freezing, contracts; and each can learn."""
+
+import inspect
+
+import pytest
+import torch
+from torch import nn
+
+from errors import UserError
+from models import (
+    MODELS,
+    build_model,
+    describe,
+    freeze,
+    hold_frozen,
+    model_options,
+    parameter_groups,
+)
+
+# fmt: off
+TINY = {
+    "tsm": {},
+    "cnn_lstm": {"lstm_hidden": 16, "lstm_layers": 2, "temporal_pooling": "attention"},
+    "r2plus1d": {},
+    "vivit": {"n_frames": 4, "image_size": 32, "patch_size": 8, "dim": 24, "depth": 2,
+              "dim_head": 8},
+}
+STAGES = {
+    "tsm": ["stem", "layer1", "layer2", "layer3", "layer4", "head"],
+    "cnn_lstm": ["stem", "layer1", "layer2", "layer3", "layer4", "lstm", "head"],
+    "r2plus1d": ["stem", "layer1", "layer2", "layer3", "layer4", "head"],
+    "vivit": ["embedding", "spatial1", "spatial2", "temporal1", "temporal2", "head"],
+}
+# fmt: on
+every_model = pytest.mark.parametrize("name", MODELS)
+
+
+def tiny(name: str, num_classes: int = 7, **options: object) -> nn.Module:
+    torch.manual_seed(0)
+    return build_model(name, num_classes, **TINY[name], **options)
+
+
+def clips(count: int = 2, seed: int = 0) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(0, 256, (count, 4, 3, 32, 32), dtype=torch.uint8, generator=generator)
+
+
+@every_model
+def test_stages_cover_every_parameter_once(name: str) -> None:
+    model = tiny(name)
+    stages = model.stages()
+    listed = [id(p) for modules in stages.values() for m in modules for p in m.parameters()]
+    assert list(stages) == STAGES[name]
+    assert len(listed) == len(set(listed))
+    assert set(listed) == {id(p) for p in model.parameters()}
+
+
+@every_model
+def test_dtypes_agree_and_dropout_sleeps_in_eval(name: str) -> None:
+    model, x = tiny(name, num_classes=5, dropout=0.5), clips()
+    model.train()
+    with torch.no_grad():
+        model(x)  # BatchNorm statistics of something
+        model.eval()
+        once, again, from_float = model(x), model(x), model(x.float() / 255)
+    assert once.shape == (2, 5)
+    assert once.dtype == torch.float32
+    assert torch.equal(once, again)
+    torch.testing.assert_close(once, from_float, atol=1e-4, rtol=1e-4)
+
+
+@every_model
+def test_clips_of_a_batch_do_not_see_each_other(name: str) -> None:
+    model = tiny(name)
+    with torch.no_grad():
+        model(clips(seed=2))  # BatchNorm statistics of something
+        model.eval()
+        one = clips(2)
+        other = torch.stack((one[0], clips(1, seed=1)[0]))
+        before, after = model(one), model(other)
+    torch.testing.assert_close(before[0], after[0], atol=1e-5, rtol=1e-4)
+    assert not torch.allclose(before[1], after[1], atol=1e-5)
+
+
+def test_options_are_the_constructors() -> None:
+    assert model_options("tsm") == {"shift_place", "shift_div", "dropout"}
+    for name, cls in MODELS.items():
+        assert model_options(name) | {"num_classes"} == set(inspect.signature(cls).parameters)
+
+
+def test_unknown_names_and_options_are_refused() -> None:
+    with pytest.raises(UserError, match=r"'resnet'.*tsm, cnn_lstm, r2plus1d, vivit"):
+        build_model("resnet", 7)
+    with pytest.raises(UserError, match=r"tsm has no setting lstm_hidden; it has dropout, shift_"):
+        build_model("tsm", 7, lstm_hidden=3)
+
+
+@every_model
+def test_layer_decay_and_no_decay(name: str) -> None:
+    model = tiny(name)
+    groups = parameter_groups(model, 0.1, 0.05, layer_decay=0.5)
+    settings = {id(p): (g["lr"], g["weight_decay"]) for g in groups for p in g["params"]}
+    assert sum(len(group["params"]) for group in groups) == len(list(model.parameters()))
+    depth = len(STAGES[name]) - 1
+    for number, modules in enumerate(model.stages().values()):
+        for parameter in (p for module in modules for p in module.parameters()):
+            assert settings[id(parameter)][0] == pytest.approx(0.1 * 0.5 ** (depth - number))
+
+    norms = (nn.BatchNorm2d, nn.BatchNorm3d, nn.LayerNorm)
+    in_norms = {id(p) for m in model.modules() if isinstance(m, norms) for p in m.parameters()}
+    spared = 0
+    for path, parameter in model.named_parameters():
+        free = id(parameter) in in_norms or "bias" in path or "token" in path or "posit" in path
+        spared += free
+        assert settings[id(parameter)][1] == (0.0 if free else 0.05), path
+    assert 0 < spared < len(settings)
+
+
+def test_layer_decay_of_one_gives_one_rate() -> None:
+    groups = parameter_groups(tiny("tsm"), 0.3, 0.05)
+    assert {group["lr"] for group in groups} == {0.3}
+    torch.optim.AdamW(groups)  # accepts them: no parameter stands in two
+
+
+@every_model
+def test_frozen_stages_stand_still(name: str) -> None:
+    model, x, up_to = tiny(name, dropout=0.2), clips(), STAGES[name][2]
+    freeze(model, up_to)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    optimizer = torch.optim.AdamW(parameter_groups(model, 0.1, 0.1))
+    for _ in range(2):  # a second model.train() must not wake them
+        model.train()
+        hold_frozen(model)
+        nn.functional.cross_entropy(model(x), torch.tensor([0, 1])).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    names = {id(value): key for key, value in model.state_dict(keep_vars=True).items()}
+    for number, (stage, modules) in enumerate(model.stages().items()):
+        values = [v for m in modules for v in m.state_dict(keep_vars=True).values()]
+        same = [torch.equal(value, before[names[id(value)]]) for value in values]
+        if number <= 2:
+            assert all(same), stage
+            assert not any(m.training for module in modules for m in module.modules())
+            assert all(value.grad is None for value in values)
+        else:
+            assert not any(same), stage
+            assert all(module.training for module in modules)
+
+
+def test_without_holding_the_statistics_would_drift() -> None:
+    """The test above can fail: frozen weights alone do not hold BatchNorm."""
+    model = tiny("tsm").train()
+    freeze(model, "layer4")
+    before = model.backbone.bn1.running_mean.clone()
+    with torch.no_grad():
+        model(clips())
+    assert not torch.equal(model.backbone.bn1.running_mean, before)
+
+
+@every_model
+@pytest.mark.parametrize("up_to", ["head", "layer9", ""])
+def test_what_cannot_be_frozen_is_refused(name: str, up_to: str) -> None:
+    model = tiny(name)
+    with pytest.raises(UserError, match=", ".join(STAGES[name][:-1])):
+        freeze(model, up_to)
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_frozen_parameters_are_in_no_group() -> None:
+    model = tiny("tsm")
+    freeze(model, "layer4")
+    groups = parameter_groups(model, 0.1, 0.1)
+    assert {id(p) for group in groups for p in group["params"]} == {
+        id(model.head.weight), id(model.head.bias)
+    }  # fmt: skip
+
+
+def test_description() -> None:
+    model = build_model("tsm", 7)
+    freeze(model, "stem")
+    lines = [line.split() for line in describe(model).splitlines()]
+    assert lines[0] == ["stem", "9,536", "frozen"]
+    assert lines[1] == ["layer1", "147,968"]
+    assert lines[5] == ["head", "3,591"]
+    assert lines[6] == ["parameters", "11,180,103,", "trained", "11,170,567"]
+
+
+@every_model
+def test_eight_clips_overfit(name: str) -> None:
+    """Gradients reach everything and eval agrees with training: 100 % within a few steps."""
+    model, x = tiny(name), clips(8)
+    labels = torch.tensor([0, 1, 2, 3, 4, 5, 6, 0])
+    optimizer = torch.optim.AdamW(parameter_groups(model, 1e-3 if name != "vivit" else 3e-3, 0.01))
+    for step in range(1, 121):
+        model.train()
+        nn.functional.cross_entropy(model(x), labels).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        if step % 10 == 0:
+            model.eval()
+            with torch.no_grad():
+                if torch.equal(model(x).argmax(dim=1), labels):
+                    return
+    raise AssertionError(f"{name}: not learnt in {step} steps")
