@@ -96,8 +96,8 @@ def _read(path: Path, remedy: str) -> dict:
 def _reason(path: Path, error: Exception) -> str:
     """Why torch.load failed, in a few words.
 
-    Its own text is cut after the first sentence: the second advises `weights_only=False`, which
-    would run whatever code a stranger's file holds.
+    Its own text is cut after the first sentence, and left out where it speaks of `weights_only`:
+    it advises to switch that off, which would run whatever code a stranger's file holds.
     """
     if not isinstance(error, OSError):  # it can be opened
         with open(path, "rb") as file:
@@ -105,7 +105,7 @@ def _reason(path: Path, error: Exception) -> str:
         # torchvision's first ResNet-18, resnet18-5c106cde.pth, is one of these even when intact.
         if start.endswith(b"ustar"):
             return "the .tar format of 2017, which torch no longer loads safely"
-    text = str(error).strip()
+    text = str(error).split("Cannot use ``weights_only")[0].strip()
     return text.splitlines()[0].split(". ")[0].rstrip(".") if text else type(error).__name__
 
 

@@ -184,7 +184,7 @@ def test_all_problems_of_all_splits_in_one_message(tmp_path) -> None:
 def test_class_without_training_clip(tmp_path) -> None:
     write(tmp_path, "path,label\na.mp4,x\n", ("a.mp4", "b.mp4"), "train.csv")
     write(tmp_path, "path,label\nb.mp4,y\n", (), "val.csv")
-    with pytest.raises(UserError, match="no training clip .*: 1: y"):
+    with pytest.raises(UserError, match=r"no training clip .*: 1: y"):
         read({name: tmp_path / f"{name}.csv" for name in ("train", "val")}, tmp_path, ("x", "y"))
 
 

@@ -117,7 +117,7 @@ def start(folder: Path, *arguments: str) -> subprocess.Popen:
     return subprocess.Popen(
         [sys.executable, str(ROOT / "train.py"), *arguments],
         cwd=folder,
-        stdout=open(folder / "out.txt", "a"),  # noqa: SIM115
+        stdout=open(folder / "out.txt", "a"),
         stderr=subprocess.STDOUT,
     )
 

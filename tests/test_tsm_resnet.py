@@ -31,7 +31,7 @@ def clips(*shape: int, seed: int = 0) -> torch.Tensor:
 def lively(**options: object) -> TSMResNet18:
     """A random model in eval mode, its BatchNorm statistics those of some clips.
 
-    With fresh statistics the signal fades or explodes, and every model gives nearly the same logits.
+    With fresh statistics the signal fades or explodes: all models would give the same logits.
     """
     torch.manual_seed(0)
     model = TSMResNet18(**options)

@@ -170,6 +170,7 @@ def test_saved_things_that_are_no_weights(
     assert "thing.pt" in fails(tsm, save(content, tmp_path / "thing.pt"))
 
 
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 @pytest.mark.parametrize("zipped", [True, False])
 def test_flipped_bytes_never_end_in_a_traceback(
     zipped: bool, tmp_path: Path, tsm: torch.nn.Module

@@ -1,0 +1,104 @@
+"""benchmark_latency.py: what it counts is checked by hand; how fast things are is not tested."""
+
+import json
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+from conftest import TINY_FLAGS, run_script
+from torch import nn
+
+from benchmark_latency import count_gflops, time_calls
+from cnn_lstm import CNNLSTM
+from models import build_model
+
+
+def test_flops_of_a_layer_by_hand() -> None:
+    class OneConv(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(3, 8, 3, padding=1)
+
+        def forward(self, clips: torch.Tensor) -> torch.Tensor:
+            return self.conv(clips.flatten(0, 1))
+
+    clip = torch.zeros(1, 4, 3, 10, 12)
+    assert count_gflops(OneConv(), clip) == pytest.approx(2 * 4 * 8 * 10 * 12 * 3 * 9 / 1e9)
+
+
+@pytest.mark.parametrize(("layers", "bidirectional"), [(1, False), (2, False), (2, True)])
+def test_lstm_has_its_own_term(layers: int, bidirectional: bool) -> None:
+    """PyTorch's counter sees it as nothing."""
+
+    class OnlyLSTM(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.lstm = nn.LSTM(512, 256, layers, batch_first=True, bidirectional=bidirectional)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.lstm(x)[0]
+
+    d = 2 if bidirectional else 1
+    cells = 2 * 4 * 256 * (512 + 256) * d + (layers - 1) * d * 2 * 4 * 256 * (d * 256 + 256)
+    assert count_gflops(OnlyLSTM(), torch.zeros(1, 16, 512)) == pytest.approx(16 * cells / 1e9)
+
+
+def test_gflops_of_the_published_sizes() -> None:
+    """ResNet-18 at 224 px is 3.63 GFLOPs a frame (2 x MAC); R(2+1)D-18 at 16 x 112 px 81.0."""
+    clip = torch.zeros(1, 1, 3, 224, 224, dtype=torch.uint8)
+    assert count_gflops(build_model("tsm", 7).eval(), clip) == pytest.approx(3.63, abs=0.01)
+    lstm = count_gflops(CNNLSTM().eval(), clip) - count_gflops(build_model("tsm", 7).eval(), clip)
+    assert lstm * 16 == pytest.approx(0.067, abs=0.001)
+    clip = torch.zeros(1, 16, 3, 112, 112, dtype=torch.uint8)
+    assert count_gflops(build_model("r2plus1d", 7).eval(), clip) == pytest.approx(81.0, abs=0.1)
+
+
+def test_every_repeat_is_timed() -> None:
+    calls = []
+    seconds = time_calls(lambda: calls.append(1), 7, torch.device("cpu"))
+    assert len(calls) == len(seconds) == 7
+    assert (seconds > 0).all()
+
+
+def test_script(tiny_data: Path, tmp_path: Path) -> None:
+    run_script("train.py", "--data-root", tiny_data, *TINY_FLAGS, "--epochs", 1, cwd=tmp_path)
+    run = next((tmp_path / "runs").iterdir())
+    done = run_script(
+        "benchmark_latency.py",
+        *("--models", "cnn_lstm", "vivit@48", run),
+        *("--image-size", 32, "--n-frames", 4, "--batch-size", 2, "--repeats", 2, "--warmup", 1),
+        cwd=tmp_path,
+    )
+    table = pd.read_csv(tmp_path / "benchmarks/latency.csv")
+    assert len(table) == 3
+    assert table["Size (px)"].tolist() == [32, 48, 32]
+    assert table["Params (M)"].iloc[0] == pytest.approx(13.281351)
+    latency = table["Mean Batch Time (s)"] / 2 * 1000
+    assert table["Latency (ms/clip)"].tolist() == pytest.approx(latency.tolist())
+    tested = json.loads((run / "test_metrics.json").read_text())
+    assert table["Accuracy"].iloc[2] == pytest.approx(tested["accuracy"])
+    assert table["Accuracy"].iloc[:2].isna().all()
+    last = json.loads(done.stdout.strip().splitlines()[-1])
+    saved = json.loads((tmp_path / "benchmarks/latency.json").read_text())
+    assert last == saved
+    assert {"device", "precision", "torch", "command"} <= set(last["conditions"])
+    markdown = (tmp_path / "benchmarks/latency.md").read_text()
+    assert markdown.count("\n| ") == 4
+    assert markdown in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--models", "resnet"], "'resnet' is neither a model"),
+        (["--models", "tsm@big"], "after the @ stands the image size"),
+        (["--repeats", "0"], "repeats = 0: must be at least 1"),
+        (["--models", "vivit@50"], "must be a multiple"),
+    ],
+)
+def test_mistakes_are_one_line(arguments: list[str], message: str, tmp_path: Path) -> None:
+    done = run_script("benchmark_latency.py", *arguments, cwd=tmp_path, check=False)
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
