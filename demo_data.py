@@ -9,13 +9,15 @@ the classes are unequally frequent, as in life.
 """
 
 import csv
+import glob
 import json
 import os
 import shutil
+import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from pathlib import Path
 
 import numpy as np
@@ -78,38 +80,37 @@ def render_demo(
 ) -> Path:
     """Render the demo data into `root`, unless it is there already. Returns `root`.
 
+    The clips are made in a hidden folder beside `root`, which gets its name when it is complete:
+    whatever interrupts the rendering, a `root` that exists is whole. Processes that render the same
+    `root` at the same time do so twice, and the first one's folder stays.
+
     Args:
         patients: number of patients in train, val and test.
         clips_per_patient: number of clips of each class for each patient.
         workers: processes that render (None: one a core, at most 8).
 
     Raises:
-        UserError: `root` holds something else.
+        UserError: `root` holds something else; it is left as it is.
     """
-    root = Path(root)
+    root = Path(root).resolve()  # "." has no name to put a hidden folder beside, a link no room
     recipe = {
         "version": VERSION,
         "seed": seed,
         "patients": patients or PATIENTS,
         "clips_per_patient": clips_per_patient or CLIPS_PER_PATIENT,
     }
-    marker = root / MARKER
-    if marker.is_file() and json.loads(marker.read_text()) == recipe:
+    if _recipe_of(root) == recipe:
         return root
-    if root.exists() and not marker.is_file() and any(root.iterdir()):
-        raise UserError(f"{root} is to hold the demo data but holds something else: move it away")
+    _refuse_foreign(root)
     clips = list(plan_clips(recipe["patients"], recipe["clips_per_patient"]))
-    unfinished = root.with_name(f".{root.name}.{os.getpid()}.unfinished")
-    for leftover in root.parent.glob(f".{root.name}.*.unfinished"):
-        shutil.rmtree(leftover)
+    _remove_leftovers(root)
+    unfinished = _hidden(root, os.getpid())
     try:
         _render_all(clips, unfinished / "clips", seed, workers)
         for split in recipe["patients"]:
             _write_csv(unfinished / f"{split}.csv", [c for c in clips if c.split == split])
         (unfinished / MARKER).write_text(json.dumps(recipe))
-        if root.exists():
-            shutil.rmtree(root)  # ours, of another recipe
-        os.replace(unfinished, root)
+        _replace(root, unfinished, recipe)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
     return root
@@ -161,6 +162,63 @@ def draw_filmstrip(path: str | Path, columns: int = 7) -> None:
         figure.savefig(unfinished, dpi=110)
 
 
+def _recipe_of(root: Path) -> dict | None:
+    """What the demo data in a folder was made from; None where there is none of ours."""
+    try:
+        recipe = json.loads((root / MARKER).read_text())
+    except (OSError, ValueError):
+        return None
+    # Somebody else's demo.json must not make their folder ours to replace.
+    ours = isinstance(recipe, dict) and {"version", "seed", "clips_per_patient"} <= recipe.keys()
+    return recipe if ours else None
+
+
+def _refuse_foreign(root: Path) -> None:
+    if not root.exists() or _recipe_of(root) is not None:
+        return
+    if not root.is_dir() or any(root.iterdir()):
+        raise UserError(f"{root} is to hold the demo data but holds something else: move it away")
+
+
+def _hidden(root: Path, process: int | str) -> Path:
+    return root.with_name(f".{root.name}.{process}.unfinished")
+
+
+def _remove_leftovers(root: Path) -> None:
+    """Delete what renderings that were killed left beside `root`, but not one that goes on."""
+    for leftover in root.parent.glob(_hidden(Path(glob.escape(str(root))), "*").name):
+        process = leftover.name.split(".")[-2]
+        if not (process.isdecimal() and _alive(int(process))):
+            shutil.rmtree(leftover, ignore_errors=True)
+
+
+def _alive(process: int) -> bool:
+    if process == os.getpid():
+        return False  # an earlier process of the same number: this one has just begun
+    if os.name != "posix":
+        return True  # os.kill would end it there; better a leftover too many
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:  # there, but another user's
+        return True
+    return True
+
+
+def _replace(root: Path, finished: Path, recipe: dict) -> None:
+    """Give the finished folder its name, unless another process was faster."""
+    if _recipe_of(root) == recipe:
+        return
+    _refuse_foreign(root)
+    if root.exists():  # ours, of another recipe, or empty
+        # Renamed first: a folder half deleted would still have the marker of a whole one.
+        old = _hidden(root, f"old.{os.getpid()}")
+        os.replace(root, old)
+        shutil.rmtree(old)
+    os.replace(finished, root)
+
+
 def _render_one(clip: Clip, folder: Path, seed: int) -> None:
     path = folder / clip.path
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -170,10 +228,24 @@ def _render_one(clip: Clip, folder: Path, seed: int) -> None:
 def _render_all(clips: Sequence[Clip], folder: Path, seed: int, workers: int | None) -> None:
     workers = workers or min(os.cpu_count() or 1, 8)
     # Fresh processes: a fork would copy whatever threads the caller has started.
-    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+    spawn = get_context("spawn")
+    with ProcessPoolExecutor(workers, mp_context=spawn, initializer=_end_with_parent) as pool:
         jobs = [pool.submit(_render_one, clip, folder, seed) for clip in clips]
-        for job in tqdm(jobs, "rendering demo clips", unit="clip", leave=False):
-            job.result()
+        try:
+            for job in tqdm(jobs, "rendering demo clips", unit="clip", leave=False):
+                job.result()
+        finally:  # after an error, a full disk say, the clips still waiting are not worth it
+            pool.shutdown(cancel_futures=True)
+
+
+def _end_with_parent() -> None:
+    """In a worker: stop when the main process is killed, instead of waiting for it for ever."""
+
+    def watch() -> None:
+        parent_process().join()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def _write_csv(path: Path, clips: Sequence[Clip]) -> None:

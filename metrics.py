@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+
 def confusion_matrix(labels: np.ndarray, predictions: np.ndarray, num_classes: int) -> np.ndarray:
     """Counts `(num_classes, num_classes)`: rows are the truth, columns the predictions."""
     pairs = np.asarray(labels) * num_classes + np.asarray(predictions)
