@@ -5,7 +5,6 @@ A checkpoint holds everything that is needed to go on training or to rebuild the
 and `format_version`. Loading one runs no code from it.
 """
 
-import pickle
 import random
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ import torch
 from atomic import atomic
 from errors import UserError
 from models import build_model, model_options
+from safe_load import load_safely
 
 FORMAT_VERSION = 1
 
@@ -34,14 +34,10 @@ def load_checkpoint(run_or_file: str | Path, name: str = "best.pt") -> dict[str,
     path = Path(run_or_file)
     if path.is_dir():
         path = path / name
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such checkpoint (give a run folder or a .pt file)") from None
-    except (RuntimeError, EOFError, OSError, KeyError, pickle.UnpicklingError, ValueError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"{path}: damaged, or not a checkpoint: {reason}") from None
-    if not isinstance(state, dict) or "format_version" not in state:
+    if not path.is_file():
+        raise UserError(f"{path}: no such checkpoint (give a run folder or a .pt file)")
+    state = load_safely(path, "give a run folder or a .pt file of this project")
+    if "format_version" not in state:
         raise UserError(f"{path}: not a checkpoint of this project (no 'format_version' in it)")
     if state["format_version"] > FORMAT_VERSION:
         raise UserError(

@@ -36,6 +36,8 @@ class CNNLSTM(nn.Module):
         dropout: float = 0.0,
     ) -> None:
         super().__init__()
+        if temporal_pooling not in ("mean", "last", "max", "attention"):
+            raise ValueError(f"no temporal_pooling is called {temporal_pooling!r}")
         self.temporal_pooling = temporal_pooling
         self.normalize = Normalize(IMAGENET_MEAN_STD)
         self.backbone = resnet18(weights=None)

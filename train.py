@@ -64,7 +64,8 @@ def train(config: TrainConfig, resume_from: dict[str, Any] | None = None) -> Pat
 
     torch.manual_seed(config.seed)
     model = build_model_from_config(dataclasses.asdict(config), num_classes)
-    loaded = "" if resume_from else load_weights(model, config.weights)
+    # The first process's weights are everybody's: DistributedDataParallel sends them round.
+    loaded = load_weights(model, config.weights) if first and not resume_from else ""
     if config.freeze_to:
         freeze(model, config.freeze_to)
     channels_last(model.to(device))

@@ -55,6 +55,8 @@ class TSMResNet18(nn.Module):
         dropout: float = 0.0,
     ) -> None:
         super().__init__()
+        if shift_place not in ("blockres", "stage"):
+            raise ValueError(f"shift_place must be blockres or stage, not {shift_place!r}")
         self.shift_place = shift_place
         self.shift_div = shift_div
         self.normalize = Normalize(IMAGENET_MEAN_STD)

@@ -8,6 +8,7 @@ from torch import nn
 from torchvision.models import WeightsEnum
 
 from errors import UserError
+from safe_load import load_safely
 from vivit import resize_positions
 
 
@@ -40,9 +41,9 @@ def load_weights(model: nn.Module, spec: str) -> str:
     if enum and spec in (*names, "DEFAULT"):
         weights = enum[spec.upper()]
         path = _official_file(weights)
-        state = _read(path, f"delete it and run again, or download {weights.url}")
+        state = load_safely(path, f"delete it and run again, or download {weights.url}")
     elif path.is_file():
-        state = _read(path, "give another file, or --weights none to train from scratch")
+        state = load_safely(path, "give another file, or --weights none to train from scratch")
     else:
         raise UserError(
             f"weights {spec!r}: neither a file nor one of {', '.join([*names, 'none'])}"
@@ -77,36 +78,6 @@ def _official_file(weights: WeightsEnum) -> Path:
         have = path.stat().st_size / 1e6
         raise UserError(f"{path} is damaged ({have:.1f} MB of {size}): delete it and {remedy}")
     return path
-
-
-def _read(path: Path, remedy: str) -> dict:
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # flipped bytes raise IndexError, struct.error, AssertionError ...
-        size = path.stat().st_size / 1e6
-        raise UserError(
-            f"{path} ({size:.1f} MB) is damaged or holds no weights ({_reason(path, error)}): "
-            f"{remedy}"
-        ) from None
-    if not isinstance(state, dict):
-        raise UserError(f"{path} holds no weights but a {type(state).__name__}: {remedy}")
-    return state
-
-
-def _reason(path: Path, error: Exception) -> str:
-    """Why torch.load failed, in a few words.
-
-    Its own text is cut after the first sentence, and left out where it speaks of `weights_only`:
-    it advises to switch that off, which would run whatever code a stranger's file holds.
-    """
-    if not isinstance(error, OSError):  # it can be opened
-        with open(path, "rb") as file:
-            start = file.read(262)
-        # torchvision's first ResNet-18, resnet18-5c106cde.pth, is one of these even when intact.
-        if start.endswith(b"ustar"):
-            return "the .tar format of 2017, which torch no longer loads safely"
-    text = str(error).split("Cannot use ``weights_only")[0].strip()
-    return text.splitlines()[0].split(". ")[0].rstrip(".") if text else type(error).__name__
 
 
 def _load_backbone(model: nn.Module, state: dict[str, torch.Tensor], path: Path) -> None:

@@ -123,7 +123,7 @@ def test_own_csv_in_another_place(run: Path, tiny_data: Path, tmp_path: Path) ->
     ("arguments", "message"),
     [
         (["nowhere"], "nowhere: no such checkpoint"),
-        (["{csv}"], "damaged, or not a checkpoint"),
+        (["{csv}"], "is damaged or holds no weights"),
         (["{foreign}"], "not a checkpoint of this project"),
         (["{future}"], "written by a newer version"),
         (["{run}", "--views", "0"], "views and batch_size must be at least 1"),

@@ -207,3 +207,10 @@ def test_eight_clips_overfit(name: str) -> None:
                 if torch.equal(model(x).argmax(dim=1), labels):
                     return
     raise AssertionError(f"{name}: not learnt in {step} steps")
+
+
+def test_wrong_choices_are_refused() -> None:
+    with pytest.raises(ValueError, match="shift_place must be"):
+        build_model("tsm", 7, shift_place="typo")
+    with pytest.raises(ValueError, match="no temporal_pooling"):
+        build_model("cnn_lstm", 7, temporal_pooling="typo")

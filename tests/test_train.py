@@ -301,7 +301,7 @@ def test_own_data_without_network_names_the_weights_file(tiny_data: Path, tmp_pa
 
 
 def test_unreadable_clips(tmp_path: Path) -> None:
-    """In training left out and listed at the end; in validation and test an error that lists them."""
+    """In training left out and listed at the end; in validation and test an error listing all."""
     data = make_data(tmp_path, ("dark", "light"), {"train": 4, "val": 2, "test": 2})
     common = ["--classes", "dark", "light", "--epochs", 1]
     (data / "clips/train/0_1.mp4").write_bytes(b"broken")
