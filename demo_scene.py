@@ -88,10 +88,10 @@ def _movement(action: str, patient: Patient, rng: np.random.Generator) -> tuple[
     side = rng.choice([-1, 1])
     tip = np.tile([side * rng.uniform(-12, 14), rng.uniform(-16, 14)], (FRAMES, 1))
     tip += np.cumsum(rng.normal(0, 0.4, (FRAMES, 2)), axis=0)
-    low, high = rng.uniform(0.05, 0.15), rng.uniform(0.7, 0.95)
+    low, high = rng.uniform(0.03, 0.1), rng.uniform(0.95, 1.2)
     jaws = ramp(low, high) if rng.random() < 0.3 else np.full(FRAMES, rng.uniform(low, high))
-    bottom, top = rng.uniform(36, 44), rng.uniform(2, 16)
-    standing = np.full(FRAMES, rng.uniform(top, bottom))
+    bottom, top = rng.uniform(40, 46), rng.uniform(-16, -4)
+    standing = np.full(FRAMES, rng.uniform(5, bottom))
     blood = ramp(bottom, top) if rng.random() < 0.3 else standing
     smoke = ramp(rng.uniform(0.7, 1), 0) if rng.random() < 0.3 else np.zeros(FRAMES)
 
@@ -106,6 +106,10 @@ def _movement(action: str, patient: Patient, rng: np.random.Generator) -> tuple[
         heading = heading + np.cumsum(rng.normal(0, 0.06, FRAMES))
         steps = rng.uniform(3.5, 5.0) * np.stack([np.cos(heading), np.sin(heading)], axis=1)
         camera[:, :2] += np.cumsum(steps, axis=0) - steps.sum(axis=0) / 2
+        # A look closer and back: what the entry and the panorama do in one go, a little, both ways.
+        swing = np.cos(2 * np.pi * (t * rng.uniform(1.3, 1.8) + rng.random()))
+        rim = rng.uniform(43, 47) + rng.uniform(8, 11) * swing
+        camera[:, 2] *= 1 + 0.25 * swing
     elif action == "UseClipper":
         jaws = ramp(high, low)
     elif action == "HookCut":

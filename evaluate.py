@@ -28,12 +28,12 @@ import distributed
 import metrics
 from atomic import write_text
 from checkpoint import build_from_checkpoint, load_checkpoint
-from config import TrainConfig, from_dict
+from config import from_dict
 from device import autocast, channels_last, choose_device, choose_precision, describe_device
 from errors import UserError, script
 from interrupt import Interrupt
 from loaders import eval_loader, load_splits
-from manifest import ClipRow, read_manifest
+from manifest import ClipRow, patient_overlap, read_manifest
 from plots import plot_confusion
 from run_folder import write_json
 
@@ -216,13 +216,6 @@ class EvaluateConfig:
     """folder for the results (empty: a folder of its own inside the run)"""
 
 
-def evaluation_rows(config: EvaluateConfig, training: TrainConfig) -> list[ClipRow]:
-    """The clips to evaluate on."""
-    if config.csv:
-        return read_manifest(config.csv, config.data_root or None, training.classes)
-    return load_splits(training)[config.split]
-
-
 def output_folder(config: EvaluateConfig) -> Path:
     """A folder that says by its name what was evaluated."""
     if config.output:
@@ -249,10 +242,15 @@ def main() -> None:
     device = choose_device(config.device)
     dtype = choose_precision(config.amp, device)
     model = channels_last(build_from_checkpoint(state).to(device))
-    rows = evaluation_rows(config, training)
+    if config.csv:
+        rows, warnings = read_manifest(config.csv, config.data_root or None, training.classes), []
+    else:
+        splits = load_splits(training)
+        rows, warnings = splits[config.split], patient_overlap(splits)
     loader = eval_loader(rows, training, config.views, config.shuffle_frames)
     what = Path(config.csv).stem if config.csv else config.split
     print(f"{training.model} on {len(rows)} {what} clips, {describe_device(device)}, {dtype}")
+    print("\n".join(warnings), end="\n" if warnings else "")
     predictions = evaluate(model, loader, device, dtype, what, config.skip_unreadable)
     folder = output_folder(config)
     facts = {
@@ -261,6 +259,7 @@ def main() -> None:
         "split": what,
         "views": config.views,
         "shuffle_frames": config.shuffle_frames,
+        "warnings": warnings,
     }
     print(write_results(predictions, rows, state["classes"], folder, facts))
     print(f"results: {folder}")

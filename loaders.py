@@ -1,6 +1,5 @@
 """From a config to batches: the splits, the samplers and the three loaders."""
 
-import logging
 import math
 import signal
 from collections.abc import Iterator, Sequence
@@ -22,8 +21,6 @@ from dataset import (
 )
 from demo_data import render_demo
 from manifest import ClipRow, read_splits
-
-log = logging.getLogger(__name__)
 
 DEMO_ROOT = Path("data") / "demo"
 
@@ -139,16 +136,12 @@ def eval_loader(
 def load_splits(config: TrainConfig) -> dict[str, list[ClipRow]]:
     """The rows of train, val and test. Renders the demo data where data_root is empty."""
     if config.data_root:
-        splits, warnings = read_splits(manifest_paths(config), config.data_root, config.classes)
-    else:
-        if distributed.rank() == 0:
-            render_demo(DEMO_ROOT)
-        distributed.from_first(None)  # the others wait for it
-        manifests = {name: DEMO_ROOT / f"{name}.csv" for name in ("train", "val", "test")}
-        splits, warnings = read_splits(manifests, DEMO_ROOT, config.classes)
-    for warning in warnings:
-        log.warning(warning)
-    return splits
+        return read_splits(manifest_paths(config), config.data_root, config.classes)
+    if distributed.rank() == 0:
+        render_demo(DEMO_ROOT)
+    distributed.from_first(None)  # the others wait for it
+    manifests = {name: DEMO_ROOT / f"{name}.csv" for name in ("train", "val", "test")}
+    return read_splits(manifests, DEMO_ROOT, config.classes)
 
 
 def _loader(

@@ -80,11 +80,8 @@ def read_splits(
     manifests: Mapping[str, str | Path],
     data_root: str | Path | None = None,
     classes: Sequence[str] = CLASSES,
-) -> tuple[dict[str, list[ClipRow]], list[str]]:
-    """Read the manifests of several splits and check them together.
-
-    Returns:
-        The rows of each split, and warnings: things a person must know that do not stop the work.
+) -> dict[str, list[ClipRow]]:
+    """Read the manifests of several splits and check them together; see also `patient_overlap`.
 
     Raises:
         UserError: every problem of every manifest, of files shared between splits and of classes
@@ -99,7 +96,7 @@ def read_splits(
     if whole and "train" in splits:
         problems += absent_classes(splits["train"], classes)
     _raise(problems)
-    return splits, patient_overlap(splits)
+    return splits
 
 
 def shared_files(splits: Mapping[str, Sequence[ClipRow]]) -> list[str]:

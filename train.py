@@ -38,6 +38,7 @@ from errors import UserError, script
 from evaluate import evaluate, scores, write_results
 from interrupt import Interrupt, Interrupted
 from loaders import build_dataloaders
+from manifest import ClipRow, patient_overlap
 from models import describe, freeze
 from plots import plot_curves
 from run_folder import new_run_folder, start_log, write_history, write_json
@@ -82,7 +83,14 @@ def train(config: TrainConfig, resume_from: dict[str, Any] | None = None) -> Pat
     if first:
         start_log(folder)
         remove_unfinished(folder)
-    log.info(_introduction(run, train_loader, val_loader, test_loader))
+    splits = {
+        name: loader.dataset.clips.rows
+        for name, loader in (("train", train_loader), ("val", val_loader), ("test", test_loader))
+    }
+    warnings = patient_overlap(splits)
+    log.info(_introduction(run, splits))
+    for warning in warnings:
+        log.warning(warning)
     log.info(f"resumed at epoch {run.epoch + 1}, batch {run.step + 1}" if resume_from else loaded)
     parallel = _parallel(model, device)
     if config.compile:
@@ -91,7 +99,7 @@ def train(config: TrainConfig, resume_from: dict[str, Any] | None = None) -> Pat
     run.save(folder)  # from here on there is a checkpoint to resume from, whatever happens
     try:
         train_epochs(run, parallel, train_loader, val_loader, folder, interrupt)
-        test(run, test_loader, folder, interrupt)
+        test(run, test_loader, folder, interrupt, warnings)
     except Interrupted:
         run.save(folder)
         log.info(f"\ninterrupted: to go on, run\n  python train.py --resume {folder}")
@@ -165,8 +173,10 @@ def train_epochs(
         log.warning(f"{count} training clips could not be read and were left out:\n  {listing}")
 
 
-def test(run: Training, loader: DataLoader, folder: Path, interrupt: Interrupt) -> None:
-    """Test the best epoch, in fp32 as evaluate.py does, and write the results.
+def test(
+    run: Training, loader: DataLoader, folder: Path, interrupt: Interrupt, warnings: list[str]
+) -> None:
+    """Test the best epoch, in fp32 as evaluate.py does, and write the results with the warnings.
 
     Raises:
         Interrupted: before the end.
@@ -179,7 +189,12 @@ def test(run: Training, loader: DataLoader, folder: Path, interrupt: Interrupt) 
     )
     if distributed.rank() == 0:
         rows = loader.dataset.clips.rows
-        facts = {"checkpoint": str(folder / "best.pt"), "epoch": state["epoch"], "split": "test"}
+        facts = {
+            "checkpoint": str(folder / "best.pt"),
+            "epoch": state["epoch"],
+            "split": "test",
+            "warnings": warnings,
+        }
         table = write_results(predictions, rows, config.classes, folder, facts)
         log.info(f"\ntest of epoch {state['epoch']}, the best by validation {config.select_by}:")
         log.info(f"{table}\n\nrun folder: {folder}")
@@ -238,11 +253,11 @@ def _epoch_line(row: dict[str, Any], config: TrainConfig, better: bool) -> str:
     )
 
 
-def _introduction(run: Training, *loaders: DataLoader) -> str:
+def _introduction(run: Training, splits: dict[str, list[ClipRow]]) -> str:
     """What will be trained on what, where, in words."""
     config = run.config
     lines = [f"{'clips':>16} {'train':>6} {'val':>6} {'test':>6}"]
-    counts = [Counter(row.label for row in loader.dataset.clips.rows) for loader in loaders]
+    counts = [Counter(row.label for row in rows) for rows in splits.values()]
     for number, name in enumerate(config.classes):
         lines.append(f"{name:>16} " + " ".join(f"{count[number]:6d}" for count in counts))
     frames = f"{config.n_frames} frames of {config.image_size} px"

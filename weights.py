@@ -18,8 +18,8 @@ def load_weights(model: nn.Module, spec: str) -> str:
     Args:
         spec: `none` leaves the random ones; `default` or a name such as `IMAGENET1K_V1` takes
             torchvision's for the backbone; anything else is a file: an official torchvision one for
-            the backbone, or a checkpoint of this project (its head too, if the classes' number is
-            the same).
+            the backbone, or a checkpoint or run folder of this project (its head too, if the
+            number of classes is the same).
 
     Returns:
         What was loaded, in one line.
@@ -32,7 +32,7 @@ def load_weights(model: nn.Module, spec: str) -> str:
         return "weights: random, trained from scratch"
     enum = model.torchvision_weights
     names = ["default", *(weights.name for weights in enum)] if enum else []
-    path = Path(spec)
+    path = Path(spec) / "best.pt" if Path(spec).is_dir() else Path(spec)
     if spec == "default" and enum is None:
         raise UserError(
             f"there are no pretrained weights of {type(model).__name__}: give --weights none to "

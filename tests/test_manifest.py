@@ -194,7 +194,7 @@ def test_shared_patients_are_a_warning_with_counts(tmp_path) -> None:
     write(tmp_path, header + "0.mp4,x,Ada\n1.mp4,y,Ben\n", files, "train.csv")
     write(tmp_path, header + "2.mp4,x,Ben\n3.mp4,x,Cy\n4.mp4,x,Ben\n", (), "test.csv")
     manifests = {name: tmp_path / f"{name}.csv" for name in ("train", "test")}
-    _, warnings = read(manifests, tmp_path, ("x", "y"))
+    warnings = patient_overlap(read(manifests, tmp_path, ("x", "y")))
     assert len(warnings) == 1
     assert "1 of 2 patients of test are also in train (2 of 3 test clips)" in warnings[0]
     assert "Ben" not in warnings[0]
