@@ -33,8 +33,8 @@ class TrainConfig:
     check_clips: bool = True
     """read every validation and test clip once before the first epoch"""
 
-    n_frames: int = 16
-    """frames a clip, T"""
+    n_frames: int | None = None
+    """frames a clip, T (None: 16; demo data 8)"""
     image_size: int | None = None
     """height and width in pixels (None: 224; demo data 64)"""
     sampling: Sampling = "random"
@@ -83,7 +83,7 @@ class TrainConfig:
     """each stage nearer the input learns this much slower than the next (1: all alike)"""
 
     epochs: int | None = None
-    """passes over the training clips (None: 30; demo data 12)"""
+    """passes over the training clips (None: 30; demo data 7)"""
     batch_size: int | None = None
     """clips a step and process (None: 8)"""
     accumulation: int = 1
@@ -126,13 +126,15 @@ class TrainConfig:
 
 # What None stands for. The demo is small enough to train from scratch on two CPU cores.
 DEMO = {
-    "image_size": 48,
+    "n_frames": 8,
+    "image_size": 64,
     "weights": "none",
-    "epochs": 12,
+    "epochs": 7,
     "batch_size": 8,
     "learning_rate": 2e-3,
 }
 OWN_DATA = {
+    "n_frames": 16,
     "image_size": 224,
     "weights": "default",
     "epochs": 30,

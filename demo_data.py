@@ -31,7 +31,7 @@ from errors import UserError, script
 from manifest import CLASSES
 from video import write_video
 
-VERSION = 1  # raise it when the pictures change: older renderings are then made anew
+VERSION = 2  # raise it when the pictures change: older renderings are then made anew
 MARKER = "demo.json"  # says that a folder is ours, and complete
 
 PATIENTS = {"train": 12, "val": 4, "test": 6}

@@ -115,7 +115,7 @@ def _movement(action: str, patient: Patient, rng: np.random.Generator) -> tuple[
     elif action == "HookCut":
         phase = (t * rng.uniform(2.0, 3.0) + rng.random()) % 1
         stroke = np.where(phase < 0.75, phase / 0.75, (1 - phase) / 0.25)  # slow in, fast out
-        reach = rng.uniform(24, 34) * (stroke - 0.5)
+        reach = rng.uniform(28, 40) * (stroke - 0.5)
         tip += reach[:, None] * np.array([-side, -0.5])
         smoke = ramp(0, rng.uniform(0.7, 1))
     elif action == "Suturing":
@@ -186,7 +186,7 @@ def _frame(
 
     if smoke:
         away = np.hypot(x - float(tip[0]), y - float(tip[1]) + 12 * smoke)
-        puff = (0.75 * smoke * np.exp(-((away / (8 + 26 * smoke)) ** 2)))[..., None]
+        puff = (0.85 * smoke * np.exp(-((away / (10 + 30 * smoke)) ** 2)))[..., None]
         picture = picture * (1 - puff) + np.array([205, 205, 210], np.float32) * puff
 
     wall = np.clip((distance - rim) / 2, 0, 1)[..., None] * 0.85

@@ -31,7 +31,8 @@ class Training:
         groups = parameter_groups(
             model, config.learning_rate, config.weight_decay, config.layer_decay
         )
-        self.optimizer = torch.optim.AdamW(groups, lr=config.learning_rate)
+        fused = device.type in ("cpu", "cuda")  # one kernel instead of ten
+        self.optimizer = torch.optim.AdamW(groups, lr=config.learning_rate, fused=fused)
         steps = math.ceil(batches / config.accumulation)
         self.scheduler = cosine_with_warmup(
             self.optimizer, config.epochs * steps, int(config.warmup_epochs * steps)
