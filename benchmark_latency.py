@@ -14,10 +14,10 @@ Only the forward pass is timed, from a batch in the device's memory to its logit
 column end to end, which starts at a video file (an H.264 clip of 30 frames, 1280 x 720).
 """
 
+import contextlib
 import dataclasses
 import json
 import platform
-import resource
 import sys
 import tempfile
 import time
@@ -78,7 +78,7 @@ class Subject:
     """A model to time, with what it takes in."""
 
     name: str
-    model: nn.Module
+    model: nn.Module | None
     n_frames: int
     image_size: int
     scores: dict[str, float]
@@ -161,13 +161,13 @@ def measure(
 ) -> dict[str, Any]:
     """The table's row of one model."""
     model = channels_last(item.model.to(device))
+    item.model = None  # so that its memory is free when the next one is measured
     shape = (item.n_frames, 3, item.image_size, item.image_size)
     batch = torch.randint(0, 256, (config.batch_size, *shape), dtype=torch.uint8, device=device)
     gflops = count_gflops(model, batch[:1])
     if config.compile:
         model.compile()
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
+    _forget_peak_memory(device)
 
     def forward(clips: torch.Tensor) -> torch.Tensor:
         with autocast(device, dtype):
@@ -203,12 +203,22 @@ def measure(
     }
 
 
-def _peak_memory(device: torch.device) -> float:
-    """On a GPU what this model took; else the most this process ever had."""
+def _forget_peak_memory(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    else:
+        with contextlib.suppress(OSError):  # Linux alone can forget a process's peak
+            Path("/proc/self/clear_refs").write_text("5")
+
+
+def _peak_memory(device: torch.device) -> float | None:
+    """Most memory since `_forget_peak_memory`, MB: of the GPU, or of this whole process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e6
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6
+    with contextlib.suppress(OSError):
+        status = Path("/proc/self/status").read_text()
+        return int(status.split("VmHWM:")[1].split()[0]) * 1024 / 1e6
+    return None
 
 
 def conditions(config: BenchmarkConfig, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
@@ -257,7 +267,6 @@ def benchmark(specs: Sequence[str], config: BenchmarkConfig) -> tuple[pd.DataFra
         write_video(video, _test_video())
         for item in tqdm(items, "timing", unit="model", leave=False):
             rows.append(measure(item, video, config, device, dtype))
-            item.model = None  # give its memory back
     return pd.DataFrame(rows), conditions(config, device, dtype)
 
 
