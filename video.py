@@ -160,14 +160,15 @@ def write_video(
         container.mux(stream.encode(None))
 
 
+# Non-UTF-8 metadata (old cameras, other languages) is no reason to refuse a clip. PyAV decodes it
+# when opening and must be told so; since 19 the option is gone, and nothing needs it.
+_TOLERANT = {"metadata_errors": "replace"} if int(av.__version__.split(".")[0]) < 19 else {}
+
+
 def _open(path: Path) -> av.container.InputContainer:
-    # The absolute path: "concat:a|b" or "http://x" in a manifest stays a file name. Non-UTF-8
-    # metadata (old cameras, other languages) is no reason to refuse a clip.
-    return av.open(
-        str(path.absolute()),
-        metadata_errors="replace",
-        options={"format_whitelist": _FORMATS, "protocol_whitelist": "file"},
-    )
+    # The absolute path: "concat:a|b" or "http://x" in a manifest stays a file name.
+    options = {"format_whitelist": _FORMATS, "protocol_whitelist": "file"}
+    return av.open(str(path.absolute()), options=options, **_TOLERANT)
 
 
 def _video_streams(path: Path) -> list[tuple[int, int]]:
