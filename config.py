@@ -143,7 +143,15 @@ OWN_DATA = {
 }
 
 # Settings that may differ between a run and its continuation without changing the result.
-RESUMABLE = {"workers", "device", "patience", "tensorboard", "resume", "check_clips"}
+RESUMABLE = {
+    "workers",
+    "device",
+    "patience",
+    "tensorboard",
+    "resume",
+    "check_clips",
+    "skip_unreadable",
+}
 
 # (smallest, largest) allowed value; None is no bound.
 _BOUNDS: dict[str, tuple[float | None, float | None]] = {
@@ -169,7 +177,7 @@ _BOUNDS: dict[str, tuple[float | None, float | None]] = {
     "weight_decay": (0, None),
     "warmup_epochs": (0, None),
     "label_smoothing": (0, 0.99),
-    "tau": (0, None),
+    "tau": (0, 5),
     "clip_norm": (0, None),
     "patience": (0, None),
     "workers": (0, None),

@@ -111,17 +111,20 @@ def _optimizer_step(run: Training, clips: int, full: int) -> None:
     """Step on the mean gradient of `clips` clips whose gradients were divided by `full`."""
     world = distributed.world_size()  # DDP divides the sum of gradients by it
     clips = distributed.total([clips])[0]
+    if not clips:  # none of them could be read
+        run.optimizer.zero_grad(set_to_none=True)
+        run.scheduler.step()
+        return
     run.scaler.unscale_(run.optimizer)
     parameters = [p for p in run.model.parameters() if p.grad is not None]
-    if clips and clips != full * world:
+    if clips != full * world:
         for parameter in parameters:
             parameter.grad.mul_(full * world / clips)
     if run.config.clip_norm:
         nn.utils.clip_grad_norm_(parameters, run.config.clip_norm)
     scale = run.scaler.get_scale()
-    if clips:
-        run.scaler.step(run.optimizer)
-        run.scaler.update()
+    run.scaler.step(run.optimizer)
+    run.scaler.update()
     if run.scaler.get_scale() >= scale:  # a smaller scale: fp16 overflowed, the step was left out
         run.scheduler.step()
     run.optimizer.zero_grad(set_to_none=True)

@@ -34,6 +34,8 @@ def script(main: Callable[[], None]) -> Callable[[], None]:
                 raise  # not about a file: ours to debug
             sys.exit(_fail(f"{error.strerror}: {error.filename or 'the disk'}"))
         except RuntimeError as error:
+            if "PytorchStreamWriter" in str(error):
+                sys.exit(_fail("a checkpoint could not be written: is the disk full?"))
             if "out of memory" not in str(error).lower():
                 raise
             reason = str(error).splitlines()[0]

@@ -123,6 +123,11 @@ def evaluate(
     if not parts:
         raise UserError(f"none of the {description} clips can be read")
     indices, labels, probabilities = (np.concatenate(part) for part in zip(*parts, strict=True))
+    if not np.isfinite(probabilities).all():
+        raise UserError(
+            f"the model's {description} outputs are not finite: train with a lower learning_rate "
+            "or amp fp32"
+        )
     order = indices.argsort()
     return Predictions(
         indices[order], labels[order], probabilities[order].astype(float), unreadable

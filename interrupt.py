@@ -16,13 +16,19 @@ class Interrupt:
     def __init__(self) -> None:
         self.number = 0
         """the signal that asked, 0 while none did"""
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self._ask)
+        self._before = {
+            number: signal.signal(number, self._ask) for number in (signal.SIGINT, signal.SIGTERM)
+        }
 
     def _ask(self, number: int, _: Any) -> None:
         self.number = number
         signal.signal(signal.SIGINT, signal.default_int_handler)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+    def restore(self) -> None:
+        """Let the signals do again what they did before."""
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
 
     def check(self) -> None:
         """Raise Interrupted if this process, or with torchrun any process, was asked to stop.

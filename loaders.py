@@ -10,7 +10,7 @@ import torch
 from torch.utils.data import DataLoader, Sampler, WeightedRandomSampler
 
 import distributed
-from config import TrainConfig, manifest_paths
+from config import TrainConfig, manifest_paths, resolve
 from dataset import (
     ClipsDataset,
     ReportingDataset,
@@ -75,13 +75,14 @@ class TrainSampler(Sampler[tuple[int, int]]):
 
 
 def build_dataloaders(config: TrainConfig) -> tuple[DataLoader, DataLoader, DataLoader, int]:
-    """The train, val and test loaders of a resolved config, and the number of classes.
+    """The train, val and test loaders of a config, and the number of classes.
 
     Each yields `dataset.Batch`es. The demo data is rendered where there is none yet.
 
     Raises:
         UserError: the manifests need mending.
     """
+    config = resolve(config)
     splits = load_splits(config)
     labels = [row.label for row in splits["train"]]
     sampler = TrainSampler(

@@ -12,6 +12,7 @@
 
 import csv
 import difflib
+import os
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
@@ -104,7 +105,7 @@ def shared_files(splits: Mapping[str, Sequence[ClipRow]]) -> list[str]:
     where = defaultdict(set)
     for name, rows in splits.items():
         for row in rows:
-            where[row.path].add(name)
+            where[os.path.realpath(row.path)].add(name)
     shared = [f"{path} ({', '.join(sorted(s))})" for path, s in where.items() if len(s) > 1]
     return _summary("the same file in two splits (keep it in one)", shared)
 
@@ -189,7 +190,7 @@ def _parse(
         elif label is None:
             unknown[record["label"]] += 1
         else:
-            seen[path] += 1
+            seen[os.path.realpath(path)] += 1
             named = _SLAM_NAME.search(path.name)
             patient = record.get("patient") or (named and named["patient"]) or None
             video = record.get("video") or (named and f"{patient}_V{named['video']}") or None

@@ -1,6 +1,6 @@
 """Train a clip classifier, pick the best epoch on validation, test that one.
 
-    python train.py                                              the demo data, about two minutes
+    python train.py                                              the demo data, a few minutes
     python train.py --data-root /data/SLAM --model cnn_lstm      your own data
     python train.py --resume runs/20260101-120000_cnn_lstm       go on where it stopped
     torchrun --nproc-per-node=4 train.py --data-root /data/SLAM  several GPUs
@@ -52,9 +52,10 @@ def train(config: TrainConfig, resume_from: dict[str, Any] | None = None) -> Pat
     """Train, pick the best epoch, test it. Returns the run folder.
 
     Args:
-        config: resolved.
+        config: see TrainConfig.
         resume_from: the state of last.pt, to go on from it.
     """
+    config = resolve(config)
     device = distributed.start(choose_device(config.device))
     first = distributed.rank() == 0
     start_log(None)
@@ -100,11 +101,18 @@ def train(config: TrainConfig, resume_from: dict[str, Any] | None = None) -> Pat
     try:
         train_epochs(run, parallel, train_loader, val_loader, folder, interrupt)
         test(run, test_loader, folder, interrupt, warnings)
-    except Interrupted:
+    except (Interrupted, RuntimeError) as error:
+        if isinstance(error, RuntimeError):
+            if not interrupt.number:
+                raise
+            # The signal went to the whole process group and ended the loader's workers first.
+            if run.step < batches:  # a step half accumulated begins anew
+                run.step -= run.step % config.accumulation
         run.save(folder)
         log.info(f"\ninterrupted: to go on, run\n  python train.py --resume {folder}")
         raise SystemExit(128 + (interrupt.number or signal.SIGTERM)) from None
     finally:
+        interrupt.restore()
         distributed.stop()
     return folder
 
@@ -167,10 +175,12 @@ def train_epochs(
                 writer.add_scalar(name, value, run.epoch)
             writer.flush()
         run.save(folder)
-    if run.unreadable:
-        count = len(run.unreadable)
-        listing = "\n  ".join(sorted(run.unreadable))
-        log.warning(f"{count} training clips could not be read and were left out:\n  {listing}")
+    unreadable = set().union(*distributed.gather(run.unreadable))
+    if unreadable:
+        listing = "\n  ".join(sorted(unreadable))
+        log.warning(
+            f"{len(unreadable)} training clips could not be read and were left out:\n  {listing}"
+        )
 
 
 def test(
@@ -287,9 +297,13 @@ def read_settings() -> tuple[TrainConfig, dict[str, Any] | None]:
     config = tyro.cli(TrainConfig, description=__doc__)
     if not config.resume:
         return resolve(config), None
+    if Path(config.resume).is_file():  # one of the run's checkpoints stands for the run
+        config = dataclasses.replace(config, resume=str(Path(config.resume).parent))
     state = load_checkpoint(config.resume, "last.pt")
+    run = config.resume
     saved = dataclasses.replace(from_dict(state["config"]), resume=config.resume)
     config = tyro.cli(TrainConfig, default=saved, description=__doc__)
+    config = dataclasses.replace(config, resume=run)
     for field in dataclasses.fields(config):
         before, now = getattr(saved, field.name), getattr(config, field.name)
         if before != now and field.name not in RESUMABLE:

@@ -49,6 +49,7 @@ class Training:
     def state(self) -> dict[str, Any]:
         """Everything needed to go on exactly. All processes must call this together."""
         everywhere = distributed.gather((rng_state(), self.totals))
+        unreadable = set().union(*distributed.gather(self.unreadable))
         return {
             **self.model_state(),
             "optimizer": self.optimizer.state_dict(),
@@ -57,7 +58,7 @@ class Training:
             "step": self.step,
             "totals": [totals for _, totals in everywhere],
             "rng": [states for states, _ in everywhere],
-            "unreadable": sorted(self.unreadable),
+            "unreadable": sorted(unreadable),
         }
 
     def model_state(self) -> dict[str, Any]:

@@ -181,7 +181,12 @@ def _video_streams(path: Path) -> list[tuple[int, int]]:
         ]
         if not streams:
             raise ClipError(path, "holds no video stream")
-        return streams
+        known = [
+            place for place in streams if container.streams[place[0]].codec_context is not None
+        ]
+        if not known:
+            raise ClipError(path, "holds video of an unknown codec only")
+        return known
 
 
 def _decode(path: Path, index: int) -> Iterator[av.VideoFrame]:

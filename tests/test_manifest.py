@@ -181,6 +181,14 @@ def test_all_problems_of_all_splits_in_one_message(tmp_path) -> None:
     assert "no training clip" not in message  # rows are missing: nobody can tell
 
 
+def test_another_spelling_of_a_path_is_the_same_file(tmp_path) -> None:
+    write(tmp_path, "path,label\na.mp4,x\nb.mp4,y\n", ("a.mp4", "b.mp4"), "train.csv")
+    write(tmp_path, f"path,label\n{tmp_path}/a.mp4,x\n", (), "test.csv")
+    manifests = {name: tmp_path / f"{name}.csv" for name in ("train", "test")}
+    with pytest.raises(UserError, match="the same file in two splits"):
+        read(manifests, tmp_path, ("x", "y"))
+
+
 def test_class_without_training_clip(tmp_path) -> None:
     write(tmp_path, "path,label\na.mp4,x\n", ("a.mp4", "b.mp4"), "train.csv")
     write(tmp_path, "path,label\nb.mp4,y\n", (), "val.csv")
