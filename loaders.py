@@ -170,5 +170,7 @@ def _loader(
 def _start_worker(_: int) -> None:
     # The main process decides what Ctrl-C means and ends its workers itself.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    # A SIGTERM to the whole process group must not end the workers before the main process has
+    # saved; a second one, such as the loader's own, ends them.
+    signal.signal(signal.SIGTERM, lambda number, _: signal.signal(number, signal.SIG_DFL))
     torch.set_num_threads(1)
