@@ -78,7 +78,7 @@ class Subject:
     """A model to time, with what it takes in."""
 
     name: str
-    model: nn.Module | None
+    model: nn.Module
     n_frames: int
     image_size: int
     scores: dict[str, float]
@@ -161,7 +161,6 @@ def measure(
 ) -> dict[str, Any]:
     """The table's row of one model."""
     model = channels_last(item.model.to(device))
-    item.model = None  # so that its memory is free when the next one is measured
     shape = (item.n_frames, 3, item.image_size, item.image_size)
     batch = torch.randint(0, 256, (config.batch_size, *shape), dtype=torch.uint8, device=device)
     gflops = count_gflops(model, batch[:1])
@@ -261,12 +260,13 @@ def benchmark(specs: Sequence[str], config: BenchmarkConfig) -> tuple[pd.DataFra
     device = choose_device(config.device)
     dtype = choose_precision(config.amp, device)
     items = [subject(spec, config) for spec in specs]  # a wrong name is told before the work
-    rows = []
     with tempfile.TemporaryDirectory() as folder:
         video = Path(folder) / "clip.mp4"
         write_video(video, _test_video())
-        for item in tqdm(items, "timing", unit="model", leave=False):
-            rows.append(measure(item, video, config, device, dtype))
+        rows = [
+            measure(items.pop(0), video, config, device, dtype)  # a timed model's memory is freed
+            for _ in tqdm(specs, "timing", unit="model", leave=False)
+        ]
     return pd.DataFrame(rows), conditions(config, device, dtype)
 
 

@@ -84,8 +84,8 @@ class TrainConfig:
 
     epochs: int | None = None
     """passes over the training clips (None: 30; demo data 7)"""
-    batch_size: int | None = None
-    """clips a step and process (None: 8)"""
+    batch_size: int = 8
+    """clips a step and process"""
     accumulation: int = 1
     """batches whose gradients are added up for one step"""
     learning_rate: float | None = None
@@ -130,7 +130,6 @@ DEMO = {
     "image_size": 64,
     "weights": "none",
     "epochs": 7,
-    "batch_size": 8,
     "learning_rate": 2e-3,
 }
 OWN_DATA = {
@@ -138,7 +137,6 @@ OWN_DATA = {
     "image_size": 224,
     "weights": "default",
     "epochs": 30,
-    "batch_size": 8,
     "learning_rate": 1e-4,
 }
 

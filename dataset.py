@@ -8,6 +8,7 @@ from torch.utils.data import Dataset
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 
+from errors import UserError
 from manifest import CLASSES, ClipRow, get_num_classes, read_manifest
 from video import ClipError, Sampling, read_clip
 
@@ -21,6 +22,7 @@ __all__ = [
     "get_train_transform",
     "get_val_transform",
     "read_manifest",
+    "require_readable",
 ]
 
 Transform = Callable[[torch.Tensor], torch.Tensor]
@@ -178,6 +180,16 @@ class ReportingDataset(Dataset):
             return *self.clips[index], number
         except ClipError as error:
             return str(error), None, number
+
+
+def require_readable(unreadable: Sequence[str], what: str) -> None:
+    """Raise a UserError that lists the unreadable clips, if there are any."""
+    if unreadable:
+        heading = (
+            f"{len(unreadable)} {what} clips cannot be read (mend them, take them out of the "
+            "manifest, or give --skip-unreadable):"
+        )
+        raise UserError("\n  ".join([heading, *unreadable]))
 
 
 def collate(samples: Sequence[tuple]) -> Batch:

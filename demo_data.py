@@ -137,7 +137,7 @@ def render(clip: Clip, seed: int = 0) -> np.ndarray:
     def rng(*numbers: int) -> np.random.Generator:
         return np.random.default_rng([seed, clip.patient, *numbers])
 
-    patient = make_patient(f"{clip.patient:03d}", rng())
+    patient = make_patient(rng())
     scene = rng(clip.action_number)
     return render_clip(clip.action, patient, scene, rng(clip.action_number, clip.part))
 

@@ -28,7 +28,6 @@ _TEXTURE = 320  # pixels of a side of the tissue, much more than one view shows
 class Patient:
     """The looks that all clips of a patient share."""
 
-    name: str
     tissue: tuple[float, float, float]
     roughness: float
     view_radius: float
@@ -37,11 +36,10 @@ class Patient:
     tremor: float
 
 
-def make_patient(name: str, rng: np.random.Generator) -> Patient:
+def make_patient(rng: np.random.Generator) -> Patient:
     """A patient with random looks."""
     pink, yellow = rng.uniform(0.75, 1.0), rng.uniform(0.0, 1.0)
     return Patient(
-        name=name,
         tissue=(205 * pink, (82 + 40 * yellow) * pink, (80 - 10 * yellow) * pink),
         roughness=rng.uniform(0.6, 1.4),
         view_radius=rng.uniform(50, 60),

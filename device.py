@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import nn
 
-from errors import UserError
+from errors import UserError, first_line
 
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -24,8 +24,7 @@ def choose_device(name: str = "auto") -> torch.device:
         device = torch.device(name)
         torch.empty(1, device=device)
     except Exception as error:  # the types differ by device and version
-        reason = str(error).splitlines()[0]
-        raise UserError(f"device {name!r} cannot be used here: {reason}") from None
+        raise UserError(f"device {name!r} cannot be used here: {first_line(error)}") from None
     return device
 
 

@@ -14,6 +14,7 @@ from dataset import Batch
 from device import autocast
 from errors import UserError
 from interrupt import Interrupt
+from loaders import batches_per_epoch
 from models import hold_frozen
 from training import Training
 
@@ -37,7 +38,7 @@ def train_one_epoch(
     world = distributed.world_size()
     full = config.batch_size * config.accumulation
     loader.sampler.epoch, loader.sampler.start = run.epoch, run.step * config.batch_size
-    batches = math.ceil(loader.sampler.total / config.batch_size)
+    batches = batches_per_epoch(loader)
     run.model.train()
     hold_frozen(run.model)
     run.optimizer.zero_grad(set_to_none=True)

@@ -13,6 +13,11 @@ class UserError(Exception):
     """
 
 
+def first_line(error: BaseException) -> str:
+    """An error's own words, as far as they fit into one line; without any, its type's name."""
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
 def script(main: Callable[[], None]) -> Callable[[], None]:
     """Wrap a script's `main` so that a user's mistake ends as one line and exit code 2.
 
@@ -38,8 +43,7 @@ def script(main: Callable[[], None]) -> Callable[[], None]:
                 sys.exit(_fail("a checkpoint could not be written: is the disk full?"))
             if "out of memory" not in str(error).lower():
                 raise
-            reason = str(error).splitlines()[0]
-            sys.exit(_fail(f"{reason} (lower batch_size, image_size or n_frames)"))
+            sys.exit(_fail(f"{first_line(error)} (lower batch_size, image_size or n_frames)"))
 
     return wrapped
 

@@ -13,6 +13,7 @@ import json
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -29,6 +30,7 @@ import metrics
 from atomic import write_text
 from checkpoint import build_from_checkpoint, load_checkpoint
 from config import from_dict
+from dataset import require_readable
 from device import autocast, channels_last, choose_device, choose_precision, describe_device
 from errors import UserError, script
 from interrupt import Interrupt
@@ -55,6 +57,12 @@ class Predictions:
     def predicted(self) -> np.ndarray:
         """(N,) the classes with the highest probability"""
         return self.probabilities.argmax(axis=1)
+
+    @cached_property
+    def confusion(self) -> np.ndarray:
+        """(num_classes, num_classes) counts, see `metrics.confusion_matrix`"""
+        num_classes = self.probabilities.shape[1]
+        return metrics.confusion_matrix(self.labels, self.predicted, num_classes)
 
     @property
     def loss(self) -> float:
@@ -109,16 +117,8 @@ def evaluate(
         mine = [torch.cat(parts).numpy() for parts in (indices, labels, probabilities)]
     shares = distributed.gather((mine, unreadable))
     unreadable = [line for _, lines in shares for line in lines]
-    if unreadable and not skip_unreadable:
-        raise UserError(
-            "\n  ".join(
-                [
-                    f"{len(unreadable)} {description} clips cannot be read "
-                    "(mend them, take them out of the manifest, or give --skip-unreadable):",
-                    *unreadable,
-                ]
-            )
-        )
+    if not skip_unreadable:
+        require_readable(unreadable, description)
     parts = [arrays for arrays, _ in shares if arrays is not None]
     if not parts:
         raise UserError(f"none of the {description} clips can be read")
@@ -136,8 +136,7 @@ def evaluate(
 
 def scores(predictions: Predictions, classes: Sequence[str]) -> dict:
     """`metrics.summarize` of predictions, with their loss and how many clips are missing."""
-    matrix = metrics.confusion_matrix(predictions.labels, predictions.predicted, len(classes))
-    summary = metrics.summarize(matrix, classes)
+    summary = metrics.summarize(predictions.confusion, classes)
     return {**summary, "loss": predictions.loss, "unreadable_clips": len(predictions.unreadable)}
 
 
@@ -154,7 +153,7 @@ def write_results(
         The table for people: a line a class, and the headline numbers.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    matrix = metrics.confusion_matrix(predictions.labels, predictions.predicted, len(classes))
+    matrix = predictions.confusion
     table = metrics.per_class(matrix, classes)
     summary = scores(predictions, classes)
     per_class = json.loads(table.to_json(orient="index", double_precision=15))  # NaN -> null

@@ -110,6 +110,11 @@ def build_dataloaders(config: TrainConfig) -> tuple[DataLoader, DataLoader, Data
     )
 
 
+def batches_per_epoch(loader: DataLoader) -> int:
+    """The batches of a whole epoch of the train loader, wherever it goes on."""
+    return math.ceil(loader.sampler.total / loader.batch_size)
+
+
 def eval_loader(
     rows: Sequence[ClipRow],
     config: TrainConfig,

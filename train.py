@@ -10,7 +10,6 @@ Settings are the fields of TrainConfig in config.py: edit them there or give the
 
 import dataclasses
 import logging
-import math
 import signal
 import time
 from collections import Counter
@@ -32,12 +31,13 @@ from checkpoint import (
     save_checkpoint,
 )
 from config import RESUMABLE, TrainConfig, from_dict, resolve
+from dataset import require_readable
 from device import channels_last, choose_device, describe_device
 from epoch import train_one_epoch
 from errors import UserError, script
 from evaluate import evaluate, scores, write_results
 from interrupt import Interrupt, Interrupted
-from loaders import build_dataloaders
+from loaders import batches_per_epoch, build_dataloaders
 from manifest import ClipRow, patient_overlap
 from models import describe, freeze
 from plots import plot_curves
@@ -71,8 +71,7 @@ def train(config: TrainConfig, resume_from: dict[str, Any] | None = None) -> Pat
     if config.freeze_to:
         freeze(model, config.freeze_to)
     channels_last(model.to(device))
-    batches = math.ceil(train_loader.sampler.total / config.batch_size)
-    run = Training(config, model, device, batches)
+    run = Training(config, model, device, batches_per_epoch(train_loader))
     if resume_from:
         run.load_state(resume_from)
     else:
@@ -101,13 +100,7 @@ def train(config: TrainConfig, resume_from: dict[str, Any] | None = None) -> Pat
     try:
         train_epochs(run, parallel, train_loader, val_loader, folder, interrupt)
         test(run, test_loader, folder, interrupt, warnings)
-    except (Interrupted, RuntimeError) as error:
-        if isinstance(error, RuntimeError):
-            if not interrupt.number:
-                raise
-            # The signal went to the whole process group and ended the loader's workers first.
-            if run.step < batches:  # a step half accumulated begins anew
-                run.step -= run.step % config.accumulation
+    except Interrupted:
         run.save(folder)
         log.info(f"\ninterrupted: to go on, run\n  python train.py --resume {folder}")
         raise SystemExit(128 + (interrupt.number or signal.SIGTERM)) from None
@@ -223,15 +216,11 @@ def check_clips(loaders: dict[str, DataLoader], skip_unreadable: bool) -> None:
         )
         for lines in distributed.gather([line for batch in bar for line in batch.unreadable]):
             unreadable += lines
-    if unreadable:
+    if not skip_unreadable:
+        require_readable(unreadable, "validation and test")
+    elif unreadable:
         listing = "\n  ".join(unreadable)
-        what = f"{len(unreadable)} validation and test clips cannot be read"
-        if not skip_unreadable:
-            raise UserError(
-                f"{what} (mend them, take them out of the manifests, or give --skip-unreadable):"
-                f"\n  {listing}"
-            )
-        log.warning(f"{what} and are left out:\n  {listing}")
+        log.warning(f"{len(unreadable)} validation and test clips are left out:\n  {listing}")
 
 
 def _parallel(model: nn.Module, device: torch.device) -> nn.Module:
@@ -296,23 +285,23 @@ def read_settings() -> tuple[TrainConfig, dict[str, Any] | None]:
     """The settings of the command line, and with --resume the state to go on from."""
     config = tyro.cli(TrainConfig, description=__doc__)
     if not config.resume:
-        return resolve(config), None
-    if Path(config.resume).is_file():  # one of the run's checkpoints stands for the run
-        config = dataclasses.replace(config, resume=str(Path(config.resume).parent))
-    state = load_checkpoint(config.resume, "last.pt")
-    run = config.resume
-    saved = dataclasses.replace(from_dict(state["config"]), resume=config.resume)
+        return config, None
+    run = Path(config.resume)
+    if run.is_file():  # one of the run's checkpoints stands for the run
+        run = run.parent
+    state = load_checkpoint(run, "last.pt")
+    saved = dataclasses.replace(from_dict(state["config"]), resume=str(run))
     config = tyro.cli(TrainConfig, default=saved, description=__doc__)
-    config = dataclasses.replace(config, resume=run)
+    config = dataclasses.replace(config, resume=str(run))
     for field in dataclasses.fields(config):
         before, now = getattr(saved, field.name), getattr(config, field.name)
         if before != now and field.name not in RESUMABLE:
             raise UserError(
                 f"a resumed run keeps its settings: {field.name} is {before!r}, not {now!r} (only "
                 f"{', '.join(sorted(RESUMABLE - {'resume'}))} may change; to train on from its "
-                f"weights, start a new run with --weights {config.resume}/best.pt)"
+                f"weights, start a new run with --weights {run}/best.pt)"
             )
-    return resolve(config), state
+    return config, state
 
 
 @script

@@ -48,17 +48,18 @@ class Training:
 
     def state(self) -> dict[str, Any]:
         """Everything needed to go on exactly. All processes must call this together."""
-        everywhere = distributed.gather((rng_state(), self.totals))
-        unreadable = set().union(*distributed.gather(self.unreadable))
+        rngs, totals, unreadable = zip(
+            *distributed.gather((rng_state(), self.totals, self.unreadable)), strict=True
+        )
         return {
             **self.model_state(),
             "optimizer": self.optimizer.state_dict(),
             "scheduler": self.scheduler.state_dict(),
             "scaler": self.scaler.state_dict(),
             "step": self.step,
-            "totals": [totals for _, totals in everywhere],
-            "rng": [states for states, _ in everywhere],
-            "unreadable": sorted(unreadable),
+            "totals": list(totals),
+            "rng": list(rngs),
+            "unreadable": sorted(set().union(*unreadable)),
         }
 
     def model_state(self) -> dict[str, Any]:

@@ -5,6 +5,7 @@ or by time stamps: real files lie about both. Frames keep the order in which the
 out; some AVI files carry time stamps that run backwards, and sorting by them scrambles the clip.
 """
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Literal
@@ -28,6 +29,8 @@ _FORMATS = (
     "mov,mp4,3gp,matroska,webm,avi,asf,flv,mpegts,mpeg,mpegvideo,ivf,ogg,gif,apng,h263,h264,hevc,"
     "m4v,obu,mjpeg,dv,gxf,mxf,nut,rm,swf,vob,wtv,yuv4mpegpipe"
 )
+
+_DECODING_ERRORS = (av.FFmpegError, ValueError, MemoryError)
 
 
 class ClipError(UserError):
@@ -110,7 +113,7 @@ def read_frames(
             frames = _read_stream(path, stream, expected, choose, size, stop_after)
             if frames is not None:
                 return frames
-    except (av.FFmpegError, ValueError, MemoryError) as error:
+    except _DECODING_ERRORS as error:
         raise ClipError(path, f"cannot be read: {_reason(error)}") from error
     raise ClipError(path, "holds no video frames")
 
@@ -175,18 +178,16 @@ def _video_streams(path: Path) -> list[tuple[int, int]]:
     """(number, expected frames) of the file's video streams, cover pictures left out."""
     with _open(path) as container:
         streams = [
-            (stream.index, stream.frames)
+            stream
             for stream in container.streams.video
             if not stream.disposition & Disposition.attached_pic
         ]
+        known = [stream for stream in streams if stream.codec_context is not None]
         if not streams:
             raise ClipError(path, "holds no video stream")
-        known = [
-            place for place in streams if container.streams[place[0]].codec_context is not None
-        ]
         if not known:
             raise ClipError(path, "holds video of an unknown codec only")
-        return known
+        return [(stream.index, stream.frames) for stream in known]
 
 
 def _decode(path: Path, index: int) -> Iterator[av.VideoFrame]:
@@ -216,7 +217,7 @@ def _read_stream(
     The header's frame count is only a guess at what to keep while decoding. The pass counts what
     really came; where the guess was wrong the frames are chosen anew and read in a second pass.
     """
-    count = min(expected or _count_packets(path, index), stop_after or MAX_COUNT)
+    count = min(expected or _count_packets(path, index), stop_after or math.inf)
     for _ in range(2):
         wanted = choose(count) if count else []
         kept, found, damaged = _keep(path, index, set(wanted), size, stop_after)
@@ -230,9 +231,6 @@ def _read_stream(
             return np.stack([kept[number] for number in wanted])  # (T, H, W, 3)
         count = found
     raise ClipError(path, "the number of frames differs from one reading to the next")
-
-
-MAX_COUNT = 2**62  # larger than any file's number of frames
 
 
 def _keep(
@@ -249,7 +247,7 @@ def _keep(
             found += 1
             if found == stop_after:
                 break
-    except (av.FFmpegError, ValueError, MemoryError) as error:
+    except _DECODING_ERRORS as error:
         if found == 0:
             raise
         reason = f"breaks off after {found} frames: {_reason(error)}"

@@ -110,6 +110,7 @@ class ViViT(nn.Module):
         self.embedding = Embedding(n_frames, image_size, patch_size, dim, dropout)
         self.spatial = nn.ModuleList(Block(dim, heads, dim_head, dropout) for _ in range(depth))
         self.spatial_norm = nn.LayerNorm(dim)
+        # A list of one: stages() lists modules, and a bare parameter is none.
         self.clip_token = nn.ParameterList([torch.zeros(1, 1, dim)])
         self.temporal = nn.ModuleList(Block(dim, heads, dim_head, dropout) for _ in range(depth))
         self.temporal_norm = nn.LayerNorm(dim)

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torchvision.models import WeightsEnum
 
-from errors import UserError
+from errors import UserError, first_line
 from safe_load import load_safely
 from vivit import resize_positions
 
@@ -67,9 +67,8 @@ def _official_file(weights: WeightsEnum) -> Path:
             folder.mkdir(parents=True, exist_ok=True)
             torch.hub.download_url_to_file(weights.url, str(path), prefix, progress=True)
         except Exception as error:  # whatever a network can think of
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise UserError(
-                f"cannot download the pretrained weights ({reason}): {remedy}, or give "
+                f"cannot download the pretrained weights ({first_line(error)}): {remedy}, or give "
                 "--weights none to train from scratch"
             ) from None
     with open(path, "rb") as file:
