@@ -38,10 +38,12 @@ from tqdm import tqdm
 from atomic import write_text
 from checkpoint import build_from_checkpoint, build_model_from_config, load_checkpoint
 from config import TrainConfig
-from device import autocast, channels_last, choose_device, choose_precision, describe_device
-from errors import UserError, script
+from device import choose_device, choose_precision, describe_device
+from errors import UserError
+from inference import prepare_for_inference
 from models import MODELS
 from run_folder import write_json
+from script import script
 from video import read_clip, write_video
 
 
@@ -160,32 +162,26 @@ def measure(
     item: Subject, video: Path, config: BenchmarkConfig, device: torch.device, dtype: torch.dtype
 ) -> dict[str, Any]:
     """The table's row of one model."""
-    model = channels_last(item.model.to(device))
+    model = prepare_for_inference(item.model, device, dtype, config.compile)
     shape = (item.n_frames, 3, item.image_size, item.image_size)
     batch = torch.randint(0, 256, (config.batch_size, *shape), dtype=torch.uint8, device=device)
     gflops = count_gflops(model, batch[:1])
-    if config.compile:
-        model.compile()
     _forget_peak_memory(device)
-
-    def forward(clips: torch.Tensor) -> torch.Tensor:
-        with autocast(device, dtype):
-            return model(clips)
 
     def from_file() -> None:
         frames = torch.from_numpy(read_clip(video, item.n_frames, size=item.image_size))
-        forward(frames.permute(0, 3, 1, 2)[None].to(device)).cpu()
+        model(frames.permute(0, 3, 1, 2)[None].to(device)).cpu()
 
     for clips in (batch, batch[:1]):
         for _ in range(config.warmup):
-            forward(clips)
-    batches = time_calls(lambda: forward(batch), config.repeats, device)
-    singles = time_calls(lambda: forward(batch[:1]), 5 * config.repeats, device) * 1000
+            model(clips)
+    batches = time_calls(lambda: model(batch), config.repeats, device)
+    singles = time_calls(lambda: model(batch[:1]), 5 * config.repeats, device) * 1000
     whole = time_calls(from_file, config.repeats, device) * 1000
     p50, p95, p99 = np.percentile(singles, (50, 95, 99))
     return {
         "Model": item.name,
-        "Params (M)": sum(p.numel() for p in model.parameters()) / 1e6,
+        "Params (M)": sum(p.numel() for p in item.model.parameters()) / 1e6,
         "Accuracy": item.scores.get("accuracy"),
         "Macro F1": item.scores.get("macro_f1"),
         "Mean Batch Time (s)": batches.mean(),

@@ -11,7 +11,7 @@ from torch import nn
 from torchvision.models import ResNet18_Weights, resnet18
 
 from normalize import IMAGENET_MEAN_STD, Normalize
-from tsm_resnet import resnet_stages
+from tsm_resnet import resnet_features, resnet_stages
 
 
 class CNNLSTM(nn.Module):
@@ -59,7 +59,7 @@ class CNNLSTM(nn.Module):
     def forward(self, clips: torch.Tensor) -> torch.Tensor:
         """`(B, T, C, H, W)` uint8 or float in [0, 1] to logits `(B, num_classes)`."""
         x = self.normalize(clips).flatten(0, 1)  # (B * T, C, H, W)
-        x = self.backbone(x).unflatten(0, clips.shape[:2])  # (B, T, 512)
+        x = resnet_features(self.backbone, x).unflatten(0, clips.shape[:2])  # (B, T, 512)
         x, _ = self.lstm(x)  # (B, T, width)
         return self.head(self.dropout(self.pool(x)))
 

@@ -27,8 +27,9 @@ from tqdm import tqdm
 
 from atomic import atomic
 from demo_scene import FRAMES, make_patient, render_clip
-from errors import UserError, script
+from errors import UserError
 from manifest import CLASSES
+from script import script
 from video import write_video
 
 VERSION = 2  # raise it when the pictures change: older renderings are then made anew

@@ -31,13 +31,15 @@ from atomic import write_text
 from checkpoint import build_from_checkpoint, load_checkpoint
 from config import from_dict
 from dataset import require_readable
-from device import autocast, channels_last, choose_device, choose_precision, describe_device
-from errors import UserError, script
+from device import choose_device, choose_precision, describe_device
+from errors import UserError
+from inference import prepare_for_inference
 from interrupt import Interrupt
 from loaders import eval_loader, load_splits
 from manifest import ClipRow, patient_overlap, read_manifest
 from plots import plot_confusion
 from run_folder import write_json
+from script import script
 
 
 @dataclass
@@ -87,14 +89,14 @@ def evaluate(
 
     Args:
         loader: from `loaders.eval_loader`.
-        dtype: of autocast; the softmax is taken in fp32 (fp64 on the way out).
+        dtype: see `prepare_for_inference`; the softmax is taken in fp32 (fp64 on the way out).
         interrupt: looked at after each batch.
 
     Raises:
         Interrupted: `interrupt` was asked to stop.
         UserError: clips that cannot be read, all of them, unless `skip_unreadable`.
     """
-    model.eval()
+    model = prepare_for_inference(model, device, dtype)
     indices, labels, probabilities, unreadable = [], [], [], []
     quiet = distributed.rank() != 0
     for batch in tqdm(loader, description, unit="batch", leave=False, disable=quiet, delay=1):
@@ -103,8 +105,7 @@ def evaluate(
             views = batch.clips.to(device, non_blocking=True)
             if views.dim() == 5:  # one view
                 views = views.unsqueeze(1)  # (B, T, C, H, W) -> (B, V, T, C, H, W)
-            with autocast(device, dtype):
-                logits = model(views.flatten(0, 1))  # (B*V, T, C, H, W) -> (B*V, classes)
+            logits = model(views.flatten(0, 1))  # (B*V, T, C, H, W) -> (B*V, classes)
             scores = logits.float().softmax(dim=1).unflatten(0, views.shape[:2])
             probabilities.append(scores.mean(dim=1).cpu())  # (B, V, classes) -> (B, classes)
             indices.append(batch.indices)
@@ -245,7 +246,7 @@ def main() -> None:
     )
     device = choose_device(config.device)
     dtype = choose_precision(config.amp, device)
-    model = channels_last(build_from_checkpoint(state).to(device))
+    model = build_from_checkpoint(state)
     if config.csv:
         rows, warnings = read_manifest(config.csv, config.data_root or None, training.classes), []
     else:

@@ -12,7 +12,7 @@ class Normalize(nn.Module):
 
     It belongs to the model because the pretrained weights decide mean and std, and so that a data
     set, a camera and an exported graph all feed raw pixels. One multiply and one add, no matter
-    which dtype comes in; float dtypes are kept. Not part of the checkpoint.
+    which dtype comes in; float dtypes are kept unless `dtype` is set. Not part of the checkpoint.
     """
 
     def __init__(self, mean_std: tuple[tuple[float, ...], tuple[float, ...]]) -> None:
@@ -20,8 +20,12 @@ class Normalize(nn.Module):
         mean, std = (torch.tensor(values).view(-1, 1, 1) for values in mean_std)  # (C, 1, 1)
         self.register_buffer("scale", 1 / std, persistent=False)
         self.register_buffer("shift", -mean / std, persistent=False)
+        self.dtype: torch.dtype | None = None
+        """what comes out, whatever comes in (None: fp32 of uint8, other types as they are)"""
 
     def forward(self, clips: torch.Tensor) -> torch.Tensor:
         if clips.dtype == torch.uint8:
-            return clips * (self.scale / 255) + self.shift
-        return clips * self.scale.to(clips.dtype) + self.shift.to(clips.dtype)
+            x = clips * (self.scale / 255) + self.shift
+        else:
+            x = clips * self.scale.to(clips.dtype) + self.shift.to(clips.dtype)
+        return x if self.dtype is None else x.to(self.dtype)

@@ -32,9 +32,9 @@ from checkpoint import (
 )
 from config import RESUMABLE, TrainConfig, from_dict, resolve
 from dataset import require_readable
-from device import channels_last, choose_device, describe_device
+from device import choose_device, choose_precision, describe_device, suit_device
 from epoch import train_one_epoch
-from errors import UserError, script
+from errors import UserError
 from evaluate import evaluate, scores, write_results
 from interrupt import Interrupt, Interrupted
 from loaders import batches_per_epoch, build_dataloaders
@@ -42,6 +42,7 @@ from manifest import ClipRow, patient_overlap
 from models import describe, freeze
 from plots import plot_curves
 from run_folder import new_run_folder, start_log, write_history, write_json
+from script import script
 from training import Training
 from weights import load_weights
 
@@ -70,7 +71,7 @@ def train(config: TrainConfig, resume_from: dict[str, Any] | None = None) -> Pat
     loaded = load_weights(model, config.weights) if first and not resume_from else ""
     if config.freeze_to:
         freeze(model, config.freeze_to)
-    channels_last(model.to(device))
+    suit_device(model, device, choose_precision(config.amp, device))
     run = Training(config, model, device, batches_per_epoch(train_loader))
     if resume_from:
         run.load_state(resume_from)
@@ -185,7 +186,7 @@ def test(
         Interrupted: before the end.
     """
     state = load_checkpoint(folder)
-    model = channels_last(build_from_checkpoint(state).to(run.device))
+    model = build_from_checkpoint(state)
     config = run.config
     predictions = evaluate(
         model, loader, run.device, torch.float32, "test", config.skip_unreadable, interrupt

@@ -4,6 +4,7 @@ Lin, Gan and Han, "TSM: Temporal Shift Module for Efficient Video Understanding"
 arXiv:1811.08383.
 """
 
+from collections.abc import Callable
 from typing import Literal
 
 import torch
@@ -68,26 +69,15 @@ class TSMResNet18(nn.Module):
     def forward(self, clips: torch.Tensor) -> torch.Tensor:
         """`(B, T, C, H, W)` uint8 or float in [0, 1] to logits `(B, num_classes)`."""
         n_frames = clips.shape[1]
-        net = self.backbone
         x = self.normalize(clips).flatten(0, 1)  # (B * T, C, H, W)
-        x = net.maxpool(net.relu(net.bn1(net.conv1(x))))
-        for name in LAYERS:
-            if self.shift_place == "stage":
-                x = temporal_shift(x, n_frames, self.shift_div)
-            for block in getattr(net, name):
-                x = self._block(block, x, n_frames)
-        x = net.avgpool(x).flatten(1)  # (B * T, 512)
+        x = resnet_features(
+            self.backbone,
+            x,
+            lambda x: temporal_shift(x, n_frames, self.shift_div),
+            self.shift_place,
+        )
         logits = self.head(self.dropout(x))  # (B * T, num_classes)
         return logits.unflatten(0, (-1, n_frames)).mean(dim=1)
-
-    def _block(self, block: BasicBlock, x: torch.Tensor, n_frames: int) -> torch.Tensor:
-        """A residual block, its residual branch looking at the neighbouring frames."""
-        out = x
-        if self.shift_place == "blockres":
-            out = temporal_shift(x, n_frames, self.shift_div)
-        out = block.relu(block.bn1(block.conv1(out)))
-        out = block.bn2(block.conv2(out))
-        return block.relu(out + (block.downsample(x) if block.downsample else x))
 
     def stages(self) -> dict[str, list[nn.Module]]:
         """The modules from stem to head."""
@@ -98,3 +88,32 @@ def resnet_stages(backbone: nn.Module) -> dict[str, list[nn.Module]]:
     """Stem and four layers of a 2D ResNet."""
     stem = {"stem": [backbone.conv1, backbone.bn1]}
     return stem | {name: [getattr(backbone, name)] for name in LAYERS}
+
+
+def resnet_features(
+    net: nn.Module,
+    x: torch.Tensor,
+    shift: Callable[[torch.Tensor], torch.Tensor] | None = None,
+    shift_place: str = "blockres",
+) -> torch.Tensor:
+    """torchvision's ResNet-18 without its classifier, `(N, 3, H, W)` to `(N, 512)`.
+
+    `shift` is applied to what each residual branch sees (`blockres`) or to what each of the four
+    layers sees (`stage`).
+    """
+    # Pooling before the ReLU gives the same and leaves it a quarter of the pixels.
+    x = net.relu(net.maxpool(net.bn1(net.conv1(x))))
+    for name in LAYERS:
+        if shift and shift_place == "stage":
+            x = shift(x)
+        for block in getattr(net, name):
+            branch = shift(x) if shift and shift_place == "blockres" else x
+            x = _residual_block(block, branch, x)
+    return net.avgpool(x).flatten(1)
+
+
+def _residual_block(block: BasicBlock, branch: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """A residual block whose branch looks at `branch` and whose identity path looks at `x`."""
+    branch = block.relu(block.bn1(block.conv1(branch)))
+    branch = block.bn2(block.conv2(branch))
+    return block.relu(branch + (block.downsample(x) if block.downsample else x))

@@ -1,0 +1,44 @@
+"""What every script does around its `main`."""
+
+import functools
+import sys
+from collections.abc import Callable
+
+from allocator import keep_freed_memory
+from errors import UserError, first_line
+
+
+def script(main: Callable[[], None]) -> Callable[[], None]:
+    """Wrap a script's `main`: freed memory is kept, a user's mistake is one line and exit code 2.
+
+    Running out of memory and a full disk are told the same way: nobody is helped by a traceback.
+    Everything else is a bug of ours and keeps its traceback.
+    """
+
+    @functools.wraps(main)
+    def wrapped() -> None:
+        keep_freed_memory()
+        try:
+            main()
+        except UserError as error:
+            sys.exit(_fail(str(error)))
+        except KeyboardInterrupt:
+            print("\ninterrupted", file=sys.stderr)
+            sys.exit(130)
+        except OSError as error:
+            if error.errno is None or (error.filename is None and error.errno != 28):
+                raise  # not about a file: ours to debug
+            sys.exit(_fail(f"{error.strerror}: {error.filename or 'the disk'}"))
+        except RuntimeError as error:
+            if "PytorchStreamWriter" in str(error):
+                sys.exit(_fail("a checkpoint could not be written: is the disk full?"))
+            if "out of memory" not in str(error).lower():
+                raise
+            sys.exit(_fail(f"{first_line(error)} (lower batch_size, image_size or n_frames)"))
+
+    return wrapped
+
+
+def _fail(message: str) -> int:
+    print(f"error: {message}", file=sys.stderr)
+    return 2

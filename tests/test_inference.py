@@ -1,0 +1,102 @@
+"""A prepared model gives the model's own logits, and leaves the model alone."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from inference import fold_batchnorms, prepare_for_inference
+from models import MODELS, build_model
+
+CPU = torch.device("cpu")
+BATCHNORMS = {"tsm": 20, "cnn_lstm": 20, "r2plus1d": 37, "vivit": 0}
+
+
+def trained(name: str, size: int = 64) -> nn.Module:
+    """A model whose BatchNorms have statistics and weights worth folding."""
+    torch.manual_seed(0)
+    options = {"n_frames": 8, "image_size": size} if name == "vivit" else {}
+    model = build_model(name, 7, **options).eval()
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d | nn.BatchNorm3d):
+            nn.init.uniform_(module.running_mean, -0.3, 0.3)
+            nn.init.uniform_(module.running_var, 0.5, 2.0)
+            nn.init.uniform_(module.weight, 0.5, 1.5)
+            nn.init.uniform_(module.bias, -0.3, 0.3)
+    return model
+
+
+@pytest.fixture(scope="module")
+def clips() -> torch.Tensor:
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(0, 256, (2, 8, 3, 64, 64), dtype=torch.uint8, generator=generator)
+
+
+@pytest.mark.parametrize("name", MODELS)
+@torch.inference_mode()
+def test_fp32_logits_are_the_models_own(name: str, clips: torch.Tensor) -> None:
+    model = trained(name)
+    wanted = model(clips)
+    logits = prepare_for_inference(model, CPU)(clips)
+    assert logits.dtype == torch.float32
+    # 1e-5 of logits of about 1; these random BatchNorms make some of them ten times as large
+    assert (logits - wanted).abs().max() < 1e-5 * max(1, wanted.abs().max())
+
+
+@pytest.mark.parametrize("name", MODELS)
+@torch.inference_mode()
+def test_bf16_is_close_and_stays_bf16(name: str, clips: torch.Tensor) -> None:
+    model = trained(name)
+    wanted = model(clips)
+    fast = prepare_for_inference(model, CPU, torch.bfloat16)
+    assert {parameter.dtype for parameter in fast.parameters()} == {torch.bfloat16}
+    logits = fast(clips)
+    assert logits.dtype == torch.bfloat16
+    assert (logits.float() - wanted).abs().max() < 0.05 * wanted.abs().max()
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_model_itself_is_left_alone(name: str, clips: torch.Tensor) -> None:
+    model = trained(name).train()
+    before = copy.deepcopy(model.state_dict())
+    with torch.inference_mode():
+        prepare_for_inference(model, CPU, torch.bfloat16)(clips)
+    assert model.training
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    model(clips).sum().backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_every_batchnorm_is_folded(name: str) -> None:
+    model = trained(name)
+    assert fold_batchnorms(model) == BATCHNORMS[name]
+    kinds = {type(module) for module in model.modules()}
+    assert not kinds & {nn.BatchNorm2d, nn.BatchNorm3d}
+
+
+class Unusual(nn.Module):
+    """A BatchNorm before its convolution, and a convolution whose output goes two ways."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first_norm = nn.BatchNorm2d(3)
+        self.conv = nn.Conv2d(3, 4, 3)
+        self.norm_a = nn.BatchNorm2d(4)
+        self.norm_b = nn.BatchNorm2d(4)
+
+    def forward(self, clips: torch.Tensor) -> torch.Tensor:
+        x = self.conv(self.first_norm(clips.flatten(0, 1).float()))
+        return (self.norm_a(x) - self.norm_b(x)).mean((2, 3))
+
+
+@torch.inference_mode()
+def test_what_cannot_be_folded_is_not(clips: torch.Tensor) -> None:
+    model = Unusual().eval()
+    nn.init.uniform_(model.first_norm.running_mean, -0.3, 0.3)
+    nn.init.uniform_(model.norm_a.running_var, 0.5, 2.0)
+    wanted = model(clips)
+    fast = prepare_for_inference(model, CPU)
+    assert isinstance(fast.norm_a, nn.BatchNorm2d)
+    assert torch.allclose(fast(clips), wanted, rtol=1e-6)
