@@ -15,6 +15,7 @@ import numpy as np
 from av.stream import Disposition
 from av.video.reformatter import Interpolation
 
+import h264
 from atomic import atomic
 from errors import UserError
 
@@ -110,7 +111,11 @@ def read_frames(
         raise ClipError(path, "no such file" if not path.exists() else "not a file")
     try:
         for stream, expected in _video_streams(path):
-            frames = _read_stream(path, stream, expected, choose, size, stop_after)
+            frames = None
+            if stop_after is None:
+                frames = _read_needed(path, stream, expected, choose, size)
+            if frames is None:
+                frames = _read_stream(path, stream, expected, choose, size, stop_after)
             if frames is not None:
                 return frames
     except _DECODING_ERRORS as error:
@@ -190,18 +195,114 @@ def _video_streams(path: Path) -> list[tuple[int, int]]:
         return [(stream.index, stream.frames) for stream in known]
 
 
-def _decode(path: Path, index: int) -> Iterator[av.VideoFrame]:
-    """All frames of stream `index` in decode order, on one thread.
+def _stream(container: av.container.InputContainer, index: int) -> av.VideoStream:
+    """A stream, set to be decoded on one thread.
 
     One thread a worker: FFmpeg's thread pools beside PyTorch's can deadlock (PyAV issues 1849, 1861
     and 1962), and with several workers they gain nothing.
     """
+    stream = container.streams[index]
+    stream.thread_type = "NONE"
+    stream.codec_context.thread_count = 1
+    stream.codec_context.options = {"max_pixels": str(MAX_PIXELS)}
+    return stream
+
+
+def _decode(path: Path, index: int) -> Iterator[av.VideoFrame]:
+    """All frames of stream `index` in decode order."""
     with _open(path) as container:
-        stream = container.streams[index]
-        stream.thread_type = "NONE"
-        stream.codec_context.thread_count = 1
-        stream.codec_context.options = {"max_pixels": str(MAX_PIXELS)}
-        yield from container.decode(stream)
+        yield from container.decode(_stream(container, index))
+
+
+def _read_needed(
+    path: Path,
+    index: int,
+    expected: int,
+    choose: Callable[[int], Sequence[int]],
+    size: int | None,
+) -> np.ndarray | None:
+    """The chosen frames of an H.264 stream, decoding only what they need; see h264.py.
+
+    Equal to `_read_stream` bit for bit. None wherever anything is unusual, in the file or in what
+    the decoder puts out: then that one has a look at it.
+    """
+    try:
+        with _open(path) as container:
+            stream = _stream(container, index)
+            pictures = _pictures(container, stream)
+            if not pictures or expected not in (0, len(pictures)):
+                return None
+            numbers = h264.frame_numbers(pictures)
+            if numbers is None:
+                return None
+            wanted = list(choose(len(pictures)))
+            decode = h264.needed(pictures, numbers, wanted)
+            by_pts = {one.pts: number for one, number in zip(pictures, numbers, strict=True)}
+            kept: dict[int, np.ndarray] = {}
+            seen, latest = 0, -math.inf
+            for frame in _decode_needed(container, stream, pictures, decode):
+                if frame.is_corrupt or frame.interlaced_frame or frame.pts <= latest:
+                    return None
+                seen, latest = seen + 1, frame.pts
+                if by_pts[frame.pts] in wanted:
+                    kept[by_pts[frame.pts]] = _to_rgb(frame, size)
+    except (*_DECODING_ERRORS, LookupError, TypeError):
+        return None
+    same_size = len({frame.shape for frame in kept.values()}) == 1
+    if seen != sum(decode) or kept.keys() != set(wanted) or not same_size:
+        return None
+    return np.stack([kept[number] for number in wanted])  # (T, H, W, 3)
+
+
+def _pictures(
+    container: av.container.InputContainer, stream: av.VideoStream
+) -> list[h264.Picture] | None:
+    """The packets of an H.264 stream, or None if it is none or there is anything unusual."""
+    context = stream.codec_context
+    length_size = h264.length_size(context.extradata) if context.name == "h264" else None
+    if length_size is None:
+        return None
+    pictures = []
+    for packet in container.demux(stream):
+        if not packet.size:  # the end
+            break
+        # Discarded: an edit list cuts it out. New extradata: the stream changes in the middle.
+        unusual = packet.is_discard or packet.is_corrupt or packet.has_sidedata("new_extradata")
+        if unusual or packet.pts is None:
+            return None
+        picture = h264.picture(packet.pts, memoryview(packet), length_size)
+        if picture is None:
+            return None
+        pictures.append(picture)
+    return pictures
+
+
+def _decode_needed(
+    container: av.container.InputContainer,
+    stream: av.VideoStream,
+    pictures: Sequence[h264.Picture],
+    decode: Sequence[bool],
+) -> Iterator[av.VideoFrame]:
+    """Read the stream again from its start and decode the packets that `decode` marks.
+
+    Raises:
+        LookupError: its packets are not the same this time.
+    """
+    container.seek(-(2**40), stream=stream)
+    last = max(place for place, needed in enumerate(decode) if needed)
+    skipping = False
+    for place, packet in enumerate(container.demux(stream)):
+        if packet.pts != pictures[place].pts:
+            raise LookupError("seeking did not lead back to the start")
+        if decode[place]:
+            if skipping and pictures[place].kind is h264.Kind.IDR:
+                yield from stream.codec_context.decode(None)  # what the group before it still holds
+                stream.codec_context.flush_buffers()
+            yield from packet.decode()
+        skipping = not decode[place]
+        if place == last:
+            break
+    yield from stream.codec_context.decode(None)
 
 
 def _read_stream(
