@@ -17,13 +17,9 @@ column end to end, which starts at a video file (an H.264 clip of 30 frames, 128
 import contextlib
 import dataclasses
 import json
-import platform
-import sys
 import tempfile
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
@@ -35,16 +31,25 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-from atomic import write_text
+from benchmarking import conditions, report, time_calls
 from checkpoint import build_from_checkpoint, build_model_from_config, load_checkpoint
 from config import TrainConfig
-from device import choose_device, choose_precision, describe_device
+from device import choose_device, choose_precision
 from errors import UserError
 from inference import prepare_for_inference
 from models import MODELS
-from run_folder import write_json
 from script import script
 from video import read_clip, write_video
+
+# how many digits make sense, where two are not right
+FORMATS = {
+    "Accuracy": "{:.4f}",
+    "Macro F1": "{:.4f}",
+    "Mean Batch Time (s)": "{:.4f}",
+    "+- std (s)": "{:.4f}",
+    "Frames": "{:.0f}",
+    "Size (px)": "{:.0f}",
+}
 
 
 @dataclass
@@ -138,25 +143,6 @@ def count_gflops(model: nn.Module, clip: torch.Tensor) -> float:
     return flops / 1e9
 
 
-def time_calls(call: Callable[[], Any], repeats: int, device: torch.device) -> np.ndarray:
-    """Seconds of each call, `(repeats,)`; the device's queue is empty before and after each."""
-    seconds = np.empty(repeats)
-    for number in range(repeats):
-        _synchronize(device)
-        began = time.perf_counter()
-        call()
-        _synchronize(device)
-        seconds[number] = time.perf_counter() - began
-    return seconds
-
-
-def _synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    elif device.type == "mps":
-        torch.mps.synchronize()
-
-
 @torch.inference_mode()
 def measure(
     item: Subject, video: Path, config: BenchmarkConfig, device: torch.device, dtype: torch.dtype
@@ -216,41 +202,6 @@ def _peak_memory(device: torch.device) -> float | None:
     return None
 
 
-def conditions(config: BenchmarkConfig, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
-    """Everything that the numbers depend on besides the code."""
-    return {
-        "device": describe_device(device),
-        "precision": str(dtype).removeprefix("torch."),
-        "batch_size": config.batch_size,
-        "n": f"{config.repeats} batches, {5 * config.repeats} single clips",
-        "compile": config.compile,
-        **{name: version(name) for name in ("torch", "torchvision", "av")},
-        "python": platform.python_version(),
-        "system": platform.platform(),
-        "command": " ".join(sys.argv),
-    }
-
-
-def to_markdown(table: pd.DataFrame, facts: dict[str, Any]) -> str:
-    """The table and its conditions as Markdown."""
-    formats = {"Accuracy": "{:.4f}", "Macro F1": "{:.4f}", "Mean Batch Time (s)": "{:.4f}"}
-    formats |= {"+- std (s)": "{:.4f}", "Frames": "{:d}", "Size (px)": "{:d}"}
-    rows = [
-        [_cell(row[name], formats.get(name, "{:.2f}")) for name in table.columns]
-        for row in table.to_dict(orient="records")
-    ]
-    lines = [list(table.columns), ["---"] * len(table.columns), *rows]
-    text = "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
-    said = "; ".join(f"{name}: {value}" for name, value in facts.items())
-    return f"{text}\n\n{said}\n"
-
-
-def _cell(value: Any, pattern: str) -> str:
-    if isinstance(value, str):
-        return value.replace("|", "\\|")
-    return "-" if value is None or np.isnan(value) else pattern.format(value)
-
-
 def benchmark(specs: Sequence[str], config: BenchmarkConfig) -> tuple[pd.DataFrame, dict[str, Any]]:
     """Time the models one after the other: the table, and its conditions."""
     device = choose_device(config.device)
@@ -263,7 +214,14 @@ def benchmark(specs: Sequence[str], config: BenchmarkConfig) -> tuple[pd.DataFra
             measure(items.pop(0), video, config, device, dtype)  # a timed model's memory is freed
             for _ in tqdm(specs, "timing", unit="model", leave=False)
         ]
-    return pd.DataFrame(rows), conditions(config, device, dtype)
+    facts = conditions(
+        device,
+        precision=str(dtype).removeprefix("torch."),
+        batch_size=config.batch_size,
+        n=f"{config.repeats} batches, {5 * config.repeats} single clips",
+        compile=config.compile,
+    )
+    return pd.DataFrame(rows), facts
 
 
 def _test_video() -> np.ndarray:
@@ -283,16 +241,7 @@ def main() -> None:
     if config.warmup < 0 or not config.models:
         raise UserError("warmup must be at least 0, and there must be a model to time")
     table, facts = benchmark(config.models, config)
-    text = to_markdown(table, facts)
-    print(text)
-    folder = Path(config.output)
-    folder.mkdir(parents=True, exist_ok=True)
-    records = json.loads(table.to_json(orient="records", double_precision=9))
-    write_text(folder / "latency.csv", table.to_csv(index=False))
-    write_text(folder / "latency.md", text)
-    write_json(folder / "latency.json", {"conditions": facts, "rows": records})
-    print(f"saved: {folder}/latency.csv, .json, .md")
-    print(json.dumps({"conditions": facts, "rows": records}))
+    report("latency", table, facts, config.output, FORMATS)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from device import Precision
 from errors import UserError
 from manifest import CLASSES
 from models import model_options
-from video import Sampling
+from sampling import Sampling
 
 
 @dataclass(frozen=True)

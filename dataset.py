@@ -10,7 +10,8 @@ from torchvision.transforms import v2
 
 from errors import UserError
 from manifest import CLASSES, ClipRow, get_num_classes, read_manifest
-from video import ClipError, Sampling, read_clip
+from sampling import Sampling
+from video import ClipError, read_clip
 
 __all__ = [
     "CLASSES",

@@ -8,7 +8,6 @@ out; some AVI files carry time stamps that run backwards, and sorting by them sc
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Literal
 
 import av
 import numpy as np
@@ -18,8 +17,7 @@ from av.video.reformatter import Interpolation
 import h264
 from atomic import atomic
 from errors import UserError
-
-Sampling = Literal["first", "uniform", "random"]
+from sampling import Sampling, sample_indices
 
 # A frame this large is a decompression bomb, not an endoscope: 8K is 33 million pixels.
 MAX_PIXELS = 8192 * 4608
@@ -44,40 +42,6 @@ class ClipError(UserError):
 
     def __reduce__(self) -> tuple:  # exceptions cross from a DataLoader worker as pickles
         return type(self), (self.path, self.reason)
-
-
-def sample_indices(
-    n_available: int,
-    n_frames: int,
-    sampling: Sampling = "uniform",
-    draws: Sequence[float] | None = None,
-    view: tuple[int, int] = (0, 1),
-) -> list[int]:
-    """Which `n_frames` of `n_available` frames make the clip.
-
-    The clip is cut into `n_frames` equal segments and one frame is taken of each, as in Temporal
-    Segment Networks (Wang et al., arXiv:1608.00859, section 3.1).
-
-    - `first`: the first frames, what the data set's own code does;
-    - `uniform`: the middle of each segment; view k of n takes the point (k + 1/2) / n instead, so
-      that the views of one clip see different frames;
-    - `random`: `draws[i]` in [0, 1) is the place inside segment i, for training.
-
-    A clip shorter than `n_frames` is taken whole, its last frame repeated, whatever the sampling.
-    """
-    if n_available < 1:
-        raise ValueError("a clip without frames cannot be sampled")
-    if sampling == "first" or n_available <= n_frames:
-        return [min(i, n_available - 1) for i in range(n_frames)]
-    if sampling == "uniform":
-        number, count = view
-        draws = [(number + 0.5) / count] * n_frames
-    elif sampling != "random":
-        raise ValueError(f"sampling must be first, uniform or random, not {sampling!r}")
-    elif draws is None or len(draws) != n_frames:
-        raise ValueError("random sampling needs one draw a frame")
-    # int() after the sum: segments may have unequal whole lengths, no frame is left out for ever.
-    return [int((i + draws[i]) * n_available / n_frames) for i in range(n_frames)]
 
 
 def read_frames(
@@ -110,12 +74,14 @@ def read_frames(
     if not path.is_file():  # also keeps out pipes and devices, which would block for ever
         raise ClipError(path, "no such file" if not path.exists() else "not a file")
     try:
-        for stream, expected in _video_streams(path):
-            frames = None
-            if stop_after is None:
-                frames = _read_needed(path, stream, expected, choose, size)
-            if frames is None:
-                frames = _read_stream(path, stream, expected, choose, size, stop_after)
+        with _open(path) as container:
+            streams = _video_streams(container, path)
+            if len(streams) == 1 and stop_after is None:
+                frames = _read_needed(container, *streams[0], choose, size)
+                if frames is not None:
+                    return frames
+        for stream, expected in streams:
+            frames = _read_stream(path, stream, expected, choose, size, stop_after)
             if frames is not None:
                 return frames
     except _DECODING_ERRORS as error:
@@ -179,20 +145,19 @@ def _open(path: Path) -> av.container.InputContainer:
     return av.open(str(path.absolute()), options=options, **_TOLERANT)
 
 
-def _video_streams(path: Path) -> list[tuple[int, int]]:
+def _video_streams(container: av.container.InputContainer, path: Path) -> list[tuple[int, int]]:
     """(number, expected frames) of the file's video streams, cover pictures left out."""
-    with _open(path) as container:
-        streams = [
-            stream
-            for stream in container.streams.video
-            if not stream.disposition & Disposition.attached_pic
-        ]
-        known = [stream for stream in streams if stream.codec_context is not None]
-        if not streams:
-            raise ClipError(path, "holds no video stream")
-        if not known:
-            raise ClipError(path, "holds video of an unknown codec only")
-        return [(stream.index, stream.frames) for stream in known]
+    streams = [
+        stream
+        for stream in container.streams.video
+        if not stream.disposition & Disposition.attached_pic
+    ]
+    known = [stream for stream in streams if stream.codec_context is not None]
+    if not streams:
+        raise ClipError(path, "holds no video stream")
+    if not known:
+        raise ClipError(path, "holds video of an unknown codec only")
+    return [(stream.index, stream.frames) for stream in known]
 
 
 def _stream(container: av.container.InputContainer, index: int) -> av.VideoStream:
@@ -215,7 +180,7 @@ def _decode(path: Path, index: int) -> Iterator[av.VideoFrame]:
 
 
 def _read_needed(
-    path: Path,
+    container: av.container.InputContainer,
     index: int,
     expected: int,
     choose: Callable[[int], Sequence[int]],
@@ -227,25 +192,24 @@ def _read_needed(
     the decoder puts out: then that one has a look at it.
     """
     try:
-        with _open(path) as container:
-            stream = _stream(container, index)
-            pictures = _pictures(container, stream)
-            if not pictures or expected not in (0, len(pictures)):
+        stream = _stream(container, index)
+        pictures = _pictures(container, stream)
+        if not pictures or expected not in (0, len(pictures)):
+            return None
+        numbers = h264.frame_numbers(pictures)
+        if numbers is None:
+            return None
+        wanted = list(choose(len(pictures)))
+        decode = h264.needed(pictures, numbers, wanted)
+        by_pts = {one.pts: number for one, number in zip(pictures, numbers, strict=True)}
+        kept: dict[int, np.ndarray] = {}
+        seen, latest = 0, -math.inf
+        for frame in _decode_needed(container, stream, pictures, decode):
+            if frame.is_corrupt or frame.interlaced_frame or frame.pts <= latest:
                 return None
-            numbers = h264.frame_numbers(pictures)
-            if numbers is None:
-                return None
-            wanted = list(choose(len(pictures)))
-            decode = h264.needed(pictures, numbers, wanted)
-            by_pts = {one.pts: number for one, number in zip(pictures, numbers, strict=True)}
-            kept: dict[int, np.ndarray] = {}
-            seen, latest = 0, -math.inf
-            for frame in _decode_needed(container, stream, pictures, decode):
-                if frame.is_corrupt or frame.interlaced_frame or frame.pts <= latest:
-                    return None
-                seen, latest = seen + 1, frame.pts
-                if by_pts[frame.pts] in wanted:
-                    kept[by_pts[frame.pts]] = _to_rgb(frame, size)
+            seen, latest = seen + 1, frame.pts
+            if by_pts[frame.pts] in wanted:
+                kept[by_pts[frame.pts]] = _to_rgb(frame, size)
     except (*_DECODING_ERRORS, LookupError, TypeError):
         return None
     same_size = len({frame.shape for frame in kept.values()}) == 1

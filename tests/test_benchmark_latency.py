@@ -9,7 +9,8 @@ import torch
 from conftest import TINY_FLAGS, run_script
 from torch import nn
 
-from benchmark_latency import count_gflops, time_calls
+from benchmark_latency import count_gflops
+from benchmarking import time_calls
 from cnn_lstm import CNNLSTM
 from models import build_model
 

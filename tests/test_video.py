@@ -4,13 +4,16 @@ import os
 import pickle
 import subprocess
 import sys
+from fractions import Fraction
 
 import av
 import numpy as np
 import pytest
 from conftest import ROOT
 
-from video import ClipError, read_clip, read_frames, sample_indices, write_video
+import video
+from sampling import sample_indices
+from video import ClipError, read_clip, read_frames, write_video
 
 
 def frames(count: int, height: int = 48, width: int = 64) -> np.ndarray:
@@ -177,7 +180,7 @@ def test_wrong_frame_count_in_the_header_is_put_right(tmp_path, monkeypatch) -> 
     source = frames(40)
     write_video(tmp_path / "clip.mp4", source, lossless=True)
     for lie in (7, 40, 900):
-        monkeypatch.setattr("video._video_streams", lambda path, lie=lie: [(0, lie)])
+        monkeypatch.setattr("video._video_streams", lambda *_, lie=lie: [(0, lie)])
         clip = read_clip(tmp_path / "clip.mp4", 16, size=None)
         assert np.array_equal(clip, source[sample_indices(40, 16)])
 
@@ -262,3 +265,102 @@ def test_memory_is_bounded_by_the_clip_not_by_the_file(tmp_path) -> None:
     )
     unit = 1 if sys.platform == "darwin" else 1024
     assert int(done.stdout) * unit < 150e6
+
+
+def write_h264(path, count: int = 70, times=None, **options: str) -> None:
+    """Moving noise as x264 compresses it, 25 frames a second or at the given times (1/1000 s)."""
+    picture = np.random.default_rng(0).integers(0, 256, (80, 200, 3), dtype=np.uint8)
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=25)
+        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
+        stream.options = options
+        if times is not None:
+            stream.codec_context.time_base = Fraction(1, 1000)
+        for number in range(count):
+            shifted = np.ascontiguousarray(picture[number % 30 :][:48, number : number + 64])
+            frame = av.VideoFrame.from_ndarray(shifted, format="rgb24")
+            if times is not None:
+                frame.pts, frame.time_base = int(times[number]), Fraction(1, 1000)
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+
+
+H264 = {
+    "usual": ("mp4", {}),
+    "short groups": ("mp4", {"g": "9"}),
+    "one picture a group": ("mp4", {"g": "1"}),
+    "no B-frames": ("mp4", {"bf": "0"}),
+    "many B-frames": ("mp4", {"x264-params": "bframes=16:b-adapt=0:b-pyramid=strict"}),
+    "no B-pyramid": ("mp4", {"x264-params": "bframes=3:b-adapt=0:b-pyramid=none"}),
+    "open groups": ("mp4", {"x264-params": "open-gop=1:keyint=12:bframes=3:b-adapt=0"}),
+    "no keyframes": ("mp4", {"x264-params": "intra-refresh=1:keyint=15"}),
+    "slices": ("mp4", {"x264-params": "slices=3:keyint=20"}),
+    "interlaced": ("mp4", {"x264-params": "interlaced=1"}),
+    "Matroska": ("mkv", {"g": "20"}),
+    "parameters in the stream": ("mp4", {"x264-params": "repeat-headers=1:keyint=20"}),
+    "transport stream": ("ts", {"g": "20"}),
+}
+FALLS_BACK = {"interlaced", "transport stream"}  # and these do take the plain path
+
+
+@pytest.mark.parametrize("name", H264)
+@pytest.mark.parametrize("t", [4, 16])
+def test_decoding_the_needed_packets_equals_decoding_all(tmp_path, monkeypatch, name, t) -> None:
+    container, options = H264[name]
+    path = tmp_path / f"clip.{container}"
+    write_h264(path, **options)
+    plain = read_frames(path, range, size=32, stop_after=10**6)  # stop_after: never the fast path
+    assert len(plain) == 70
+    fast, read_needed = [], video._read_needed
+
+    def watched(*arguments):
+        fast.append(read_needed(*arguments))
+        return fast[-1]
+
+    monkeypatch.setattr(video, "_read_needed", watched)
+    for draws in np.random.default_rng(0).random((8, t)):
+        clip = read_clip(path, t, "random", 32, draws)
+        assert np.array_equal(clip, plain[sample_indices(70, t, "random", draws)])
+    assert all((result is None) == (name in FALLS_BACK) for result in fast)
+
+
+def test_uneven_times_do_not_matter(tmp_path) -> None:
+    """Frames are counted, not looked up by time: a variable frame rate needs no exception."""
+    times = np.random.default_rng(0).integers(5, 200, 70).cumsum()
+    write_h264(tmp_path / "clip.mp4", times=times)
+    plain = read_frames(tmp_path / "clip.mp4", range, size=32, stop_after=10**6)
+    clip = read_clip(tmp_path / "clip.mp4", 16, size=32)
+    assert np.array_equal(clip, plain[sample_indices(70, 16)])
+
+
+def test_disposable_pictures_are_not_decoded(tmp_path, monkeypatch) -> None:
+    write_h264(tmp_path / "clip.mp4", **H264["no B-pyramid"][1])
+    decoded, decode_needed = [], video._decode_needed
+
+    def counted(*arguments):
+        for frame in decode_needed(*arguments):
+            decoded.append(frame.pts)
+            yield frame
+
+    monkeypatch.setattr(video, "_decode_needed", counted)
+    read_clip(tmp_path / "clip.mp4", 4, size=32)
+    assert len(decoded) < 30  # of 70: every fourth, and the wanted ones
+
+
+def test_edit_list_takes_the_plain_path(tmp_path) -> None:
+    """A file cut without re-encoding shows fewer frames than it stores."""
+    write_h264(tmp_path / "whole.mp4", g="50")
+    data = bytearray((tmp_path / "whole.mp4").read_bytes())
+    place = data.find(b"elst")
+    assert place > 0
+    entry = place + 4 + 4 + 4  # version and flags, number of entries
+    scale = int.from_bytes(data[data.find(b"mdhd") + 16 :][:4], "big")
+    start = int.from_bytes(data[entry + 4 : entry + 8], "big")
+    data[entry + 4 : entry + 8] = (start + scale).to_bytes(4, "big")  # the first second is cut
+    (tmp_path / "cut.mp4").write_bytes(data)
+    plain = read_frames(tmp_path / "cut.mp4", range, size=32, stop_after=10**6)
+    whole = read_frames(tmp_path / "whole.mp4", range, size=32)
+    assert len(plain) < 70
+    assert np.array_equal(plain, whole[-len(plain) :])
+    clip = read_clip(tmp_path / "cut.mp4", 8, size=32)
+    assert np.array_equal(clip, plain[sample_indices(len(plain), 8)])

@@ -1,0 +1,131 @@
+"""What the benchmark scripts share: fair timing, tables, and what the numbers depend on."""
+
+import json
+import os
+import platform
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+
+from allocator import SWITCH, keep_freed_memory
+from atomic import write_text
+from device import describe_device
+from run_folder import write_json
+
+Call = Callable[[], Any]
+CPU = torch.device("cpu")
+
+
+def time_calls(call: Call, repeats: int, device: torch.device) -> np.ndarray:
+    """Seconds of each call, `(repeats,)`; the device's queue is empty before and after each."""
+    return np.array([_seconds(call, device) for _ in range(repeats)])
+
+
+def interleave(
+    calls: Mapping[str, Call],
+    repeats: int,
+    device: torch.device = CPU,
+    warmup: int = 1,
+) -> dict[str, np.ndarray]:
+    """Seconds of each call by name, `(repeats,)` each: all of them once, then all again, and so on.
+
+    Whatever else the machine does then slows all alike, and their ratios mean something.
+    """
+    for call in calls.values():
+        for _ in range(warmup):
+            call()
+    rounds = [
+        {name: _seconds(call, device) for name, call in calls.items()} for _ in range(repeats)
+    ]
+    return {name: np.array([seconds[name] for seconds in rounds]) for name in calls}
+
+
+def _seconds(call: Call, device: torch.device) -> float:
+    _synchronize(device)
+    began = time.perf_counter()
+    call()
+    _synchronize(device)
+    return time.perf_counter() - began
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()
+
+
+def conditions(device: torch.device, packages: Sequence[str] = (), **facts: Any) -> dict[str, Any]:
+    """Everything that the numbers depend on besides the code."""
+    return {
+        "device": describe_device(device),
+        **facts,
+        "allocator": describe_allocator(),
+        **{name: _version(name) for name in ("torch", "torchvision", "av", *packages)},
+        "python": platform.python_version(),
+        "system": platform.platform(),
+        "command": " ".join(["python", *sys.argv]),
+    }
+
+
+def describe_allocator() -> str:
+    """Which memory the C library keeps, for tables of measurements."""
+    if keep_freed_memory():
+        return "malloc keeps freed memory (allocator.py)"
+    return f"the system's default ({SWITCH}={os.environ.get(SWITCH, '')})"
+
+
+def _version(name: str) -> str:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return "not installed"
+
+
+def to_markdown(
+    table: pd.DataFrame, facts: Mapping[str, Any], formats: Mapping[str, str] | None = None
+) -> str:
+    """A table and its conditions as Markdown; numbers have two digits unless `formats` says so."""
+    rows = [
+        [_cell(row[name], (formats or {}).get(name, "{:.2f}")) for name in table.columns]
+        for row in table.to_dict(orient="records")
+    ]
+    lines = [list(table.columns), ["---"] * len(table.columns), *rows]
+    text = "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
+    said = "; ".join(f"{name}: {value}" for name, value in facts.items())
+    return f"{text}\n\n{said}\n"
+
+
+def _cell(value: Any, pattern: str) -> str:
+    if isinstance(value, str):
+        return value.replace("|", "\\|")
+    if value is None or np.isnan(value):
+        return "-"
+    return pattern.format(value)
+
+
+def report(
+    name: str,
+    table: pd.DataFrame,
+    facts: Mapping[str, Any],
+    folder: str | Path,
+    formats: Mapping[str, str] | None = None,
+) -> None:
+    """Print a table, write `name`.csv, .md and .json into a folder, and print one JSON line."""
+    text = to_markdown(table, facts, formats)
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    records = json.loads(table.to_json(orient="records", double_precision=9))
+    result = {"conditions": dict(facts), "rows": records}
+    write_text(folder / f"{name}.csv", table.to_csv(index=False))
+    write_text(folder / f"{name}.md", text)
+    write_json(folder / f"{name}.json", result)
+    print(f"{text}\nsaved: {folder}/{name}.csv, .md, .json")
+    print(json.dumps(result))

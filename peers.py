@@ -1,0 +1,103 @@
+"""Other ways to do what this project does, for comparison in the benchmarks only.
+
+The naive ones are what a first version of a training script does. The libraries are optional
+(requirements-bench.txt): `decoders()` lists what is installed.
+"""
+
+from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
+
+import av
+import numpy as np
+from PIL import Image
+from torchvision.transforms import InterpolationMode
+from torchvision.transforms import functional as tv
+
+from sampling import sample_indices
+
+Decoder = Callable[[Path, int, int], np.ndarray]
+"""(path, n_frames, size) to the clip's frames, `(n_frames, size, size, 3)` uint8"""
+
+
+def decode_naively(path: Path, n_frames: int, size: int) -> np.ndarray:
+    """PyAV: decode all frames, convert all to RGB, resize the wanted ones with PIL."""
+    with av.open(str(path)) as container:
+        frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
+    wanted = sample_indices(len(frames), n_frames)
+    return np.stack([np.asarray(Image.fromarray(frames[i]).resize((size, size))) for i in wanted])
+
+
+def decode_with_decord(path: Path, n_frames: int, size: int) -> np.ndarray:
+    """decord on one thread, frames resized by the reader."""
+    from decord import VideoReader
+
+    reader = VideoReader(str(path), width=size, height=size, num_threads=1)
+    return reader.get_batch(sample_indices(len(reader), n_frames)).asnumpy()
+
+
+def decode_with_torchcodec(path: Path, n_frames: int, size: int) -> np.ndarray:
+    """torchcodec on one thread, exact seeking, frames resized by the decoder."""
+    from torchcodec.decoders import VideoDecoder
+    from torchcodec.transforms import Resize
+
+    decoder = VideoDecoder(str(path), num_ffmpeg_threads=1, transforms=[Resize((size, size))])
+    clip = decoder.get_frames_at(sample_indices(len(decoder), n_frames)).data  # (T, C, H, W)
+    return clip.permute(0, 2, 3, 1).numpy()
+
+
+def decode_with_opencv(path: Path, n_frames: int, size: int) -> np.ndarray:
+    """OpenCV: grab all frames, retrieve and resize the wanted ones."""
+    import cv2
+
+    cv2.setNumThreads(1)
+    capture = cv2.VideoCapture(str(path), cv2.CAP_FFMPEG, [cv2.CAP_PROP_N_THREADS, 1])
+    count = int(capture.get(cv2.CAP_PROP_FRAME_COUNT))
+    wanted, frames = set(sample_indices(count, n_frames)), []
+    for number in range(count):
+        if not capture.grab():
+            break
+        if number in wanted:
+            _, frame = capture.retrieve()
+            frame = cv2.resize(frame, (size, size), interpolation=cv2.INTER_AREA)
+            frames.append(cv2.cvtColor(frame, cv2.COLOR_BGR2RGB))
+    return np.stack(frames)
+
+
+def decoders() -> dict[str, Decoder]:
+    """The decoders that can be used here, by name."""
+    return {
+        "naive PyAV": decode_naively,
+        **({"decord": decode_with_decord} if find_spec("decord") else {}),
+        **({"torchcodec": decode_with_torchcodec} if find_spec("torchcodec") else {}),
+        **({"OpenCV": decode_with_opencv} if find_spec("cv2") else {}),
+    }
+
+
+def augment_each_frame(
+    frames: np.ndarray,
+    angle: float,
+    translate: tuple[int, int],
+    scale: float,
+    brightness: float,
+    contrast: float,
+    saturation: float,
+    hue: float,
+) -> np.ndarray:
+    """Flip, rotation, colour jitter and affine on each frame with PIL, `(T, H, W, 3)` to the same.
+
+    All frames with the same numbers; drawing anew for each frame, as a naive chain does, would only
+    add to its time.
+    """
+    bilinear = InterpolationMode.BILINEAR
+    out = []
+    for frame in frames:
+        image = tv.hflip(Image.fromarray(frame))
+        image = tv.rotate(image, angle, bilinear)
+        image = tv.adjust_brightness(image, brightness)
+        image = tv.adjust_contrast(image, contrast)
+        image = tv.adjust_saturation(image, saturation)
+        image = tv.adjust_hue(image, hue)
+        image = tv.affine(image, 0.0, list(translate), scale, [0.0], bilinear)
+        out.append(np.asarray(image))
+    return np.stack(out)
