@@ -5,9 +5,9 @@ from typing import NamedTuple
 
 import torch
 from torch.utils.data import Dataset
-from torchvision import tv_tensors
-from torchvision.transforms import v2
+from torchvision.transforms.v2 import functional as tv
 
+from augment import Augment
 from errors import UserError
 from manifest import CLASSES, ClipRow, get_num_classes, read_manifest
 from sampling import Sampling
@@ -41,6 +41,8 @@ class ClipsDataset(Dataset):
             distorted by the picture's aspect ratio, the same in training and testing.
         sampling: which frames; see `video.sample_indices`.
         transform: applied once to the whole clip; see `get_train_transform`.
+        defer: only draw the transform's random numbers (it is an `Augment`) and return them beside
+            the clip, `(clip, label, draw)`, for a device that applies them to whole batches.
         views: temporal views of each clip, for evaluation; above 1 a clip is `(V, T, C, H, W)`.
         shuffle_frames: put each clip's frames into a fixed random order: how much accuracy this
             costs tells how much of it comes from motion.
@@ -61,6 +63,7 @@ class ClipsDataset(Dataset):
         transform: Transform | None = None,
         views: int = 1,
         shuffle_frames: bool = False,
+        defer: bool = False,
     ) -> None:
         self.rows = list(rows)
         self.n_frames = n_frames
@@ -69,25 +72,33 @@ class ClipsDataset(Dataset):
         self.transform = transform
         self.views = views
         self.shuffle_frames = shuffle_frames
+        self.defer = defer
 
     def __len__(self) -> int:
         return len(self.rows)
 
-    def __getitem__(self, index: int | tuple[int, int]) -> tuple[torch.Tensor, int]:
+    def __getitem__(self, index: int | tuple[int, int]) -> tuple:
         if isinstance(index, tuple):
             index, seed = index
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(seed)
-                return self._clip(index), self.rows[index].label
-        return self._clip(index), self.rows[index].label
+                return self._item(index)
+        return self._item(index)
 
-    def _clip(self, index: int) -> torch.Tensor:
+    def _item(self, index: int) -> tuple:
+        clip, label = self._read(index), self.rows[index].label
+        if self.defer:
+            return clip, label, self.transform.draw()
+        if self.transform is not None:
+            views = clip.flatten(0, -4)  # all views of a clip are changed alike
+            clip = self.transform(views).view(*clip.shape[:-3], -1, self.size, self.size)
+        return clip, label
+
+    def _read(self, index: int) -> torch.Tensor:
         draws = torch.rand(self.n_frames).tolist() if self.sampling == "random" else None
         path = self.rows[index].path
         frames = read_clip(path, self.n_frames, self.sampling, self.size, draws, self.views)
         clip = torch.from_numpy(frames).permute(0, 3, 1, 2)  # (V*T, H, W, C) -> (V*T, C, H, W)
-        if self.transform is not None:
-            clip = self.transform(clip)
         clip = clip.unflatten(0, (self.views, self.n_frames))  # (V, T, C, H, W)
         if self.shuffle_frames:
             seed = torch.Generator().manual_seed(index)
@@ -95,66 +106,19 @@ class ClipsDataset(Dataset):
         return clip.contiguous() if self.views > 1 else clip[0].contiguous()
 
 
-def get_train_transform(
-    size: int = 224,
-    flip: float = 0.5,
-    rotation: float = 10.0,
-    translate: float = 0.05,
-    zoom: float = 0.1,
-    brightness: float = 0.2,
-    contrast: float = 0.2,
-    saturation: float = 0.2,
-    hue: float = 0.02,
-) -> Transform:
-    """Random flip, rotation, affine and colour jitter, drawn once for the whole clip.
-
-    Takes and returns `(T, C, H, W)`; uint8 stays uint8 (the model converts and normalises), clips
-    of another size are resized to `size` first. All frames share one draw: redrawing for each frame
-    would make the scene jump and bury the motion that the classes differ in.
-
-    Args:
-        flip: probability of a horizontal flip.
-        rotation: largest angle, degrees. Rotation, translation and zoom are one affine map, so
-            that the pixels are interpolated once.
-        translate: largest shift, as a share of the size.
-        zoom: largest relative change of scale.
-        brightness, contrast, saturation, hue: strengths of `ColorJitter`.
-
-    Strong zoom and flips blur the difference between PanoView and LocPanoView, which is camera
-    motion: keep them mild where that matters. A strength of 0 switches its step off.
-    """
-    steps: list[torch.nn.Module] = [_resize(size)]
-    if flip:
-        steps.append(v2.RandomHorizontalFlip(flip))
-    if rotation or translate or zoom:
-        steps.append(
-            v2.RandomAffine(
-                degrees=rotation,
-                translate=(translate, translate),
-                scale=(1 - zoom, 1 + zoom),
-                interpolation=v2.InterpolationMode.BILINEAR,
-            )
-        )
-    if brightness or contrast or saturation or hue:
-        steps.append(v2.ColorJitter(brightness, contrast, saturation, hue))
-    return v2.Compose([_AsVideo(), *steps, v2.ToPureTensor()])
+get_train_transform = Augment
+"""The transform of training clips: see `augment.Augment` for its strengths."""
 
 
 def get_val_transform(size: int = 224) -> Transform:
     """No randomness: `(T, C, H, W)` to `(T, C, size, size)`, unchanged if it has that size."""
-    return v2.Compose([_AsVideo(), _resize(size), v2.ToPureTensor()])
 
+    def resized(clip: torch.Tensor) -> torch.Tensor:
+        # Clips of ClipsDataset come in this size from the decoder; others are resized here.
+        same = clip.shape[-2:] == (size, size)
+        return clip if same else tv.resize(clip, [size, size], antialias=True)
 
-def _resize(size: int) -> v2.Resize:
-    # Clips of ClipsDataset come in this size from the decoder; then v2 returns them untouched.
-    return v2.Resize((size, size), antialias=True)
-
-
-class _AsVideo(torch.nn.Module):
-    """Tells v2 that the frames are one video, so that it draws once for all of them."""
-
-    def forward(self, clip: torch.Tensor) -> tv_tensors.Video:
-        return tv_tensors.Video(clip)
+    return resized
 
 
 class Batch(NamedTuple):
@@ -164,10 +128,11 @@ class Batch(NamedTuple):
     labels: torch.Tensor  # (B,)
     indices: torch.Tensor  # (B,) places in the data set
     unreadable: list[str]  # a line for each clip that could not be read and is left out
+    draws: torch.Tensor | None = None  # (B, 9) where augmenting is left to the training step
 
 
 class ReportingDataset(Dataset):
-    """A `ClipsDataset` for loaders: an unreadable clip becomes a line, not an exception."""
+    """A `ClipsDataset` for loaders: `(index, item)`; an unreadable clip's item is a line."""
 
     def __init__(self, clips: ClipsDataset) -> None:
         self.clips = clips
@@ -175,12 +140,12 @@ class ReportingDataset(Dataset):
     def __len__(self) -> int:
         return len(self.clips)
 
-    def __getitem__(self, index: int | tuple[int, int]) -> tuple:
+    def __getitem__(self, index: int | tuple[int, int]) -> tuple[int, tuple | str]:
         number = index[0] if isinstance(index, tuple) else index
         try:
-            return *self.clips[index], number
+            return number, self.clips[index]
         except ClipError as error:
-            return str(error), None, number
+            return number, str(error)
 
 
 def require_readable(unreadable: Sequence[str], what: str) -> None:
@@ -195,11 +160,16 @@ def require_readable(unreadable: Sequence[str], what: str) -> None:
 
 def collate(samples: Sequence[tuple]) -> Batch:
     """Stack the samples of a `ReportingDataset`. A batch may come out short, or empty."""
-    readable = [sample for sample in samples if sample[1] is not None]
-    clips = [clip for clip, _, _ in readable]
+    readable = [(number, *item) for number, item in samples if not isinstance(item, str)]
+    unreadable = [item for _, item in samples if isinstance(item, str)]
+    if not readable:
+        nothing = torch.empty(0, dtype=torch.long)
+        return Batch(torch.empty(0), nothing, nothing, unreadable)
+    indices, clips, labels, *draws = zip(*readable, strict=True)
     return Batch(
-        clips=torch.stack(clips) if clips else torch.empty(0),
-        labels=torch.tensor([label for _, label, _ in readable], dtype=torch.long),
-        indices=torch.tensor([index for _, _, index in readable], dtype=torch.long),
-        unreadable=[line for line, label, _ in samples if label is None],
+        clips=torch.stack(clips),
+        labels=torch.tensor(labels, dtype=torch.long),
+        indices=torch.tensor(indices, dtype=torch.long),
+        unreadable=unreadable,
+        draws=torch.stack(draws[0]) if draws else None,
     )

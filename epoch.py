@@ -83,6 +83,9 @@ def _forward_backward(
         shape = (1, config.n_frames, 3, config.image_size, config.image_size)
         clips, labels = torch.zeros(shape, dtype=torch.uint8), torch.zeros(1, dtype=torch.long)
     clips = clips.to(run.device, non_blocking=True)
+    if batch.draws is not None and n:
+        draws = batch.draws.to(run.device, non_blocking=True)
+        clips = loader.dataset.clips.transform.apply(clips, draws)
     labels = labels.to(run.device, non_blocking=True)
     with autocast(run.device, run.dtype):
         logits = parallel(clips)

@@ -20,6 +20,7 @@ from dataset import (
     get_val_transform,
 )
 from demo_data import render_demo
+from device import choose_device
 from manifest import ClipRow, read_splits
 
 DEMO_ROOT = Path("data") / "demo"
@@ -100,7 +101,13 @@ def build_dataloaders(config: TrainConfig) -> tuple[DataLoader, DataLoader, Data
         config.hue,
     )
     train = ClipsDataset(
-        splits["train"], config.n_frames, config.image_size, config.sampling, transform
+        splits["train"],
+        config.n_frames,
+        config.image_size,
+        config.sampling,
+        transform,
+        # A GPU changes a whole batch in less time than a worker one clip.
+        defer=choose_device(config.device).type == "cuda",
     )
     return (
         _loader(train, sampler, config, config.batch_size, persistent=True),

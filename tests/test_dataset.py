@@ -145,3 +145,20 @@ def test_batch_of_unreadable_clips_is_empty(tmp_path) -> None:
     batch = collate([clips[0], clips[0, 5]])
     assert len(batch.labels) == len(batch.clips) == 0
     assert len(batch.unreadable) == 2
+
+
+def test_deferred_draws_give_the_same_clips(rows) -> None:
+    """A GPU that augments the batch sees what workers would have made of it."""
+    transform = get_train_transform(32)
+    ready = ReportingDataset(ClipsDataset(rows, 8, 32, "random", transform))
+    deferred = ReportingDataset(ClipsDataset(rows, 8, 32, "random", transform, defer=True))
+    order = [(3, 11), (0, 12), (3, 13)]
+    one, two = (collate([clips[pair] for pair in order]) for clips in (ready, deferred))
+    assert one.draws is None
+    assert two.draws.shape == (3, 9)
+    assert not torch.equal(one.clips, two.clips)
+    applied = transform.apply(two.clips, two.draws)
+    assert (
+        applied.int() - one.clips.int()
+    ).abs().max() <= 1  # rounding, in batches of another size
+    assert torch.equal(one.labels, two.labels)

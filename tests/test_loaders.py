@@ -4,12 +4,14 @@ from collections import Counter
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from conftest import TINY_FLAGS
 
 from config import TrainConfig, resolve
 from loaders import TrainSampler, build_dataloaders
+from train import train
 
 LABELS = [0] * 60 + [1] * 30 + [2] * 10
 
@@ -103,3 +105,16 @@ def test_batches_are_the_same_whatever_the_workers(tiny_data: Path) -> None:
         for workers in (0, 2)
     )
     assert all(torch.equal(a, b) for a, b in zip(one, two, strict=True))
+
+
+def test_training_with_deferred_augmentation_is_the_same(
+    tiny_data: Path, tmp_path: Path, monkeypatch
+) -> None:
+    """As on a GPU: the training step augments. Here it does so on the CPU."""
+    losses = []
+    for device in ("cpu", "cuda"):
+        monkeypatch.setattr("loaders.choose_device", lambda _, d=device: torch.device(d))
+        run = train(config(tiny_data, epochs=2, device="cpu", run_dir=str(tmp_path), amp="fp32"))
+        losses.append(pd.read_csv(run / "metrics.csv")["train_loss"].to_numpy())
+    assert np.allclose(*losses, rtol=0.02)
+    assert losses[0].min() > 0

@@ -1,0 +1,152 @@
+"""Random flips, turns, zooms and colours: one draw a clip, one pass over its pixels.
+
+A draw is a handful of numbers, made where the clip is read, so that a clip comes out the same
+whatever the number of workers and wherever training resumed. It is applied there too, or, on a GPU,
+to the whole batch, each clip with its own draw.
+"""
+
+import math
+
+import numpy as np
+import torch
+from torch.nn import functional as F
+from torchvision.transforms.v2 import functional as tv
+
+LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601, as in torchvision
+_RGB_TO_YIQ = (LUMA, (0.5959, -0.2746, -0.3213), (0.2115, -0.5227, 0.3112))
+_YIQ_TO_RGB = np.linalg.inv(_RGB_TO_YIQ).tolist()
+
+
+class Augment:
+    """Random flip, affine map and colours, drawn once for a whole clip.
+
+    Called with a clip, `(T, C, H, W)` uint8, it draws and applies; clips of another size are
+    resized to `size` first. All frames share one draw: redrawing for each frame would make the
+    scene jump and bury the motion that the classes differ in.
+
+    Args:
+        flip: probability of a horizontal flip.
+        rotation: largest angle, degrees. Flip, rotation, translation and zoom are one affine map:
+            pixels are interpolated once (bilinear; black comes in from outside).
+        translate: largest shift, as a share of the size.
+        zoom: largest relative change of scale.
+        brightness, contrast, saturation, hue: strengths, meant as in torchvision's `ColorJitter`.
+
+    Colours differ from `ColorJitter` in four ways. The order is fixed: brightness, contrast,
+    saturation, hue. Together they are one linear map of RGB, so that values are clipped to 0..255
+    once at the end and not after each step. Contrast turns about the mean luma of the clip, not of
+    each frame: no flicker. Hue turns the chroma plane of YIQ by 360 degrees x hue, which keeps the
+    luma, instead of moving HSV's H: alike for the small angles that make sense here (up to 1.6
+    times as far), not for large ones.
+
+    Strong zoom and flips blur the difference between PanoView and LocPanoView, which is camera
+    motion: keep them mild where that matters. A strength of 0 switches its part off.
+    """
+
+    def __init__(
+        self,
+        size: int = 224,
+        flip: float = 0.5,
+        rotation: float = 10.0,
+        translate: float = 0.05,
+        zoom: float = 0.1,
+        brightness: float = 0.2,
+        contrast: float = 0.2,
+        saturation: float = 0.2,
+        hue: float = 0.02,
+    ) -> None:
+        self.size = size
+        self.flip = flip
+        self.geometry = (rotation, translate, translate, zoom)
+        self.colours = (brightness, contrast, saturation, hue)
+
+    def draw(self) -> torch.Tensor:
+        """Nine numbers from torch's generator: flip (1 or -1), degrees, shifts to the right and
+        down (shares of the size), scale, brightness, contrast, saturation, hue."""
+        flip = -1.0 if torch.rand(()) < self.flip else 1.0
+        angle, right, down, zoom = (torch.rand(4) * 2 - 1) * torch.tensor(self.geometry)
+        brightness, contrast, saturation, hue = torch.rand(4)
+        factors = [
+            max(0.0, 1 - strength) + draw * (1 + strength - max(0.0, 1 - strength))
+            for draw, strength in zip(
+                (brightness, contrast, saturation), self.colours, strict=False
+            )
+        ]
+        hue = (2 * hue - 1) * self.colours[3]
+        return torch.tensor([flip, angle, right, down, 1 + zoom, *factors, hue])
+
+    def __call__(self, clip: torch.Tensor) -> torch.Tensor:
+        return self.apply(clip.unsqueeze(0), self.draw().unsqueeze(0))[0]
+
+    def apply(self, clips: torch.Tensor, draws: torch.Tensor) -> torch.Tensor:
+        """`(B, T, C, H, W)` uint8 to `(B, T, C, size, size)` uint8, with `draws` `(B, 9)`."""
+        if clips.dtype != torch.uint8:
+            raise ValueError(f"clips are augmented as uint8, not {clips.dtype}")
+        if clips.shape[-2:] != (self.size, self.size):
+            clips = tv.resize(clips, [self.size, self.size], antialias=True)
+        warped = bool(self.flip or any(self.geometry))
+        if not warped and not any(self.colours):
+            return clips
+        x = clips.contiguous().float()
+        if warped:
+            x = warp(x, inverse_maps(draws))
+        # The half makes the cut to whole numbers round; a pass of its own would cost time.
+        x = recolour(x, draws, plus=0.5) if any(self.colours) else x.add_(0.5)
+        return x.clamp_(0, 255).to(torch.uint8)
+
+
+def inverse_maps(draws: torch.Tensor) -> torch.Tensor:
+    """For each draw the map from places in the result to places in the clip, `(B, 2, 3)`.
+
+    Places are in [-1, 1], as `affine_grid` wants them. A clip is flipped, turned clockwise and
+    scaled about its centre, then shifted, as in torchvision's `affine`.
+    """
+    flip, degrees, right, down, scale = draws[:, :5].unbind(1)
+    cosine, sine = torch.cos(degrees * math.pi / 180), torch.sin(degrees * math.pi / 180)
+    turn = torch.stack([cosine, sine, -sine, cosine], 1).unflatten(1, (2, 2)) / scale.view(-1, 1, 1)
+    turn = torch.stack([flip, torch.ones_like(flip)], 1).unsqueeze(2) * turn  # (B, 2, 2)
+    shift = 2 * torch.stack([right, down], 1).unsqueeze(2)  # (B, 2, 1)
+    return torch.cat([turn, -turn @ shift], 2)
+
+
+def warp(clips: torch.Tensor, maps: torch.Tensor) -> torch.Tensor:
+    """Sample `(B, T, C, H, W)` floats at the places that `maps` `(B, 2, 3)` lead to.
+
+    The frames of a clip are taken as channels of one picture: where to look is worked out once.
+    """
+    grid = F.affine_grid(maps, [len(clips), 1, *clips.shape[-2:]], align_corners=False)
+    sampled = F.grid_sample(clips.flatten(1, 2), grid, align_corners=False)  # (B, T * C, H, W)
+    return sampled.unflatten(1, clips.shape[1:3])
+
+
+def recolour(clips: torch.Tensor, draws: torch.Tensor, plus: float = 0.0) -> torch.Tensor:
+    """Brightness, contrast, saturation and hue of `(B, T, 3, H, W)` floats in 0..255, unclipped.
+
+    `plus` is added to every value.
+    """
+    b, t, c, h, w = clips.shape
+    x = clips.reshape(b, t * c, h * w)
+    mean = x.mean(2).view(b, t, c).mean(1)  # (B, 3), of each colour over the whole clip
+    matrix, offset = colour_maps(draws, mean)
+    matrix, offset = matrix.repeat_interleave(t, 0), offset.repeat_interleave(t, 0)
+    x = torch.bmm(matrix, x.view(b * t, c, h * w)).add_(offset + plus)  # baddbmm copies first
+    return x.view(b, t, c, h, w)
+
+
+def colour_maps(draws: torch.Tensor, mean: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """For each draw the linear map of RGB, `(B, 3, 3)`, and what it adds, `(B, 3, 1)`.
+
+    `mean` `(B, 3)` is the clip's mean colour, about whose luma contrast turns.
+    """
+    brightness, contrast, saturation, hue = draws[:, 5:].view(-1, 4, 1, 1).unbind(1)  # (B, 1, 1)
+    luma, to_yiq, from_yiq = (draws.new_tensor(m) for m in (LUMA, _RGB_TO_YIQ, _YIQ_TO_RGB))
+    # In YIQ saturation scales the chroma plane (I, Q), hue turns it, and luma (Y) stays.
+    angle = -2 * math.pi * hue  # the way round that HSV's H goes
+    along, across = saturation * torch.cos(angle), saturation * torch.sin(angle)
+    one, zero = torch.ones_like(hue), torch.zeros_like(hue)
+    entries = [one, zero, zero, zero, along, -across, zero, across, along]
+    in_yiq = torch.cat(entries, 2).view(-1, 3, 3)
+    matrix = brightness * contrast * (from_yiq @ in_yiq @ to_yiq)
+    # Greys stay greys under saturation and hue: contrast adds the same to R, G and B.
+    offset = brightness * (1 - contrast) * (mean @ luma).view(-1, 1, 1)
+    return matrix, offset.expand(-1, 3, 1)
