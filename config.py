@@ -30,6 +30,8 @@ class TrainConfig:
     skip_unreadable: bool = False
     """leave out validation and test clips that cannot be read, and say how many, instead of
     stopping (unreadable training clips are always left out, and listed)"""
+    cache: str = ""
+    """folder that `prepare_data.py cache` filled: clips are read there, much faster than decoded"""
     check_clips: bool = True
     """read every validation and test clip once before the first epoch"""
 

@@ -8,6 +8,7 @@ from torch.utils.data import Dataset
 from torchvision.transforms.v2 import functional as tv
 
 from augment import Augment
+from clip_cache import ClipCache
 from errors import UserError
 from manifest import CLASSES, ClipRow, get_num_classes, read_manifest
 from sampling import Sampling
@@ -39,8 +40,9 @@ class ClipsDataset(Dataset):
             of the view is cut off (instruments enter there, and PanoView and LocPanoView differ by
             how much is in view), and every source, cache and stream is squeezed alike. Shapes are
             distorted by the picture's aspect ratio, the same in training and testing.
-        sampling: which frames; see `video.sample_indices`.
+        sampling: which frames; see `sampling.sample_indices`.
         transform: applied once to the whole clip; see `get_train_transform`.
+        cache: where the clips are read instead of being decoded.
         defer: only draw the transform's random numbers (it is an `Augment`) and return them beside
             the clip, `(clip, label, draw)`, for a device that applies them to whole batches.
         views: temporal views of each clip, for evaluation; above 1 a clip is `(V, T, C, H, W)`.
@@ -63,6 +65,7 @@ class ClipsDataset(Dataset):
         transform: Transform | None = None,
         views: int = 1,
         shuffle_frames: bool = False,
+        cache: ClipCache | None = None,
         defer: bool = False,
     ) -> None:
         self.rows = list(rows)
@@ -72,6 +75,7 @@ class ClipsDataset(Dataset):
         self.transform = transform
         self.views = views
         self.shuffle_frames = shuffle_frames
+        self.cache = cache
         self.defer = defer
 
     def __len__(self) -> int:
@@ -97,7 +101,10 @@ class ClipsDataset(Dataset):
     def _read(self, index: int) -> torch.Tensor:
         draws = torch.rand(self.n_frames).tolist() if self.sampling == "random" else None
         path = self.rows[index].path
-        frames = read_clip(path, self.n_frames, self.sampling, self.size, draws, self.views)
+        if self.cache:
+            frames = self.cache.read(path, self.n_frames, self.sampling, draws, self.views)
+        else:
+            frames = read_clip(path, self.n_frames, self.sampling, self.size, draws, self.views)
         clip = torch.from_numpy(frames).permute(0, 3, 1, 2)  # (V*T, H, W, C) -> (V*T, C, H, W)
         clip = clip.unflatten(0, (self.views, self.n_frames))  # (V, T, C, H, W)
         if self.shuffle_frames:

@@ -29,7 +29,7 @@ import distributed
 import metrics
 from atomic import write_text
 from checkpoint import build_from_checkpoint, load_checkpoint
-from config import from_dict
+from config import TrainConfig, from_dict
 from dataset import require_readable
 from device import choose_device, choose_precision, describe_device
 from errors import UserError
@@ -203,6 +203,8 @@ class EvaluateConfig:
     """a manifest to evaluate on instead of a split"""
     data_root: str = ""
     """where the clips are now (empty: where they were in training; for --csv, beside it)"""
+    cache: str | None = None
+    """folder of cached clips; empty: decode (None: as in training; for --csv, decode)"""
     views: int = 1
     """temporal views of each clip, their probabilities averaged"""
     shuffle_frames: bool = False
@@ -231,6 +233,12 @@ def output_folder(config: EvaluateConfig) -> Path:
     return (place if place.is_dir() else place.parent) / "_".join(parts)
 
 
+def _cache(config: EvaluateConfig, training: TrainConfig) -> str:
+    if config.cache is not None:
+        return config.cache
+    return "" if config.csv else training.cache
+
+
 @script
 def main() -> None:
     config = tyro.cli(EvaluateConfig, description=__doc__)
@@ -243,6 +251,7 @@ def main() -> None:
         data_root=config.data_root or training.data_root,
         batch_size=config.batch_size or training.batch_size,
         workers=config.workers,
+        cache=_cache(config, training),
     )
     device = choose_device(config.device)
     dtype = choose_precision(config.amp, device)

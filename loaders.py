@@ -10,6 +10,7 @@ import torch
 from torch.utils.data import DataLoader, Sampler, WeightedRandomSampler
 
 import distributed
+from clip_cache import ClipCache
 from config import TrainConfig, manifest_paths, resolve
 from dataset import (
     ClipsDataset,
@@ -21,6 +22,7 @@ from dataset import (
 )
 from demo_data import render_demo
 from device import choose_device
+from errors import UserError
 from manifest import ClipRow, read_splits
 
 DEMO_ROOT = Path("data") / "demo"
@@ -106,6 +108,7 @@ def build_dataloaders(config: TrainConfig) -> tuple[DataLoader, DataLoader, Data
         config.image_size,
         config.sampling,
         transform,
+        cache=open_cache(config),
         # A GPU changes a whole batch in less time than a worker one clip.
         defer=choose_device(config.device).type == "cuda",
     )
@@ -141,9 +144,30 @@ def eval_loader(
         get_val_transform(config.image_size),
         views,
         shuffle_frames,
+        open_cache(config),
     )
     share = range(distributed.rank(), len(rows), distributed.world_size())
     return _loader(clips, share, config, max(1, config.batch_size // views))
+
+
+def open_cache(config: TrainConfig) -> ClipCache | None:
+    """The cache that a config names, if any.
+
+    Raises:
+        UserError: there is none, or its clips are not what the config wants.
+    """
+    if not config.cache:
+        return None
+    cache = ClipCache(config.cache, config.data_root or DEMO_ROOT)
+    for name in ("image_size", "n_frames"):
+        wanted, there = getattr(config, name), getattr(cache.settings, name)
+        flag = name.replace("_", "-")
+        if wanted != there:
+            raise UserError(
+                f"{config.cache}: cached for {name} {there}, not {wanted}: give --{flag} {there}, "
+                f"or make another cache (python prepare_data.py cache ... --{flag} {wanted})"
+            )
+    return cache
 
 
 def load_splits(config: TrainConfig) -> dict[str, list[ClipRow]]:
@@ -171,7 +195,7 @@ def _loader(
         num_workers=config.workers,
         collate_fn=collate,
         pin_memory=torch.cuda.is_available(),
-        worker_init_fn=_start_worker,
+        worker_init_fn=start_worker,
         persistent_workers=persistent and config.workers > 0,
         # A generator of its own: starting a loader must not move the one that dropout draws from,
         # or a resumed epoch would differ from an uninterrupted one.
@@ -179,7 +203,8 @@ def _loader(
     )
 
 
-def _start_worker(_: int) -> None:
+def start_worker(_: int) -> None:
+    """Prepare a loader's worker process: signals, and one thread for each."""
     # The main process decides what Ctrl-C means and ends its workers itself.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     # A SIGTERM to the whole process group must not end the workers before the main process has

@@ -100,6 +100,17 @@ def read_splits(
     return splits
 
 
+def read_paths(path: str | Path, data_root: str | Path | None = None) -> list[Path]:
+    """The clips of a manifest whatever their labels, each once, looked up as in `read_manifest`.
+
+    Raises:
+        UserError: no such manifest, an unknown layout, or missing clips.
+    """
+    rows, problems = _parse(Path(path), data_root, None)
+    _raise(problems)
+    return list(dict.fromkeys(row.path for row in rows))
+
+
 def shared_files(splits: Mapping[str, Sequence[ClipRow]]) -> list[str]:
     """A problem if any file is in two splits."""
     where = defaultdict(set)
@@ -164,9 +175,12 @@ def _plain(name: str) -> str:
 
 
 def _parse(
-    manifest: Path, data_root: str | Path | None, classes: Sequence[str]
+    manifest: Path, data_root: str | Path | None, classes: Sequence[str] | None
 ) -> tuple[list[ClipRow], list[str]]:
-    """The readable rows of one manifest and the problems with the others."""
+    """The readable rows of one manifest and the problems with the others.
+
+    Without `classes` any label will do, and every row gets number 0.
+    """
     root = Path(data_root) if data_root else manifest.parent
     try:
         lines = manifest.read_text(encoding="utf-8-sig").splitlines()
@@ -184,7 +198,7 @@ def _parse(
             problems.append(f"{manifest}, line {number}: neither 'path,label' nor SLAM's columns")
             break
         path = _locate(record["path"], root)
-        label = match_class(record["label"], classes)
+        label = 0 if classes is None else match_class(record["label"], classes)
         if path is None:
             missing.append(record["path"])
         elif label is None:
@@ -199,8 +213,9 @@ def _parse(
     hint = f"below {root} or {root / 'clips'}"
     problems += _summary(f"{manifest}: clips that are not there ({hint})", missing)
     problems += _summary(
-        f"{manifest}: unknown labels (the classes are {', '.join(classes)}; --classes sets others)",
-        [_suggest(label, count, classes) for label, count in unknown.items()],
+        f"{manifest}: unknown labels (the classes are {', '.join(classes or ())}; "
+        "--classes sets others)",
+        [_suggest(label, count, classes or ()) for label, count in unknown.items()],
     )
     twice = [str(path) for path, count in seen.items() if count > 1]
     problems += _summary(f"{manifest}: the same clip in more than one row", twice)

@@ -38,3 +38,18 @@ def sample_indices(
         raise ValueError("random sampling needs one draw a frame")
     # int() after the sum: segments may have unequal whole lengths, no frame is left out for ever.
     return [int((i + draws[i]) * n_available / n_frames) for i in range(n_frames)]
+
+
+def clip_indices(
+    n_available: int,
+    n_frames: int,
+    sampling: Sampling = "uniform",
+    draws: Sequence[float] | None = None,
+    views: int = 1,
+) -> list[int]:
+    """The frames of all views of a clip, view after view; see `sample_indices`."""
+    return [
+        index
+        for number in range(views)
+        for index in sample_indices(n_available, n_frames, sampling, draws, (number, views))
+    ]

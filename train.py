@@ -13,6 +13,7 @@ import logging
 import signal
 import time
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ from checkpoint import (
     save_checkpoint,
 )
 from config import RESUMABLE, TrainConfig, from_dict, resolve
-from dataset import require_readable
+from dataset import ClipsDataset, require_readable
 from device import choose_device, choose_precision, describe_device, suit_device
 from epoch import train_one_epoch
 from errors import UserError
@@ -77,6 +78,8 @@ def train(config: TrainConfig, resume_from: dict[str, Any] | None = None) -> Pat
         run.load_state(resume_from)
     else:
         torch.manual_seed(config.seed + distributed.rank())
+    loaders = (train_loader, val_loader, test_loader)
+    check_cache([loader.dataset.clips for loader in loaders])
     if config.check_clips and config.data_root and not resume_from:
         check_clips({"validation": val_loader, "test": test_loader}, config.skip_unreadable)
 
@@ -202,6 +205,28 @@ def test(
         table = write_results(predictions, rows, config.classes, folder, facts)
         log.info(f"\ntest of epoch {state['epoch']}, the best by validation {config.select_by}:")
         log.info(f"{table}\n\nrun folder: {folder}")
+
+
+def check_cache(splits: Sequence[ClipsDataset]) -> None:
+    """Look whether a cache, if one is named, has all the clips as they are now.
+
+    Raises:
+        UserError: saying how many it has not, and why.
+    """
+    problems = [
+        (row.path, problem)
+        for clips in splits
+        if clips.cache
+        for row in tqdm(clips.rows, "looking into the cache", leave=False, delay=1)
+        if (problem := clips.cache.problem(row.path))
+    ]
+    if problems:
+        kinds = Counter(problem for _, problem in problems)
+        said = "; ".join(f"{count:,} {problem}" for problem, count in kinds.items())
+        raise UserError(
+            f"{splits[0].cache.folder}: {said} (e.g. {problems[0][0]}): "
+            "run python prepare_data.py cache again"
+        )
 
 
 def check_clips(loaders: dict[str, DataLoader], skip_unreadable: bool) -> None:

@@ -17,7 +17,7 @@ from av.video.reformatter import Interpolation
 import h264
 from atomic import atomic
 from errors import UserError
-from sampling import Sampling, sample_indices
+from sampling import Sampling, clip_indices
 
 # A frame this large is a decompression bomb, not an endoscope: 8K is 33 million pixels.
 MAX_PIXELS = 8192 * 4608
@@ -99,15 +99,11 @@ def read_clip(
 ) -> np.ndarray:
     """A clip of `n_frames` frames, `(views * n_frames, size, size, 3)` uint8, view after view.
 
-    See `sample_indices` for the sampling and `read_frames` for everything else.
+    See `sampling.sample_indices` for the sampling and `read_frames` for everything else.
     """
 
     def choose(n_available: int) -> list[int]:
-        return [
-            index
-            for number in range(views)
-            for index in sample_indices(n_available, n_frames, sampling, draws, (number, views))
-        ]
+        return clip_indices(n_available, n_frames, sampling, draws, views)
 
     return read_frames(path, choose, size, stop_after=n_frames if sampling == "first" else None)
 

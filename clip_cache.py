@@ -1,0 +1,241 @@
+"""Clips kept as small JPEGs: reading one takes milliseconds, whatever it takes to decode its video.
+
+A cache is a folder with `cache.json` (its settings) and one file a clip, named by a hash of the
+clip's path below the data's root, in 4096 folders: no folder gets long, and no name gives a patient
+away. `prepare_data.py cache` writes it; training reads it where TrainConfig.cache names the folder.
+
+A file holds all frames of a short clip. Of a long one it holds the middles of `per_segment` equal
+parts of each of the clip's `n_frames` segments: uniform sampling finds its frames, random sampling
+still has `per_segment` to choose from in each segment. JPEG loses a little (see RESULTS.md).
+"""
+
+import hashlib
+import io
+import json
+import os
+import struct
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+from PIL import Image
+
+from atomic import atomic
+from errors import UserError
+from run_folder import write_json
+from sampling import Sampling, clip_indices, sample_indices
+from video import ClipError, read_frames
+
+FORMAT = 1
+_MAGIC = b"clipjpg\n"
+_BYTES_PER_PIXEL = 250_000 / (16 * 224 * 224)  # at most, on average over a clip
+_LOWEST_QUALITY = 20
+
+
+@dataclass(frozen=True)
+class CacheSettings:
+    """What a cache's clips look like."""
+
+    n_frames: int = 16
+    """T of the trainings that will read it"""
+    image_size: int = 224
+    """pixels of a side"""
+    quality: int = 92
+    """of the JPEGs; lowered for a clip that would take more than 250 kB per 16 frames of 224 px"""
+    per_segment: int = 5
+    """frames kept in each of the T segments of a long clip; odd: the middle must be one of them"""
+
+
+class Stale(Exception):
+    """A clip's file in the cache is damaged or no longer right."""
+
+
+class ClipCache:
+    """A folder of cached clips.
+
+    Args:
+        folder: of the cache.
+        root: the data's root, which the clips' paths are relative to; data and cache may move.
+
+    Raises:
+        UserError: there is no cache in the folder, or one of another version.
+    """
+
+    def __init__(self, folder: str | Path, root: str | Path) -> None:
+        self.folder = Path(folder)
+        self.root = Path(root)
+        try:
+            content = json.loads((self.folder / "cache.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            raise UserError(
+                f"{self.folder}: holds no cache (make one: python prepare_data.py cache)"
+            ) from None
+        if content.pop("format", None) != FORMAT:
+            raise UserError(
+                f"{self.folder}: a cache of another version of this project: make it anew"
+            )
+        self.settings = CacheSettings(**content)
+
+    @classmethod
+    def create(cls, folder: str | Path, root: str | Path, settings: CacheSettings) -> "ClipCache":
+        """Open the cache in a folder with these settings. Clips of other settings become stale."""
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        write_json(Path(folder) / "cache.json", {"format": FORMAT, **asdict(settings)})
+        return cls(folder, root)
+
+    def place(self, clip: Path) -> Path:
+        """The file of a clip."""
+        relative = os.path.relpath(clip, self.root).replace(os.sep, "/")
+        name = hashlib.sha256(relative.encode("utf-8", "surrogateescape")).hexdigest()
+        return self.folder / name[:3] / f"{name[3:27]}.clip"
+
+    def write(self, clip: Path) -> int:
+        """Decode a clip and keep it. Returns the bytes of its file.
+
+        A clip that cannot be read is kept as such: reading it from the cache gives the same error.
+        """
+        facts = {"source": _fingerprint(clip), "settings": asdict(self.settings)}
+        try:
+            numbers, count, frames = self._frames(clip)
+            jpegs = _encode(frames, self.settings.quality)
+            facts |= {"count": count, "numbers": numbers, "lengths": [len(jpeg) for jpeg in jpegs]}
+        except ClipError as error:
+            jpegs, facts = [], {**facts, "error": error.reason}
+        header = json.dumps(facts).encode()
+        place = self.place(clip)
+        place.parent.mkdir(exist_ok=True)
+        with atomic(place) as unfinished:
+            unfinished.write_bytes(
+                b"".join([_MAGIC, struct.pack("<I", len(header)), header, *jpegs])
+            )
+        return len(_MAGIC) + 4 + len(header) + sum(map(len, jpegs))
+
+    def _frames(self, clip: Path) -> tuple[list[int], int, np.ndarray]:
+        """The numbers of the frames to keep, of how many, and the frames."""
+        counts = []
+
+        def choose(count: int) -> list[int]:
+            counts.append(count)
+            n, views = self.settings.n_frames, self.settings.per_segment
+            if count <= n * views:
+                return list(range(count))
+            kept = (sample_indices(count, n, "uniform", view=(k, views)) for k in range(views))
+            return sorted({number for view in kept for number in view})
+
+        frames = read_frames(clip, choose, self.settings.image_size)
+        return choose(counts[-1]), counts[-1], frames
+
+    def problem(self, clip: Path) -> str | None:
+        """Why a clip cannot be read from the cache as it is now, or None."""
+        try:
+            with open(self.place(clip), "rb") as file:
+                self._header(file, clip)
+        except FileNotFoundError:
+            return "not in the cache"
+        except (OSError, Stale) as error:
+            return str(error)
+        return None
+
+    def error(self, clip: Path) -> str | None:
+        """Why the video of a cached clip could not be read, or None."""
+        with open(self.place(clip), "rb") as file:
+            return self._header(file, clip).get("error")
+
+    def _header(self, file: BinaryIO, clip: Path) -> dict[str, Any]:
+        """What the file of a clip says about itself.
+
+        Raises:
+            Stale: it is damaged, or not of this clip as it is now.
+        """
+        try:
+            if file.read(len(_MAGIC)) != _MAGIC:
+                raise ValueError
+            (length,) = struct.unpack("<I", file.read(4))
+            facts = json.loads(file.read(length))
+            if file.tell() + sum(facts.get("lengths", [])) != os.fstat(file.fileno()).st_size:
+                raise ValueError
+        except (ValueError, struct.error):
+            raise Stale("damaged in the cache") from None
+        if facts["settings"] != asdict(self.settings):
+            raise Stale("cached with other settings")
+        if facts["source"] != _fingerprint(clip):
+            raise Stale("changed since it was cached")
+        return facts
+
+    def read(
+        self,
+        clip: Path,
+        n_frames: int = 16,
+        sampling: Sampling = "uniform",
+        draws: Sequence[float] | None = None,
+        views: int = 1,
+    ) -> np.ndarray:
+        """The frames that `video.read_clip` gives, `(views * n_frames, size, size, 3)` uint8 RGB.
+
+        Of a long clip random sampling takes, in each segment, the kept frame nearest to the draw.
+
+        Raises:
+            ClipError: the clip is not in the cache, changed since, cannot be read, or the wanted
+                frames of a long clip are not among those kept.
+        """
+        hint = "run prepare_data.py cache again"
+        try:
+            with open(self.place(clip), "rb") as file:
+                facts = self._header(file, clip)
+                if "error" in facts:
+                    raise ClipError(clip, facts["error"])
+                kept = {number: place for place, number in enumerate(facts["numbers"])}
+                whole = len(kept) == facts["count"]
+                if draws is not None and not whole:
+                    parts = self.settings.per_segment
+                    draws = [(int(draw * parts) + 0.5) / parts for draw in draws]
+                wanted = clip_indices(facts["count"], n_frames, sampling, draws, views)
+                if not kept.keys() >= set(wanted):
+                    raise ClipError(
+                        clip,
+                        f"the cache keeps {len(kept)} of {facts['count']} frames, not all that are "
+                        f"wanted ({sampling} sampling, {n_frames} frames, {views} views)",
+                    )
+                pictures = _decode(file, facts["lengths"], {kept[number] for number in wanted})
+        except FileNotFoundError:
+            raise ClipError(clip, f"not in the cache: {hint}") from None
+        except (OSError, Stale) as error:  # PIL's errors are OSErrors too
+            raise ClipError(clip, f"{error}: {hint}") from None
+        return np.stack([pictures[kept[number]] for number in wanted])  # (V * T, H, W, 3)
+
+
+def _fingerprint(clip: Path) -> list[int]:
+    """Size and time of change: a file with the same ones is taken for the same file."""
+    try:
+        status = os.stat(clip)
+    except OSError:
+        return []
+    return [status.st_size, status.st_mtime_ns]
+
+
+def _encode(frames: np.ndarray, quality: int) -> list[bytes]:
+    """`(N, H, W, 3)` uint8 RGB as JPEGs, none too large on average."""
+    limit = _BYTES_PER_PIXEL * frames[..., 0].size
+    while True:
+        jpegs = []
+        for frame in frames:
+            file = io.BytesIO()
+            Image.fromarray(frame).save(file, "jpeg", quality=quality)
+            jpegs.append(file.getvalue())
+        if sum(map(len, jpegs)) <= limit or quality <= _LOWEST_QUALITY:
+            return jpegs
+        quality = max(_LOWEST_QUALITY, quality - 8)
+
+
+def _decode(file: BinaryIO, lengths: Sequence[int], places: set[int]) -> dict[int, np.ndarray]:
+    """The pictures at some places of a file that stands at the first one."""
+    pictures = {}
+    for place, length in enumerate(lengths):
+        if place in places:
+            with Image.open(io.BytesIO(file.read(length)), formats=["jpeg"]) as picture:
+                pictures[place] = np.asarray(picture)
+        else:
+            file.seek(length, os.SEEK_CUR)
+    return pictures

@@ -1,0 +1,149 @@
+"""prepare_data.py cache as a person runs it: whole, again, interrupted, and trained from."""
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from conftest import ROOT, TINY_FLAGS, run_script
+
+SIZES = ("--n-frames", 4, "--image-size", 32)
+
+
+@pytest.fixture
+def data(tiny_data: Path, tmp_path: Path) -> Path:
+    """A copy of the tiny data that may be changed."""
+    subprocess.run(["cp", "-r", str(tiny_data), str(tmp_path / "data")], check=True)
+    return tmp_path / "data"
+
+
+def cache(cwd: Path, *more: object, check: bool = True) -> subprocess.CompletedProcess:
+    arguments = ("cache", "data", "--output", "cached", *SIZES, *more)
+    return run_script("prepare_data.py", *arguments, cwd=cwd, check=check)
+
+
+def entries(folder: Path) -> dict[Path, int]:
+    return {path: path.stat().st_mtime_ns for path in folder.glob("???/*.clip")}
+
+
+def test_every_clip_is_cached_once(data: Path, tmp_path: Path) -> None:
+    done = cache(tmp_path)
+    assert "36 clips, 0 of them cached already" in done.stdout
+    assert "to write: 36 clips, about 0.00 GB of" in done.stdout
+    before = entries(tmp_path / "cached")
+    assert len(before) == 36
+    done = cache(tmp_path)
+    assert "36 clips, 36 of them cached already" in done.stdout
+    assert entries(tmp_path / "cached") == before
+    clip = next((data / "clips/train").glob("*.mp4"))
+    os.utime(clip, ns=(1, 1))
+    done = cache(tmp_path)
+    assert "36 clips, 35 of them cached already" in done.stdout
+    now = entries(tmp_path / "cached")
+    assert sum(now[path] != before[path] for path in now) == 1
+    assert "36 clips, 0 of them cached already" in cache(tmp_path, "--quality", 80).stdout
+
+
+def test_training_and_evaluation_from_the_cache(data: Path, tmp_path: Path) -> None:
+    cache(tmp_path)
+    flags = (*TINY_FLAGS, "--epochs", 2)
+    run_script("train.py", "--data-root", data, "--cache", "cached", *flags, cwd=tmp_path)
+    run = next((tmp_path / "runs").iterdir())
+    tested = json.loads((run / "test_metrics.json").read_text())
+    run_script("evaluate.py", run, cwd=tmp_path)
+    again = json.loads((run / "evaluate_test/test_metrics.json").read_text())
+    assert again["loss"] == pytest.approx(tested["loss"], rel=1e-6)
+    run_script("evaluate.py", run, "--cache", "", "--output", "decoded", cwd=tmp_path)
+    decoded = json.loads((tmp_path / "decoded/test_metrics.json").read_text())
+    assert decoded["loss"] == pytest.approx(tested["loss"], rel=0.1)
+    assert decoded["loss"] != tested["loss"]  # JPEG loses a little
+
+
+def test_cache_that_does_not_fit_is_told_before_training(data: Path, tmp_path: Path) -> None:
+    def refused(*flags: object) -> str:
+        arguments = ("--data-root", data, "--cache", "cached", *TINY_FLAGS, *flags)
+        done = run_script("train.py", *arguments, cwd=tmp_path, check=False)
+        assert done.returncode == 2
+        assert "Traceback" not in done.stderr
+        assert not (tmp_path / "runs").exists()
+        return done.stderr
+
+    assert "cached: holds no cache (make one: python prepare_data.py cache)" in refused()
+    cache(tmp_path, "--manifests", "train.csv")
+    assert "cached: 18 not in the cache" in refused()
+    cache(tmp_path)
+    os.utime(next((data / "clips/val").glob("*.mp4")), ns=(1, 1))
+    assert "cached: 1 changed since it was cached" in refused()
+    assert "cached for image_size 32, not 48: give --image-size 32" in refused("--image-size", 48)
+
+
+def test_unreadable_clips_are_listed_and_left_to_training(data: Path, tmp_path: Path) -> None:
+    broken = next((data / "clips/train").glob("*.mp4"))
+    broken.write_bytes(b"no video")
+    done = cache(tmp_path)
+    assert "1 clips cannot be read:" in done.stdout
+    assert f"{broken.relative_to(tmp_path)}: cannot be read" in done.stdout
+    arguments = ("--data-root", data, "--cache", "cached", *TINY_FLAGS, "--epochs", 1, "--tau", 0)
+    done = run_script("train.py", *arguments, cwd=tmp_path)
+    assert "1 training clips could not be read and were left out" in done.stdout
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
+def test_interrupted_caching_goes_on(data: Path, tmp_path: Path, number: int) -> None:
+    with open(data / "train.csv", newline="", encoding="utf-8") as file:
+        header, *rows = csv.reader(file)
+    clips = [path for path, *_ in rows]
+    with open(data / "many.csv", "w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(header)
+        for copy in range(20):
+            for place in clips:
+                linked = data / "clips" / f"{copy}_{Path(place).name}"
+                os.link(data / "clips" / place, linked)
+                writer.writerow([linked.name, "dark", "p"])
+    flags = ["cache", "data", "--output", "cached", *map(str, SIZES), "--manifests", "many.csv"]
+    process = subprocess.Popen(
+        [sys.executable, str(ROOT / "prepare_data.py"), *flags],
+        cwd=tmp_path,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    while len(entries(tmp_path / "cached")) < 40:
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.01)
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=60)
+    assert "Traceback" not in errors
+    assert process.returncode == (130 if number == signal.SIGINT else -signal.SIGKILL)
+    time.sleep(0.5)  # orphaned workers end with their pipe
+    finished = len(entries(tmp_path / "cached"))
+    assert finished >= 40
+    done = cache(tmp_path, "--manifests", "many.csv")
+    if finished < 360:
+        assert "360 clips, 0 of" not in done.stdout
+    assert len(entries(tmp_path / "cached")) == 360
+    assert not list((tmp_path / "cached").glob("*/.*"))
+    assert pd.read_csv(data / "many.csv").shape[0] == 360
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--output", "c", "--manifests", "none.csv"], "none.csv: no such manifest"),
+        (["--output", "c", "--per-segment", "2"], "per_segment = 2: must be odd"),
+        (["--output", "c", "--quality", "0"], "quality = 0: must be from 20 to 100"),
+        (["--output", "c", "--workers", "-1"], "workers = -1: must be at least 0"),
+    ],
+)
+def test_mistakes_are_one_line(data: Path, tmp_path: Path, arguments, message: str) -> None:
+    done = run_script("prepare_data.py", "cache", "data", *arguments, cwd=tmp_path, check=False)
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
