@@ -34,10 +34,10 @@ class Augment:
 
     Colours differ from `ColorJitter` in four ways. The order is fixed: brightness, contrast,
     saturation, hue. Together they are one linear map of RGB, so that values are clipped to 0..255
-    once at the end and not after each step. Contrast turns about the mean luma of the clip, not of
-    each frame: no flicker. Hue turns the chroma plane of YIQ by 360 degrees x hue, which keeps the
-    luma, instead of moving HSV's H: alike for the small angles that make sense here (up to 1.6
-    times as far), not for large ones.
+    once at the end and not after each step. Contrast turns about the mean luma of the whole clip
+    before it was warped, not of each frame: no flicker. Hue turns the chroma plane of YIQ by 360
+    degrees x hue, which keeps the luma, instead of moving HSV's H: alike for the small angles that
+    make sense here (up to 1.6 times as far), not for large ones.
 
     Strong zoom and flips blur the difference between PanoView and LocPanoView, which is camera
     motion: keep them mild where that matters. A strength of 0 switches its part off.
@@ -84,15 +84,28 @@ class Augment:
             raise ValueError(f"clips are augmented as uint8, not {clips.dtype}")
         if clips.shape[-2:] != (self.size, self.size):
             clips = tv.resize(clips, [self.size, self.size], antialias=True)
-        warped = bool(self.flip or any(self.geometry))
-        if not warped and not any(self.colours):
+        warped, recoloured = bool(self.flip or any(self.geometry)), any(self.colours)
+        if not warped and not recoloured:
             return clips
-        x = clips.contiguous().float()
-        if warped:
-            x = warp(x, inverse_maps(draws))
-        # The half makes the cut to whole numbers round; a pass of its own would cost time.
-        x = recolour(x, draws, plus=0.5) if any(self.colours) else x.add_(0.5)
-        return x.clamp_(0, 255).to(torch.uint8)
+        grid = sampling_grid(inverse_maps(draws), clips.shape[-2:]) if warped else None
+        colours = colour_maps(draws, mean_colour(clips)) if recoloured else None
+        # A few frames at a time stay in a CPU's cache; a GPU takes all at once.
+        frames = clips.shape[1] if clips.is_cuda else 4
+        return torch.cat([_change(part, grid, colours) for part in clips.split(frames, dim=1)], 1)
+
+
+def _change(
+    clips: torch.Tensor,
+    grid: torch.Tensor | None,
+    colours: tuple[torch.Tensor, torch.Tensor] | None,
+) -> torch.Tensor:
+    """Warp and recolour uint8 clips."""
+    x = clips.contiguous().float()
+    if grid is not None:
+        x = warp(x, grid)
+    if colours is not None:
+        x = recolour(x, *colours)
+    return x.add_(0.5).clamp_(0, 255).to(torch.uint8)
 
 
 def inverse_maps(draws: torch.Tensor) -> torch.Tensor:
@@ -109,28 +122,23 @@ def inverse_maps(draws: torch.Tensor) -> torch.Tensor:
     return torch.cat([turn, -turn @ shift], 2)
 
 
-def warp(clips: torch.Tensor, maps: torch.Tensor) -> torch.Tensor:
-    """Sample `(B, T, C, H, W)` floats at the places that `maps` `(B, 2, 3)` lead to.
+def sampling_grid(maps: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+    """Where each pixel of the result is taken from, `(B, H, W, 2)`."""
+    return F.affine_grid(maps, [len(maps), 1, *size], align_corners=False)
+
+
+def warp(clips: torch.Tensor, grid: torch.Tensor) -> torch.Tensor:
+    """Sample `(B, T, C, H, W)` floats at the places of a `sampling_grid`.
 
     The frames of a clip are taken as channels of one picture: where to look is worked out once.
     """
-    grid = F.affine_grid(maps, [len(clips), 1, *clips.shape[-2:]], align_corners=False)
     sampled = F.grid_sample(clips.flatten(1, 2), grid, align_corners=False)  # (B, T * C, H, W)
     return sampled.unflatten(1, clips.shape[1:3])
 
 
-def recolour(clips: torch.Tensor, draws: torch.Tensor, plus: float = 0.0) -> torch.Tensor:
-    """Brightness, contrast, saturation and hue of `(B, T, 3, H, W)` floats in 0..255, unclipped.
-
-    `plus` is added to every value.
-    """
-    b, t, c, h, w = clips.shape
-    x = clips.reshape(b, t * c, h * w)
-    mean = x.mean(2).view(b, t, c).mean(1)  # (B, 3), of each colour over the whole clip
-    matrix, offset = colour_maps(draws, mean)
-    matrix, offset = matrix.repeat_interleave(t, 0), offset.repeat_interleave(t, 0)
-    x = torch.bmm(matrix, x.view(b * t, c, h * w)).add_(offset + plus)  # baddbmm copies first
-    return x.view(b, t, c, h, w)
+def mean_colour(clips: torch.Tensor) -> torch.Tensor:
+    """Mean R, G and B of each clip, `(B, 3)`, from every fourth pixel of every fourth row."""
+    return clips[..., ::4, ::4].float().mean((1, 3, 4))
 
 
 def colour_maps(draws: torch.Tensor, mean: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -150,3 +158,11 @@ def colour_maps(draws: torch.Tensor, mean: torch.Tensor) -> tuple[torch.Tensor, 
     # Greys stay greys under saturation and hue: contrast adds the same to R, G and B.
     offset = brightness * (1 - contrast) * (mean @ luma).view(-1, 1, 1)
     return matrix, offset.expand(-1, 3, 1)
+
+
+def recolour(clips: torch.Tensor, matrix: torch.Tensor, offset: torch.Tensor) -> torch.Tensor:
+    """Map the colours of `(B, T, 3, H, W)` floats in 0..255 by `colour_maps`, unclipped."""
+    b, t, c, h, w = clips.shape
+    matrix, offset = matrix.repeat_interleave(t, 0), offset.repeat_interleave(t, 0)
+    x = torch.bmm(matrix, clips.reshape(b * t, c, h * w)).add_(offset)  # baddbmm would copy first
+    return x.view(b, t, c, h, w)

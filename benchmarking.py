@@ -33,16 +33,19 @@ def interleave(
     repeats: int,
     device: torch.device = CPU,
     warmup: int = 1,
+    in_a_row: int = 1,
 ) -> dict[str, np.ndarray]:
     """Seconds of each call by name, `(repeats,)` each: all of them once, then all again, and so on.
 
-    Whatever else the machine does then slows all alike, and their ratios mean something.
+    Whatever else the machine does then slows all alike, and their ratios mean something. Short
+    calls are made `in_a_row` times each turn, and their mean is what counts for the turn.
     """
     for call in calls.values():
         for _ in range(warmup):
             call()
     rounds = [
-        {name: _seconds(call, device) for name, call in calls.items()} for _ in range(repeats)
+        {name: time_calls(call, in_a_row, device).mean() for name, call in calls.items()}
+        for _ in range(repeats)
     ]
     return {name: np.array([seconds[name] for seconds in rounds]) for name in calls}
 

@@ -4,16 +4,21 @@ The naive ones are what a first version of a training script does. The libraries
 (requirements-bench.txt): `decoders()` lists what is installed.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
 import av
 import numpy as np
+import torch
 from PIL import Image
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as tv
 
+from manifest import ClipRow
 from sampling import sample_indices
 
 Decoder = Callable[[Path, int, int], np.ndarray]
@@ -72,6 +77,43 @@ def decoders() -> dict[str, Decoder]:
         **({"torchcodec": decode_with_torchcodec} if find_spec("torchcodec") else {}),
         **({"OpenCV": decode_with_opencv} if find_spec("cv2") else {}),
     }
+
+
+class NaiveClips(Dataset):
+    """Clips as a first version of a training script reads them: `((T, 3, H, W) float, label)`.
+
+    All frames decoded and converted, PIL transforms frame by frame, floats out of the worker.
+    """
+
+    def __init__(self, rows: Sequence[ClipRow], n_frames: int, size: int) -> None:
+        self.rows = list(rows)
+        self.n_frames = n_frames
+        self.size = size
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
+        frames = decode_naively(self.rows[index].path, self.n_frames, self.size)
+        angle, right, down, scale = (2 * torch.rand(4) - 1).tolist()
+        shift = (round(right * 0.05 * self.size), round(down * 0.05 * self.size))
+        factors = (1 + 0.4 * (torch.rand(3) - 0.5)).tolist()
+        hue = 0.04 * (torch.rand(()).item() - 0.5)
+        frames = augment_each_frame(frames, 10 * angle, shift, 1 + 0.1 * scale, *factors, hue)
+        return torch.stack([tv.to_tensor(frame) for frame in frames]), self.rows[index].label
+
+
+def train_naively(
+    model: nn.Module, loader: DataLoader, optimizer: torch.optim.Optimizer, device: torch.device
+) -> None:
+    """One epoch in fp32, contiguous weights, nothing else."""
+    model.train()
+    for clips, labels in loader:
+        loss = F.cross_entropy(model(clips.to(device)), labels.to(device), label_smoothing=0.1)
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
 
 
 def augment_each_frame(

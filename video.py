@@ -109,16 +109,22 @@ def read_clip(
 
 
 def write_video(
-    path: str | Path, frames: Iterable[np.ndarray], rate: int = 25, lossless: bool = False
+    path: str | Path,
+    frames: Iterable[np.ndarray],
+    rate: int = 25,
+    lossless: bool = False,
+    group: int = 250,
 ) -> None:
     """Write `(H, W, 3)` uint8 RGB frames as H.264; `path` appears only when it is complete.
 
     One encoder thread, so that the same frames always give the same bytes. `lossless` keeps RGB
-    exactly (libx264rgb), for tests; otherwise H and W must be even (4:2:0).
+    exactly (libx264rgb), for tests; otherwise H and W must be even (4:2:0). `group` is the largest
+    distance of keyframes.
     """
     path = Path(path)
     codec, pixels = ("libx264rgb", "rgb24") if lossless else ("libx264", "yuv420p")
     options = {"crf": "0" if lossless else "20", "preset": "veryfast", "threads": "1"}
+    options["g"] = str(group)
     with atomic(path) as unfinished, av.open(str(unfinished.absolute()), "w") as container:
         stream = container.add_stream(codec, rate=rate, options=options)
         stream.pix_fmt = pixels

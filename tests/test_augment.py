@@ -10,7 +10,7 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as pil
 from torchvision.transforms.v2 import functional as tv
 
-from augment import LUMA, Augment, inverse_maps, recolour, warp
+from augment import LUMA, Augment, colour_maps, inverse_maps, recolour, sampling_grid, warp
 
 NAMES = ("flip", "rotation", "translate", "zoom", "brightness", "contrast", "saturation", "hue")
 OFF = dict.fromkeys(NAMES, 0.0)
@@ -32,6 +32,11 @@ def draw(**changes: float) -> torch.Tensor:
                          for n in (*names, "hue")])  # fmt: skip
 
 
+def coloured(clip: torch.Tensor, one: torch.Tensor) -> torch.Tensor:
+    """Recoloured by one draw, the mean taken of all pixels."""
+    return recolour(clip, *colour_maps(one[None], clip.mean((1, 3, 4))))
+
+
 @pytest.mark.parametrize(
     ("angle", "right", "down", "scale"),
     [(0, 0, 0, 1), (10, 0, 0, 1), (-33, 12, -7, 1), (90, 0, 0, 1), (7, 3, 5, 1.2), (0, -9, 0, 0.7)],
@@ -42,9 +47,10 @@ def test_geometry_is_torchvisions(flip: bool, angle, right, down, scale) -> None
     one = draw(
         flip=-1.0 if flip else 1.0, angle=angle, right=right / size, down=down / size, scale=scale
     )
-    ours = warp(clip.float(), inverse_maps(one[None]))[0].round()
+    grid = sampling_grid(inverse_maps(one[None]), (size, size))
+    ours = warp(clip.float(), grid)[0].round()
     # PIL does not blend the outermost pixels with the black around them.
-    inside = warp(torch.ones_like(clip, dtype=torch.float32), inverse_maps(one[None]))[0] > 0.999
+    inside = warp(torch.ones_like(clip, dtype=torch.float32), grid)[0] > 0.999
     for frame, result, there in zip(clip[0], ours, inside, strict=True):
         image = Image.fromarray(frame.permute(1, 2, 0).numpy())
         image = pil.hflip(image) if flip else image
@@ -75,9 +81,9 @@ def test_brightness_contrast_saturation_by_their_formulas() -> None:
         "saturation": 1.4 * clip - 0.4 * luma,
     }
     for name, factor in (("brightness", 1.3), ("contrast", 0.7), ("saturation", 1.4)):
-        out = recolour(clip, draw(**{name: factor})[None])
+        out = coloured(clip, draw(**{name: factor}))
         assert torch.allclose(out, wanted[name], atol=0.05), name
-    together = recolour(clip, draw(brightness=1.3, contrast=0.7, saturation=1.4)[None])
+    together = coloured(clip, draw(brightness=1.3, contrast=0.7, saturation=1.4))
     step = 0.7 * (1.3 * clip) + 0.3 * (1.3 * luma).mean()
     grey = (step * torch.tensor(LUMA).view(3, 1, 1)).sum(2, keepdim=True)
     assert torch.allclose(together, 1.4 * step - 0.4 * grey, atol=0.05)
@@ -86,13 +92,13 @@ def test_brightness_contrast_saturation_by_their_formulas() -> None:
 @pytest.mark.parametrize("hue", [-0.02, 0.02, 0.1])
 def test_hue_turns_colours_and_keeps_luma_and_greys(hue: float) -> None:
     clip = blurred().float() * 0.3 + 90  # pale: nothing is clipped by the reference
-    out = recolour(clip, draw(hue=hue)[None])
+    out = coloured(clip, draw(hue=hue))
     weights = torch.tensor(LUMA).view(3, 1, 1)
     assert torch.allclose((out * weights).sum(2), (clip * weights).sum(2), atol=0.05)
     grey = torch.full((1, 1, 3, 2, 2), 120.0)
-    assert torch.allclose(recolour(grey, draw(hue=hue)[None]), grey, atol=0.05)
+    assert torch.allclose(coloured(grey, draw(hue=hue)), grey, atol=0.05)
     red, turned = torch.tensor([200.0, 60.0, 50.0]), []
-    for colour in (red, recolour(red.view(1, 1, 3, 1, 1), draw(hue=hue)[None]).flatten()):
+    for colour in (red, coloured(red.view(1, 1, 3, 1, 1), draw(hue=hue)).flatten()):
         turned.append(colorsys.rgb_to_hsv(*(colour / 255).tolist())[0])
     moved = (turned[1] - turned[0] + 0.5) % 1 - 0.5
     assert moved * hue > 0  # the same way round as HSV, and about as far
