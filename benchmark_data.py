@@ -9,7 +9,6 @@ that are installed (pip install -r requirements-bench.txt) are timed too. The vi
 the occasion, from a moving rendered scene or from the frames of a real video; H.264 with B-frames.
 """
 
-import dataclasses
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +25,7 @@ from augment import Augment
 from benchmark_videos import write_benchmark_video
 from benchmarking import conditions, interleave, report
 from clip_cache import CacheSettings, ClipCache
+from device import choose_device
 from errors import UserError
 from peers import augment_each_frame, decoders
 from script import script
@@ -65,6 +65,7 @@ class BenchmarkConfig:
 # (height, frames, longest distance of keyframes)
 VIDEOS = [(360, 30, 250), (360, 100, 25), (720, 100, 250), (720, 250, 25), (1080, 100, 25)]
 VIDEOS += [(1080, 250, 250)]
+CACHED_VIDEOS = [(720, 30, 250), (720, 100, 250), (720, 250, 250)]
 
 
 def time_decoding(config: BenchmarkConfig, folder: Path) -> pd.DataFrame:
@@ -110,9 +111,9 @@ def time_cache(config: BenchmarkConfig, folder: Path) -> pd.DataFrame:
     """Reading 16 frames from the cache against decoding them from 720p."""
     cache = ClipCache.create(folder / "cache", folder, CacheSettings())
     rows = []
-    for count in (30, 100, 250):
+    for height, count, group in CACHED_VIDEOS:
         clip = folder / f"cached_{count}.mp4"
-        write_benchmark_video(clip, 720, count, 250, config.source)
+        write_benchmark_video(clip, height, count, group, config.source)
         size = cache.write(clip)
         calls = {"decode": lambda c=clip: read_clip(c), "read": lambda c=clip: cache.read(c)}
         seconds = {
@@ -122,7 +123,7 @@ def time_cache(config: BenchmarkConfig, folder: Path) -> pd.DataFrame:
         kept = min(count, 80)
         rows.append(
             {
-                "video": f"720p, {count} frames",
+                "video": f"{height}p, {count} frames",
                 "decoded (ms)": 1000 * seconds["decode"],
                 "from the cache (ms)": 1000 * seconds["read"],
                 "faster (x)": seconds["decode"] / seconds["read"],
@@ -189,13 +190,13 @@ def main() -> None:
             raise UserError(f"{name} = {getattr(config, name)}: must be at least 1")
     if config.source and not Path(config.source).is_file():
         raise UserError(f"{config.source}: no such file")
-    facts = dataclasses.asdict(config)
+    device = choose_device(config.device)
     for what in config.what:
         with tempfile.TemporaryDirectory() as folder:
             table = TABLES[what](config, Path(folder))
         packages = ("decord", "torchcodec", "opencv-python-headless") if what == "decode" else ()
-        device = torch.device("cpu" if config.device == "auto" else config.device)
-        where = conditions(device, packages, n=config.repeats, source=facts["source"] or "rendered")
+        source = Path(config.source).name if config.source else "rendered"
+        where = conditions(device, packages, n=config.repeats, source=source)
         report(what, table, where, config.output)
 
 

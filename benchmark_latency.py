@@ -3,6 +3,7 @@
     python benchmark_latency.py                              all four models, on what is here
     python benchmark_latency.py --models tsm runs/2026..._tsm --device cuda --amp bf16
     python benchmark_latency.py --models r2plus1d@112 --batch-size 8 --repeats 30
+    python benchmark_latency.py --what inference training    what the preparation for speed gains
 
 A model is a name (random weights: speed does not depend on them), a name@size, or a run folder
 (its own settings, its accuracy and macro-F1 beside its speed). Two numbers are easily confused:
@@ -31,6 +32,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
+from benchmark_ratios import compare
 from benchmarking import conditions, report, time_calls
 from checkpoint import build_from_checkpoint, build_model_from_config, load_checkpoint
 from config import TrainConfig
@@ -56,6 +58,9 @@ FORMATS = {
 class BenchmarkConfig:
     """What to time, and how often."""
 
+    what: tuple[Literal["latency", "inference", "training"], ...] = ("latency",)
+    """which tables: the models' latency; ways to run them against plain PyTorch and onnxruntime;
+    training steps against plain PyTorch"""
     models: tuple[str, ...] = ("tsm", "cnn_lstm", "r2plus1d@112", "vivit")
     """names, name@size, or run folders"""
     batch_size: int = 8
@@ -67,7 +72,8 @@ class BenchmarkConfig:
     warmup: int = 3
     """forward passes before the clock starts"""
     repeats: int = 10
-    """timed forward passes of a batch; five times as many of a single clip"""
+    """timed forward passes of a batch; five times as many of a single clip; for the comparisons
+    a third as many processes a way"""
     device: str = "auto"
     """auto, cpu, cuda, cuda:1, mps"""
     amp: Literal["auto", "fp32", "bf16", "fp16"] = "fp32"
@@ -240,8 +246,34 @@ def main() -> None:
             raise UserError(f"{name} = {getattr(config, name)}: must be at least 1")
     if config.warmup < 0 or not config.models:
         raise UserError("warmup must be at least 0, and there must be a model to time")
-    table, facts = benchmark(config.models, config)
-    report("latency", table, facts, config.output, FORMATS)
+    for what in config.what:
+        if what == "latency":
+            report(what, *benchmark(config.models, config), config.output, FORMATS)
+        else:
+            report(f"{what}_ways", *compare_ways(what, config), config.output, FORMATS)
+
+
+def compare_ways(
+    task: Literal["inference", "training"], config: BenchmarkConfig
+) -> tuple[pd.DataFrame, dict[str, Any]]:
+    """The models by name, run in several ways: the table, and its conditions."""
+    models = []
+    for spec in config.models:
+        item = subject(spec, config)
+        if spec.partition("@")[0] not in MODELS:
+            raise UserError(f"{spec!r}: {task} compares models by name ({', '.join(MODELS)})")
+        models.append((spec.partition("@")[0], item.image_size))
+    rounds = max(1, config.repeats // 3)
+    device = choose_device(config.device)
+    table = compare(task, models, config.batch_size, config.n_frames, rounds, str(device))
+    facts = conditions(
+        device,
+        ("onnxruntime",),
+        batch_size=config.batch_size,
+        n=f"{rounds} processes of 3 timed calls",
+    )
+    del facts["allocator"]  # a column of its own
+    return table, facts
 
 
 if __name__ == "__main__":

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from benchmark_data import BenchmarkConfig
 
 DISTINCT = 6  # videos that are encoded; the others are copies
+HEIGHT, FRAMES = 720, 100
 
 
 def time_training(config: BenchmarkConfig, folder: Path) -> pd.DataFrame:
@@ -167,7 +168,7 @@ def _write_data(config: BenchmarkConfig, folder: Path) -> None:
                 if first.exists():
                     shutil.copy(first, clip)
                 else:
-                    write_benchmark_video(clip, 720, 100, 250, config.source, seed=number)
+                    write_benchmark_video(clip, HEIGHT, FRAMES, 250, config.source, seed=number)
                 cache.write(clip)
                 writer.writerow([clip.name, CLASSES[number % len(CLASSES)]])
 

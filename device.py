@@ -53,6 +53,7 @@ def suit_device(model: nn.Module, device: torch.device, dtype: torch.dtype) -> n
     and GPUs alike; activations follow the weights. Values do not change.
     """
     model.to(device)
+    torch.backends.cudnn.benchmark = device.type == "cuda"  # it tries which algorithm is fastest
     layouts = {4: torch.channels_last, 5: torch.channels_last_3d}
     for parameter in model.parameters():
         if parameter.dim() in layouts:

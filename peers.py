@@ -4,7 +4,8 @@ The naive ones are what a first version of a training script does. The libraries
 (requirements-bench.txt): `decoders()` lists what is installed.
 """
 
-from collections.abc import Callable, Sequence
+import tempfile
+from collections.abc import Callable, Iterable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -14,7 +15,7 @@ import torch
 from PIL import Image
 from torch import nn
 from torch.nn import functional as F
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as tv
 
@@ -79,6 +80,23 @@ def decoders() -> dict[str, Decoder]:
     }
 
 
+def onnxruntime_session(
+    model: nn.Module, clips: torch.Tensor
+) -> Callable[[torch.Tensor], torch.Tensor]:
+    """The model exported to ONNX for batches like `clips`, run by onnxruntime on all cores."""
+    import onnxruntime
+
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "model.onnx"
+        torch.onnx.export(model, (clips,), dynamo=True, verbose=False).save(path)
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = torch.get_num_threads()
+        providers = ["CPUExecutionProvider"]
+        session = onnxruntime.InferenceSession(str(path), options, providers=providers)
+    name = session.get_inputs()[0].name
+    return lambda clips: torch.from_numpy(session.run(None, {name: clips.numpy()})[0])
+
+
 class NaiveClips(Dataset):
     """Clips as a first version of a training script reads them: `((T, 3, H, W) float, label)`.
 
@@ -104,11 +122,14 @@ class NaiveClips(Dataset):
 
 
 def train_naively(
-    model: nn.Module, loader: DataLoader, optimizer: torch.optim.Optimizer, device: torch.device
+    model: nn.Module,
+    batches: Iterable[tuple[torch.Tensor, torch.Tensor]],
+    optimizer: torch.optim.Optimizer,
+    device: torch.device,
 ) -> None:
     """One epoch in fp32, contiguous weights, nothing else."""
     model.train()
-    for clips, labels in loader:
+    for clips, labels in batches:
         loss = F.cross_entropy(model(clips.to(device)), labels.to(device), label_smoothing=0.1)
         optimizer.zero_grad()
         loss.backward()

@@ -1,6 +1,7 @@
 """benchmark_latency.py: what it counts is checked by hand; how fast things are is not tested."""
 
 import json
+from importlib.util import find_spec
 from pathlib import Path
 
 import pandas as pd
@@ -10,6 +11,7 @@ from conftest import TINY_FLAGS, run_script
 from torch import nn
 
 from benchmark_latency import count_gflops
+from benchmark_ratios import Job, measure
 from benchmarking import time_calls
 from cnn_lstm import CNNLSTM
 from models import build_model
@@ -103,3 +105,30 @@ def test_mistakes_are_one_line(arguments: list[str], message: str, tmp_path: Pat
     assert done.returncode == 2
     assert message in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_training_is_compared_in_processes_of_their_own(tmp_path: Path) -> None:
+    sizes = ("--n-frames", 2, "--batch-size", 2, "--repeats", 1)
+    arguments = ("--what", "training", "--models", "tsm@32", *sizes)
+    run_script("benchmark_latency.py", *arguments, cwd=tmp_path)
+    table = pd.read_csv(tmp_path / "benchmarks/training_ways.csv")
+    assert table["way"].tolist() == ["eager fp32"] * 2 + ["train.py"] * 2
+    assert table["malloc"].tolist() == ["default", "kept"] * 2
+    speed = table["ms/clip"]
+    assert table["x"].tolist() == pytest.approx((speed.iloc[0] / speed).tolist())
+    assert table["x, same allocator"].tolist() == pytest.approx((speed.iloc[1] / speed).tolist())
+    assert (table["peak memory (MB)"] > 100).all()
+
+
+def test_all_ways_answer_alike() -> None:
+    def logits(way: str) -> torch.Tensor:
+        job = Job("inference", way, "default", "cnn_lstm", 2, 3, 32, 1, "cpu")
+        result = measure(job)
+        assert result["seconds"] > 0
+        return torch.tensor(result["logits"])
+
+    eager = logits("eager fp32")
+    assert (logits("prepared fp32") - eager).abs().max() < 1e-5
+    assert 0 < (logits("prepared bf16") - eager).abs().max() < 0.05
+    if find_spec("onnxruntime"):
+        assert (logits("onnxruntime fp32") - eager).abs().max() < 1e-5
