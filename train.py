@@ -286,6 +286,7 @@ def _introduction(run: Training, splits: dict[str, list[ClipRow]]) -> str:
     for number, name in enumerate(config.classes):
         lines.append(f"{name:>16} " + " ".join(f"{count[number]:6d}" for count in counts))
     frames = f"{config.n_frames} frames of {config.image_size} px"
+    frames += f" from {config.cache}" if config.cache else ""
     where = f"{describe_device(run.device)}, {run.dtype}, torch {torch.__version__}"
     if distributed.world_size() > 1:
         where += f", {distributed.world_size()} processes"

@@ -1,8 +1,12 @@
-"""Reading and writing clips. The only module that imports av.
+"""Reading and writing clips. Besides peers.py the only module that imports av.
 
-A clip file is short, so frames are found by decoding and counting, never by a header's frame count
-or by time stamps: real files lie about both. Frames keep the order in which the decoder puts them
-out; some AVI files carry time stamps that run backwards, and sorting by them scrambles the clip.
+Frames are found by counting, never by a header's frame count or by looking up time stamps: real
+files lie about both. Frames keep the order in which the decoder puts them out; some AVI files carry
+time stamps that run backwards, and sorting by them scrambles the clip.
+
+Of a usual H.264 file only what the wanted frames need is decoded (`_read_needed`), of any other
+file everything (`_read_stream`): the frames are the same. What is not decoded is not checked
+either: damage in a picture that nobody needs goes unnoticed.
 """
 
 import math

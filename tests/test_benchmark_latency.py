@@ -10,6 +10,8 @@ import torch
 from conftest import TINY_FLAGS, run_script
 from torch import nn
 
+import benchmark_ratios
+from allocator import SWITCH
 from benchmark_latency import count_gflops
 from benchmark_ratios import Job, measure
 from benchmarking import time_calls
@@ -107,17 +109,23 @@ def test_mistakes_are_one_line(arguments: list[str], message: str, tmp_path: Pat
     assert "Traceback" not in done.stderr
 
 
-def test_training_is_compared_in_processes_of_their_own(tmp_path: Path) -> None:
-    sizes = ("--n-frames", 2, "--batch-size", 2, "--repeats", 1)
-    arguments = ("--what", "training", "--models", "tsm@32", *sizes)
-    run_script("benchmark_latency.py", *arguments, cwd=tmp_path)
-    table = pd.read_csv(tmp_path / "benchmarks/training_ways.csv")
+def test_training_is_compared_way_by_way(monkeypatch) -> None:
+    monkeypatch.setattr(benchmark_ratios, "_run", measure)  # here, not in processes of their own
+    table = benchmark_ratios.compare("training", [("tsm", 32)], 2, 2, 1, "cpu")
     assert table["way"].tolist() == ["eager fp32"] * 2 + ["train.py"] * 2
     assert table["malloc"].tolist() == ["default", "kept"] * 2
     speed = table["ms/clip"]
     assert table["x"].tolist() == pytest.approx((speed.iloc[0] / speed).tolist())
     assert table["x, same allocator"].tolist() == pytest.approx((speed.iloc[1] / speed).tolist())
     assert (table["peak memory (MB)"] > 100).all()
+
+
+def test_a_measurement_is_a_process_of_its_own(monkeypatch) -> None:
+    monkeypatch.delenv(SWITCH, raising=False)
+    result = benchmark_ratios._run(Job("training", "train.py", "kept", "vivit", 1, 2, 32, 1, "cpu"))
+    assert result["seconds"] > 0
+    with pytest.raises(RuntimeError, match="failed"):
+        benchmark_ratios._run(Job("training", "train.py", "kept", "none", 1, 2, 32, 1, "cpu"))
 
 
 def test_all_ways_answer_alike() -> None:

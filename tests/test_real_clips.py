@@ -30,11 +30,12 @@ from manifest import ClipRow
 class Timed(ReportingDataset):
     def __getitem__(self, index):
         began = time.perf_counter()
-        clip, label, number = super().__getitem__(index)
+        number, item = super().__getitem__(index)
         took = time.perf_counter() - began
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        shape = None if label is None else list(clip.shape)
-        return {"shape": shape, "error": clip if label is None else "", "s": took, "bytes": peak}
+        failed = isinstance(item, str)
+        shape = None if failed else list(item[0].shape)
+        return {"shape": shape, "error": item if failed else "", "s": took, "bytes": peak}
 
 if __name__ == "__main__":
     paths = json.load(sys.stdin)
