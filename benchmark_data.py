@@ -114,7 +114,7 @@ def time_cache(config: BenchmarkConfig, folder: Path) -> pd.DataFrame:
     for height, count, group in CACHED_VIDEOS:
         clip = folder / f"cached_{count}.mp4"
         write_benchmark_video(clip, height, count, group, config.source)
-        size = cache.write(clip)
+        size, _ = cache.write(clip)
         calls = {"decode": lambda c=clip: read_clip(c), "read": lambda c=clip: cache.read(c)}
         seconds = {
             n: np.median(s) for n, s in interleave(calls, config.repeats, in_a_row=3).items()

@@ -72,7 +72,7 @@ class ClipCache:
             raise UserError(
                 f"{self.folder}: holds no cache (make one: python prepare_data.py cache)"
             ) from None
-        if content.pop("format", None) != FORMAT:
+        if not isinstance(content, dict) or content.pop("format", None) != FORMAT:
             raise UserError(
                 f"{self.folder}: a cache of another version of this project: make it anew"
             )
@@ -91,10 +91,13 @@ class ClipCache:
         name = hashlib.sha256(relative.encode("utf-8", "surrogateescape")).hexdigest()
         return self.folder / name[:3] / f"{name[3:27]}.clip"
 
-    def write(self, clip: Path) -> int:
-        """Decode a clip and keep it. Returns the bytes of its file.
+    def write(self, clip: Path) -> tuple[int, str | None]:
+        """Decode a clip and keep it.
 
         A clip that cannot be read is kept as such: reading it from the cache gives the same error.
+
+        Returns:
+            The bytes of its file, and why it cannot be read if that is so.
         """
         facts = {"source": _fingerprint(clip), "settings": asdict(self.settings)}
         try:
@@ -104,13 +107,12 @@ class ClipCache:
         except ClipError as error:
             jpegs, facts = [], {**facts, "error": error.reason}
         header = json.dumps(facts).encode()
+        content = b"".join([_MAGIC, struct.pack("<I", len(header)), header, *jpegs])
         place = self.place(clip)
         place.parent.mkdir(exist_ok=True)
         with atomic(place) as unfinished:
-            unfinished.write_bytes(
-                b"".join([_MAGIC, struct.pack("<I", len(header)), header, *jpegs])
-            )
-        return len(_MAGIC) + 4 + len(header) + sum(map(len, jpegs))
+            unfinished.write_bytes(content)
+        return len(content), facts.get("error")
 
     def _frames(self, clip: Path) -> tuple[list[int], int, np.ndarray]:
         """The numbers of the frames to keep, of how many, and the frames."""
@@ -127,21 +129,21 @@ class ClipCache:
         frames = read_frames(clip, choose, self.settings.image_size)
         return choose(counts[-1]), counts[-1], frames
 
-    def problem(self, clip: Path) -> str | None:
-        """Why a clip cannot be read from the cache as it is now, or None."""
+    def problem(self, clip: Path, unreadable: bool = False) -> str | None:
+        """Why a clip must be cached (again) before it can be read from here, or None.
+
+        That its video could not be read is a problem only if `unreadable` says so.
+        """
         try:
             with open(self.place(clip), "rb") as file:
-                self._header(file, clip)
+                facts = self._header(file, clip)
+            if unreadable and "error" in facts:
+                return "could not be read"
         except FileNotFoundError:
             return "not in the cache"
         except (OSError, Stale) as error:
             return str(error)
         return None
-
-    def error(self, clip: Path) -> str | None:
-        """Why the video of a cached clip could not be read, or None."""
-        with open(self.place(clip), "rb") as file:
-            return self._header(file, clip).get("error")
 
     def _header(self, file: BinaryIO, clip: Path) -> dict[str, Any]:
         """What the file of a clip says about itself.

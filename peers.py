@@ -1,12 +1,13 @@
 """Other ways to do what this project does, for comparison in the benchmarks only.
 
 The naive ones are what a first version of a training script does. The libraries are optional
-(requirements-bench.txt): `decoders()` lists what is installed.
+(requirements-bench.txt): `decoders()` lists what works here.
 """
 
+import importlib
+import sys
 import tempfile
 from collections.abc import Callable, Iterable, Sequence
-from importlib.util import find_spec
 from pathlib import Path
 
 import av
@@ -19,6 +20,7 @@ from torch.utils.data import Dataset
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as tv
 
+from errors import first_line
 from manifest import ClipRow
 from sampling import sample_indices
 
@@ -72,12 +74,25 @@ def decode_with_opencv(path: Path, n_frames: int, size: int) -> np.ndarray:
 
 def decoders() -> dict[str, Decoder]:
     """The decoders that can be used here, by name."""
-    return {
-        "naive PyAV": decode_naively,
-        **({"decord": decode_with_decord} if find_spec("decord") else {}),
-        **({"torchcodec": decode_with_torchcodec} if find_spec("torchcodec") else {}),
-        **({"OpenCV": decode_with_opencv} if find_spec("cv2") else {}),
+    libraries = {
+        "decord": (decode_with_decord, "decord"),
+        "torchcodec": (decode_with_torchcodec, "torchcodec.decoders"),
+        "OpenCV": (decode_with_opencv, "cv2"),
     }
+    usable = {name: decode for name, (decode, module) in libraries.items() if _imports(module)}
+    return {"naive PyAV": decode_naively, **usable}
+
+
+def _imports(module: str) -> bool:
+    """Whether a module can be imported; if it is installed and cannot, that is told."""
+    try:
+        importlib.import_module(module)
+    except ModuleNotFoundError:
+        return False
+    except Exception as error:  # torchcodec needs FFmpeg's libraries from the system
+        print(f"{module} is left out, it cannot be imported: {first_line(error)}", file=sys.stderr)
+        return False
+    return True
 
 
 def onnxruntime_session(

@@ -3,8 +3,8 @@
     python prepare_data.py cache /data/SLAM --output /data/SLAM_cache
     python train.py --data-root /data/SLAM --cache /data/SLAM_cache
 
-Stopped at any moment, it goes on where it was when started again; clips that changed, and clips
-cached with other settings, are done anew.
+Stopped at any moment, it goes on where it was when started again; clips that changed, that could
+not be read, or that were cached with other settings are done anew. One at a time may fill a cache.
 """
 
 import dataclasses
@@ -43,7 +43,7 @@ class CacheConfig(CacheSettings):
 
 
 class Writing(Dataset):
-    """Item i is the bytes that writing clip i into the cache took."""
+    """Item i is clip i and what came of writing it into the cache."""
 
     def __init__(self, cache: ClipCache, clips: Sequence[Path]) -> None:
         self.cache = cache
@@ -52,8 +52,8 @@ class Writing(Dataset):
     def __len__(self) -> int:
         return len(self.clips)
 
-    def __getitem__(self, index: int) -> int:
-        return self.cache.write(self.clips[index])
+    def __getitem__(self, index: int) -> tuple[int, int, str | None]:
+        return index, *self.cache.write(self.clips[index])
 
 
 def fill_cache(config: CacheConfig) -> None:
@@ -72,23 +72,26 @@ def fill_cache(config: CacheConfig) -> None:
     for folder in cache.folder.glob("???"):
         remove_unfinished(folder)
     bar = tqdm(clips, "looking into the cache", leave=False, delay=1)
-    todo = [clip for clip in bar if cache.problem(clip)]
+    todo = [clip for clip in bar if cache.problem(clip, unreadable=True)]
     print(f"{len(clips):,} clips, {len(clips) - len(todo):,} of them cached already")
-    if todo:
-        _write(cache, todo, config.workers)
-    unreadable = [(clip, error) for clip in clips if (error := cache.error(clip))]
+    unreadable = _write(cache, todo, config.workers) if todo else []
     print(f"done: {cache.folder}")
     if unreadable:
-        listing = "\n  ".join(f"{clip}: {error}" for clip, error in unreadable)
-        print(f"{len(unreadable)} clips cannot be read:\n  {listing}")
+        print("\n  ".join([f"{len(unreadable)} clips cannot be read:", *unreadable]))
 
 
-def _write(cache: ClipCache, clips: Sequence[Path], workers: int) -> None:
-    """Write some clips to see how large they get and how long they take, then the others."""
-    sample = clips[:: max(1, len(clips) // SAMPLE)][:SAMPLE]
+def _write(cache: ClipCache, clips: Sequence[Path], workers: int) -> list[str]:
+    """Write some clips to see how large they get and how long they take, then the others.
+
+    Returns:
+        A line for each clip that cannot be read.
+    """
+    sample = Writing(cache, clips[:: max(1, len(clips) // SAMPLE)][:SAMPLE])
     began = time.perf_counter()
-    size = sum(cache.write(clip) for clip in sample) / len(sample) * len(clips)
-    minutes = (time.perf_counter() - began) / len(sample) * len(clips) / max(1, workers) / 60
+    written = [sample[index] for index in range(len(sample))]
+    share = len(clips) / len(sample)
+    size = share * sum(size for _, size, _ in written)
+    minutes = share * (time.perf_counter() - began) / max(1, workers) / 60
     free = shutil.disk_usage(cache.folder).free
     print(
         f"to write: {len(clips):,} clips, about {size / 1e9:.2f} GB of {free / 1e9:,.0f} GB free, "
@@ -96,19 +99,18 @@ def _write(cache: ClipCache, clips: Sequence[Path], workers: int) -> None:
     )
     if size > free:
         raise UserError(f"{cache.folder}: the disk is too small: {free / 1e9:.1f} GB are free")
-    done = set(sample)
-    loader = DataLoader(
-        Writing(cache, [clip for clip in clips if clip not in done]),
-        batch_size=None,
-        num_workers=workers,
-        worker_init_fn=start_worker,
-    )
-    written = 0
-    with tqdm(total=len(clips), initial=len(sample), desc="caching", unit="clip") as bar:
-        for size in loader:
-            written += size
+    unreadable = [f"{sample.clips[i]}: {error}" for i, _, error in written if error]
+    done, total = set(sample.clips), sum(size for _, size, _ in written)
+    others = Writing(cache, [clip for clip in clips if clip not in done])
+    loader = DataLoader(others, batch_size=None, num_workers=workers, worker_init_fn=start_worker)
+    with tqdm(total=len(clips), initial=len(done), desc="caching", unit="clip") as bar:
+        for index, size, error in loader:
+            total += size
+            if error:
+                unreadable.append(f"{others.clips[index]}: {error}")
             bar.update()
-            bar.set_postfix_str(f"{written / 1e9:.2f} GB", refresh=False)
+            bar.set_postfix_str(f"{total / 1e9:.2f} GB", refresh=False)
+    return unreadable
 
 
 def _check(config: CacheConfig) -> None:

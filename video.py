@@ -234,8 +234,8 @@ def _pictures(
         return None
     pictures = []
     for packet in container.demux(stream):
-        if not packet.size:  # the end
-            break
+        if not packet.size and packet.pts is None:  # the end
+            continue
         # Discarded: an edit list cuts it out. New extradata: the stream changes in the middle.
         unusual = packet.is_discard or packet.is_corrupt or packet.has_sidedata("new_extradata")
         if unusual or packet.pts is None:

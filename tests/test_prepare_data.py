@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -103,6 +104,8 @@ def test_unreadable_clips_are_listed_and_left_to_training(data: Path, tmp_path: 
     arguments = ("--data-root", data, "--cache", "cached", *TINY_FLAGS, "--epochs", 1, "--tau", 0)
     done = run_script("train.py", *arguments, cwd=tmp_path)
     assert "1 training clips could not be read and were left out" in done.stdout
+    shutil.copy(next((data / "clips/test").glob("*.mp4")), broken)
+    assert "36 clips, 35 of them cached already" in cache(tmp_path).stdout  # mended, done again
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])

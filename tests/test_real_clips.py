@@ -10,9 +10,17 @@ from pathlib import Path
 import av
 import numpy as np
 import pytest
+import torch
 from conftest import ROOT
+from PIL import Image
+from torchvision.transforms import InterpolationMode
+from torchvision.transforms import functional as pil
 
 import video
+from augment import inverse_maps, sampling_grid, warp
+from clip_cache import CacheSettings, ClipCache
+from inference import prepare_for_inference
+from models import build_model
 from sampling import sample_indices
 from video import _TOLERANT as TOLERANT
 from video import ClipError, read_clip, read_frames
@@ -121,6 +129,44 @@ def outcome(path: Path, draws: np.ndarray) -> np.ndarray | str:
         return read_clip(path, 8, "random", 32, draws)
     except ClipError as error:
         return str(error)
+
+
+@pytest.fixture(scope="module")
+def some_clips(real: Path) -> dict[Path, np.ndarray]:
+    """Sixteen frames of surgery, of CCTV and of a laparoscope."""
+    paths = [real / "laparoscopy/endo.mp4", *sorted((real / "fights").glob("*/*.mp4"))[::20]]
+    paths += sorted((real / "cholect50").glob("clips/*/*.mp4"))[::30]
+    return {path: read_clip(path) for path in paths}
+
+
+def test_cache_of_real_clips(some_clips, real: Path, tmp_path: Path) -> None:
+    cache = ClipCache.create(tmp_path, real, CacheSettings())
+    for path, decoded in some_clips.items():
+        cache.write(path)
+        assert np.abs(cache.read(path).astype(int) - decoded).mean() < 4, path
+
+
+def test_warp_of_real_clips(some_clips) -> None:
+    draw = torch.tensor([[1.0, 8.0, 10 / 224, -6 / 224, 1.07, 1.0, 1.0, 1.0, 0.0]])
+    grid = sampling_grid(inverse_maps(draw), (224, 224))
+    for path, decoded in some_clips.items():
+        clip = torch.from_numpy(decoded).permute(0, 3, 1, 2)[None].float()
+        ours = warp(clip, grid)[0].round().permute(0, 2, 3, 1).numpy()
+        for frame, result in zip(decoded, ours, strict=True):
+            image = pil.affine(
+                Image.fromarray(frame), 8.0, [10, -6], 1.07, [0.0], InterpolationMode.BILINEAR
+            )
+            assert np.percentile(np.abs(result - np.asarray(image)), 99) <= 1, path
+
+
+@torch.inference_mode()
+def test_prepared_models_on_real_clips(some_clips) -> None:
+    clips = torch.from_numpy(np.stack(list(some_clips.values())[:3])).permute(0, 1, 4, 2, 3)
+    for name in ("tsm", "cnn_lstm", "vivit"):
+        torch.manual_seed(0)
+        model = build_model(name, 7).eval()
+        fast = prepare_for_inference(model, torch.device("cpu"))
+        assert (fast(clips) - model(clips)).abs().max() < 1e-5
 
 
 def test_first_needs_no_more_than_the_first_frames(real: Path) -> None:
