@@ -70,7 +70,8 @@ def compare(
     ways = [("eager fp32", "default"), ("eager fp32", "kept")]
     if task == "inference":
         ways += [("prepared fp32", "kept"), ("prepared bf16", "kept")]
-        ways += [("onnxruntime fp32", "default")] if find_spec("onnxruntime") else []
+        if device == "cpu" and find_spec("onnxruntime"):
+            ways.append(("onnxruntime fp32", "default"))
     else:
         ways += [("train.py", "default"), ("train.py", "kept")]
     jobs = [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import multiprocessing
 import resource
 import shutil
 import time
@@ -71,7 +72,10 @@ def time_training(config: BenchmarkConfig, folder: Path) -> pd.DataFrame:
 
 def watch_memory(config: BenchmarkConfig, folder: Path) -> pd.DataFrame:
     """Memory of the training process and of all its workers after each of many epochs, in MB."""
-    _write_data(config, folder)
+    # In a process of its own: workers are forked, and keep the memory that their parent had then.
+    writer = multiprocessing.get_context("spawn").Process(target=_write_data, args=(config, folder))
+    writer.start()
+    writer.join()
     epoch = _Epoch(config, folder, cache=True)
     rows = []
     for number in tqdm(range(1, config.epochs + 1), "watching memory", unit="epoch", leave=False):
