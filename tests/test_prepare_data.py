@@ -38,6 +38,14 @@ def entries(folder: Path) -> dict[Path, int]:
     return {path: path.stat().st_mtime_ns for path in folder.glob("???/*.clip")}
 
 
+def settings(data: Path, folder: Path) -> dict:
+    """Of a tiny training from the cache in `folder`."""
+    places = {"data_root": str(data), "cache": str(folder / "cached")}
+    sizes = {"n_frames": 4, "image_size": 32, "workers": 0, "device": "cpu", "amp": "fp32"}
+    classes = {"classes": ("dark", "grey", "light"), "weights": "none"}
+    return {**places, **sizes, **classes, "run_dir": str(folder / "runs")}
+
+
 def test_every_clip_is_cached_once(data: Path, tmp_path: Path, capsys) -> None:
     def fill(**changes) -> str:
         settings = {"data_root": str(data), "output": str(tmp_path / "cached"), "workers": 0}
@@ -60,9 +68,7 @@ def test_every_clip_is_cached_once(data: Path, tmp_path: Path, capsys) -> None:
 
 def test_training_and_evaluation_from_the_cache(data: Path, tmp_path: Path) -> None:
     cache(tmp_path)
-    flags = (*TINY_FLAGS, "--epochs", 2)
-    run_script("train.py", "--data-root", data, "--cache", "cached", *flags, cwd=tmp_path)
-    run = next((tmp_path / "runs").iterdir())
+    run = train(TrainConfig(**settings(data, tmp_path), epochs=2))
     tested = json.loads((run / "test_metrics.json").read_text())
     run_script("evaluate.py", run, cwd=tmp_path)
     again = json.loads((run / "evaluate_test/test_metrics.json").read_text())
@@ -75,11 +81,8 @@ def test_training_and_evaluation_from_the_cache(data: Path, tmp_path: Path) -> N
 
 def test_cache_that_does_not_fit_is_told_before_training(data: Path, tmp_path: Path) -> None:
     def refused(match: str, **changes) -> None:
-        settings = {"classes": ("dark", "grey", "light"), "weights": "none", "workers": 0}
-        settings |= {"n_frames": 4, "image_size": 32, "run_dir": str(tmp_path / "runs")}
-        places = {"data_root": str(data), "cache": str(tmp_path / "cached")}
         with pytest.raises(UserError, match=match):
-            train(TrainConfig(**{**settings, **places, **changes}))
+            train(TrainConfig(**{**settings(data, tmp_path), **changes}))
         assert not (tmp_path / "runs").exists()
 
     refused("cached: holds no cache .make one: python prepare_data.py cache")

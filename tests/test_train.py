@@ -128,8 +128,9 @@ def epochs_done(folder: Path) -> int:
     return len(runs[0].read_text().splitlines()) - 1 if runs else 0
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize(
+    ("number", "workers"), [(signal.SIGINT, 0), (signal.SIGINT, 1), (signal.SIGTERM, 1)]
+)
 def test_interrupted_run_resumes_exactly(finished, tiny_data, tmp_path, number, workers) -> None:
     """Stopped in the middle of an epoch and resumed: every weight equal, bit for bit.
 
