@@ -107,6 +107,9 @@ class TrainConfig:
     """precision of the forward pass: auto (what the device does fast), fp32, bf16, fp16"""
     select_by: Literal["macro_f1", "accuracy", "balanced_accuracy", "loss"] = "macro_f1"
     """validation metric that chooses the best epoch"""
+    wanted_error: float = 0.1
+    """share of wrong answers that calling the least confident clips uncertain is to keep; the
+    threshold is chosen on the validation clips after training"""
     patience: int = 0
     """stop after so many epochs without a better one (0: never)"""
 
@@ -179,6 +182,7 @@ _BOUNDS: dict[str, tuple[float | None, float | None]] = {
     "label_smoothing": (0, 0.99),
     "tau": (0, 5),
     "clip_norm": (0, None),
+    "wanted_error": (0, 1),
     "patience": (0, None),
     "workers": (0, None),
     "seed": (0, 2**32),

@@ -10,16 +10,16 @@
 `read_splits` looks at train, val and test together before anything is trained on them.
 """
 
-import csv
 import difflib
 import os
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
 from errors import UserError
+from manifest_layouts import read_records
 
 CLASSES = (
     "AbdominalEntry",
@@ -41,17 +41,16 @@ ALIASES = {
     "LocalPanoramicView": "LocPanoView",
 }
 
-_SLAM_NAME = re.compile(r"Clip_P(?P<patient>[^_]+)_V(?P<video>[^_]+)_C(?P<action>[^_]+)_")
-_VIDEO_NAME = re.compile(r"\.(mp4|avi|mov|mkv|webm|m4v|mpe?g|ts|wmv|flv|3gp|ogv|asf)$", re.I)
-
 
 class ClipRow(NamedTuple):
-    """One clip of a manifest. `label` is the class's number; patient and video may be unknown."""
+    """One clip of a manifest. `label` is the class's number; what follows it may be unknown."""
 
     path: Path
     label: int
     patient: str | None = None
     video: str | None = None
+    action: str | None = None
+    """the source action that the clip is a part of"""
 
 
 def get_num_classes(classes: Sequence[str] = CLASSES) -> int:
@@ -182,33 +181,19 @@ def _parse(
     Without `classes` any label will do, and every row gets number 0.
     """
     root = Path(data_root) if data_root else manifest.parent
-    try:
-        lines = manifest.read_text(encoding="utf-8-sig").splitlines()
-    except FileNotFoundError:
-        return [], [f"{manifest}: no such manifest (a CSV with the columns path,label)"]
-    except UnicodeDecodeError:
-        return [], [f"{manifest}: not UTF-8 text: save the table as 'CSV UTF-8'"]
-    except OSError as error:
-        return [], [f"{manifest}: {error.strerror}"]
-
+    records, problems = read_records(manifest)
     rows: list[ClipRow] = []
-    problems, missing, unknown, seen = [], [], Counter(), Counter()
-    for number, record in _records(lines):
-        if record is None:
-            problems.append(f"{manifest}, line {number}: neither 'path,label' nor SLAM's columns")
-            break
-        path = _locate(record["path"], root)
-        label = 0 if classes is None else match_class(record["label"], classes)
+    missing, unknown, seen = [], Counter(), Counter()
+    for record in records:
+        path = locate(record.path, root)
+        label = 0 if classes is None else match_class(record.label or "", classes)
         if path is None:
-            missing.append(record["path"])
+            missing.append(record.path)
         elif label is None:
-            unknown[record["label"]] += 1
+            unknown[record.label or "(none)"] += 1
         else:
             seen[os.path.realpath(path)] += 1
-            named = _SLAM_NAME.search(path.name)
-            patient = record.get("patient") or (named and named["patient"]) or None
-            video = record.get("video") or (named and f"{patient}_V{named['video']}") or None
-            rows.append(ClipRow(path, label, patient, video))
+            rows.append(ClipRow(path, label, record.patient, record.video, record.action))
 
     hint = f"below {root} or {root / 'clips'}"
     problems += _summary(f"{manifest}: clips that are not there ({hint})", missing)
@@ -224,32 +209,8 @@ def _parse(
     return rows, problems
 
 
-def _records(lines: Sequence[str]) -> Iterable[tuple[int, dict[str, str] | None]]:
-    """(line number, columns) of each clip; None for a line of no known layout."""
-    numbered = [(n, line) for n, line in enumerate(lines, 1) if line.strip()]
-    if not numbered:
-        return
-    delimiter = max(",;\t", key=numbered[0][1].count)
-    table = [(n, next(csv.reader([line], delimiter=delimiter))) for n, line in numbered]
-    header = [name.strip().lower() for name in table[0][1]]
-    first = table[0][1]
-    if "path" in header and "label" in header:
-        for number, cells in table[1:]:
-            record = dict(zip(header, (cell.strip() for cell in cells), strict=False))
-            yield number, record if record.get("path") and record.get("label") else None
-    elif len(first) >= 3:  # SLAM: index, path, label; with or without a header of whatever names
-        for number, cells in table[not _VIDEO_NAME.search(first[1].strip()) :]:
-            known = len(cells) >= 3 and _VIDEO_NAME.search(cells[1].strip())
-            yield number, {"path": cells[1].strip(), "label": cells[2].strip()} if known else None
-    else:
-        for number, line in numbered:
-            # From the right: the path may hold spaces and commas, the label may not.
-            parts = re.match(r"\s*(.+?)\s*[,;\t ]\s*([^\s,;]+)\s*$", line)
-            yield number, {"path": parts[1].strip('"'), "label": parts[2]} if parts else None
-
-
-def _locate(name: str, root: Path) -> Path | None:
-    """The file that a manifest's path means, or None."""
+def locate(name: str, root: Path) -> Path | None:
+    """The file that a manifest's path means, below the data's root or its clips/, or None."""
     for spelling in dict.fromkeys((name, name.replace("\\", "/"))):
         relative = PurePosixPath(spelling)
         for candidate in (root / relative, root / "clips" / relative):

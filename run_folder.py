@@ -2,9 +2,13 @@
 
 import json
 import logging
+import platform
+import shlex
+import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +39,38 @@ def start_log(folder: Path | None) -> None:
     if folder:
         handlers.append(logging.FileHandler(folder / "train.log", encoding="utf-8"))
     logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=handlers, force=True)
+
+
+def record_session(folder: Path, device: str) -> None:
+    """Add to environment.json what makes a run's numbers: the exact command, versions, hardware.
+
+    A resumed run has an entry for each time that it was started.
+    """
+    packages = ("torch", "torchvision", "av", "numpy", "pandas", "scikit-learn")
+    session = {
+        "command": shlex.join(["python", Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "time": time.strftime("%Y-%m-%d %H:%M:%S %z"),
+        "device": device,
+        "python": platform.python_version(),
+        **{name: version(name) for name in packages},
+        "commit": _commit(),
+    }
+    path = folder / "environment.json"
+    earlier = json.loads(path.read_text(encoding="utf-8"))["sessions"] if path.exists() else []
+    write_json(path, {"sessions": [*earlier, session]})
+
+
+def _commit() -> str | None:
+    """The commit of the code, with a + if files were changed since; None without git."""
+    git = ["git", "-C", str(Path(__file__).parent)]
+    try:
+        commit, changes = (
+            subprocess.run([*git, *words], capture_output=True, text=True, check=True, timeout=10)
+            for words in (["rev-parse", "--short=12", "HEAD"], ["status", "--porcelain", "-uno"])
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return commit.stdout.strip() + "+" * bool(changes.stdout.strip())
 
 
 def write_json(path: str | Path, content: dict[str, Any]) -> None:

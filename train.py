@@ -13,7 +13,6 @@ import logging
 import signal
 import time
 from collections import Counter
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +20,10 @@ import torch
 import tyro
 from torch import nn
 from torch.utils.data import DataLoader
-from tqdm import tqdm
 
 import distributed
 from atomic import remove_unfinished
+from calibration import Calibration, calibrate
 from checkpoint import (
     build_from_checkpoint,
     build_model_from_config,
@@ -32,17 +31,19 @@ from checkpoint import (
     save_checkpoint,
 )
 from config import RESUMABLE, TrainConfig, from_dict, resolve
-from dataset import ClipsDataset, require_readable
 from device import choose_device, choose_precision, describe_device, suit_device
 from epoch import train_one_epoch
 from errors import UserError
-from evaluate import evaluate, scores, write_results
+from evaluate import evaluate
 from interrupt import Interrupt, Interrupted
 from loaders import batches_per_epoch, build_dataloaders
 from manifest import ClipRow, patient_overlap
 from models import describe, freeze
 from plots import plot_curves
-from run_folder import new_run_folder, start_log, write_history, write_json
+from predictions import Predictions
+from preflight import check_cache, check_clips
+from results import headline_scores, write_results
+from run_folder import new_run_folder, record_session, start_log, write_history, write_json
 from script import script
 from training import Training
 from weights import load_weights
@@ -50,12 +51,22 @@ from weights import load_weights
 log = logging.getLogger(__name__)
 
 
-def train(config: TrainConfig, resume_from: dict[str, Any] | None = None) -> Path:
-    """Train, pick the best epoch, test it. Returns the run folder.
+def train(
+    config: TrainConfig,
+    resume_from: dict[str, Any] | None = None,
+    folder: Path | None = None,
+    resume_command: str = "python train.py --resume {folder}",
+) -> Path:
+    """Train, pick the best epoch, calibrate it, test it. Returns the run folder.
 
     Args:
         config: see TrainConfig.
         resume_from: the state of last.pt, to go on from it.
+        folder: the run folder (None: a new one below config.run_dir).
+        resume_command: what a person is told to run after an interruption.
+
+    Raises:
+        SystemExit: interrupted; the run is saved.
     """
     config = resolve(config)
     device = distributed.start(choose_device(config.device))
@@ -63,7 +74,7 @@ def train(config: TrainConfig, resume_from: dict[str, Any] | None = None) -> Pat
     start_log(None)
     if not first:
         logging.disable()
-    folder = Path(config.resume) if config.resume else None
+    folder = Path(config.resume) if config.resume else folder
     train_loader, val_loader, test_loader, num_classes = build_dataloaders(config)
 
     torch.manual_seed(config.seed)
@@ -83,9 +94,10 @@ def train(config: TrainConfig, resume_from: dict[str, Any] | None = None) -> Pat
     if config.check_clips and config.data_root and not resume_from:
         check_clips({"validation": val_loader, "test": test_loader}, config.skip_unreadable)
 
-    folder = folder or Path(distributed.from_first(_new_folder(config) if first else None))
+    folder = Path(distributed.from_first(_run_folder(config, folder) if first else None))
     if first:
         start_log(folder)
+        record_session(folder, describe_device(device))
         remove_unfinished(folder)
     splits = {
         name: loader.dataset.clips.rows
@@ -103,10 +115,11 @@ def train(config: TrainConfig, resume_from: dict[str, Any] | None = None) -> Pat
     run.save(folder)  # from here on there is a checkpoint to resume from, whatever happens
     try:
         train_epochs(run, parallel, train_loader, val_loader, folder, interrupt)
+        calibrate_best(run, val_loader, folder, interrupt)
         test(run, test_loader, folder, interrupt, warnings)
     except Interrupted:
         run.save(folder)
-        log.info(f"\ninterrupted: to go on, run\n  python train.py --resume {folder}")
+        log.info(f"\ninterrupted: to go on, run\n  {resume_command.format(folder=folder)}")
         raise SystemExit(128 + (interrupt.number or signal.SIGTERM)) from None
     finally:
         interrupt.restore()
@@ -143,7 +156,7 @@ def train_epochs(
             interrupt,
         )
         loss, right, clips = distributed.total(run.totals)
-        summary = scores(predictions, config.classes)
+        summary = headline_scores(predictions)
         run.epoch, run.step = run.epoch + 1, 0
         run.totals = [0.0, 0.0, 0.0]
         row = {
@@ -180,73 +193,60 @@ def train_epochs(
         )
 
 
-def test(
-    run: Training, loader: DataLoader, folder: Path, interrupt: Interrupt, warnings: list[str]
+def calibrate_best(
+    run: Training, loader: DataLoader, folder: Path, interrupt: Interrupt
 ) -> None:
-    """Test the best epoch, in fp32 as evaluate.py does, and write the results with the warnings.
+    """Fit the best epoch's temperature and threshold on validation, into its checkpoint.
 
     Raises:
         Interrupted: before the end.
     """
     state = load_checkpoint(folder)
-    model = build_from_checkpoint(state)
-    config = run.config
-    predictions = evaluate(
-        model, loader, run.device, torch.float32, "test", config.skip_unreadable, interrupt
-    )
+    predictions = _evaluate_best(run, state, loader, "validation", interrupt)
+    fitted = calibrate(predictions.labels, predictions.probabilities, run.config.wanted_error)
     if distributed.rank() == 0:
-        rows = loader.dataset.clips.rows
+        save_checkpoint(folder / "best.pt", {**state, "calibration": fitted.state()})
+    distributed.from_first(None)  # the others wait until it is written
+
+
+def test(
+    run: Training, loader: DataLoader, folder: Path, interrupt: Interrupt, warnings: list[str]
+) -> None:
+    """Test the best epoch and write the results with the warnings.
+
+    Raises:
+        Interrupted: before the end.
+    """
+    state = load_checkpoint(folder)
+    predictions = _evaluate_best(run, state, loader, "test", interrupt)
+    if distributed.rank() == 0:
+        config = run.config
         facts = {
             "checkpoint": str(folder / "best.pt"),
             "epoch": state["epoch"],
             "split": "test",
             "warnings": warnings,
         }
-        table = write_results(predictions, rows, config.classes, folder, facts)
+        calibration = Calibration.from_state(state["calibration"])
+        table = write_results(predictions, config.classes, folder, [calibration], facts)
         log.info(f"\ntest of epoch {state['epoch']}, the best by validation {config.select_by}:")
         log.info(f"{table}\n\nrun folder: {folder}")
 
 
-def check_cache(splits: Sequence[ClipsDataset]) -> None:
-    """Look whether a cache, if one is named, has all the clips as they are now.
-
-    Raises:
-        UserError: saying how many it has not, and why.
-    """
-    problems = [
-        (row.path, problem)
-        for clips in splits
-        if clips.cache
-        for row in tqdm(clips.rows, "looking into the cache", leave=False, delay=1)
-        if (problem := clips.cache.problem(row.path))
-    ]
-    if problems:
-        kinds = Counter(problem for _, problem in problems)
-        said = "; ".join(f"{count:,} {problem}" for problem, count in kinds.items())
-        raise UserError(
-            f"{splits[0].cache.folder}: {said} (e.g. {problems[0][0]}): "
-            "run python prepare_data.py cache again"
-        )
-
-
-def check_clips(loaders: dict[str, DataLoader], skip_unreadable: bool) -> None:
-    """Read every clip of these loaders once, before hours of training rest on them.
-
-    Raises:
-        UserError: listing all that cannot be read, unless they are to be skipped.
-    """
-    unreadable = []
-    for name, loader in loaders.items():
-        bar = tqdm(
-            loader, f"reading {name} clips", leave=False, disable=distributed.rank() != 0, delay=1
-        )
-        for lines in distributed.gather([line for batch in bar for line in batch.unreadable]):
-            unreadable += lines
-    if not skip_unreadable:
-        require_readable(unreadable, "validation and test")
-    elif unreadable:
-        listing = "\n  ".join(unreadable)
-        log.warning(f"{len(unreadable)} validation and test clips are left out:\n  {listing}")
+def _evaluate_best(
+    run: Training, state: dict[str, Any], loader: DataLoader, split: str, interrupt: Interrupt
+) -> Predictions:
+    """What the best epoch says, in fp32 as in evaluate.py, tempered if it is calibrated."""
+    return evaluate(
+        build_from_checkpoint(state),
+        loader,
+        run.device,
+        torch.float32,
+        split,
+        run.config.skip_unreadable,
+        interrupt,
+        Calibration.from_state(state.get("calibration")).temperature,
+    )
 
 
 def _parallel(model: nn.Module, device: torch.device) -> nn.Module:
@@ -294,9 +294,12 @@ def _introduction(run: Training, splits: dict[str, list[ClipRow]]) -> str:
     return "\n".join(lines)
 
 
-def _new_folder(config: TrainConfig) -> str:
-    folder = new_run_folder(config.run_dir, config.model)
-    write_json(folder / "config.json", dataclasses.asdict(config))
+def _run_folder(config: TrainConfig, folder: Path | None) -> str:
+    """The given folder or a new one, with the settings in it."""
+    folder = folder or new_run_folder(config.run_dir, config.model)
+    folder.mkdir(parents=True, exist_ok=True)
+    if not (folder / "config.json").exists():
+        write_json(folder / "config.json", dataclasses.asdict(config))
     return str(folder)
 
 

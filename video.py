@@ -1,4 +1,4 @@
-"""Reading and writing clips. Besides peers.py the only module that imports av.
+"""Reading and writing clips; video_file.py opens the files.
 
 Frames are found by counting, never by a header's frame count or by looking up time stamps: real
 files lie about both. Frames keep the order in which the decoder puts them out; some AVI files carry
@@ -9,43 +9,29 @@ file everything (`_read_stream`): the frames are the same. What is not decoded i
 either: damage in a picture that nobody needs goes unnoticed.
 """
 
+import io
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import av
 import numpy as np
-from av.stream import Disposition
 from av.video.reformatter import Interpolation
 
 import h264
 from atomic import atomic
-from errors import UserError
 from sampling import Sampling, clip_indices
-
-# A frame this large is a decompression bomb, not an endoscope: 8K is 33 million pixels.
-MAX_PIXELS = 8192 * 4608
-
-# Containers that hold video. Playlists (HLS, DASH, concat, SDP) are left out: they make the reader
-# open whatever other file or address they name.
-_FORMATS = (
-    "mov,mp4,3gp,matroska,webm,avi,asf,flv,mpegts,mpeg,mpegvideo,ivf,ogg,gif,apng,h263,h264,hevc,"
-    "m4v,obu,mjpeg,dv,gxf,mxf,nut,rm,swf,vob,wtv,yuv4mpegpipe"
+from video_file import (
+    DECODING_ERRORS,
+    ClipError,
+    count_packets,
+    decode,
+    decoding_stream,
+    open_video,
+    reason,
+    require_file,
+    video_streams,
 )
-
-_DECODING_ERRORS = (av.FFmpegError, ValueError, MemoryError)
-
-
-class ClipError(UserError):
-    """A clip file that cannot be read, with the path and the reason."""
-
-    def __init__(self, path: str | Path, reason: str) -> None:
-        super().__init__(f"{path}: {reason}")
-        self.path = str(path)
-        self.reason = reason
-
-    def __reduce__(self) -> tuple:  # exceptions cross from a DataLoader worker as pickles
-        return type(self), (self.path, self.reason)
 
 
 def read_frames(
@@ -75,11 +61,10 @@ def read_frames(
     bounded by the chosen frames, however many the file has.
     """
     path = Path(path)
-    if not path.is_file():  # also keeps out pipes and devices, which would block for ever
-        raise ClipError(path, "no such file" if not path.exists() else "not a file")
+    require_file(path)
     try:
-        with _open(path) as container:
-            streams = _video_streams(container, path)
+        with open_video(path) as container:
+            streams = video_streams(container, path)
             if len(streams) == 1 and stop_after is None:
                 frames = _read_needed(container, *streams[0], choose, size)
                 if frames is not None:
@@ -88,8 +73,8 @@ def read_frames(
             frames = _read_stream(path, stream, expected, choose, size, stop_after)
             if frames is not None:
                 return frames
-    except _DECODING_ERRORS as error:
-        raise ClipError(path, f"cannot be read: {_reason(error)}") from error
+    except DECODING_ERRORS as error:
+        raise ClipError(path, f"cannot be read: {reason(error)}") from error
     raise ClipError(path, "holds no video frames")
 
 
@@ -112,6 +97,33 @@ def read_clip(
     return read_frames(path, choose, size, stop_after=n_frames if sampling == "first" else None)
 
 
+def check_video(path: str | Path) -> str | None:
+    """Decode every frame of a file, also those that no sampling asks for.
+
+    Returns:
+        What is wrong with it in a few words, or None.
+    """
+    path = Path(path)
+    found = damaged = 0
+    try:
+        require_file(path)
+        with open_video(path) as container:
+            streams = video_streams(container, path)
+        for index, _ in streams:
+            for frame in decode(path, index):
+                found += 1
+                damaged += frame.is_corrupt
+            if found:
+                break
+    except ClipError as error:
+        return error.reason
+    except DECODING_ERRORS as error:
+        return f"breaks off after {found} frames: {reason(error)}" if found else reason(error)
+    if damaged:
+        return f"{damaged} of {found} frames are damaged"
+    return None if found else "holds no video frames"
+
+
 def write_video(
     path: str | Path,
     frames: Iterable[np.ndarray],
@@ -121,68 +133,46 @@ def write_video(
 ) -> None:
     """Write `(H, W, 3)` uint8 RGB frames as H.264; `path` appears only when it is complete.
 
-    One encoder thread, so that the same frames always give the same bytes. `lossless` keeps RGB
-    exactly (libx264rgb), for tests; otherwise H and W must be even (4:2:0). `group` is the largest
-    distance of keyframes.
+    `lossless` keeps RGB exactly (libx264rgb), for tests; otherwise H and W must be even (4:2:0).
+    `group` is the largest distance of keyframes.
     """
-    path = Path(path)
-    codec, pixels = ("libx264rgb", "rgb24") if lossless else ("libx264", "yuv420p")
-    options = {"crf": "0" if lossless else "20", "preset": "veryfast", "threads": "1"}
-    options["g"] = str(group)
+    crf = 0 if lossless else 20
     with atomic(path) as unfinished, av.open(str(unfinished.absolute()), "w") as container:
-        stream = container.add_stream(codec, rate=rate, options=options)
-        stream.pix_fmt = pixels
-        for number, frame in enumerate(frames):
-            if number == 0:
-                stream.height, stream.width = frame.shape[:2]
-            picture = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")
-            container.mux(stream.encode(picture))
-        container.mux(stream.encode(None))
+        _encode(container, frames, rate, crf, group, lossless)
 
 
-# Non-UTF-8 metadata (old cameras, other languages) is no reason to refuse a clip. PyAV decodes it
-# when opening and must be told so; since 19 the option is gone, and nothing needs it.
-_TOLERANT = {"metadata_errors": "replace"} if int(av.__version__.split(".")[0]) < 19 else {}
+def recompress(frames: np.ndarray, crf: int) -> np.ndarray:
+    """`(T, H, W, 3)` uint8 RGB after H.264 with this crf (0 to 51, larger is worse) and back."""
+    height, width = frames.shape[1:3]
+    even = np.pad(frames, ((0, 0), (0, height % 2), (0, width % 2), (0, 0)), "edge")  # 4:2:0
+    file = io.BytesIO()
+    with av.open(file, "w", format="matroska") as container:
+        _encode(container, even, crf=crf)
+    file.seek(0)
+    with av.open(file) as container:
+        back = [_to_rgb(frame, None) for frame in container.decode(decoding_stream(container, 0))]
+    return np.stack(back)[:, :height, :width]  # (T, H, W, 3)
 
 
-def _open(path: Path) -> av.container.InputContainer:
-    # The absolute path: "concat:a|b" or "http://x" in a manifest stays a file name.
-    options = {"format_whitelist": _FORMATS, "protocol_whitelist": "file"}
-    return av.open(str(path.absolute()), options=options, **_TOLERANT)
-
-
-def _video_streams(container: av.container.InputContainer, path: Path) -> list[tuple[int, int]]:
-    """(number, expected frames) of the file's video streams, cover pictures left out."""
-    streams = [
-        stream
-        for stream in container.streams.video
-        if not stream.disposition & Disposition.attached_pic
-    ]
-    known = [stream for stream in streams if stream.codec_context is not None]
-    if not streams:
-        raise ClipError(path, "holds no video stream")
-    if not known:
-        raise ClipError(path, "holds video of an unknown codec only")
-    return [(stream.index, stream.frames) for stream in known]
-
-
-def _stream(container: av.container.InputContainer, index: int) -> av.VideoStream:
-    """A stream, set to be decoded on one thread.
-
-    One thread a worker: FFmpeg's thread pools beside PyTorch's can deadlock (PyAV issues 1849, 1861
-    and 1962), and with several workers they gain nothing.
-    """
-    stream = container.streams[index]
-    stream.thread_type = "NONE"
-    stream.codec_context.thread_count = 1
-    stream.codec_context.options = {"max_pixels": str(MAX_PIXELS)}
-    return stream
-
-
-def _decode(path: Path, index: int) -> Iterator[av.VideoFrame]:
-    """All frames of stream `index` in decode order."""
-    with _open(path) as container:
-        yield from container.decode(_stream(container, index))
+def _encode(
+    container: av.container.OutputContainer,
+    frames: Iterable[np.ndarray],
+    rate: int = 25,
+    crf: int = 20,
+    group: int = 250,
+    rgb: bool = False,
+) -> None:
+    """Encode frames as H.264, on one thread: the same frames always give the same bytes."""
+    codec, pixels = ("libx264rgb", "rgb24") if rgb else ("libx264", "yuv420p")
+    options = {"crf": str(crf), "preset": "veryfast", "threads": "1", "g": str(group)}
+    stream = container.add_stream(codec, rate=rate, options=options)
+    stream.pix_fmt = pixels
+    for number, frame in enumerate(frames):
+        if number == 0:
+            stream.height, stream.width = frame.shape[:2]
+        picture = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")
+        container.mux(stream.encode(picture))
+    container.mux(stream.encode(None))
 
 
 def _read_needed(
@@ -198,7 +188,7 @@ def _read_needed(
     the decoder puts out: then that one has a look at it.
     """
     try:
-        stream = _stream(container, index)
+        stream = decoding_stream(container, index)
         pictures = _pictures(container, stream)
         if not pictures or expected not in (0, len(pictures)):
             return None
@@ -216,7 +206,7 @@ def _read_needed(
             seen, latest = seen + 1, frame.pts
             if by_pts[frame.pts] in wanted:
                 kept[by_pts[frame.pts]] = _to_rgb(frame, size)
-    except (*_DECODING_ERRORS, LookupError, TypeError):
+    except (*DECODING_ERRORS, LookupError, TypeError):
         return None
     same_size = len({frame.shape for frame in kept.values()}) == 1
     if seen != sum(decode) or kept.keys() != set(wanted) or not same_size:
@@ -288,7 +278,7 @@ def _read_stream(
     The header's frame count is only a guess at what to keep while decoding. The pass counts what
     really came; where the guess was wrong the frames are chosen anew and read in a second pass.
     """
-    count = min(expected or _count_packets(path, index), stop_after or math.inf)
+    count = min(expected or count_packets(path, index), stop_after or math.inf)
     for _ in range(2):
         wanted = choose(count) if count else []
         kept, found, damaged = _keep(path, index, set(wanted), size, stop_after)
@@ -311,24 +301,18 @@ def _keep(
     kept: dict[int, np.ndarray] = {}
     found = damaged = 0
     try:
-        for frame in _decode(path, index):
+        for frame in decode(path, index):
             if found in wanted:
                 kept[found] = _to_rgb(frame, size)
                 damaged += frame.is_corrupt
             found += 1
             if found == stop_after:
                 break
-    except _DECODING_ERRORS as error:
+    except DECODING_ERRORS as error:
         if found == 0:
             raise
-        reason = f"breaks off after {found} frames: {_reason(error)}"
-        raise ClipError(path, reason) from error
+        raise ClipError(path, f"breaks off after {found} frames: {reason(error)}") from error
     return kept, found, damaged
-
-
-def _count_packets(path: Path, index: int) -> int:
-    with _open(path) as container:
-        return sum(1 for packet in container.demux(container.streams[index]) if packet.size)
 
 
 def _to_rgb(frame: av.VideoFrame, size: int | None) -> np.ndarray:
@@ -344,9 +328,3 @@ def _to_rgb(frame: av.VideoFrame, size: int | None) -> np.ndarray:
     ).to_ndarray()
     # rotation is in degrees counter-clockwise, as np.rot90 counts quarters
     return np.rot90(rgb, round(frame.rotation / 90)) if frame.rotation else rgb
-
-
-def _reason(error: BaseException) -> str:
-    """FFmpeg's words without its number and without the path, which the caller names already."""
-    words = getattr(error, "strerror", None) or str(error) or type(error).__name__
-    return words[0].lower() + words[1:]

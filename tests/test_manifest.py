@@ -35,15 +35,16 @@ def test_classes_and_their_order() -> None:
 def test_our_layout(tmp_path) -> None:
     text = "video,label,path,patient,notes\nv1,HookCut,a b/c.mp4,p1,\n,2,d.mp4,,x\n"
     rows = read_manifest(write(tmp_path, text, ("a b/c.mp4", "d.mp4")))
-    assert rows[0] == (tmp_path / "a b/c.mp4", 2, "p1", "v1")
-    assert rows[1] == (tmp_path / "d.mp4", 2, None, None)
+    assert rows[0] == (tmp_path / "a b/c.mp4", 2, "p1", "v1", None)
+    assert rows[1] == (tmp_path / "d.mp4", 2, None, None, None)
 
 
 @pytest.mark.parametrize("header", ["", ",clip_path,phase\n", "id,path,label\n"])
 def test_slam_layout(tmp_path, header: str) -> None:
     name = "058/Clip_P058_V001_C3_NeedleIn_part6.mp4"
     rows = read_manifest(write(tmp_path, f"{header}0,{name},Needle\n", (f"clips/{name}",)))
-    assert rows == [(tmp_path / "clips" / name, CLASSES.index("Suturing"), "058", "058_V001")]
+    place, label = tmp_path / "clips" / name, CLASSES.index("Suturing")
+    assert rows == [(place, label, "058", "058_V001", "058_V001_C3")]
 
 
 @pytest.mark.parametrize("separator", [" ", "\t", ",", ";"])

@@ -22,8 +22,8 @@ from clip_cache import CacheSettings, ClipCache
 from inference import prepare_for_inference
 from models import build_model
 from sampling import sample_indices
-from video import _TOLERANT as TOLERANT
 from video import ClipError, read_clip, read_frames
+from video_file import TOLERANT
 
 with open(Path(__file__).parent / "real_outcomes.csv", encoding="utf-8") as table:
     OUTCOMES = list(csv.DictReader(table))

@@ -67,6 +67,7 @@ def test_run_folder_is_complete(finished) -> None:
         "confusion_matrix.png",
         "curves.png",
         "train.log",
+        "environment.json",
     }
     assert str(run.name) in done.stdout
     assert run.name.endswith("_tsm")

@@ -180,7 +180,7 @@ def test_wrong_frame_count_in_the_header_is_put_right(tmp_path, monkeypatch) -> 
     source = frames(40)
     write_video(tmp_path / "clip.mp4", source, lossless=True)
     for lie in (7, 40, 900):
-        monkeypatch.setattr("video._video_streams", lambda *_, lie=lie: [(0, lie)])
+        monkeypatch.setattr("video.video_streams", lambda *_, lie=lie: [(0, lie)])
         clip = read_clip(tmp_path / "clip.mp4", 16, size=None)
         assert np.array_equal(clip, source[sample_indices(40, 16)])
 
