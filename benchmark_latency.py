@@ -33,7 +33,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 from benchmark_ratios import compare
-from benchmarking import conditions, report, time_calls
+from benchmarking import conditions, published_speed, random_clips, report, time_calls
 from checkpoint import build_from_checkpoint, build_model_from_config, load_checkpoint
 from config import TrainConfig
 from device import choose_device, choose_precision
@@ -155,8 +155,7 @@ def measure(
 ) -> dict[str, Any]:
     """The table's row of one model."""
     model = prepare_for_inference(item.model, device, dtype, config.compile)
-    shape = (item.n_frames, 3, item.image_size, item.image_size)
-    batch = torch.randint(0, 256, (config.batch_size, *shape), dtype=torch.uint8, device=device)
+    batch = random_clips(config.batch_size, item.n_frames, item.image_size, device)
     gflops = count_gflops(model, batch[:1])
     _forget_peak_memory(device)
 
@@ -176,9 +175,7 @@ def measure(
         "Params (M)": sum(p.numel() for p in item.model.parameters()) / 1e6,
         "Accuracy": item.scores.get("accuracy"),
         "Macro F1": item.scores.get("macro_f1"),
-        "Mean Batch Time (s)": batches.mean(),
-        "+- std (s)": batches.std(),
-        "Latency (ms/clip)": batches.mean() / config.batch_size * 1000,
+        **published_speed(batches, config.batch_size),
         "Batch-1 p50 (ms)": p50,
         "Batch-1 p95 (ms)": p95,
         "Batch-1 p99 (ms)": p99,

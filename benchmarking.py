@@ -65,6 +65,24 @@ def _synchronize(device: torch.device) -> None:
         torch.mps.synchronize()
 
 
+def random_clips(clips: int, n_frames: int, image_size: int, device: torch.device) -> torch.Tensor:
+    """A batch to time a model with: uint8 noise `(clips, n_frames, 3, image_size, image_size)`."""
+    shape = (clips, n_frames, 3, image_size, image_size)
+    return torch.randint(0, 256, shape, dtype=torch.uint8, device=device)
+
+
+def published_speed(seconds: np.ndarray, batch_size: int) -> dict[str, float]:
+    """The published columns, from the seconds of batches `(repeats,)`.
+
+    Latency is a batch's mean time divided by its clips: throughput, not what one clip waits.
+    """
+    return {
+        "Mean Batch Time (s)": float(seconds.mean()),
+        "+- std (s)": float(seconds.std()),
+        "Latency (ms/clip)": float(seconds.mean()) / batch_size * 1000,
+    }
+
+
 def conditions(device: torch.device, packages: Sequence[str] = (), **facts: Any) -> dict[str, Any]:
     """Everything that the numbers depend on besides the code."""
     return {
@@ -108,7 +126,7 @@ def to_markdown(
 
 def _cell(value: Any, pattern: str) -> str:
     if isinstance(value, str):
-        return value.replace("|", "\\|")
+        return value.replace("\\", "\\\\").replace("|", "\\|")
     if value is None or np.isnan(value):
         return "-"
     return pattern.format(value)

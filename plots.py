@@ -5,7 +5,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter
 
 from atomic import atomic
 
@@ -47,6 +49,66 @@ def plot_curves(history: Sequence[dict[str, Any]], best_epoch: int, path: str | 
         axes.grid(alpha=0.3)
         axes.legend(fontsize=8)
     _save(figure, path)
+
+
+def plot_tradeoff(
+    latency: np.ndarray,
+    scores: np.ndarray,
+    labels: Sequence[str],
+    front: Sequence[int],
+    names: tuple[str, str],
+    path: str | Path,
+) -> None:
+    """Draw scores against latencies: the Pareto front as a line, models that are not on it hollow.
+
+    Args:
+        latency: `(N,)`, above zero.
+        scores: `(N, 3)` score, low and high; NaN: no interval is drawn.
+        front: places of the models that no other beats, the fastest first.
+        names: of the axes.
+    """
+    figure = Figure(figsize=(9, max(4.2, 1.5 + 0.25 * len(labels))), layout="constrained")
+    axes = figure.subplots()
+    axes.step(latency[front], scores[front, 0], "k--", where="post", lw=1.2)
+    for n, (x, (y, low, high)) in enumerate(zip(latency, scores, strict=True)):
+        look = {"marker": "o"} if n in front else {"marker": "D", "mfc": "white"}
+        axes.plot([x, x], [low, high], f"C{n % 10}")
+        axes.plot([x], [y], f"C{n % 10}", ms=8, mew=1.5, **look)
+    wide = latency.max() > 10 * latency.min()
+    axes.set(xlabel=names[0], ylabel=names[1], xscale="log", title="better: up and to the left")
+    axes.set_xlim(latency.min() / 1.6, latency.max() * 1.6)
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if wide else (1, 1.5, 2, 3, 4, 5, 7)))
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.xaxis.set_minor_formatter(NullFormatter())
+    axes.grid(alpha=0.3)
+    axes.plot([], [], "ko--", lw=1.2, label="Pareto front: no other beats it")
+    axes.plot([], [], "kD", mfc="white", label="beaten: another is as fast and as good, or better")
+    figure.legend(loc="outside lower center", ncols=2, frameon=False)
+    _label_beside(axes, latency, scores[:, 0], labels)
+    _save(figure, path)
+
+
+def _label_beside(axes: Axes, x: np.ndarray, y: np.ndarray, labels: Sequence[str]) -> None:
+    """Name points in a column right of the axes, a line from each: no name lies on another."""
+    low, high = axes.get_ylim()
+    gap = 0.06 * 4.2 / axes.figure.get_figheight()
+    order = np.lexsort((-x, y))  # from the lowest up
+    step = gap * np.arange(len(y))
+    wanted = (y[order] - low) / (high - low) - step
+    upward, downward = np.maximum.accumulate(wanted), np.minimum.accumulate(wanted[::-1])[::-1]
+    places = np.clip((upward + downward) / 2 + step, step, 1 - step[::-1])
+    for n, place in zip(order, places, strict=True):
+        name = labels[n] if len(labels[n]) < 40 else f"{labels[n][:18]}...{labels[n][-18:]}"
+        axes.annotate(
+            _plain_text(name),
+            (x[n], y[n]),
+            (1.03, place),
+            textcoords="axes fraction",
+            va="center",
+            color=f"C{n % 10}",
+            arrowprops={"arrowstyle": "-", "color": f"C{n % 10}", "lw": 0.6, "relpos": (0, 0.5)},
+            zorder=0,
+        )
 
 
 def _save(figure: Figure, path: str | Path) -> None:

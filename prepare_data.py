@@ -1,132 +1,34 @@
-"""The work before training: keep every clip as small JPEGs, so that reading it takes milliseconds.
+"""The work before training.
 
-    python prepare_data.py cache /data/SLAM --output /data/SLAM_cache
-    python train.py --data-root /data/SLAM --cache /data/SLAM_cache
-
-Stopped at any moment, it goes on where it was when started again; clips that changed, that could
-not be read, or that were cached with other settings are done anew. One at a time may fill a cache.
+    python prepare_data.py audit /data/SLAM                          do the splits share patients?
+    python prepare_data.py check /data/SLAM                          can every file be read?
+    python prepare_data.py split /data/SLAM --output splits          new splits that share none
+    python prepare_data.py split /data/SLAM --output folds --folds 5
+    python prepare_data.py cache /data/SLAM --output cache224        read clips fast in training
 """
 
-import dataclasses
-import shutil
-import time
-from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
+import sys
 
 import tyro
-from torch.utils.data import DataLoader, Dataset
-from tqdm import tqdm
 
-from atomic import remove_unfinished
-from clip_cache import CacheSettings, ClipCache
-from errors import UserError
-from loaders import start_worker
-from manifest import read_paths
+from audit import AuditConfig, audit
+from cache_filling import CacheConfig, fill_cache
+from clip_check import CheckConfig, check
 from script import script
-
-SAMPLE = 8  # clips that are done first, to tell how large the cache will be
-
-
-@dataclass(frozen=True)
-class CacheConfig(CacheSettings):
-    """Keep every clip of the manifests as JPEG frames of training size."""
-
-    data_root: tyro.conf.Positional[str] = dataclasses.field(kw_only=True)
-    """folder of the manifests and of the clips"""
-    output: str = dataclasses.field(kw_only=True)
-    """folder of the cache"""
-    manifests: tuple[str, ...] = ("train.csv", "val.csv", "test.csv")
-    """manifests below data_root, or paths of their own"""
-    workers: int = 2
-    """processes that decode"""
-
-
-class Writing(Dataset):
-    """Item i is clip i and what came of writing it into the cache."""
-
-    def __init__(self, cache: ClipCache, clips: Sequence[Path]) -> None:
-        self.cache = cache
-        self.clips = clips
-
-    def __len__(self) -> int:
-        return len(self.clips)
-
-    def __getitem__(self, index: int) -> tuple[int, int, str | None]:
-        return index, *self.cache.write(self.clips[index])
-
-
-def fill_cache(config: CacheConfig) -> None:
-    """Write every clip that the cache lacks.
-
-    Raises:
-        UserError: the manifests need mending, the settings cannot work, or the disk is too small.
-    """
-    _check(config)
-    root = Path(config.data_root)
-    places = [root / name if (root / name).exists() else Path(name) for name in config.manifests]
-    clips = list(dict.fromkeys(clip for place in places for clip in read_paths(place, root)))
-    fields = [field.name for field in dataclasses.fields(CacheSettings)]
-    settings = CacheSettings(**{name: getattr(config, name) for name in fields})
-    cache = ClipCache.create(config.output, root, settings)
-    for folder in cache.folder.glob("???"):
-        remove_unfinished(folder)
-    bar = tqdm(clips, "looking into the cache", leave=False, delay=1)
-    todo = [clip for clip in bar if cache.problem(clip, unreadable=True)]
-    print(f"{len(clips):,} clips, {len(clips) - len(todo):,} of them cached already")
-    unreadable = _write(cache, todo, config.workers) if todo else []
-    print(f"done: {cache.folder}")
-    if unreadable:
-        print("\n  ".join([f"{len(unreadable)} clips cannot be read:", *unreadable]))
-
-
-def _write(cache: ClipCache, clips: Sequence[Path], workers: int) -> list[str]:
-    """Write some clips to see how large they get and how long they take, then the others.
-
-    Returns:
-        A line for each clip that cannot be read.
-    """
-    sample = Writing(cache, clips[:: max(1, len(clips) // SAMPLE)][:SAMPLE])
-    began = time.perf_counter()
-    written = [sample[index] for index in range(len(sample))]
-    share = len(clips) / len(sample)
-    size = share * sum(size for _, size, _ in written)
-    minutes = share * (time.perf_counter() - began) / max(1, workers) / 60
-    free = shutil.disk_usage(cache.folder).free
-    print(
-        f"to write: {len(clips):,} clips, about {size / 1e9:.2f} GB of {free / 1e9:,.0f} GB free, "
-        f"about {minutes:,.0f} min with {workers} workers (by {len(sample)} of them)"
-    )
-    if size > free:
-        raise UserError(f"{cache.folder}: the disk is too small: {free / 1e9:.1f} GB are free")
-    unreadable = [f"{sample.clips[i]}: {error}" for i, _, error in written if error]
-    done, total = set(sample.clips), sum(size for _, size, _ in written)
-    others = Writing(cache, [clip for clip in clips if clip not in done])
-    loader = DataLoader(others, batch_size=None, num_workers=workers, worker_init_fn=start_worker)
-    with tqdm(total=len(clips), initial=len(done), desc="caching", unit="clip") as bar:
-        for index, size, error in loader:
-            total += size
-            if error:
-                unreadable.append(f"{others.clips[index]}: {error}")
-            bar.update()
-            bar.set_postfix_str(f"{total / 1e9:.2f} GB", refresh=False)
-    return unreadable
-
-
-def _check(config: CacheConfig) -> None:
-    for name, low, high in (("n_frames", 1, 1024), ("image_size", 16, 4096), ("quality", 20, 100)):
-        if not low <= getattr(config, name) <= high:
-            raise UserError(f"{name} = {getattr(config, name)}: must be from {low} to {high}")
-    if config.per_segment < 1 or config.per_segment % 2 == 0:
-        raise UserError(f"per_segment = {config.per_segment}: must be odd (1, 3, 5 ...)")
-    if config.workers < 0:
-        raise UserError(f"workers = {config.workers}: must be at least 0")
+from splitting import SplitConfig, split
 
 
 @script
 def main() -> None:
-    commands = {"cache": CacheConfig}
-    fill_cache(tyro.extras.subcommand_cli_from_dict(commands, description=__doc__))
+    commands = {
+        "audit": AuditConfig,
+        "check": CheckConfig,
+        "split": SplitConfig,
+        "cache": CacheConfig,
+    }
+    work = {AuditConfig: audit, CheckConfig: check, SplitConfig: split, CacheConfig: fill_cache}
+    config = tyro.extras.subcommand_cli_from_dict(commands, description=__doc__)
+    sys.exit(work[type(config)](config))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,55 @@
+"""Finding the clips that cannot be read: `prepare_data.py check`."""
+
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+import pandas as pd
+import tyro
+
+from atomic import write_text
+from clip_table import read_clips
+from errors import UserError
+from parallel import in_parallel
+from video import check_video
+
+
+@dataclass
+class CheckConfig:
+    """Decode every frame of every clip and list the bad files.
+
+    Ends with exit code 1 if there are any.
+    """
+
+    sources: tyro.conf.Positional[tuple[str, ...]]
+    """manifests, folders that hold train.csv, val.csv and test.csv, or folders of videos"""
+    data_root: str = ""
+    """folder of the clips (empty: each manifest's own)"""
+    output: str = "bad_clips.csv"
+    """where the list goes: path, reason"""
+    workers: int = 2
+    """processes that decode"""
+
+
+def check(config: CheckConfig) -> int:
+    """Decode everything and write the list. Returns the exit code: 1 if a file is bad.
+
+    Raises:
+        UserError: there is nothing to check.
+    """
+    if config.workers < 0:
+        raise UserError(f"workers = {config.workers}: must be at least 0")
+    clips = read_clips(config.sources, config.data_root)
+    missing = clips[clips["place"].isna()]
+    bad = [(path, "no such file") for path in missing["path"]]
+    places = list(dict.fromkeys(clips["place"].dropna()))
+    for place, problem in in_parallel(check_video, places, config.workers, "decoding"):
+        if problem:
+            bad.append((str(place), problem))
+    table = pd.DataFrame(bad, columns=["path", "reason"])
+    Path(config.output).parent.mkdir(parents=True, exist_ok=True)
+    write_text(config.output, table.to_csv(index=False))
+    print(f"{len(places) + len(missing):,} files, {len(bad):,} of them bad: {config.output}")
+    for reason, count in Counter(reason for _, reason in bad).most_common(10):
+        print(f"  {count:,}: {reason}")
+    return int(bool(bad))

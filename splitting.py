@@ -1,0 +1,296 @@
+"""Splits that share no patient: `prepare_data.py split`."""
+
+import dataclasses
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import pandas as pd
+import tyro
+from sklearn.model_selection import StratifiedGroupKFold
+
+from clip_table import NO_LABEL, read_clips
+from errors import UserError
+from run_folder import write_json
+
+TRIES = 50  # shuffles, of which the best balanced is taken
+SPLITS = ("train", "val", "test")
+_COLUMNS = ["path", "label", "patient", "video", "action"]
+
+
+@dataclass
+class SplitConfig:
+    """Divide clips into train, val and test, or into K folds, no patient in two of them."""
+
+    source: tyro.conf.Positional[str]
+    """a manifest; a folder whose train.csv, val.csv and test.csv are to be divided anew; or a
+    folder of videos, in a folder a class or with SLAM's names"""
+    output: str
+    """new folder for the manifests"""
+    folds: int = 0
+    """K: write fold1 to foldK, each patient tested in one of them (as many as there are patients:
+    leave one patient out); 0: one split"""
+    val: float = 0.15
+    """share of the clips for validation (of one split)"""
+    test: float = 0.15
+    """share of the clips for the test (of one split)"""
+    group_by: Literal["patient", "video", "clip"] = "patient"
+    """what is kept together; anything but patient tests on patients seen in training"""
+    patient_pattern: str = ""
+    """regular expression that finds the patient in a path, e.g. "(VID[0-9]+)_" """
+    data_root: str = ""
+    """folder of the clips (empty: the manifest's own)"""
+    seed: int = 0
+    """of the shuffles; the same seed gives the same split"""
+
+
+def split(config: SplitConfig) -> int:
+    """Divide, write the manifests, and print what imbalance is left. Returns the exit code.
+
+    Raises:
+        UserError: the output is there already, or the clips cannot be divided like this.
+    """
+    output = Path(config.output)
+    if output.exists():
+        raise UserError(f"{output}: is there already; a split is not overwritten: name another")
+    _check(config)
+    clips = _clips_to_divide(config)
+    labels, groups = clips["label"].to_numpy(str), _groups(clips, config.group_by)
+    if config.folds:
+        parts = list(fold_splits(fold_numbers(labels, groups, config.folds, config.seed)))
+        names = [f"fold{number}" for number in range(1, config.folds + 1)]
+    else:
+        shares = {"train": 1 - config.val - config.test, "val": config.val, "test": config.test}
+        parts, names = [one_split(labels, groups, shares, config.seed)], [""]
+    _write(output, config, clips, dict(zip(names, parts, strict=True)))
+    for name, part in zip(names, parts, strict=True):
+        print(f"\n{name or output}\n{balance(clips, part).to_string()}")
+    print("\n".join(["", *_remarks(labels, groups, parts, config)]))
+    data = config.data_root or (config.source if Path(config.source).is_dir() else "")
+    data = data or str(Path(config.source).parent)
+    manifests = [f"--{kind}-csv {output / kind}.csv" for kind in SPLITS]
+    how = ["cross_validate.py", f"--folds {output}"] if config.folds else ["train.py", *manifests]
+    print(f"\nto train: python {' '.join(how)} --data-root {data}")
+    return 0
+
+
+def fold_numbers(labels: np.ndarray, groups: np.ndarray, folds: int, seed: int = 0) -> np.ndarray:
+    """The fold of each clip, 0 to folds - 1, by scikit-learn's StratifiedGroupKFold.
+
+    It is asked for several shuffles, and the best by `imbalance` is taken. With as many folds as
+    groups each group is a fold, in order of their names.
+
+    Raises:
+        UserError: there are fewer groups than folds.
+    """
+    names, group_numbers = np.unique(groups, return_inverse=True)
+    if folds > len(names):
+        raise UserError(f"folds = {folds}: there are {len(names)} patients (or groups) only")
+    if folds == len(names):
+        return group_numbers
+    wanted = dict.fromkeys(range(folds), 1 / folds)
+    best = min(
+        _shuffled_folds(labels, groups, folds, seed),
+        key=lambda numbers: imbalance(labels, numbers, wanted),
+        default=None,
+    )
+    if best is None:
+        raise UserError(f"folds = {folds}: no division leaves a patient for each: choose fewer")
+    return best
+
+
+def fold_splits(numbers: np.ndarray) -> Iterator[np.ndarray]:
+    """For each fold the split of each clip: it is the test, the next one validates."""
+    folds = int(numbers.max()) + 1
+    for test in range(folds):
+        parts = np.full(len(numbers), "train", object)
+        parts[numbers == (test + 1) % folds] = "val"
+        parts[numbers == test] = "test"
+        yield parts
+
+
+def one_split(
+    labels: np.ndarray, groups: np.ndarray, shares: Mapping[str, float], seed: int = 0
+) -> np.ndarray:
+    """The split of each clip: a fold of StratifiedGroupKFold is the test, one of the rest's is val.
+
+    Raises:
+        UserError: there are fewer than three groups, or no division gives each split some.
+    """
+    if len(set(groups)) < 3:
+        raise UserError(f"{len(set(groups))} patients (or groups) cannot make three splits")
+    best, least = None, np.inf
+    for one in _shuffled_folds(labels, groups, round(1 / shares["test"]), seed):
+        test = one == _fold_closest(labels, one, shares["test"])
+        rest = np.flatnonzero(~test)
+        wanted = shares["val"] / (1 - shares["test"])
+        for two in _shuffled_folds(labels[rest], groups[rest], round(1 / wanted), seed, tries=2):
+            parts = np.full(len(labels), "train", object)
+            parts[test] = "test"
+            parts[rest[two == _fold_closest(labels[rest], two, wanted)]] = "val"
+            left = imbalance(labels, parts, shares)
+            # Without training clips a class cannot be learnt, without others not judged.
+            left += sum(len(absent(labels, parts, k)) * (10 if k == "train" else 1) for k in SPLITS)
+            if left < least:
+                best, least = parts, left
+    if best is None:
+        raise UserError("no division gives each split a patient: try --folds")
+    return best
+
+
+def imbalance(labels: np.ndarray, parts: np.ndarray, shares: Mapping) -> float:
+    """The share of a class's clips that sit in the wrong part, as a mean over the classes.
+
+    Zero if each part has its share of each class. Every class counts alike, however rare.
+    """
+    counts = pd.crosstab(labels, parts).reindex(columns=list(shares), fill_value=0)
+    wanted = np.outer(counts.sum(axis=1), list(shares.values()))
+    wrong = (counts - wanted).abs().sum(axis=1) / 2 / counts.sum(axis=1)
+    return float(wrong.mean())
+
+
+def absent(labels: np.ndarray, parts: np.ndarray, part: str) -> list[str]:
+    """The classes without a clip in a split."""
+    return sorted(set(labels) - set(labels[parts == part]))
+
+
+def balance(clips: pd.DataFrame, parts: np.ndarray) -> pd.DataFrame:
+    """Clips, and in brackets patients, of each class in each split, and each split's share."""
+    table = {}
+    for part in SPLITS:
+        some = clips[parts == part]
+        counts = some["label"].value_counts()
+        patients = some.groupby("label")["patient"].nunique()
+        table[part] = {c: f"{counts.get(c, 0)} ({patients.get(c, 0)})" for c in _classes(clips)}
+        table[part]["all"] = f"{len(some)} ({some['patient'].nunique()})"
+        table[part]["share"] = f"{len(some) / len(clips):.1%}"
+    return pd.DataFrame(table).rename_axis("clips (patients)")
+
+
+def _shuffled_folds(
+    labels: np.ndarray, groups: np.ndarray, folds: int, seed: int, tries: int = TRIES
+) -> Iterator[np.ndarray]:
+    """The folds of several shuffles; none of them empty."""
+    folds = max(2, min(folds, len(set(groups))))
+    for number in range(tries):
+        splitter = StratifiedGroupKFold(folds, shuffle=True, random_state=seed * TRIES + number)
+        numbers = np.empty(len(labels), int)
+        with np.errstate(all="ignore"):
+            for fold, (_, test) in enumerate(splitter.split(labels, labels, groups)):
+                numbers[test] = fold
+        if len(set(numbers)) == folds:
+            yield numbers
+
+
+def _fold_closest(labels: np.ndarray, numbers: np.ndarray, share: float) -> int:
+    """The fold that has nearest to this share of each class."""
+
+    def distance(fold: int) -> float:
+        return imbalance(labels, numbers == fold, {True: share, False: 1 - share})
+
+    return min(range(int(numbers.max()) + 1), key=distance)
+
+
+def _check(config: SplitConfig) -> None:
+    if config.folds in (1, 2) or config.folds < 0:
+        raise UserError(
+            f"folds = {config.folds}: at least 3 (one tests, one validates, the others train)"
+        )
+    if config.val <= 0 or config.test <= 0 or config.val + config.test >= 0.9:
+        raise UserError("val and test must be above 0 and leave at least 0.1 for train")
+    if not 0 <= config.seed < 2**24:
+        raise UserError(f"seed = {config.seed}: must be from 0 to {2**24 - 1}")
+
+
+def _clips_to_divide(config: SplitConfig) -> pd.DataFrame:
+    """The clips, each once.
+
+    Raises:
+        UserError: clips without a label, or whom it belongs to; one clip with two labels.
+    """
+    clips = read_clips([config.source], config.data_root, config.patient_pattern)
+    unlabelled = clips[clips["label"] == NO_LABEL]
+    if len(unlabelled):
+        raise UserError(f"{config.source}: {len(unlabelled)} clips have no label")
+    twice = clips.groupby("path")["label"].nunique() > 1
+    if twice.any():
+        raise UserError(f"{config.source}: {twice.sum()} clips are listed with two labels")
+    clips = clips.drop_duplicates("path", ignore_index=True)
+    unknown = 0 if config.group_by == "clip" else int(clips[config.group_by].isna().sum())
+    if unknown:
+        raise UserError(
+            f"{config.source}: the {config.group_by} of {unknown} of {len(clips)} clips is "
+            f"unknown: add a column `{config.group_by}`, or --patient-pattern that finds the "
+            "patient in the path; --group-by clip divides without it, and may test on patients "
+            "seen in training"
+        )
+    return clips
+
+
+def _groups(clips: pd.DataFrame, group_by: str) -> np.ndarray:
+    """What is kept together, by name: a column, or each clip for itself."""
+    if group_by == "clip":
+        return clips["path"].to_numpy(str)
+    return clips[group_by].to_numpy(str)
+
+
+def _classes(clips: pd.DataFrame) -> list[str]:
+    return sorted(clips["label"].unique())
+
+
+def _write(
+    output: Path, config: SplitConfig, clips: pd.DataFrame, parts: Mapping[str, np.ndarray]
+) -> None:
+    """Write all manifests into a hidden folder that then gets its name: all of them, or none."""
+    try:
+        output.absolute().parent.mkdir(parents=True, exist_ok=True)
+        unfinished = Path(tempfile.mkdtemp(prefix=".split", dir=output.absolute().parent))
+    except OSError as error:
+        raise UserError(f"{output}: cannot be made: {error.strerror}") from None
+    try:
+        for name, part in parts.items():
+            (unfinished / name).mkdir(exist_ok=True)
+            for kind in SPLITS:
+                some = clips.loc[part == kind, _COLUMNS]
+                some.to_csv(unfinished / name / f"{kind}.csv", index=False)
+        write_json(unfinished / "split.json", dataclasses.asdict(config))
+        unfinished.chmod(0o755)
+        os.rename(unfinished, output)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def _remarks(
+    labels: np.ndarray, groups: np.ndarray, parts: list[np.ndarray], config: SplitConfig
+) -> list[str]:
+    """What is not as it should be, in words."""
+    what = {"patient": "patients", "video": "videos", "clip": "clips"}[config.group_by]
+    if config.folds:
+        tested = [np.where(part == "test", i, -1) for i, part in enumerate(parts)]
+        numbers = np.max(tested, axis=0)
+        left = imbalance(labels, numbers, dict.fromkeys(range(len(parts)), 1 / len(parts)))
+    else:
+        shares = {"train": 1 - config.val - config.test, "val": config.val, "test": config.test}
+        left = imbalance(labels, parts[0], shares)
+    remarks = [f"imbalance left: {left:.1%} of a class's clips are in the wrong part (mean)"]
+    wanted = config.folds or 3
+    for name in sorted(set(labels)):
+        count = len(set(groups[labels == name]))
+        if count < wanted:
+            parted = f"each of {wanted} folds" if config.folds else "train, val and test"
+            remarks.append(f"too few {what}: {name} has {count}, not enough for {parted}")
+    for number, part in enumerate(parts, 1):
+        fold = f"fold{number}: " if config.folds else ""
+        if missing := absent(labels, part, "train"):
+            remarks.append(f"{fold}no training clip of {', '.join(missing)}: train.py will refuse")
+        for kind in () if config.folds else ("val", "test"):  # folds test each clip once, together
+            if missing := absent(labels, part, kind):
+                remarks.append(f"no {kind} clip of {', '.join(missing)}: it is not judged there")
+    if config.group_by != "patient":
+        remarks.append(f"grouped by {config.group_by}: patients may be in more than one split")
+    return remarks
