@@ -4,6 +4,7 @@ import dataclasses
 import os
 import shutil
 import tempfile
+import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +19,7 @@ from clip_table import NO_LABEL, read_clips
 from errors import UserError
 from run_folder import write_json
 
-TRIES = 50  # shuffles, of which the best balanced is taken
+TRIES = 20  # shuffles, of which the best balanced is taken
 SPLITS = ("train", "val", "test")
 _COLUMNS = ["path", "label", "patient", "video", "action"]
 
@@ -124,20 +125,23 @@ def one_split(
     """
     if len(set(groups)) < 3:
         raise UserError(f"{len(set(groups))} patients (or groups) cannot make three splits")
+    labels = np.unique(labels, return_inverse=True)[1]  # numbers are compared faster than names
     best, least = None, np.inf
-    for one in _shuffled_folds(labels, groups, round(1 / shares["test"]), seed):
-        test = one == _fold_closest(labels, one, shares["test"])
-        rest = np.flatnonzero(~test)
-        wanted = shares["val"] / (1 - shares["test"])
-        for two in _shuffled_folds(labels[rest], groups[rest], round(1 / wanted), seed, tries=2):
-            parts = np.full(len(labels), "train", object)
-            parts[test] = "test"
-            parts[rest[two == _fold_closest(labels[rest], two, wanted)]] = "val"
-            left = imbalance(labels, parts, shares)
-            # Without training clips a class cannot be learnt, without others not judged.
-            left += sum(len(absent(labels, parts, k)) * (10 if k == "train" else 1) for k in SPLITS)
-            if left < least:
-                best, least = parts, left
+    wanted = shares["val"] / (1 - shares["test"])
+    for tests in _shuffled_folds(labels, groups, round(1 / shares["test"]), seed):
+        for test in range(int(tests.max()) + 1):
+            rest = np.flatnonzero(tests != test)
+            vals = next(_shuffled_folds(labels[rest], groups[rest], round(1 / wanted), seed), None)
+            for val in range(0 if vals is None else int(vals.max()) + 1):
+                parts = np.full(len(labels), "train", object)
+                parts[tests == test] = "test"
+                parts[rest[vals == val]] = "val"
+                left = imbalance(labels, parts, shares)
+                # Without training clips a class cannot be learnt, without others not judged.
+                weights = {"train": 10, "val": 1, "test": 1}
+                left += sum(weights[kind] * len(absent(labels, parts, kind)) for kind in SPLITS)
+                if left < least:
+                    best, least = parts, left
     if best is None:
         raise UserError("no division gives each split a patient: try --folds")
     return best
@@ -148,15 +152,17 @@ def imbalance(labels: np.ndarray, parts: np.ndarray, shares: Mapping) -> float:
 
     Zero if each part has its share of each class. Every class counts alike, however rare.
     """
-    counts = pd.crosstab(labels, parts).reindex(columns=list(shares), fill_value=0)
-    wanted = np.outer(counts.sum(axis=1), list(shares.values()))
-    wrong = (counts - wanted).abs().sum(axis=1) / 2 / counts.sum(axis=1)
-    return float(wrong.mean())
+    classes, numbers = np.unique(labels, return_inverse=True)
+    chosen = [numbers[parts == part] for part in shares]
+    counts = np.array([np.bincount(some, minlength=len(classes)) for some in chosen])
+    sizes = counts.sum(axis=0)  # (classes,); counts is (parts, classes)
+    wanted = np.outer(list(shares.values()), sizes)
+    return float((np.abs(counts - wanted).sum(axis=0) / 2 / sizes).mean())
 
 
 def absent(labels: np.ndarray, parts: np.ndarray, part: str) -> list[str]:
     """The classes without a clip in a split."""
-    return sorted(set(labels) - set(labels[parts == part]))
+    return np.setdiff1d(labels, labels[parts == part]).tolist()
 
 
 def balance(clips: pd.DataFrame, parts: np.ndarray) -> pd.DataFrame:
@@ -173,27 +179,20 @@ def balance(clips: pd.DataFrame, parts: np.ndarray) -> pd.DataFrame:
 
 
 def _shuffled_folds(
-    labels: np.ndarray, groups: np.ndarray, folds: int, seed: int, tries: int = TRIES
+    labels: np.ndarray, groups: np.ndarray, folds: int, seed: int
 ) -> Iterator[np.ndarray]:
     """The folds of several shuffles; none of them empty."""
-    folds = max(2, min(folds, len(set(groups))))
-    for number in range(tries):
+    known = len(np.unique(groups))
+    folds = max(2, min(folds, known))
+    for number in range(max(2, min(TRIES, 2000 // known))):  # many groups balance by themselves
         splitter = StratifiedGroupKFold(folds, shuffle=True, random_state=seed * TRIES + number)
         numbers = np.empty(len(labels), int)
-        with np.errstate(all="ignore"):
+        with warnings.catch_warnings():  # of classes rarer than folds: `_remarks` tells of patients
+            warnings.simplefilter("ignore", UserWarning)
             for fold, (_, test) in enumerate(splitter.split(labels, labels, groups)):
                 numbers[test] = fold
         if len(set(numbers)) == folds:
             yield numbers
-
-
-def _fold_closest(labels: np.ndarray, numbers: np.ndarray, share: float) -> int:
-    """The fold that has nearest to this share of each class."""
-
-    def distance(fold: int) -> float:
-        return imbalance(labels, numbers == fold, {True: share, False: 1 - share})
-
-    return min(range(int(numbers.max()) + 1), key=distance)
 
 
 def _check(config: SplitConfig) -> None:
