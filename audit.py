@@ -93,8 +93,8 @@ def audit(config: AuditConfig) -> int:
         tables["files"] = file_facts(clips)
         print(tables["files"].to_string(index=False))
         _say_unreadable(clips)
-    elif not there.all():
-        print("so this audit goes by names; overlaps of contents were not looked for")
+    else:
+        print("this audit goes by names: overlaps of contents were not looked for")
     tables["overlaps"] = overlaps(clips, config.names)
     leaks = _say_overlaps(clips)
     folder = Path(config.output or f"audit_{Path(config.manifests[0]).stem}")

@@ -52,6 +52,12 @@ def patient_clips(patients: np.ndarray) -> list[np.ndarray]:
     return [np.array(clips) for clips in groups.values()]
 
 
+def independent_units(patients: np.ndarray) -> int:
+    """How many independent observations the clips are; 0 if nothing is known of that."""
+    known = any(patient is not None for patient in patients)
+    return len(patient_clips(patients)) if known else 0
+
+
 def resampled_scores(
     weights: Iterator[np.ndarray], labels: np.ndarray, probabilities: np.ndarray
 ) -> dict[str, np.ndarray]:
@@ -100,11 +106,12 @@ def intervals(
     """95 % intervals of the scores.
 
     Returns:
-        For each score `patients`, the interval to quote, and `clips`, the naive one.
+        For each score `patients`, the interval to quote (None if no patient or only one is known),
+        and `clips`, the naive one.
     """
     n = len(labels)
     resamples = {
-        "patients": (patient_weights(patients, draws, seed), len(patient_clips(patients))),
+        "patients": (patient_weights(patients, draws, seed), independent_units(patients)),
         "clips": (clip_weights(n, draws, seed), n),
     }
     found: dict[str, dict[str, list[float] | None]] = {}

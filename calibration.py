@@ -77,7 +77,7 @@ def calibrate(labels: np.ndarray, probabilities: np.ndarray, wanted_error: float
 
 def temper(probabilities: np.ndarray, temperature: float | np.ndarray) -> np.ndarray:
     """The probabilities if the logits had been divided by `temperature`, one for all or `(N,)`."""
-    powers = np.log(np.maximum(probabilities, 1e-30)) / np.reshape(temperature, (-1, 1))
+    powers = np.log(np.maximum(probabilities, 1e-300)) / np.reshape(temperature, (-1, 1))
     powers = np.exp(powers - powers.max(axis=1, keepdims=True))
     return powers / powers.sum(axis=1, keepdims=True)
 
@@ -90,7 +90,7 @@ def fit_temperature(labels: np.ndarray, probabilities: np.ndarray) -> float:
     Outputs for Support Vector Machines" (1999), the true class of N clips gets 1 - 1/(N + 2).
     """
     n, num_classes = probabilities.shape
-    logits = np.log(np.maximum(probabilities, 1e-30))
+    logits = np.log(np.maximum(probabilities, 1e-300))
     doubt = 1 / (n + 2)
     targets = np.full((n, num_classes), doubt / (num_classes - 1))
     targets[np.arange(n), labels] = 1 - doubt
@@ -114,11 +114,15 @@ def choose_threshold(
     It holds on these clips. Others are answered better or worse: look at the reported error.
 
     Returns:
-        The lowest confidence to answer, or None if there is no such threshold.
+        The threshold, midway to the next lower confidence, so that rounding changes nothing; None
+        if there is no such threshold.
     """
     _, risk = risk_coverage(confidence, right)
     ordered = np.sort(confidence)[::-1]
     # All clips of one confidence are answered or none: only the last of equals can be the limit.
     last = np.append(ordered[:-1] > ordered[1:], True) if len(ordered) else np.array([], bool)
     possible = np.flatnonzero(last & (risk <= wanted_error + 1e-12))
-    return float(ordered[possible[-1]]) if len(possible) else None
+    if not len(possible):
+        return None
+    lowest, *lower = ordered[possible[-1] :]
+    return float((lowest + lower[0]) / 2) if lower else float(lowest * (1 - 1e-6))

@@ -87,6 +87,8 @@ def _folder_records(folder: Path) -> tuple[list[Record], list[str]]:
     records = []
     for number, video in enumerate(videos, 1):
         path = video.relative_to(folder).as_posix()
+        if not path.isprintable():  # control characters, bytes that are no UTF-8: no CSV holds them
+            return [], [f"{folder}: rename {path!r}: a manifest cannot hold that name"]
         named = name_facts(path)
         label = named.pop("label", video.parent.name if video.parent != folder else None)
         records.append(Record(number, path, label, **named))

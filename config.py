@@ -3,7 +3,7 @@
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args, get_type_hints
+from typing import Any, Literal, TypeVar, get_args, get_type_hints
 
 from device import Precision
 from errors import UserError
@@ -129,6 +129,8 @@ class TrainConfig:
     """also write TensorBoard logs into the run folder (needs: pip install tensorboard)"""
 
 
+Config = TypeVar("Config", bound=TrainConfig)
+
 # What None stands for. The demo is small enough to train from scratch on two CPU cores.
 DEMO = {
     "n_frames": 8,
@@ -204,11 +206,27 @@ def resolve(config: TrainConfig) -> TrainConfig:
     return config
 
 
-def from_dict(settings: dict[str, Any]) -> TrainConfig:
+def from_dict(settings: dict[str, Any], kind: type[Config] = TrainConfig) -> Config:
     """The config of a checkpoint. Settings that this version does not know are left out."""
-    known = {field.name for field in dataclasses.fields(TrainConfig)}
+    known = {field.name for field in dataclasses.fields(kind)}
     settings = {name: value for name, value in settings.items() if name in known}
-    return TrainConfig(**{**settings, "classes": tuple(settings["classes"])})
+    return kind(**{**settings, "classes": tuple(settings["classes"])})
+
+
+def refuse_changes(saved: TrainConfig, now: TrainConfig) -> None:
+    """Hold a resumed run to its settings.
+
+    Raises:
+        UserError: a setting differs that would change the result.
+    """
+    for field in dataclasses.fields(now):
+        before, value = getattr(saved, field.name), getattr(now, field.name)
+        if before != value and field.name not in RESUMABLE:
+            raise UserError(
+                f"a resumed run keeps its settings: {field.name} is {before!r}, not {value!r} (only"
+                f" {', '.join(sorted(RESUMABLE - {'resume'}))} may change; to train on from its "
+                f"weights, start a new run with --weights {now.resume}/best.pt)"
+            )
 
 
 def manifest_paths(config: TrainConfig) -> dict[str, Path]:

@@ -9,6 +9,7 @@ from torchvision.transforms.v2 import functional as tv
 
 from augment import Augment
 from clip_cache import ClipCache
+from corruptions import Corruption, corrupt
 from errors import UserError
 from manifest import CLASSES, ClipRow, get_num_classes, read_manifest
 from sampling import Sampling
@@ -46,6 +47,7 @@ class ClipsDataset(Dataset):
         defer: only draw the transform's random numbers (it is an `Augment`) and return them beside
             the clip, `(clip, label, draw)`, for a device that applies them to whole batches.
         views: temporal views of each clip, for evaluation; above 1 a clip is `(V, T, C, H, W)`.
+        corruption: name and severity, see `corruptions.corrupt`; clip i is always corrupted alike.
         shuffle_frames: put each clip's frames into a fixed random order: how much accuracy this
             costs tells how much of it comes from motion.
 
@@ -67,6 +69,7 @@ class ClipsDataset(Dataset):
         shuffle_frames: bool = False,
         cache: ClipCache | None = None,
         defer: bool = False,
+        corruption: tuple[Corruption, int] | None = None,
     ) -> None:
         self.rows = list(rows)
         self.n_frames = n_frames
@@ -77,6 +80,7 @@ class ClipsDataset(Dataset):
         self.shuffle_frames = shuffle_frames
         self.cache = cache
         self.defer = defer
+        self.corruption = corruption
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -107,6 +111,8 @@ class ClipsDataset(Dataset):
             frames = read_clip(path, self.n_frames, self.sampling, self.size, draws, self.views)
         clip = torch.from_numpy(frames).permute(0, 3, 1, 2)  # (V*T, H, W, C) -> (V*T, C, H, W)
         clip = clip.unflatten(0, (self.views, self.n_frames))  # (V, T, C, H, W)
+        if self.corruption:
+            clip = torch.stack([corrupt(view, *self.corruption, seed=index) for view in clip])
         if self.shuffle_frames:
             seed = torch.Generator().manual_seed(index)
             clip = clip[:, torch.randperm(self.n_frames, generator=seed)]

@@ -4,12 +4,13 @@
     python evaluate.py runs/20260101-120000_tsm --split val --views 2
     python evaluate.py best.pt --data-root /data/SLAM --csv other_hospital.csv
     python evaluate.py RUN --shuffle-frames                        how much of it is motion?
+    python evaluate.py RUN --corruptions                           what do smoke, blood ... cost?
 
 Everything needed to rebuild the model is in the checkpoint. Results go into a folder of the run.
 """
 
 import dataclasses
-import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -24,16 +25,20 @@ from tqdm import tqdm
 import distributed
 from calibration import Calibration
 from checkpoint import build_from_checkpoint, load_checkpoint
-from config import TrainConfig, from_dict
+from config import TrainConfig, from_dict, manifest_paths
+from corruptions import CORRUPTIONS, Corruption
 from dataset import require_readable
 from device import choose_device, choose_precision, describe_device
 from errors import UserError
 from inference import prepare_for_inference
 from interrupt import Interrupt
 from loaders import eval_loader, load_splits
-from manifest import patient_overlap, read_manifest
+from manifest import ClipRow, patient_overlap, read_manifest
+from manifest_layouts import read_records
 from predictions import Predictions
 from results import write_results
+from robustness import measure_robustness
+from run_folder import command, record_session
 from script import script
 
 
@@ -54,7 +59,7 @@ def evaluate(
 
     Args:
         loader: from `loaders.eval_loader`.
-        dtype: see `prepare_for_inference`; the softmax is taken in fp32 (fp64 on the way out).
+        dtype: see `prepare_for_inference`; the softmax is taken in fp64, on the CPU.
         interrupt: looked at after each batch.
         temperature: divides the logits; see calibration.py.
 
@@ -72,15 +77,16 @@ def evaluate(
             if views.dim() == 5:  # one view
                 views = views.unsqueeze(1)  # (B, T, C, H, W) -> (B, V, T, C, H, W)
             logits = model(views.flatten(0, 1))  # (B*V, T, C, H, W) -> (B*V, classes)
-            scores = (logits.float() / temperature).softmax(dim=1).unflatten(0, views.shape[:2])
-            probabilities.append(scores.mean(dim=1).cpu())  # (B, V, classes) -> (B, classes)
+            logits = logits.cpu().double().unflatten(0, views.shape[:2])  # (B, V, classes)
+            both = torch.stack((logits / temperature, logits)).softmax(dim=-1)
+            probabilities.append(both.mean(dim=2))  # (2, B, V, classes) -> (2, B, classes)
             indices.append(batch.indices)
         # Several processes hold different numbers of batches and cannot agree in between.
         if interrupt and distributed.world_size() == 1:
             interrupt.check()
     mine = None
     if indices:
-        mine = [torch.cat(parts).numpy() for parts in (indices, probabilities)]
+        mine = torch.cat(indices).numpy(), torch.cat(probabilities, dim=1).numpy()
     shares = distributed.gather((mine, unreadable))
     unreadable = [line for _, lines in shares for line in lines]
     if not skip_unreadable:
@@ -88,17 +94,17 @@ def evaluate(
     parts = [arrays for arrays, _ in shares if arrays is not None]
     if not parts:
         raise UserError(f"none of the {description} clips can be read")
-    indices, probabilities = (np.concatenate(part) for part in zip(*parts, strict=True))
+    indices = np.concatenate([one for one, _ in parts])
+    probabilities = np.concatenate([both for _, both in parts], axis=1)
     if not np.isfinite(probabilities).all():
         raise UserError(
             f"the model's {description} outputs are not finite: train with a lower learning_rate "
             "or amp fp32"
         )
     order = indices.argsort()
-    rows = loader.dataset.clips.rows
-    return Predictions(
-        [rows[index] for index in indices[order]], probabilities[order].astype(float), unreadable
-    )
+    rows = [loader.dataset.clips.rows[index] for index in indices[order]]
+    tempered, untempered = probabilities[:, order]
+    return Predictions(rows, tempered, unreadable, untempered)
 
 
 @dataclass
@@ -119,6 +125,8 @@ class EvaluateConfig:
     """temporal views of each clip, their probabilities averaged"""
     shuffle_frames: bool = False
     """shuffle each clip's frames in time: what is lost came from motion"""
+    corruptions: tuple[Corruption, ...] | None = None
+    """also test on corrupted clips, 5 severities each: these, or none named for all ten"""
     wanted_error: float | None = None
     """share of wrong answers to keep by saying `uncertain` (None: as in training)"""
     skip_unreadable: bool = False
@@ -151,6 +159,18 @@ def _cache(config: EvaluateConfig, training: TrainConfig) -> str:
     return "" if config.csv else training.cache
 
 
+def _trained_patients(rows: Sequence[ClipRow], training: TrainConfig, name: str) -> list[str]:
+    """A warning if another manifest has patients that the model was trained on.
+
+    By the names in the training's manifest, if that is still there; its clips need not be.
+    """
+    if not training.data_root:
+        return []
+    records, _ = read_records(manifest_paths(training)["train"])
+    trained = [ClipRow(Path(record.path), 0, record.patient) for record in records]
+    return patient_overlap({"train": trained, name: rows})
+
+
 def _other_threshold(calibration: Calibration, config: EvaluateConfig) -> Calibration:
     if not calibration.right:
         raise UserError(
@@ -180,36 +200,40 @@ def main() -> None:
     dtype = choose_precision(config.amp, device)
     model = build_from_checkpoint(state)
     if config.csv:
-        rows, warnings = read_manifest(config.csv, config.data_root or None, training.classes), []
+        rows = read_manifest(config.csv, config.data_root or None, training.classes)
+        warnings = _trained_patients(rows, training, Path(config.csv).stem)
     else:
         splits = load_splits(training)
         rows, warnings = splits[config.split], patient_overlap(splits)
-    loader = eval_loader(rows, training, config.views, config.shuffle_frames)
+
+    def answer(corruption: tuple[Corruption, int] | None = None) -> Predictions:
+        loader = eval_loader(rows, training, config.views, config.shuffle_frames, corruption)
+        name = f"{corruption[0]} {corruption[1]}" if corruption else what
+        skip, temperature = config.skip_unreadable, calibration.temperature
+        return evaluate(model, loader, device, dtype, name, skip, temperature=temperature)
+
     what = Path(config.csv).stem if config.csv else config.split
     print(f"{training.model} on {len(rows)} {what} clips, {describe_device(device)}, {dtype}")
     print("\n".join(warnings), end="\n" if warnings else "")
     calibration = Calibration.from_state(state.get("calibration"))
     if config.wanted_error is not None:
         calibration = _other_threshold(calibration, config)
-    predictions = evaluate(
-        model,
-        loader,
-        device,
-        dtype,
-        what,
-        config.skip_unreadable,
-        temperature=calibration.temperature,
-    )
+    predictions = answer()
     folder = output_folder(config)
+    folder.mkdir(parents=True, exist_ok=True)
+    record_session(folder, describe_device(device))
     facts = {
         "checkpoint": config.checkpoint,
-        "command": " ".join(sys.argv),
+        "command": command(),
         "split": what,
+        "csv": config.csv,
         "views": config.views,
         "shuffle_frames": config.shuffle_frames,
         "warnings": warnings,
     }
     print(write_results(predictions, state["classes"], folder, [calibration], facts))
+    if config.corruptions is not None:
+        print(measure_robustness(answer, predictions, config.corruptions or CORRUPTIONS, folder))
     print(f"results: {folder}")
 
 

@@ -13,6 +13,7 @@ import distributed
 from allocator import give_back_batches
 from clip_cache import ClipCache
 from config import TrainConfig, manifest_paths, resolve
+from corruptions import Corruption
 from dataset import (
     ClipsDataset,
     ReportingDataset,
@@ -131,6 +132,7 @@ def eval_loader(
     config: TrainConfig,
     views: int = 1,
     shuffle_frames: bool = False,
+    corruption: tuple[Corruption, int] | None = None,
 ) -> DataLoader:
     """A loader of clips in their order, nothing random; each process gets its own share of them.
 
@@ -146,6 +148,7 @@ def eval_loader(
         views,
         shuffle_frames,
         open_cache(config),
+        corruption=corruption,
     )
     share = range(distributed.rank(), len(rows), distributed.world_size())
     return _loader(clips, share, config, max(1, config.batch_size // views))

@@ -1,10 +1,13 @@
 """Pictures of a run."""
 
+import math
 from collections.abc import Sequence
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
@@ -109,6 +112,33 @@ def _label_beside(axes: Axes, x: np.ndarray, y: np.ndarray, labels: Sequence[str
             arrowprops={"arrowstyle": "-", "color": f"C{n % 10}", "lw": 0.6, "relpos": (0, 0.5)},
             zorder=0,
         )
+
+
+def plot_robustness(table: pd.DataFrame, clean: float, path: str | Path) -> None:
+    """Draw accuracy against severity, a panel a corruption, the clean accuracy as a line.
+
+    Args:
+        table: the columns corruption, severity, accuracy.
+    """
+    names = list(table["corruption"].unique())
+    columns = min(5, len(names))
+    rows = math.ceil(len(names) / columns)
+    figure = Figure(figsize=(2.3 * columns + 0.4, 2.1 * rows + 0.4), layout="constrained")
+    panels = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
+    for axes, name in zip_longest(panels.flat, names):
+        if name is None:
+            axes.set_visible(False)
+            continue
+        some = table[table["corruption"] == name]
+        axes.axhline(clean, color="grey", ls=":", label="clean")
+        axes.plot(some["severity"], some["accuracy"], "o-", ms=4)
+        axes.set_title(name.replace("_", " "), fontsize=9)
+        axes.set(ylim=(0, 1.02), xticks=sorted(some["severity"]))
+        axes.grid(alpha=0.3)
+    panels[0, 0].legend(fontsize=8)
+    figure.supxlabel("severity", fontsize=9)
+    figure.supylabel("accuracy", fontsize=9)
+    _save(figure, path)
 
 
 def _save(figure: Figure, path: str | Path) -> None:

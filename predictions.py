@@ -25,6 +25,8 @@ class Predictions:
     """(N, num_classes), averaged over views"""
     unreadable: list[str] = field(default_factory=list)
     """a line for each clip of the split that is missing from the above"""
+    untempered: np.ndarray | None = None
+    """(N, num_classes), the probabilities without the temperature, if they are known"""
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -53,6 +55,11 @@ class Predictions:
     def confusion(self) -> np.ndarray:
         """(num_classes, num_classes) counts, see `metrics.confusion_matrix`"""
         return metrics.confusion_matrix(self.labels, self.predicted, self.probabilities.shape[1])
+
+    @cached_property
+    def scores(self) -> dict[str, float]:
+        """accuracy, balanced accuracy and macro-F1, see `metrics.scores`"""
+        return {name: float(value) for name, value in metrics.scores(self.confusion).items()}
 
     @property
     def loss(self) -> float:
@@ -98,7 +105,7 @@ def read_predictions(path: Path) -> tuple[Predictions, list[str]]:
     """
     try:
         # As text: a patient called 058, or NA, must stay what it is.
-        table = pd.read_csv(path, dtype=str, keep_default_na=False)
+        table = pd.read_csv(path, dtype=str, keep_default_na=False, index_col=False)
         columns = [name for name in table.columns if name.startswith("p_")]
         classes = [name.removeprefix("p_") for name in columns]
         probabilities = table[columns].to_numpy(float)
@@ -107,10 +114,11 @@ def read_predictions(path: Path) -> tuple[Predictions, list[str]]:
         paths = map(Path, table["path"])
     except FileNotFoundError:
         raise UserError(f"{path}: no such file (finish the training, or run evaluate.py)") from None
-    except (KeyError, ValueError, pd.errors.ParserError):
+    except (KeyError, ValueError, OSError, pd.errors.ParserError):
         raise UserError(f"{path}: not a predictions.csv of this version: evaluate again") from None
-    if not len(table) or not classes:
-        raise UserError(f"{path}: holds no predictions: evaluate again")
+    possible = ((probabilities >= 0) & (probabilities <= 1)).all()  # NaN is not
+    if not len(table) or not classes or not possible:
+        raise UserError(f"{path}: holds no predictions, or impossible ones: evaluate again")
     rows = [
         ClipRow(place, label, *(name or None for name in names))
         for place, label, names in zip(paths, labels, units, strict=True)

@@ -43,7 +43,9 @@ def assess(
     patients = predictions.units("patient")
     table = metrics.per_class(predictions.confusion, classes, labels, patients)
     temperatures, thresholds = _fitted(calibrations)
-    untempered = temper(probabilities, 1 / temperatures)
+    untempered = predictions.untempered
+    if untempered is None:
+        untempered = temper(probabilities, 1 / temperatures)
     answered = metrics.selective(confidence, right, thresholds)
     return {
         **headline_scores(predictions),
@@ -58,7 +60,7 @@ def assess(
             "before": _calibration_scores(labels, untempered),
         },
         "selective": {
-            "wanted_error": calibrations[0].wanted_error,
+            "wanted_error": next((c.wanted_error for c in calibrations if c.wanted_error), None),
             "threshold": _common(thresholds),
             **answered,
             "aurc": metrics.area_under_risk_coverage(confidence, right),
@@ -84,6 +86,7 @@ def write_results(
         The table for people; see `describe`.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    (folder / "test_metrics.json").unlink(missing_ok=True)  # an earlier one fits no longer
     matrix = predictions.confusion
     results = assess(predictions, classes, calibrations)
     _, thresholds = _fitted(calibrations)
@@ -135,8 +138,7 @@ def headline(summary: dict[str, Any]) -> str:
 
 def _averages(predictions: Predictions, num_classes: int) -> dict[str, Any]:
     """The scores averaged over clips (pooled), videos and patients."""
-    summary = metrics.scores(predictions.confusion)
-    averages: dict[str, Any] = {"clip": {name: float(value) for name, value in summary.items()}}
+    averages: dict[str, Any] = {"clip": predictions.scores}
     for unit in ("video", "patient"):
         averages[unit] = metrics.averaged_over(
             predictions.units(unit), predictions.labels, predictions.predicted, num_classes
@@ -189,7 +191,10 @@ def _intervals(results: dict[str, Any], name: str) -> str:
     if not found["patients"]:
         return f"no 95 % interval: one patient does not tell how patients differ {naive}"
     low, high = found["patients"]
-    return f"95 % interval {low:.3f} to {high:.3f} over {results['patients']} patients {naive}"
+    units = f"{results['patients']} patients"
+    if results["clips_of_unknown_patient"]:
+        units += f" and {results['clips_of_unknown_patient']} clips of unknown patients"
+    return f"95 % interval {low:.3f} to {high:.3f} over {units} {naive}"
 
 
 def _calibration_line(scores: dict[str, Any]) -> str:

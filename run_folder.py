@@ -41,6 +41,11 @@ def start_log(folder: Path | None) -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=handlers, force=True)
 
 
+def command() -> str:
+    """What a person types to start this very program."""
+    return shlex.join(["python", Path(sys.argv[0]).name, *sys.argv[1:]])
+
+
 def record_session(folder: Path, device: str) -> None:
     """Add to environment.json what makes a run's numbers: the exact command, versions, hardware.
 
@@ -48,7 +53,7 @@ def record_session(folder: Path, device: str) -> None:
     """
     packages = ("torch", "torchvision", "av", "numpy", "pandas", "scikit-learn")
     session = {
-        "command": shlex.join(["python", Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "command": command(),
         "time": time.strftime("%Y-%m-%d %H:%M:%S %z"),
         "device": device,
         "python": platform.python_version(),

@@ -4,7 +4,6 @@ import dataclasses
 import os
 import shutil
 import tempfile
-import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,13 +12,12 @@ from typing import Literal
 import numpy as np
 import pandas as pd
 import tyro
-from sklearn.model_selection import StratifiedGroupKFold
 
 from clip_table import NO_LABEL, read_clips
+from dividing import absent, divide, imbalance
 from errors import UserError
 from run_folder import write_json
 
-TRIES = 20  # shuffles, of which the best balanced is taken
 SPLITS = ("train", "val", "test")
 _COLUMNS = ["path", "label", "patient", "video", "action"]
 
@@ -62,16 +60,20 @@ def split(config: SplitConfig) -> int:
     _check(config)
     clips = _clips_to_divide(config)
     labels, groups = clips["label"].to_numpy(str), _groups(clips, config.group_by)
+    shares = _shares(config)
+    divided = divide(labels, groups, shares, config.seed)
     if config.folds:
-        parts = list(fold_splits(fold_numbers(labels, groups, config.folds, config.seed)))
+        parts = list(fold_splits(divided.astype(int)))
         names = [f"fold{number}" for number in range(1, config.folds + 1)]
     else:
-        shares = {"train": 1 - config.val - config.test, "val": config.val, "test": config.test}
-        parts, names = [one_split(labels, groups, shares, config.seed)], [""]
+        parts, names = [divided], [""]
     _write(output, config, clips, dict(zip(names, parts, strict=True)))
     for name, part in zip(names, parts, strict=True):
         print(f"\n{name or output}\n{balance(clips, part).to_string()}")
-    print("\n".join(["", *_remarks(labels, groups, parts, config)]))
+    left = imbalance(labels, divided, shares)
+    print(f"\nimbalance left: {left:.1%} of a class's clips are in the wrong part (mean)")
+    for remark in _remarks(labels, groups, parts, config):
+        print(remark)
     data = config.data_root or (config.source if Path(config.source).is_dir() else "")
     data = data or str(Path(config.source).parent)
     manifests = [f"--{kind}-csv {output / kind}.csv" for kind in SPLITS]
@@ -80,89 +82,14 @@ def split(config: SplitConfig) -> int:
     return 0
 
 
-def fold_numbers(labels: np.ndarray, groups: np.ndarray, folds: int, seed: int = 0) -> np.ndarray:
-    """The fold of each clip, 0 to folds - 1, by scikit-learn's StratifiedGroupKFold.
-
-    It is asked for several shuffles, and the best by `imbalance` is taken. With as many folds as
-    groups each group is a fold, in order of their names.
-
-    Raises:
-        UserError: there are fewer groups than folds.
-    """
-    names, group_numbers = np.unique(groups, return_inverse=True)
-    if folds > len(names):
-        raise UserError(f"folds = {folds}: there are {len(names)} patients (or groups) only")
-    if folds == len(names):
-        return group_numbers
-    wanted = dict.fromkeys(range(folds), 1 / folds)
-    best = min(
-        _shuffled_folds(labels, groups, folds, seed),
-        key=lambda numbers: imbalance(labels, numbers, wanted),
-        default=None,
-    )
-    if best is None:
-        raise UserError(f"folds = {folds}: no division leaves a patient for each: choose fewer")
-    return best
-
-
 def fold_splits(numbers: np.ndarray) -> Iterator[np.ndarray]:
-    """For each fold the split of each clip: it is the test, the next one validates."""
+    """For each fold, 0 to K - 1, the split of each clip: it is the test, the next one validates."""
     folds = int(numbers.max()) + 1
     for test in range(folds):
         parts = np.full(len(numbers), "train", object)
         parts[numbers == (test + 1) % folds] = "val"
         parts[numbers == test] = "test"
         yield parts
-
-
-def one_split(
-    labels: np.ndarray, groups: np.ndarray, shares: Mapping[str, float], seed: int = 0
-) -> np.ndarray:
-    """The split of each clip: a fold of StratifiedGroupKFold is the test, one of the rest's is val.
-
-    Raises:
-        UserError: there are fewer than three groups, or no division gives each split some.
-    """
-    if len(set(groups)) < 3:
-        raise UserError(f"{len(set(groups))} patients (or groups) cannot make three splits")
-    labels = np.unique(labels, return_inverse=True)[1]  # numbers are compared faster than names
-    best, least = None, np.inf
-    wanted = shares["val"] / (1 - shares["test"])
-    for tests in _shuffled_folds(labels, groups, round(1 / shares["test"]), seed):
-        for test in range(int(tests.max()) + 1):
-            rest = np.flatnonzero(tests != test)
-            vals = next(_shuffled_folds(labels[rest], groups[rest], round(1 / wanted), seed), None)
-            for val in range(0 if vals is None else int(vals.max()) + 1):
-                parts = np.full(len(labels), "train", object)
-                parts[tests == test] = "test"
-                parts[rest[vals == val]] = "val"
-                left = imbalance(labels, parts, shares)
-                # Without training clips a class cannot be learnt, without others not judged.
-                weights = {"train": 10, "val": 1, "test": 1}
-                left += sum(weights[kind] * len(absent(labels, parts, kind)) for kind in SPLITS)
-                if left < least:
-                    best, least = parts, left
-    if best is None:
-        raise UserError("no division gives each split a patient: try --folds")
-    return best
-
-
-def imbalance(labels: np.ndarray, parts: np.ndarray, shares: Mapping) -> float:
-    """The share of a class's clips that sit in the wrong part, as a mean over the classes.
-
-    Zero if each part has its share of each class. Every class counts alike, however rare.
-    """
-    classes, numbers = np.unique(labels, return_inverse=True)
-    chosen = [numbers[parts == part] for part in shares]
-    counts = np.array([np.bincount(some, minlength=len(classes)) for some in chosen])
-    sizes = counts.sum(axis=0)  # (classes,); counts is (parts, classes)
-    wanted = np.outer(list(shares.values()), sizes)
-    return float((np.abs(counts - wanted).sum(axis=0) / 2 / sizes).mean())
-
-
-def absent(labels: np.ndarray, parts: np.ndarray, part: str) -> list[str]:
-    """The classes without a clip in a split."""
-    return np.setdiff1d(labels, labels[parts == part]).tolist()
 
 
 def balance(clips: pd.DataFrame, parts: np.ndarray) -> pd.DataFrame:
@@ -178,21 +105,11 @@ def balance(clips: pd.DataFrame, parts: np.ndarray) -> pd.DataFrame:
     return pd.DataFrame(table).rename_axis("clips (patients)")
 
 
-def _shuffled_folds(
-    labels: np.ndarray, groups: np.ndarray, folds: int, seed: int
-) -> Iterator[np.ndarray]:
-    """The folds of several shuffles; none of them empty."""
-    known = len(np.unique(groups))
-    folds = max(2, min(folds, known))
-    for number in range(max(2, min(TRIES, 2000 // known))):  # many groups balance by themselves
-        splitter = StratifiedGroupKFold(folds, shuffle=True, random_state=seed * TRIES + number)
-        numbers = np.empty(len(labels), int)
-        with warnings.catch_warnings():  # of classes rarer than folds: `_remarks` tells of patients
-            warnings.simplefilter("ignore", UserWarning)
-            for fold, (_, test) in enumerate(splitter.split(labels, labels, groups)):
-                numbers[test] = fold
-        if len(set(numbers)) == folds:
-            yield numbers
+def _shares(config: SplitConfig) -> dict[int, float] | dict[str, float]:
+    """What share of the clips each fold, or train, val and test, is to have."""
+    if config.folds:
+        return dict.fromkeys(range(config.folds), 1 / config.folds)
+    return {"train": 1 - config.val - config.test, "val": config.val, "test": config.test}
 
 
 def _check(config: SplitConfig) -> None:
@@ -202,8 +119,8 @@ def _check(config: SplitConfig) -> None:
         )
     if config.val <= 0 or config.test <= 0 or config.val + config.test >= 0.9:
         raise UserError("val and test must be above 0 and leave at least 0.1 for train")
-    if not 0 <= config.seed < 2**24:
-        raise UserError(f"seed = {config.seed}: must be from 0 to {2**24 - 1}")
+    if not 0 <= config.seed < 2**32:
+        raise UserError(f"seed = {config.seed}: must be from 0 to {2**32 - 1}")
 
 
 def _clips_to_divide(config: SplitConfig) -> pd.DataFrame:
@@ -269,14 +186,7 @@ def _remarks(
 ) -> list[str]:
     """What is not as it should be, in words."""
     what = {"patient": "patients", "video": "videos", "clip": "clips"}[config.group_by]
-    if config.folds:
-        tested = [np.where(part == "test", i, -1) for i, part in enumerate(parts)]
-        numbers = np.max(tested, axis=0)
-        left = imbalance(labels, numbers, dict.fromkeys(range(len(parts)), 1 / len(parts)))
-    else:
-        shares = {"train": 1 - config.val - config.test, "val": config.val, "test": config.test}
-        left = imbalance(labels, parts[0], shares)
-    remarks = [f"imbalance left: {left:.1%} of a class's clips are in the wrong part (mean)"]
+    remarks = []
     wanted = config.folds or 3
     for name in sorted(set(labels)):
         count = len(set(groups[labels == name]))

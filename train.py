@@ -30,7 +30,7 @@ from checkpoint import (
     load_checkpoint,
     save_checkpoint,
 )
-from config import RESUMABLE, TrainConfig, from_dict, resolve
+from config import TrainConfig, from_dict, refuse_changes, resolve
 from device import choose_device, choose_precision, describe_device, suit_device
 from epoch import train_one_epoch
 from errors import UserError
@@ -323,14 +323,7 @@ def read_settings() -> tuple[TrainConfig, dict[str, Any] | None]:
     saved = dataclasses.replace(from_dict(state["config"]), resume=str(run))
     config = tyro.cli(TrainConfig, default=saved, description=__doc__)
     config = dataclasses.replace(config, resume=str(run))
-    for field in dataclasses.fields(config):
-        before, now = getattr(saved, field.name), getattr(config, field.name)
-        if before != now and field.name not in RESUMABLE:
-            raise UserError(
-                f"a resumed run keeps its settings: {field.name} is {before!r}, not {now!r} (only "
-                f"{', '.join(sorted(RESUMABLE - {'resume'}))} may change; to train on from its "
-                f"weights, start a new run with --weights {run}/best.pt)"
-            )
+    refuse_changes(saved, config)
     return config, state
 
 

@@ -4,7 +4,9 @@ import csv
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -85,3 +87,25 @@ def run_script(
     if check:
         assert done.returncode == 0, f"{script} failed:\n{done.stdout}\n{done.stderr}"
     return done
+
+
+class Mistake(NamedTuple):
+    """How a script ended that could not do what it was told."""
+
+    code: int
+    stderr: str
+
+
+@pytest.fixture
+def mistake(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> Callable:
+    """Call a script's `main` with wrong arguments in this process: starting one takes seconds."""
+
+    def call(main: Callable[[], None], *arguments: object, cwd: Path) -> Mistake:
+        monkeypatch.chdir(cwd)
+        monkeypatch.setattr(sys, "argv", ["script.py", *map(str, arguments)])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as end:
+            main()
+        return Mistake(end.value.code, capsys.readouterr().err)
+
+    return call

@@ -14,9 +14,9 @@ import pandas as pd
 import pytest
 from conftest import ROOT, TINY_FLAGS, run_script
 
+from cache_filling import CacheConfig, fill_cache
 from config import TrainConfig
 from errors import UserError
-from cache_filling import CacheConfig, fill_cache
 from train import train
 
 SIZES = ("--n-frames", 4, "--image-size", 32)
