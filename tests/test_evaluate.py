@@ -12,9 +12,11 @@ from conftest import TINY_FLAGS, run_script
 from torch import nn
 from torch.utils.data import DataLoader
 
+from calibration import Calibration, temper
+from checkpoint import load_checkpoint
 from dataset import ClipsDataset, ReportingDataset, collate
 from errors import UserError
-from evaluate import evaluate
+from evaluate import evaluate, main
 from manifest import ClipRow, read_manifest
 from predictions import Predictions
 
@@ -89,6 +91,7 @@ def test_evaluating_again_gives_the_numbers_of_training(run: Path, tmp_path: Pat
             assert evaluated[key] == trained[key]
     files = {path.name for path in (tmp_path / "a").iterdir()}
     assert files == {
+        "environment.json",
         "test_metrics.json",
         "predictions.csv",
         "confusion_matrix.csv",
@@ -121,9 +124,58 @@ def test_own_csv_in_another_place(run: Path, tiny_data: Path, tmp_path: Path) ->
     run_script("evaluate.py", run, "--data-root", moved, "--workers", 0, cwd=tmp_path)
 
 
+def test_corruptions_and_another_wanted_error(run: Path, tmp_path: Path) -> None:
+    arguments = ["evaluate.py", run, "--workers", 0, "--wanted-error", 0.5, "--output", "hard"]
+    done = run_script(*arguments, "--corruptions", "low_light", "frame_drop", cwd=tmp_path)
+    assert "mean corruption accuracy" in done.stdout
+    found = json.loads((tmp_path / "hard/robustness.json").read_text())
+    tested = json.loads((tmp_path / "hard/test_metrics.json").read_text())
+    assert found["clean_accuracy"] == pytest.approx(tested["accuracy"])
+    assert set(found["corruptions"]) == {"low_light", "frame_drop", "all"}
+    table = pd.read_csv(tmp_path / "hard/robustness.csv")
+    assert table[["corruption", "severity"]].duplicated().sum() == 0
+    assert len(table) == 10
+    fitted = Calibration.from_state(load_checkpoint(run)["calibration"])
+    expected = fitted.with_wanted_error(0.5)
+    assert tested["selective"]["threshold"] == expected.threshold
+    assert tested["calibration"]["temperature"] == fitted.temperature != 1
+    answers = pd.read_csv(tmp_path / "hard/predictions.csv")
+    confidence = answers[["p_dark", "p_grey", "p_light"]].max(axis=1)
+    assert ((answers["answer"] == "uncertain") == (confidence < expected.lowest_answered)).all()
+    session = json.loads((tmp_path / "hard/environment.json").read_text())["sessions"][0]
+    assert session["command"].startswith("python evaluate.py")
+    assert "--wanted-error 0.5" in session["command"]
+
+
+def test_probabilities_are_tempered_and_the_raw_ones_kept(tiny_data: Path) -> None:
+    cpu = torch.device("cpu")
+    plain = evaluate(Brightness(), loader(tiny_data, 4), cpu)
+    cool = evaluate(Brightness(), loader(tiny_data, 4), cpu, temperature=0.5)
+    assert np.allclose(cool.probabilities, temper(plain.probabilities, 0.5), atol=1e-7)
+    assert np.allclose(cool.untempered, plain.probabilities)
+    # Views are tempered one by one, before they are averaged.
+    rows = read_manifest(tiny_data / "test.csv", classes=CLASSES)
+    clips = ClipsDataset(rows, 4, 32, views=3)
+    slow = [(Brightness()(clips[i][0]) / 0.5).softmax(1).mean(0).tolist() for i in range(9)]
+    views = evaluate(Brightness(), loader(tiny_data, 2, views=3), cpu, temperature=0.5)
+    assert np.allclose(views.probabilities, slow, atol=1e-6)
+
+
+def test_patients_of_the_training_in_another_manifest_are_told(run, tiny_data, tmp_path) -> None:
+    table = pd.read_csv(tiny_data / "test.csv")
+    table["patient"] = ["train0" if n % 3 else "new" for n in range(len(table))]
+    table.to_csv(tiny_data / "seen.csv", index=False)
+    arguments = ("evaluate.py", run, "--csv", tiny_data / "seen.csv", "--workers", 0)
+    done = run_script(*arguments, "--output", tmp_path / "seen", cwd=tmp_path)
+    (tiny_data / "seen.csv").unlink()
+    assert "LEAKAGE: 1 of 2 patients of seen are also in train" in done.stdout
+    assert "train0" not in done.stdout
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (["{run}", "--wanted-error", "2"], "wanted_error = 2.0: must be from 0 to 1"),
         (["nowhere"], "nowhere: no such checkpoint"),
         (["{csv}"], "is damaged or holds no weights"),
         (["{foreign}"], "not a checkpoint of this project"),
@@ -133,7 +185,7 @@ def test_own_csv_in_another_place(run: Path, tiny_data: Path, tmp_path: Path) ->
         (["{run}", "--data-root", "elsewhere"], "elsewhere/train.csv: no such manifest"),
     ],
 )
-def test_mistakes_are_one_line(run: Path, tiny_data, tmp_path, arguments, message) -> None:
+def test_mistakes_are_one_line(run: Path, tiny_data, tmp_path, arguments, message, mistake) -> None:
     torch.save({"w": torch.ones(1)}, tmp_path / "foreign.pt")
     torch.save({"format_version": 99}, tmp_path / "future.pt")
     names = {
@@ -143,10 +195,9 @@ def test_mistakes_are_one_line(run: Path, tiny_data, tmp_path, arguments, messag
         "future": tmp_path / "future.pt",
     }
     filled = [argument.format(**names) for argument in arguments]
-    done = run_script("evaluate.py", *filled, cwd=tmp_path, check=False)
-    assert done.returncode == 2
-    assert message in done.stderr
-    assert "Traceback" not in done.stderr
+    code, stderr = mistake(main, *filled, cwd=tmp_path)
+    assert code == 2
+    assert message in stderr
 
 
 def test_malicious_checkpoint_runs_nothing(tmp_path: Path) -> None:
