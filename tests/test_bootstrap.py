@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 import bootstrap
+from benchmark_intervals import coverage, simulate, true_scores
 from bootstrap import (
     clip_weights,
     difference,
@@ -25,24 +26,6 @@ GROUPS = [[0, 2, 5], [1, 6], [3], [4], [7]]
 
 def drawn(patients: np.ndarray, draws: int, seed: int = 0) -> np.ndarray:
     return np.concatenate(list(patient_weights(patients, draws, seed)))
-
-
-def simulate(
-    patients: int, rng: np.random.Generator, most: int = 30
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Labels, probabilities and patients of a model that finds some patients harder than others.
-
-    Every patient has 5 to `most` clips and a skill of his own, normal on the logit scale; the three
-    classes are unequally frequent and unequally hard.
-    """
-    clips = rng.integers(5, most + 1, patients)
-    skill = np.repeat(rng.normal(1, 1, patients), clips)
-    labels = rng.choice(3, len(skill), p=[0.6, 0.3, 0.1])
-    chance = 1 / (1 + np.exp(-skill - np.array([0.5, 0, -0.5])[labels]))
-    right = rng.random(len(skill)) < chance
-    said = np.where(right, labels, (labels + rng.integers(1, 3, len(labels))) % 3)
-    names = np.repeat([f"P{number}" for number in range(patients)], clips).astype(object)
-    return labels, 0.1 + 0.7 * np.eye(3)[said], names
 
 
 def test_clips_of_a_patient_belong_together() -> None:
@@ -191,37 +174,23 @@ def test_without_known_patients_there_is_only_the_naive_interval() -> None:
     assert np.ptp(known["patients"]) > 1.5 * np.ptp(known["clips"])
 
 
-@pytest.fixture(scope="module")
-def population() -> float:
-    """The accuracy over 200,000 patients: what every interval is to contain."""
-    labels, probabilities, _ = simulate(200_000, np.random.default_rng(99))
-    return float((probabilities.argmax(axis=1) == labels).mean())
+def test_interval_over_patients_holds_the_truth_and_the_naive_one_does_not() -> None:
+    """On 500 simulated data sets of 12 patients, at nominally 95 %."""
+    held = coverage(12, data_sets=500, draws=200)
+    assert 0.90 <= held["accuracy", "patients"] <= 0.98
+    assert held["accuracy", "clips"] < 0.85
 
 
-def coverage(patients: int, truth: float, data_sets: int, draws: int) -> dict[str, float]:
-    """In which share of simulated data sets each kind of interval contains the truth."""
-    rng = np.random.default_rng(0)
-    hits = {"patients": 0, "clips": 0}
-    for seed in range(data_sets):
-        found = intervals(*simulate(patients, rng), draws, seed)["accuracy"]
-        for kind in hits:
-            low, high = found[kind]
-            hits[kind] += low <= truth <= high
-    return {kind: count / data_sets for kind, count in hits.items()}
+def test_interval_holds_with_five_patients() -> None:
+    held = coverage(5, data_sets=300, draws=200)
+    assert held["accuracy", "patients"] >= 0.90
+    assert held["accuracy", "clips"] < 0.85
 
 
-def test_interval_over_patients_contains_the_truth_and_the_naive_one_does_not(
-    population: float,
-) -> None:
-    found = coverage(12, population, data_sets=500, draws=200)
-    assert 0.90 <= found["patients"] <= 0.98
-    assert found["clips"] < 0.85
-
-
-def test_interval_holds_with_five_patients(population: float) -> None:
-    found = coverage(5, population, data_sets=400, draws=200)
-    assert found["patients"] >= 0.90
-    assert found["clips"] < 0.85
+def test_the_truth_is_that_of_very_many_patients() -> None:
+    labels, probabilities, _ = simulate(50_000, np.random.default_rng(1))
+    right = probabilities.argmax(axis=1) == labels
+    assert true_scores()["accuracy"] == pytest.approx(right.mean(), abs=0.01)
 
 
 def test_what_patients_have_in_common_cancels_out() -> None:
