@@ -203,7 +203,8 @@ def calibrate_best(
     """
     state = load_checkpoint(folder)
     predictions = _evaluate_best(run, state, loader, "validation", interrupt)
-    fitted = calibrate(predictions.labels, predictions.probabilities, run.config.wanted_error)
+    # Untempered: a run that is resumed after this point was calibrated already.
+    fitted = calibrate(predictions.labels, predictions.untempered, run.config.wanted_error)
     if distributed.rank() == 0:
         save_checkpoint(folder / "best.pt", {**state, "calibration": fitted.state()})
     distributed.from_first(None)  # the others wait until it is written

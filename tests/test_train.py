@@ -1,7 +1,9 @@
 """train.py from end to end: the run folder, exact resume, interrupts, kills, several processes."""
 
+import dataclasses
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,10 +17,12 @@ import torch
 from conftest import ROOT, TINY_FLAGS, make_data, run_script
 
 import distributed
-from checkpoint import load_checkpoint, save_checkpoint
-from config import TrainConfig, resolve
+from calibration import Calibration, calibrate
+from checkpoint import build_from_checkpoint, load_checkpoint, save_checkpoint
+from config import TrainConfig, from_dict, resolve
 from epoch import train_one_epoch
 from errors import UserError
+from evaluate import evaluate
 from interrupt import Interrupt
 from loaders import build_dataloaders
 from models import build_model
@@ -103,6 +107,30 @@ def test_checkpoints_are_plain_and_safe(finished) -> None:
         assert not any("_orig_mod" in key or "module." in key for key in state["model"])
     assert {"optimizer", "scheduler", "scaler", "rng", "step"} <= set(state)
     assert state["epoch"] == 4
+
+
+def test_best_epoch_is_calibrated_on_validation(finished, tiny_data: Path, tmp_path: Path) -> None:
+    """Temperature and threshold are those of the validation clips, also if fitted a second time."""
+    run, _ = finished
+    state = load_checkpoint(run)
+    config = from_dict({**state["config"], "data_root": str(tiny_data)})
+    _, val_loader, _, _ = build_dataloaders(config)
+    cpu = torch.device("cpu")
+    said = evaluate(build_from_checkpoint(state), val_loader, cpu)
+    fitted = calibrate(said.labels, said.probabilities, config.wanted_error)
+    stored = Calibration.from_state(state["calibration"])
+    assert stored.temperature == pytest.approx(fitted.temperature, rel=1e-4)
+    assert stored.confidence == pytest.approx(fitted.confidence, rel=1e-4)
+    assert stored.right == fitted.right
+    tested = json.loads((run / "test_metrics.json").read_text())
+    assert tested["calibration"]["temperature"] == stored.temperature != 1
+    assert tested["selective"]["threshold"] == stored.threshold
+    again = tmp_path / "again"
+    shutil.copytree(run, again)
+    last = load_checkpoint(again, "last.pt")
+    train(dataclasses.replace(from_dict(last["config"]), resume=str(again)), last)
+    assert load_checkpoint(again)["calibration"] == state["calibration"]
+    assert json.loads((again / "test_metrics.json").read_text())["loss"] == tested["loss"]
 
 
 def wait_for(condition, process: subprocess.Popen, seconds: float = 120) -> None:
