@@ -111,17 +111,21 @@ def choose_threshold(
 ) -> float | None:
     """The threshold that answers most while at most `wanted_error` of the answers are wrong.
 
-    It holds on these clips. Others are answered better or worse: look at the reported error.
+    The share of wrong ones among n answers is taken as (wrong + 1) / (n + 2), Laplace's rule of
+    succession: that the one surest clip was right does not promise an error of zero. It holds on
+    these clips; others, of other patients above all, may be answered worse: look at the test.
 
     Returns:
         The threshold, midway to the next lower confidence, so that rounding changes nothing; None
         if there is no such threshold.
     """
-    _, risk = risk_coverage(confidence, right)
+    coverage, risk = risk_coverage(confidence, right)
+    answered = np.round(coverage * len(confidence))
+    expected = (risk * answered + 1) / (answered + 2)
     ordered = np.sort(confidence)[::-1]
     # All clips of one confidence are answered or none: only the last of equals can be the limit.
     last = np.append(ordered[:-1] > ordered[1:], True) if len(ordered) else np.array([], bool)
-    possible = np.flatnonzero(last & (risk <= wanted_error + 1e-12))
+    possible = np.flatnonzero(last & (expected <= wanted_error + 1e-12))
     if not len(possible):
         return None
     lowest, *lower = ordered[possible[-1] :]

@@ -113,20 +113,23 @@ def threshold_above(confidence: np.ndarray, lowest: float | None) -> object:
 @pytest.mark.parametrize(
     ("confidence", "right", "wanted", "lowest"),
     [
-        # errors among the 1, 2, 3, 4 most confident: 0, 0, 1/3, 1/4
-        ([0.9, 0.8, 0.7, 0.6], "++-+", 0.0, 0.8),
-        ([0.9, 0.8, 0.7, 0.6], "++-+", 0.24, 0.8),
-        ([0.9, 0.8, 0.7, 0.6], "++-+", 0.25, 0.6),  # past a worse stretch: more is answered
+        # (wrong + 1) / (n + 2) of the 1, 2, 3, 4 most confident: 1/3, 1/4, 2/5, 2/6
+        ([0.9, 0.8, 0.7, 0.6], "++-+", 0.24, None),
+        ([0.9, 0.8, 0.7, 0.6], "++-+", 0.25, 0.8),
+        ([0.9, 0.8, 0.7, 0.6], "++-+", 0.33, 0.8),
+        ([0.9, 0.8, 0.7, 0.6], "++-+", 1 / 3, 0.6),  # past a worse stretch: more is answered
         ([0.9, 0.8, 0.7, 0.6], "++-+", 1.0, 0.6),
-        ([0.6, 0.7, 0.9, 0.8], "+-++", 0.24, 0.8),  # the order of the clips is nothing
-        ([0.9, 0.8], "-+", 0.4, None),  # errors 1, 1/2
+        ([0.6, 0.7, 0.9, 0.8], "+-++", 0.25, 0.8),  # the order of the clips is nothing
+        ([0.9, 0.8], "-+", 0.49, None),  # 2/3, 2/4
         ([0.9, 0.8], "-+", 0.5, 0.8),
-        ([0.9, 0.8], "--", 0.0, None),
-        ([0.9, 0.8], "++", 0.0, 0.8),  # nothing is wrong: all is answered
-        # equals are answered together or not: 0, 1/3, 1/3, 2/4
-        ([0.9, 0.7, 0.7, 0.5], "++--", 0.0, 0.9),
-        ([0.9, 0.7, 0.7, 0.5], "+-+-", 0.0, 0.9),
-        ([0.9, 0.7, 0.7, 0.5], "++--", 1 / 3, 0.7),
+        ([0.9, 0.8], "--", 0.5, None),  # 2/3, 3/4
+        ([0.9, 0.8], "++", 0.1, None),  # two right ones promise no 10 %: 1/3, 1/4
+        ([0.9] * 8, "++++++++", 0.1, 0.9),  # eight do: 1/10
+        ([0.9] * 7, "+++++++", 0.1, None),  # seven do not: 1/9
+        # equals are answered together or not: 1/3, then 2/5 for three, then 3/6
+        ([0.9, 0.7, 0.7, 0.5], "++--", 0.39, 0.9),
+        ([0.9, 0.7, 0.7, 0.5], "+-+-", 0.39, 0.9),
+        ([0.9, 0.7, 0.7, 0.5], "++--", 0.4, 0.7),
         ([0.7, 0.7], "+-", 0.4, None),
         ([0.7, 0.7], "+-", 0.5, 0.7),
         ([], "", 0.1, None),
@@ -147,12 +150,12 @@ def test_threshold_answers_the_most() -> None:
     for _ in range(200):
         confidence = rng.integers(3, 11, 12) / 10  # many equals
         right = rng.random(12) < confidence
-        wanted = rng.choice([0, 0.1, 0.2, 1 / 3])
-        kept = [
-            place
-            for place in confidence
-            if (~right[confidence >= place]).mean() <= wanted + 1e-9  # 1/3 may be 0.33...34
-        ]
+        wanted = rng.choice([0.1, 0.2, 1 / 3])
+        kept = []
+        for place in confidence:
+            answers = right[confidence >= place]
+            if ((~answers).sum() + 1) / (len(answers) + 2) <= wanted + 1e-9:  # 1/3 may be 0.33...34
+                kept.append(place)
         lowest = min(kept, default=None)
         nothing += lowest is None
         assert choose_threshold(confidence, right, wanted) == threshold_above(confidence, lowest)
@@ -175,7 +178,7 @@ def test_calibrate_keeps_the_wanted_error_on_its_clips() -> None:
 def test_another_wanted_error() -> None:
     first = Calibration(1.7, 0.0, 0.8, (0.9, 0.8, 0.7, 0.6), (True, True, False, True))
     other = first.with_wanted_error(0.25)
-    assert (other.wanted_error, other.threshold) == (0.25, pytest.approx(0.6, rel=1e-5))
+    assert (other.wanted_error, other.threshold) == (0.25, pytest.approx(0.75))
     assert (other.temperature, other.confidence) == (1.7, first.confidence)
     assert other.right == first.right
     assert (first.wanted_error, first.threshold) == (0.0, 0.8)
