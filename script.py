@@ -1,7 +1,10 @@
 """What every script does around its `main`."""
 
+import atexit
 import functools
+import multiprocessing
 import sys
+import time
 from collections.abc import Callable
 
 from allocator import keep_freed_memory
@@ -18,6 +21,7 @@ def script(main: Callable[[], None]) -> Callable[[], None]:
     @functools.wraps(main)
     def wrapped() -> None:
         keep_freed_memory()
+        atexit.register(end_workers)
         try:
             main()
         except UserError as error:
@@ -37,6 +41,19 @@ def script(main: Callable[[], None]) -> Callable[[], None]:
             sys.exit(_fail(f"{first_line(error)} (lower batch_size, image_size or n_frames)"))
 
     return wrapped
+
+
+def end_workers() -> None:
+    """Send a SIGTERM to every loader's worker that is still there when the program ends.
+
+    They stay after the first one (loaders.py). After an error Python sends them just one, and would
+    then wait for them for ever: this is the first, Python's own the second.
+    """
+    workers = multiprocessing.active_children()
+    for worker in workers:
+        worker.terminate()
+    if workers:
+        time.sleep(0.5)  # two signals at once would be taken for one
 
 
 def _fail(message: str) -> int:

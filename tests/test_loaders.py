@@ -1,5 +1,8 @@
 """The samplers' mathematics, and loaders that leave nothing out and nothing twice."""
 
+import os
+import subprocess
+import sys
 from collections import Counter
 from pathlib import Path
 
@@ -7,7 +10,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import TINY_FLAGS
+from conftest import ROOT, TINY_FLAGS
 
 from config import TrainConfig, resolve
 from loaders import TrainSampler, build_dataloaders
@@ -118,3 +121,25 @@ def test_training_with_deferred_augmentation_is_the_same(
         losses.append(pd.read_csv(run / "metrics.csv")["train_loss"].to_numpy())
     assert np.allclose(*losses, rtol=0.02)
     assert losses[0].min() > 0
+
+
+def test_a_program_that_fails_ends_with_its_workers(tiny_data: Path, tmp_path: Path) -> None:
+    """A bug of ours must be a traceback, not a program that waits for its workers for ever."""
+    (tmp_path / "broken.py").write_text(
+        "import train\n"
+        "def broken(*_): raise ValueError('a bug of ours')\n"
+        "train.headline_scores = broken\n"
+        "train.main()\n"
+    )
+    flags = ("--data-root", tiny_data, *TINY_FLAGS, "--workers", "2", "--epochs", "1")
+    done = subprocess.run(
+        [sys.executable, "broken.py", *map(str, flags)],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 1
+    assert "a bug of ours" in done.stderr
