@@ -23,6 +23,7 @@ from manifest_layouts import read_records
 from parallel import in_parallel
 from video_file import ClipError, VideoFacts, probe
 
+ALL = "(all)"  # not the name of any class or manifest
 KINDS = ("patient", "video", "action", "content", "look")
 _MEANING = {
     "patient": "patients",
@@ -65,7 +66,7 @@ class Contents(NamedTuple):
     """What the file of a clip is."""
 
     facts: VideoFacts | None
-    hash: str
+    hash: str | None
     look: Any
     problem: str | None = None
 
@@ -79,6 +80,8 @@ def audit(config: AuditConfig) -> int:
     if config.workers < 0 or config.alike_bits < 0:
         raise UserError("workers and alike_bits must be at least 0")
     clips = read_clips(config.manifests, config.data_root, config.patient_pattern)
+    folder = Path(config.output or f"audit_{Path(config.manifests[0]).stem}")
+    folder.mkdir(parents=True, exist_ok=True)
     print(f"{len(clips):,} clips in {', '.join(map(str, splits_of(clips)))}")
     _say_unknown(clips)
     tables = {"composition": composition(clips)}
@@ -97,8 +100,6 @@ def audit(config: AuditConfig) -> int:
         print("this audit goes by names: overlaps of contents were not looked for")
     tables["overlaps"] = overlaps(clips, config.names)
     leaks = _say_overlaps(clips)
-    folder = Path(config.output or f"audit_{Path(config.manifests[0]).stem}")
-    folder.mkdir(parents=True, exist_ok=True)
     for name, table in tables.items():
         write_text(folder / f"{name}.csv", table.to_csv(index=name == "looped"))
     print(f"\ntables: {folder}")
@@ -106,12 +107,12 @@ def audit(config: AuditConfig) -> int:
 
 
 def composition(clips: pd.DataFrame) -> pd.DataFrame:
-    """Clips, patients, videos and source actions of each class and split, `all` among them."""
+    """Clips, patients, videos and source actions of each class and split, and of ALL of them."""
     rows = []
-    for label in [*sorted(clips["label"].unique()), "all"]:
-        for split in [*splits_of(clips), "all"]:
-            some = clips[(clips["label"] == label) | (label == "all")]
-            some = some[(some["split"] == split) | (split == "all")]
+    for label in [*sorted(clips["label"].unique()), ALL]:
+        for split in [*splits_of(clips), ALL]:
+            some = clips[(clips["label"] == label) | (label is ALL)]
+            some = some[(some["split"] == split) | (split is ALL)]
             known = {f"{kind}s": some[kind].nunique() for kind in ("patient", "video", "action")}
             rows.append({"class": label, "split": split, "clips": len(some), **known})
     return pd.DataFrame(rows)
@@ -150,7 +151,7 @@ def looped_clips(clips: pd.DataFrame, csv: str) -> pd.DataFrame:
     looped = {Path(record.path.replace("\\", "/")).name for record in records}
     listed = [Path(path.replace("\\", "/")).name in looped for path in clips["path"]]
     some = clips[listed]
-    return pd.crosstab(some["label"], some["split"], margins=True, margins_name="all")
+    return pd.crosstab(some["label"], some["split"], margins=True, margins_name=ALL)
 
 
 def add_contents(clips: pd.DataFrame, alike_bits: int, workers: int) -> pd.DataFrame:
@@ -196,6 +197,8 @@ def _contents(place: Path) -> Contents:
         return Contents(probe(place), content_hash(place), look(place))
     except ClipError as error:
         return Contents(None, content_hash(place), None, error.reason)
+    except OSError as error:  # a file that is there but may not be read
+        return Contents(None, None, None, error.strerror or str(error))
 
 
 def _shared(clips: pd.DataFrame, kind: str) -> list[tuple[str, pd.DataFrame]]:
@@ -216,7 +219,8 @@ def _say_overlaps(clips: pd.DataFrame) -> bool:
     leaks = False
     for kind in KINDS:
         shared = _shared(clips, kind)
-        if kind not in clips or not clips[kind].notna().any():
+        named = kind in clips and kind in ("patient", "video", "action")
+        if kind not in clips or (named and not clips[kind].notna().any()):
             print(f"  {_MEANING[kind]}: unknown")
             continue
         leaks = leaks or bool(shared)

@@ -40,6 +40,7 @@ def check(config: CheckConfig) -> int:
     if config.workers < 0:
         raise UserError(f"workers = {config.workers}: must be at least 0")
     clips = read_clips(config.sources, config.data_root)
+    Path(config.output).parent.mkdir(parents=True, exist_ok=True)
     missing = clips[clips["place"].isna()]
     bad = [(path, "no such file") for path in missing["path"]]
     places = list(dict.fromkeys(clips["place"].dropna()))
@@ -47,7 +48,6 @@ def check(config: CheckConfig) -> int:
         if problem:
             bad.append((str(place), problem))
     table = pd.DataFrame(bad, columns=["path", "reason"])
-    Path(config.output).parent.mkdir(parents=True, exist_ok=True)
     write_text(config.output, table.to_csv(index=False))
     print(f"{len(places) + len(missing):,} files, {len(bad):,} of them bad: {config.output}")
     for reason, count in Counter(reason for _, reason in bad).most_common(10):

@@ -39,6 +39,7 @@ def read_clips(
         UserError: a source cannot be read or lists nothing; the pattern is none.
     """
     places = [place for source in sources for place in _files(Path(source))]
+    places = list({place.resolve(): place for place in places}.values())  # each once
     if not places:
         raise UserError("name a manifest (a CSV of clips) or a folder")
     find_patient = _finder(patient_pattern)
@@ -52,7 +53,7 @@ def read_clips(
             rows.append(row | {"patient": find_patient(record.path) or row["patient"]})
     if problems:
         raise UserError("\n  ".join(["the manifests need mending:", *problems]))
-    return pd.DataFrame(rows).astype(object)
+    return _join_aliases(pd.DataFrame(rows).astype(object))
 
 
 def splits_of(clips: pd.DataFrame) -> list[str]:
@@ -64,15 +65,21 @@ def splits_of(clips: pd.DataFrame) -> list[str]:
 
 def _row(record: Record, manifest: Path, root: Path, split: str) -> dict[str, Any]:
     """Only in this table may a file name stand in for a missing label: nothing is trained on it."""
-    label = record.label or name_facts(record.path).get("label", NO_LABEL)
-    known = None if label.isdigit() else match_class(label, CLASSES)
     return {
         **record._asdict(),
         "manifest": str(manifest),
         "place": locate(record.path, root),
         "split": record.split or split,
-        "label": label if known is None else CLASSES[known],
+        "label": record.label or name_facts(record.path).get("label", NO_LABEL),
     }
+
+
+def _join_aliases(clips: pd.DataFrame) -> pd.DataFrame:
+    """SLAM's other names of its classes as one, if all classes are SLAM's."""
+    known = {label: match_class(label, CLASSES) for label in clips["label"].unique()}
+    if any(number is None or label.isdigit() for label, number in known.items()):
+        return clips  # another data set's classes keep their names
+    return clips.assign(label=clips["label"].map(lambda label: CLASSES[known[label]]))
 
 
 def _files(source: Path) -> list[Path]:
@@ -110,7 +117,10 @@ def _finder(pattern: str) -> Any:
 
 
 def _split_names(manifests: Sequence[Path]) -> list[str]:
-    """What each manifest's split is called: its name, with its folder's if names repeat."""
-    stems = [place.stem for place in manifests]
-    repeated = len(set(stems)) < len(stems)
-    return [f"{p.parent.name}/{p.stem}" if repeated else p.stem for p in manifests]
+    """What each manifest's split is called: its name, with its folders' as far as names repeat."""
+    paths = [place.absolute().with_suffix("").parts for place in manifests]
+    for length in range(1, max(map(len, paths)) + 1):
+        names = ["/".join(parts[-length:]) for parts in paths]
+        if len(set(names)) == len(names):
+            break
+    return names

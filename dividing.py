@@ -20,8 +20,8 @@ def divide(
 
     Starts are scikit-learn's StratifiedGroupKFold and random divisions; each is improved by moving
     one group, or swapping two, as long as that helps. What counts is `imbalance`, and before it
-    that every class is in every part (in `train` above all). With as many parts as groups each
-    group is a part, in the order of their names.
+    that every class is in every part (in `train` above all). With as many equal parts as groups
+    each group is a part, in the order of their names.
 
     Args:
         labels, groups: `(N,)` classes and names of groups.
@@ -37,14 +37,16 @@ def divide(
     names, number = np.unique(groups, return_inverse=True)
     if len(names) < len(parts):
         raise UserError(f"{len(names)} patients (or other groups) cannot fill {len(parts)} parts")
-    if len(names) == len(parts):
+    wanted = np.array(list(shares.values()))
+    equal = np.allclose(wanted, wanted[0])
+    if len(names) == len(parts) and equal:
         return parts[number]
     classes, label = np.unique(labels, return_inverse=True)
     counts = np.zeros((len(names), len(classes)), int)  # clips of each group and class
     np.add.at(counts, (number, label), 1)
     cost = _Cost(counts.sum(axis=0), shares)
     best, least = None, np.inf
-    for start in _starts(labels, number, np.array(list(shares.values())), seed):
+    for start in _starts(label, number, wanted, equal, seed):
         chosen = _improve(counts, start, cost) if len(names) <= _MOST_GROUPS else start
         left = cost(cost.totals(counts, chosen)).sum()
         if left < least and len(set(chosen)) == len(parts):
@@ -95,20 +97,21 @@ class _Cost:
 
 
 def _starts(
-    labels: np.ndarray, number: np.ndarray, shares: np.ndarray, seed: int
+    label: np.ndarray, number: np.ndarray, shares: np.ndarray, equal: bool, seed: int
 ) -> Iterator[np.ndarray]:
     """Divisions to improve: the part of each group, `(groups,)`."""
     groups = int(number.max()) + 1
     edges = np.cumsum(shares)[:-1]
-    equal = np.allclose(shares, shares[0])
-    folds = len(shares) if equal else min(20, groups)  # of which unequal parts take several
-    splitter = StratifiedGroupKFold(folds, shuffle=True, random_state=seed)
-    chosen = np.zeros(groups, int)
-    with warnings.catch_warnings():  # of classes rarer than folds
-        warnings.simplefilter("ignore", UserWarning)
-        for fold, (_, test) in enumerate(splitter.split(labels, labels, number)):
-            chosen[number[test]] = np.searchsorted(edges, (fold + 0.5) / folds)
-    yield chosen
+    most = np.bincount(label).max()  # scikit-learn refuses more folds than the largest class has
+    folds = len(shares) if equal else min(20, groups, most)  # of which unequal parts take several
+    if 2 <= folds <= most:
+        splitter = StratifiedGroupKFold(folds, shuffle=True, random_state=seed)
+        chosen = np.zeros(groups, int)
+        with warnings.catch_warnings():  # of classes rarer than folds
+            warnings.simplefilter("ignore", UserWarning)
+            for fold, (_, test) in enumerate(splitter.split(label, label, number)):
+                chosen[number[test]] = np.searchsorted(edges, (fold + 0.5) / folds)
+        yield chosen
     sizes = np.bincount(number)
     rng = np.random.default_rng(seed)
     for _ in range(STARTS):

@@ -1,7 +1,6 @@
 """From a config to batches: the splits, the samplers and the three loaders."""
 
 import math
-import os
 import signal
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -213,7 +212,7 @@ def start_worker(_: int) -> None:
     # The main process decides what Ctrl-C means and ends its workers itself.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     # A SIGTERM to the whole process group must not end the workers before the main process has
-    # saved. A second one ends them: see `script.end_workers`.
-    signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, lambda *_: os._exit(0)))
+    # saved; a second one, such as the loader's own, ends them. See also `script.end_workers`.
+    signal.signal(signal.SIGTERM, lambda number, _: signal.signal(number, signal.SIG_DFL))
     give_back_batches()
     torch.set_num_threads(1)

@@ -12,9 +12,8 @@ _SLAM_NAME = re.compile(
 _VIDEO_NAME = re.compile(r"\.(mp4|avi|mov|mkv|webm|m4v|mpe?g|ts|wmv|flv|3gp|ogv|asf)$", re.I)
 _PATH_COLUMNS = ("path", "loop_path")  # the second is the name in SLAM's looped_clips.csv
 
-# Columns called `split` or `phase` name a split only if they hold nothing but these: elsewhere a
-# phase is a phase of the operation.
-_SPLIT_COLUMNS = ("split", "phase")
+# A column called `phase` names a split only if it holds nothing but these: elsewhere a phase is a
+# phase of the operation. A column called `split` always does.
 _SPLITS = {"train": "train", "training": "train", "test": "test", "testing": "test"}
 _SPLITS |= dict.fromkeys(("val", "valid", "validation", "dev"), "val")
 
@@ -30,7 +29,7 @@ class Record(NamedTuple):
     action: str | None = None
     """the source action: SLAM cuts one long action into several clips, its parts"""
     split: str | None = None
-    """train, val or test, where the manifest has a column that says so"""
+    """train, val, test, or what else a column of the manifest says"""
 
 
 def is_video(name: str) -> bool:
@@ -59,7 +58,7 @@ def read_records(manifest: Path) -> tuple[list[Record], list[str]]:
     """The rows of a manifest in any layout, and the problems with it.
 
     A row without a patient, video or action of its own has those that its file name tells; a label
-    is never taken from there (see `audit.py` for the one exception).
+    is never taken from there (see `clip_table.py` for the one exception).
     """
     try:
         lines = manifest.read_text(encoding="utf-8-sig").splitlines()
@@ -75,11 +74,19 @@ def read_records(manifest: Path) -> tuple[list[Record], list[str]]:
             problem = f"{manifest}, line {number}: neither 'path,label' nor SLAM's columns"
             return records, [problem]
         named = name_facts(cells["path"])
-        own = {name: cells.get(name) for name in ("patient", "video", "action")}
-        own = {name: value or named.get(name) for name, value in own.items()}
+        patient = cells.get("patient") or named.get("patient")
+        video = _within(patient, cells.get("video")) or named.get("video")
+        action = _within(video or patient, cells.get("action")) or named.get("action")
         label, split = cells.get("label") or None, cells.get("split")
-        records.append(Record(number, cells["path"], label, **own, split=split))
+        records.append(Record(number, cells["path"], label, patient, video, action, split))
     return records, []
+
+
+def _within(owner: str | None, name: str | None) -> str | None:
+    """A video's or action's name with its owner's: two patients' first videos are two."""
+    if not owner or not name or name.startswith(f"{owner}_"):
+        return name or None
+    return f"{owner}_{name}"
 
 
 def _rows(lines: Sequence[str]) -> Iterator[tuple[int, dict[str, str] | None]]:
@@ -97,9 +104,9 @@ def _rows(lines: Sequence[str]) -> Iterator[tuple[int, dict[str, str] | None]]:
         for number, cells in table[1:]:
             row = dict(zip(header, (cell.strip() for cell in cells), strict=False))
             row["path"] = row.get(path, "")
-            row["split"] = _SPLITS.get(row.get(split, "").lower()) if split else None
-            whole = row["path"] and (row.get("label") or "label" not in header)
-            yield number, row if whole else None
+            said = row.get(split) or "(none)" if split else None
+            row["split"] = said and _SPLITS.get(said.lower(), said)
+            yield number, row if row["path"] else None
     elif len(first) >= 3:  # SLAM: index, path, label; with or without a header of whatever names
         for number, cells in table[not is_video(first[1]) :]:
             known = len(cells) >= 3 and is_video(cells[1])
@@ -113,10 +120,8 @@ def _rows(lines: Sequence[str]) -> Iterator[tuple[int, dict[str, str] | None]]:
 
 def _split_column(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str | None:
     """The column that says which split a clip is in, if there is one."""
-    for name in _SPLIT_COLUMNS:
-        if name in header:
-            place = header.index(name)
-            values = {row[place].strip().lower() for row in rows if len(row) > place}
-            if values and values <= _SPLITS.keys():
-                return name
-    return None
+    if "split" in header:
+        return "split"
+    place = header.index("phase") if "phase" in header else len(header)
+    values = {row[place].strip().lower() for row in rows if len(row) > place} - {""}
+    return "phase" if values and values <= _SPLITS.keys() else None

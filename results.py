@@ -60,7 +60,7 @@ def assess(
             "before": _calibration_scores(labels, untempered),
         },
         "selective": {
-            "wanted_error": next((c.wanted_error for c in calibrations if c.wanted_error), None),
+            "wanted_error": _wanted(calibrations),
             "threshold": _common(thresholds),
             **answered,
             "aurc": metrics.area_under_risk_coverage(confidence, right),
@@ -157,6 +157,12 @@ def _actions(predictions: Predictions) -> dict[str, Any]:
     return metrics.summarize(
         metrics.confusion_matrix(labels, probabilities.argmax(axis=1), num_classes)
     )
+
+
+def _wanted(calibrations: Sequence[Calibration]) -> float | None:
+    """The error rate that thresholds were chosen for; None if none was chosen."""
+    chosen = {one.wanted_error for one in calibrations} - {None}
+    return max(chosen, default=None)
 
 
 def _fitted(calibrations: Sequence[Calibration]) -> tuple[np.ndarray, np.ndarray]:

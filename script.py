@@ -3,8 +3,9 @@
 import atexit
 import functools
 import multiprocessing
+import os
+import signal
 import sys
-import time
 from collections.abc import Callable
 
 from allocator import keep_freed_memory
@@ -29,6 +30,9 @@ def script(main: Callable[[], None]) -> Callable[[], None]:
         except KeyboardInterrupt:
             print("\ninterrupted", file=sys.stderr)
             sys.exit(130)
+        except BrokenPipeError:  # whoever read the output, `head` say, has seen enough
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            sys.exit(141)
         except OSError as error:
             if error.errno is None or (error.filename is None and error.errno != 28):
                 raise  # not about a file: ours to debug
@@ -44,16 +48,16 @@ def script(main: Callable[[], None]) -> Callable[[], None]:
 
 
 def end_workers() -> None:
-    """Send a SIGTERM to every loader's worker that is still there when the program ends.
+    """Kill the loaders' workers that are still there when the program ends, after an error.
 
-    They stay after the first one (loaders.py). After an error Python sends them just one, and would
-    then wait for them for ever: this is the first, Python's own the second.
+    They stay after the one SIGTERM that Python sends them then (loaders.py), and it would wait for
+    them for ever.
     """
     workers = multiprocessing.active_children()
+    if workers and hasattr(signal, "SIGCHLD"):
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # PyTorch's handler would raise an error
     for worker in workers:
-        worker.terminate()
-    if workers:
-        time.sleep(0.5)  # two signals at once would be taken for one
+        worker.kill()
 
 
 def _fail(message: str) -> int:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import shlex
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -76,9 +77,11 @@ def split(config: SplitConfig) -> int:
         print(remark)
     data = config.data_root or (config.source if Path(config.source).is_dir() else "")
     data = data or str(Path(config.source).parent)
-    manifests = [f"--{kind}-csv {output / kind}.csv" for kind in SPLITS]
-    how = ["cross_validate.py", f"--folds {output}"] if config.folds else ["train.py", *manifests]
-    print(f"\nto train: python {' '.join(how)} --data-root {data}")
+    how = ["cross_validate.py", "--folds", str(output)]
+    if not config.folds:
+        manifests = [(f"--{kind}-csv", f"{output / kind}.csv") for kind in SPLITS]
+        how = ["train.py", *(word for pair in manifests for word in pair)]
+    print(f"\nto train: {shlex.join(['python', *how, '--data-root', data])}")
     return 0
 
 
@@ -100,8 +103,8 @@ def balance(clips: pd.DataFrame, parts: np.ndarray) -> pd.DataFrame:
         counts = some["label"].value_counts()
         patients = some.groupby("label")["patient"].nunique()
         table[part] = {c: f"{counts.get(c, 0)} ({patients.get(c, 0)})" for c in _classes(clips)}
-        table[part]["all"] = f"{len(some)} ({some['patient'].nunique()})"
-        table[part]["share"] = f"{len(some) / len(clips):.1%}"
+        table[part]["(all)"] = f"{len(some)} ({some['patient'].nunique()})"
+        table[part]["(share)"] = f"{len(some) / len(clips):.1%}"
     return pd.DataFrame(table).rename_axis("clips (patients)")
 
 
@@ -133,10 +136,13 @@ def _clips_to_divide(config: SplitConfig) -> pd.DataFrame:
     unlabelled = clips[clips["label"] == NO_LABEL]
     if len(unlabelled):
         raise UserError(f"{config.source}: {len(unlabelled)} clips have no label")
-    twice = clips.groupby("path")["label"].nunique() > 1
-    if twice.any():
-        raise UserError(f"{config.source}: {twice.sum()} clips are listed with two labels")
-    clips = clips.drop_duplicates("path", ignore_index=True)
+    files = [os.path.realpath(p) if p else os.path.normpath(t) for p, t in
+             zip(clips["place"], clips["path"], strict=True)]  # fmt: skip
+    for what in ("label", "patient"):
+        twice = clips.groupby(files)[what].nunique() > 1
+        if twice.any():
+            raise UserError(f"{config.source}: {twice.sum()} clips are listed with two {what}s")
+    clips = clips[~pd.Series(files).duplicated()].reset_index(drop=True)
     unknown = 0 if config.group_by == "clip" else int(clips[config.group_by].isna().sum())
     if unknown:
         raise UserError(

@@ -10,6 +10,7 @@ Settings are the fields of TrainConfig in config.py: edit them there or give the
 
 import dataclasses
 import logging
+import shlex
 import signal
 import time
 from collections import Counter
@@ -55,7 +56,7 @@ def train(
     config: TrainConfig,
     resume_from: dict[str, Any] | None = None,
     folder: Path | None = None,
-    resume_command: str = "python train.py --resume {folder}",
+    resume_command: str = "",
 ) -> Path:
     """Train, pick the best epoch, calibrate it, test it. Returns the run folder.
 
@@ -63,7 +64,7 @@ def train(
         config: see TrainConfig.
         resume_from: the state of last.pt, to go on from it.
         folder: the run folder (None: a new one below config.run_dir).
-        resume_command: what a person is told to run after an interruption.
+        resume_command: what a person is told to run after an interruption (empty: this script).
 
     Raises:
         SystemExit: interrupted; the run is saved.
@@ -119,7 +120,8 @@ def train(
         test(run, test_loader, folder, interrupt, warnings)
     except Interrupted:
         run.save(folder)
-        log.info(f"\ninterrupted: to go on, run\n  {resume_command.format(folder=folder)}")
+        resume = ["python", "train.py", "--resume", str(folder)]
+        log.info(f"\ninterrupted: to go on, run\n  {resume_command or shlex.join(resume)}")
         raise SystemExit(128 + (interrupt.number or signal.SIGTERM)) from None
     finally:
         interrupt.restore()
@@ -223,7 +225,7 @@ def test(
     if distributed.rank() == 0:
         config = run.config
         facts = {
-            "checkpoint": str(folder / "best.pt"),
+            "checkpoint": str((folder / "best.pt").absolute()),
             "epoch": state["epoch"],
             "split": "test",
             "warnings": warnings,

@@ -112,8 +112,7 @@ def test_script(tmp_path: Path) -> None:
         (["--what", "training", "--device", "tpu"], "device 'tpu' cannot be used here"),
     ],
 )
-def test_mistakes_are_one_line(arguments: list[str], message: str, tmp_path: Path) -> None:
-    done = run_script("benchmark_data.py", *arguments, cwd=tmp_path, check=False)
-    assert done.returncode == 2
-    assert message in done.stderr
-    assert "Traceback" not in done.stderr
+def test_mistakes_are_one_line(arguments: list[str], message: str, tmp_path, mistake) -> None:
+    code, stderr = mistake(main, *arguments, cwd=tmp_path)
+    assert code == 2
+    assert message in stderr
