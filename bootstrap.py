@@ -110,6 +110,8 @@ def intervals(
         and `clips`, the naive one.
     """
     n = len(labels)
+    order = _canonical(labels, probabilities, patients)
+    labels, probabilities, patients = labels[order], probabilities[order], patients[order]
     resamples = {
         "patients": (patient_weights(patients, draws, seed), independent_units(patients)),
         "clips": (clip_weights(n, draws, seed), n),
@@ -136,12 +138,22 @@ def difference(
     Args:
         one, other: their probabilities, `(N, num_classes)`.
     """
+    # In an order that stays the same when the two change places.
+    order = _canonical(labels, np.concatenate((one + other, abs(one - other)), axis=1), patients)
+    labels, one, other, patients = labels[order], one[order], other[order], patients[order]
     units = len(patient_clips(patients))
     values = [
         resampled_scores(patient_weights(patients, draws, seed), labels, probabilities)
         for probabilities in (one, other)
     ]
     return {name: interval(values[0][name] - values[1][name], units) for name in values[0]}
+
+
+def _canonical(labels: np.ndarray, values: np.ndarray, patients: np.ndarray) -> np.ndarray:
+    """An order of the clips that does not depend on the one they come in, `(N,)` places: the same
+    results have the same intervals wherever they are worked out."""
+    names = np.array([str(patient or "") for patient in patients])
+    return np.lexsort((*values.T, labels, names))
 
 
 def _rows(draws: int, clips: int) -> Iterator[int]:

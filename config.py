@@ -1,10 +1,12 @@
 """TrainConfig: every setting of a training. Edit the defaults here, or give them as flags."""
 
 import dataclasses
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args, get_type_hints
 
+from calibration import UNCERTAIN
 from device import Precision
 from errors import UserError
 from manifest import CLASSES
@@ -199,6 +201,10 @@ def resolve(config: TrainConfig) -> TrainConfig:
     """
     defaults = OWN_DATA if config.data_root else DEMO
     unset = {name: value for name, value in defaults.items() if getattr(config, name) is None}
+    # A run is looked at from other folders later.
+    places = ("data_root", "cache")
+    named = {name: getattr(config, name) for name in places if getattr(config, name)}
+    unset |= {name: os.path.abspath(place) for name, place in named.items()}
     config = dataclasses.replace(config, **unset)
     problems = _problems(config)
     if problems:
@@ -254,6 +260,8 @@ def _problems(config: TrainConfig) -> list[str]:
         problems += _misplaced_options(config)
     if len(config.classes) < 2:
         problems.append(f"classes = {config.classes}: needs two at least")
+    if UNCERTAIN in config.classes:
+        problems.append(f"classes: no class may be called {UNCERTAIN!r}, the answer that is none")
     if len(set(config.classes)) < len(config.classes):
         problems.append(f"classes = {config.classes}: a name stands there twice")
     return problems

@@ -11,6 +11,8 @@ predictions together give the numbers. All other settings are train.py's.
 import dataclasses
 import json
 import os
+import shlex
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,17 +24,20 @@ import tyro
 
 from atomic import write_text
 from calibration import Calibration
-from checkpoint import load_checkpoint
+from checkpoint import build_model_from_config, load_checkpoint
 from config import TrainConfig, from_dict, refuse_changes, resolve
 from device import choose_device, describe_device
 from errors import UserError
-from loaders import load_splits
+from loaders import eval_loader, load_splits
+from models import freeze
 from predictions import Predictions, read_predictions
+from preflight import check_clips
 from results import write_results
 from run_folder import new_run_folder, record_session, write_json
 from script import script
 from splitting import SPLITS
 from train import train
+from weights import load_weights
 
 COUNTS = ("clips", "patients", "epoch", "unreadable_clips")
 SCORES = ("accuracy", "balanced_accuracy", "macro_f1", "ece", "brier", "nll")
@@ -55,14 +60,12 @@ def cross_validate(config: CrossValidateConfig) -> Path:
     """
     folds = fold_folders(config.folds)
     device = describe_device(choose_device(config.device))
-    for fold in folds:  # what is wrong with the last fold is better told before the first
-        try:
-            load_splits(resolve(_of_fold(config, fold)))
-        except UserError as error:
-            raise UserError(f"{fold.name}: {error}") from None
+    if not config.resume:
+        check_folds(config, folds)
     folder = Path(config.resume) if config.resume else None
     if folder is None:
         folder = new_run_folder(config.run_dir, f"cv_{config.model}")
+        config = dataclasses.replace(config, folds=os.path.abspath(config.folds))
         write_json(folder / "config.json", dataclasses.asdict(config))
     record_session(folder, device)
     for fold in folds:
@@ -71,6 +74,33 @@ def cross_validate(config: CrossValidateConfig) -> Path:
             print(f"\n=== {fold.name} of {len(folds)}: {run}", flush=True)
             _train_fold(_of_fold(config, fold), run, folder)
     return collect(folder, [folder / fold.name for fold in folds])
+
+
+def check_folds(config: CrossValidateConfig, folds: Sequence[Path]) -> None:
+    """Look at everything before the first fold that would stop the last one.
+
+    Raises:
+        UserError: manifests, settings or weights need mending, a clip is tested in two folds, or
+            test clips cannot be read.
+    """
+    loaders, seen = {}, Counter()
+    for fold in folds:
+        settings = resolve(_of_fold(config, fold))
+        try:
+            rows = load_splits(settings)["test"]
+        except UserError as error:
+            raise UserError(f"{fold.name}: {error}") from None
+        seen.update(os.path.realpath(row.path) for row in rows)
+        loaders[f"{fold.name}'s test"] = eval_loader(rows, settings)
+    twice = [path for path, count in seen.items() if count > 1]
+    if twice:
+        raise UserError(f"{config.folds}: {len(twice)} clips are tested in more than one fold")
+    model = build_model_from_config(dataclasses.asdict(settings), len(settings.classes))
+    load_weights(model, settings.weights)
+    if settings.freeze_to:
+        freeze(model, settings.freeze_to)
+    if config.check_clips:  # each clip is a test clip of one fold
+        check_clips(loaders, config.skip_unreadable)
 
 
 def fold_folders(folder: str) -> list[Path]:
@@ -122,7 +152,9 @@ def collect(folder: Path, runs: Sequence[Path]) -> Path:
     write_text(folder / "cross_validation.csv", summary.to_csv(float_format="%.6g"))
     blanked = summary.astype(object).where(summary.notna(), "-")
     shown = blanked.to_string(float_format="{:.4f}".format)
-    print(f"\nall clips, each tested by the model that did not see it:\n{table}")
+    leaky = any("LEAKAGE" in warning for warning in warnings)
+    who = "a model that saw some of their patients" if leaky else "the model that did not see it"
+    print(f"\nall clips, each tested by {who}:\n{table}")
     print(f"\nthe folds:\n{shown}\n\nresults: {folder}")
     return folder
 
@@ -156,14 +188,14 @@ def _of_fold(config: CrossValidateConfig, fold: Path) -> TrainConfig:
     """The training's settings for one fold, its manifests in place of train.csv and so on."""
     fields = {field.name: getattr(config, field.name) for field in dataclasses.fields(TrainConfig)}
     manifests = {f"{split}_csv": str((fold / f"{split}.csv").absolute()) for split in SPLITS}
-    return TrainConfig(**{**fields, **manifests, "resume": ""})
+    return TrainConfig(**{**fields, **manifests, "resume": "", "check_clips": False})
 
 
 def _train_fold(config: TrainConfig, run: Path, folder: Path) -> None:
     """Train and test one fold, from where it stopped."""
     state = load_checkpoint(run, "last.pt") if (run / "last.pt").exists() else None
-    hint = f"python cross_validate.py --resume {folder}"
-    train(config, state, run, resume_command=hint)
+    hint = shlex.join(["python", "cross_validate.py", "--resume", str(folder)])
+    train(config, state, run, hint)
 
 
 def read_settings() -> CrossValidateConfig:

@@ -148,7 +148,8 @@ def output_folder(config: EvaluateConfig) -> Path:
     if config.output:
         return Path(config.output)
     place = Path(config.checkpoint)
-    parts = ["evaluate", Path(config.csv).stem if config.csv else config.split]
+    parts = ["evaluate"] + [place.stem] * (place.is_file() and place.stem != "best")
+    parts.append(Path(config.csv).stem if config.csv else config.split)
     parts += [f"views{config.views}"] * (config.views > 1) + ["shuffled"] * config.shuffle_frames
     return (place if place.is_dir() else place.parent) / "_".join(parts)
 
@@ -159,16 +160,22 @@ def _cache(config: EvaluateConfig, training: TrainConfig) -> str:
     return "" if config.csv else training.cache
 
 
-def _trained_patients(rows: Sequence[ClipRow], training: TrainConfig, name: str) -> list[str]:
-    """A warning if another manifest has patients that the model was trained on.
+def _seen_patients(rows: Sequence[ClipRow], training: TrainConfig, name: str) -> list[str]:
+    """Warnings if another manifest has patients that the model was trained or chosen on.
 
-    By the names in the training's manifest, if that is still there; its clips need not be.
+    By the names in the manifests of its training, if they are still there; the clips need not be.
     """
-    if not training.data_root:
+    if not training.data_root or not any(row.patient for row in rows):
         return []
-    records, _ = read_records(manifest_paths(training)["train"])
-    trained = [ClipRow(Path(record.path), 0, record.patient) for record in records]
-    return patient_overlap({"train": trained, name: rows})
+    warnings = []
+    for split in ("train", "val"):
+        manifest = manifest_paths(training)[split]
+        records, problems = read_records(manifest)
+        seen = [ClipRow(Path(record.path), 0, record.patient) for record in records]
+        warnings += patient_overlap({f"the training's {split}": seen, name: rows})
+        if problems:
+            warnings.append(f"patients were not compared with the training's {split}: {manifest}")
+    return warnings
 
 
 def _other_threshold(calibration: Calibration, config: EvaluateConfig) -> Calibration:
@@ -201,7 +208,7 @@ def main() -> None:
     model = build_from_checkpoint(state)
     if config.csv:
         rows = read_manifest(config.csv, config.data_root or None, training.classes)
-        warnings = _trained_patients(rows, training, Path(config.csv).stem)
+        warnings = _seen_patients(rows, from_dict(state["config"]), Path(config.csv).stem)
     else:
         splits = load_splits(training)
         rows, warnings = splits[config.split], patient_overlap(splits)
@@ -222,8 +229,10 @@ def main() -> None:
     folder = output_folder(config)
     folder.mkdir(parents=True, exist_ok=True)
     record_session(folder, describe_device(device))
+    for earlier in folder.glob("robustness.*"):
+        earlier.unlink()  # it fits the new results no longer
     facts = {
-        "checkpoint": config.checkpoint,
+        "checkpoint": str(Path(config.checkpoint).absolute()),
         "command": command(),
         "split": what,
         "csv": config.csv,

@@ -106,7 +106,8 @@ def _rows(lines: Sequence[str]) -> Iterator[tuple[int, dict[str, str] | None]]:
             row["path"] = row.get(path, "")
             said = row.get(split) or "(none)" if split else None
             row["split"] = said and _SPLITS.get(said.lower(), said)
-            yield number, row if row["path"] else None
+            whole = row["path"] and ("label" in row or "label" not in header)
+            yield number, row if whole else None
     elif len(first) >= 3:  # SLAM: index, path, label; with or without a header of whatever names
         for number, cells in table[not is_video(first[1]) :]:
             known = len(cells) >= 3 and is_video(cells[1])

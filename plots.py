@@ -27,7 +27,7 @@ def plot_confusion(matrix: np.ndarray, classes: Sequence[str], path: str | Path)
         if matrix[row, column]:
             ink = "white" if share[row, column] > 0.55 else "black"
             axes.text(column, row, matrix[row, column], ha="center", va="center", color=ink)
-    names = [_plain_text(name) for name in classes]
+    names = [_plain_text(name if len(name) <= 28 else f"{name[:27]}…") for name in classes]
     axes.set_xticks(range(n), names, rotation=40, ha="right", rotation_mode="anchor")
     axes.set_yticks(range(n), names)
     axes.set(xlabel="predicted", ylabel="true", title=f"{int(matrix.sum())} clips")

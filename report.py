@@ -53,7 +53,7 @@ class ReportConfig:
 
 def build_page(run: Run, config: ReportConfig) -> str:
     """The whole page as HTML."""
-    names = choose_names(run.predictions, config.with_patients)
+    names = choose_names(run.predictions, config.with_patients, run.others)
     more = more_intervals(run)
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent / "templates"),

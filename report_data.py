@@ -12,8 +12,12 @@ import pandas as pd
 
 import bootstrap
 import metrics
+from config import from_dict, manifest_paths
 from errors import UserError
+from manifest import ClipRow
+from manifest_layouts import read_records
 from predictions import Predictions, read_predictions
+from report_names import identifiers
 
 _NEEDED = ("accuracy", "intervals", "averages", "actions", "calibration", "selective", "per_class")
 
@@ -48,6 +52,8 @@ class Run:
     histories: Sequence[History] = ()
     folds: pd.DataFrame | None = None
     """cross_validation.csv"""
+    others: frozenset[str] = frozenset()
+    """names of patients and clips in the training's manifests, as far as they are still there"""
     written: str = ""
     """when the results were written"""
 
@@ -72,7 +78,7 @@ def load_run(folder: str | Path) -> Run:
             f"evaluate again (python evaluate.py {folder})"
         )
     table = pd.read_csv(folder / "predictions.csv", dtype=str, keep_default_na=False)
-    home = _home(folder)
+    home = _home(folder, results)
     settings = _json(home / "config.json")
     written = time.localtime((folder / "test_metrics.json").stat().st_mtime)
     return Run(
@@ -86,6 +92,7 @@ def load_run(folder: str | Path) -> Run:
         _sessions(folder) if home != folder else [],
         _histories(home, settings, results.get("epoch") if home == folder else None),
         _table(home / "cross_validation.csv"),
+        _names_in_manifests(settings),
         time.strftime("%Y-%m-%d %H:%M", written),
     )
 
@@ -181,10 +188,27 @@ def _results(folder: Path) -> dict[str, Any]:
     return results
 
 
-def _home(folder: Path) -> Path:
-    """The run that results belong to: evaluate.py writes into a folder inside it."""
-    inside = not (folder / "config.json").exists() and (folder.parent / "config.json").exists()
-    return folder.parent if inside else folder
+def _home(folder: Path, results: Mapping[str, Any]) -> Path:
+    """The run that results belong to: evaluate.py writes into a folder of its own."""
+    if (folder / "config.json").exists():
+        return folder
+    checkpoint = Path(results.get("checkpoint") or folder)
+    for place in (checkpoint, checkpoint.parent, folder.parent):
+        if (place / "config.json").exists():
+            return place
+    return folder
+
+
+def _names_in_manifests(settings: Mapping[str, Any]) -> frozenset[str]:
+    """What the manifests of a training name, if it was not on the demo data."""
+    if not settings.get("data_root"):
+        return frozenset()
+    rows = [
+        ClipRow(Path(record.path), 0, record.patient, record.video, record.action)
+        for manifest in manifest_paths(from_dict(dict(settings))).values()
+        for record in read_records(manifest)[0]
+    ]
+    return frozenset(identifiers(rows))
 
 
 def _sessions(folder: Path) -> list[dict[str, Any]]:

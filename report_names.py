@@ -2,11 +2,14 @@
 
 import hashlib
 import re
+import shlex
+import unicodedata
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
+from manifest import ClipRow
 from predictions import Predictions
 
 HIDDEN = "[hidden]"
@@ -28,8 +31,23 @@ class Names:
         return hide(text, self.secrets)
 
 
-def choose_names(predictions: Predictions, with_patients: bool) -> Names:
-    """Names for the page; the real ones only if they are asked for."""
+    def hide_command(self, command: str) -> str:
+        """The same of a command line, word by word: a shell's quotes would tear names apart."""
+        try:
+            words = shlex.split(command)
+        except ValueError:  # not one of ours
+            return self.hide(command)
+        return shlex.join(map(self.hide, words)) if self.secrets else command
+
+
+def choose_names(
+    predictions: Predictions, with_patients: bool, others: Iterable[str] = ()
+) -> Names:
+    """Names for the page; the real ones only if they are asked for.
+
+    Args:
+        others: more names that must not be on it.
+    """
     units = predictions.units("patient")
     order = _worst_first(units, predictions.right)
     numbered = {name: f"patient {number}" for number, name in enumerate(order, 1)}
@@ -39,7 +57,8 @@ def choose_names(predictions: Predictions, with_patients: bool) -> Names:
         seen[unit] += 1
         whose = f"patient {called[unit]}" if unit and with_patients else called.get(unit)
         clips.append(f"clip {seen[unit]} of {whose or 'an unknown patient'}")
-    return Names(called, clips, [] if with_patients else _identifiers(predictions))
+    secrets = set() if with_patients else identifiers(predictions.rows) | set(others)
+    return Names(called, clips, sorted(secrets))
 
 
 def hide(text: str, secrets: Iterable[str]) -> str:
@@ -48,7 +67,9 @@ def hide(text: str, secrets: Iterable[str]) -> str:
     A secret counts only where it stands apart ("058" in "P058", but not in "10580"), and a plain
     number between spaces is a setting, whatever the patients are called.
     """
-    found = [secret for secret in secrets if secret.casefold() in text.casefold()]
+    text = unicodedata.normalize("NFC", text)  # an é may be one sign or two
+    composed = (unicodedata.normalize("NFC", secret) for secret in secrets)
+    found = [secret for secret in composed if secret.casefold() in text.casefold()]
     if not found:
         return text
     longest_first = sorted(found, key=len, reverse=True)
@@ -69,12 +90,12 @@ def _worst_first(units: np.ndarray, right: np.ndarray) -> list[str]:
     return sorted(names, key=key)
 
 
-def _identifiers(predictions: Predictions) -> list[str]:
+def identifiers(rows: Sequence[ClipRow]) -> set[str]:
     """Every name of a patient, video, action or clip; clips also without folder and suffix."""
-    names = {getattr(row, kind) for row in predictions.rows for kind in row._fields[2:]}
-    for row in predictions.rows:
+    names = {getattr(row, kind) for row in rows for kind in ("patient", "video", "action")}
+    for row in rows:
         names |= {str(row.path), row.path.name, row.path.stem}
-    return sorted(names - {None, ""})
+    return names - {None, ""}
 
 
 def _apart(secret: str) -> str:

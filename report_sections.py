@@ -54,7 +54,7 @@ def warnings(run: Run, names: Names) -> list[tuple[str, str]]:
         title = "Leakage" if "LEAKAGE" in text else "Warning"
         found.append((title, names.hide(text.replace("LEAKAGE: ", ""))))
     # The name of another manifest stands in the split's place.
-    if run.split in ("train", "val") and "--csv" not in results.get("command", ""):
+    if run.split in ("train", "val") and not results.get("csv"):
         seen = "was trained on" if run.split == "train" else "was chosen and calibrated on"
         text = f"The model {seen} these clips: on new ones it will do worse."
         found.append(("Not a test", text))
@@ -188,7 +188,10 @@ def settings(run: Run, names: Names) -> dict[str, Any]:
     facts = ("checkpoint", "epoch", "split", "views", "command")
     shown = {name: run.results[name] for name in facts if name in run.results}
     return {
-        "evaluation": {name: names.hide(_text(value)) for name, value in shown.items()},
+        "evaluation": {
+            name: (names.hide_command if name == "command" else names.hide)(_text(value))
+            for name, value in shown.items()
+        },
         "training": [_session(one, names) for one in run.sessions],
         "evaluations": [_session(one, names) for one in run.evaluations],
         "config": {name: names.hide(_text(value)) for name, value in run.settings.items()},
@@ -217,7 +220,7 @@ def folds(run: Run, names: Names) -> dict[str, Any] | None:
 
 def _session(session: Mapping[str, Any], names: Names) -> dict[str, str]:
     texts = {name: _text(value) for name, value in session.items()}
-    return {**texts, "command": names.hide(texts.get("command", ""))}
+    return {**texts, "command": names.hide_command(texts.get("command", ""))}
 
 
 def _text(value: Any) -> str:

@@ -82,7 +82,7 @@ def describe(table: pd.DataFrame, summary: dict) -> str:
     wide = wide.loc[table["corruption"].unique()]
     found = summary["corruptions"]
     wide["mean"] = [found[name]["mean_accuracy"] for name in wide.index]
-    wide["relative"] = [found[name]["relative"] for name in wide.index]
+    wide["relative"] = pd.Series({n: found[n]["relative"] for n in wide.index}, dtype=float)
     wide["lost (95 % interval)"] = [_interval(found[name]["loss_interval"]) for name in wide.index]
     overall = found["all"]
     relative = "-" if overall["relative"] is None else f"{overall['relative']:.1%}"

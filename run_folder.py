@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 import platform
 import shlex
 import subprocess
@@ -43,7 +44,9 @@ def start_log(folder: Path | None) -> None:
 
 def command() -> str:
     """What a person types to start this very program."""
-    return shlex.join(["python", Path(sys.argv[0]).name, *sys.argv[1:]])
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    start = ["torchrun", f"--nproc-per-node={processes}"] if processes > 1 else ["python"]
+    return shlex.join([*start, Path(sys.argv[0]).name, *sys.argv[1:]])
 
 
 def record_session(folder: Path, device: str) -> None:

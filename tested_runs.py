@@ -56,7 +56,9 @@ def read_run(folder: Path) -> Run:
     predictions, classes = read_predictions(folder / "predictions.csv")
     order = sorted(range(len(predictions)), key=lambda n: _identity(predictions.rows[n]))
     rows = [predictions.rows[n] for n in order]
-    places = (folder, folder / "fold1", folder.resolve().parent)
+    facts = _read_facts(folder / "test_metrics.json")
+    checkpoint = Path(facts.get("checkpoint") or folder)  # evaluate.py's results may be anywhere
+    places = (folder, folder / "fold1", checkpoint, checkpoint.parent, folder.resolve().parent)
     place = next((place for place in places if (place / "best.pt").is_file()), None)
     if place is None:
         raise UserError(
@@ -68,7 +70,7 @@ def read_run(folder: Path) -> Run:
         folder,
         Predictions(rows, predictions.probabilities[order]),
         classes,
-        _read_facts(folder / "test_metrics.json"),
+        facts,
         build_from_checkpoint(state),
         state["config"],
         len(list(folder.glob("fold*/best.pt"))) if place.name == "fold1" else 1,

@@ -53,10 +53,10 @@ def test_composition_counts_clips_patients_videos_and_actions(leaky: Path) -> No
     row = ["clips", "patients", "videos", "actions"]
     assert table.loc[("HookCut", "train"), row].tolist() == [2, 1, 1, 1]
     assert table.loc[("Suturing", "train"), row].tolist() == [1, 1, 1, 1]  # Needle, in SLAM's words
-    assert table.loc[("all", "train"), row].tolist() == [4, 2, 3, 3]
+    assert table.loc[("(all)", "train"), row].tolist() == [4, 2, 3, 3]
     assert table.loc[("Suction", "val"), row].tolist() == [1, 1, 1, 1]
     assert table.loc[("HookCut", "val"), row].tolist() == [0, 0, 0, 0]
-    assert table.loc[("all", "all"), row].tolist() == [8, 4, 6, 6]
+    assert table.loc[("(all)", "(all)"), row].tolist() == [8, 4, 6, 6]
 
 
 def test_overlaps_are_found_and_counted(leaky: Path) -> None:
@@ -149,7 +149,7 @@ def test_the_list_of_looped_clips_is_counted(leaky: Path, tmp_path: Path, capsys
     audit(AuditConfig((str(leaky),), looped=str(leaky / "looped.csv"), output=folder))
     table = pd.read_csv(tmp_path / "out/looped.csv", index_col=0)
     assert table.loc["HookCut", "train"] == table.loc["Suction", "test"] == 1
-    assert table.loc["all", "all"] == 2
+    assert table.loc["(all)", "(all)"] == 2
 
 
 def test_patient_pattern_and_folders_of_videos(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from conftest import run_script
 
 import benchmark_data
 import benchmark_training
-from benchmark_data import BenchmarkConfig
+from benchmark_data import BenchmarkConfig, main
 from benchmark_videos import write_benchmark_video
 from benchmarking import interleave
 from peers import decode_naively, decoders

@@ -12,7 +12,7 @@ from torch import nn
 
 import benchmark_ratios
 from allocator import SWITCH
-from benchmark_latency import count_gflops
+from benchmark_latency import count_gflops, main
 from benchmark_ratios import Job, measure
 from benchmarking import time_calls
 from cnn_lstm import CNNLSTM

@@ -35,7 +35,7 @@ def test_classes_and_their_order() -> None:
 def test_our_layout(tmp_path) -> None:
     text = "video,label,path,patient,notes\nv1,HookCut,a b/c.mp4,p1,\n,2,d.mp4,,x\n"
     rows = read_manifest(write(tmp_path, text, ("a b/c.mp4", "d.mp4")))
-    assert rows[0] == (tmp_path / "a b/c.mp4", 2, "p1", "v1", None)
+    assert rows[0] == (tmp_path / "a b/c.mp4", 2, "p1", "p1_v1", None)
     assert rows[1] == (tmp_path / "d.mp4", 2, None, None, None)
 
 

@@ -17,6 +17,7 @@ from conftest import ROOT, TINY_FLAGS, run_script
 from cache_filling import CacheConfig, fill_cache
 from config import TrainConfig
 from errors import UserError
+from prepare_data import main
 from train import train
 
 SIZES = ("--n-frames", 4, "--image-size", 32)
