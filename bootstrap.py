@@ -110,7 +110,7 @@ def intervals(
         and `clips`, the naive one.
     """
     n = len(labels)
-    order = _canonical(labels, probabilities, patients)
+    order = canonical_order(labels, probabilities, patients)
     labels, probabilities, patients = labels[order], probabilities[order], patients[order]
     resamples = {
         "patients": (patient_weights(patients, draws, seed), independent_units(patients)),
@@ -139,7 +139,7 @@ def difference(
         one, other: their probabilities, `(N, num_classes)`.
     """
     # In an order that stays the same when the two change places.
-    order = _canonical(labels, np.concatenate((one + other, abs(one - other)), axis=1), patients)
+    order = canonical_order(labels, np.concatenate((one + other, abs(one - other)), axis=1), patients)
     labels, one, other, patients = labels[order], one[order], other[order], patients[order]
     units = len(patient_clips(patients))
     values = [
@@ -149,9 +149,14 @@ def difference(
     return {name: interval(values[0][name] - values[1][name], units) for name in values[0]}
 
 
-def _canonical(labels: np.ndarray, values: np.ndarray, patients: np.ndarray) -> np.ndarray:
-    """An order of the clips that does not depend on the one they come in, `(N,)` places: the same
-    results have the same intervals wherever they are worked out."""
+def canonical_order(labels: np.ndarray, values: np.ndarray, patients: np.ndarray) -> np.ndarray:
+    """An order of the clips, `(N,)` places, that does not depend on the one they come in.
+
+    The same results then have the same intervals wherever they are worked out.
+
+    Args:
+        values: `(N, K)` numbers that tell clips of one patient and class apart.
+    """
     names = np.array([str(patient or "") for patient in patients])
     return np.lexsort((*values.T, labels, names))
 

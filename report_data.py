@@ -111,8 +111,10 @@ def more_intervals(run: Run, draws: int = bootstrap.DRAWS) -> dict[str, dict[str
     """
     predictions = run.predictions
     patients = predictions.units("patient")
-    shares = _shares(run)
-    gaps = _bin_gaps(predictions.confidence, predictions.right)
+    order = bootstrap.canonical_order(predictions.labels, predictions.probabilities, patients)
+    patients = patients[order]
+    shares = {name: (part[order], among[order]) for name, (part, among) in _shares(run).items()}
+    gaps = _bin_gaps(predictions.confidence[order], predictions.right[order])
     columns = np.stack([column for pair in shares.values() for column in pair], axis=1)
     columns = np.concatenate((gaps, columns.astype(float)), axis=1)
     clusters = bootstrap.patient_clips(patients)

@@ -168,7 +168,7 @@ def test_patients_of_the_training_in_another_manifest_are_told(run, tiny_data, t
     arguments = ("evaluate.py", run, "--csv", tiny_data / "seen.csv", "--workers", 0)
     done = run_script(*arguments, "--output", tmp_path / "seen", cwd=tmp_path)
     (tiny_data / "seen.csv").unlink()
-    assert "LEAKAGE: 1 of 2 patients of seen are also in train" in done.stdout
+    assert "LEAKAGE: 1 of 2 patients of seen are also in the training's train" in done.stdout
     assert "train0" not in done.stdout
 
 
