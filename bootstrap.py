@@ -138,8 +138,8 @@ def difference(
     Args:
         one, other: their probabilities, `(N, num_classes)`.
     """
-    # In an order that stays the same when the two change places.
-    order = canonical_order(labels, np.concatenate((one + other, abs(one - other)), axis=1), patients)
+    both = np.concatenate((one + other, abs(one - other)), axis=1)  # the same if they change places
+    order = canonical_order(labels, both, patients)
     labels, one, other, patients = labels[order], one[order], other[order], patients[order]
     units = len(patient_clips(patients))
     values = [

@@ -11,6 +11,7 @@ from errors import UserError
 STARTS = 10  # random divisions that are improved besides scikit-learn's
 _MOST_GROUPS = 300  # beyond, groups balance by themselves, and improving them takes long
 _TRAINED, _JUDGED = 10.0, 1.0  # what a class costs that is absent from train, from another part
+_EMPTY = 1e6  # what a part without any clip costs
 
 
 def divide(
@@ -93,7 +94,8 @@ class _Cost:
     def __call__(self, totals: np.ndarray, part: np.ndarray | slice = slice(None)) -> np.ndarray:
         """The cost `(...)` of parts that have `(..., classes)` clips."""
         wrong = np.abs(totals - self.wanted[part]) / 2 / self.sizes / len(self.sizes)
-        return wrong.sum(axis=-1) + self.missing[part] * (totals == 0).sum(axis=-1)
+        absent = self.missing[part] * (totals == 0).sum(axis=-1)
+        return wrong.sum(axis=-1) + absent + _EMPTY * (totals.sum(axis=-1) == 0)
 
 
 def _starts(

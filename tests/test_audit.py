@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 from conftest import run_script
 
-from audit import AuditConfig, audit, composition, overlaps
+from audit import AuditConfig, _say_overlaps, audit, composition, overlaps
 from clip_table import read_clips
 from demo_data import Clip, render
 from prepare_data import main
@@ -188,3 +188,64 @@ def test_the_official_slam_split_shares_patients(real: Path, tmp_path: Path) -> 
     assert "patients: 21 of 33" in done.stdout
     assert "videos: 30 of 82" in done.stdout
     assert "199 clips in train, val, test" in done.stdout
+
+
+def test_one_csv_with_odd_splits(tmp_path: Path, capsys) -> None:
+    """A manifest called all.csv, a blank cell, a split of another name: nothing is left out."""
+    rows = ["a.mp4,x,p1,train", "b.mp4,x,p1,", "c.mp4,x,p2,holdout", "d.mp4,x,p2,train"]
+    (tmp_path / "all.csv").write_text("path,label,patient,split\n" + "\n".join(rows) + "\n")
+    assert audit(AuditConfig((str(tmp_path / "all.csv"),), output=str(tmp_path / "out"))) == 1
+    said = capsys.readouterr().out
+    assert "patients: 2 of 2" in said
+    assert "4 clips in train, (none), holdout" in said
+    (tmp_path / "all.csv").write_text("path,label,patient\na.mp4,all,p1\nb.mp4,x,p2\n")
+    assert audit(AuditConfig((str(tmp_path / "all.csv"),), output=str(tmp_path / "out"))) == 0
+
+
+def test_manifests_of_one_name_are_different_splits(tmp_path: Path) -> None:
+    for folder in ("A/data", "B/data"):
+        (tmp_path / folder).mkdir(parents=True)
+        (tmp_path / folder / "train.csv").write_text("path,label,patient\na.mp4,x,p1\n")
+    sources = [tmp_path / "A/data/train.csv", tmp_path / "B/data/train.csv"]
+    clips = read_clips([*sources, sources[0]])  # one is named twice: it is read once
+    assert clips["split"].tolist() == ["A/data/train", "B/data/train"]
+    assert len(overlaps(clips)) == 1
+
+
+def test_videos_and_actions_are_a_patients_own(tmp_path: Path) -> None:
+    """Two patients' first videos are two videos."""
+    text = "path,label,patient,video,action,split\na.mp4,x,p1,1,1,train\nb.mp4,x,p2,1,1,test\n"
+    (tmp_path / "m.csv").write_text(text)
+    clips = read_clips([tmp_path / "m.csv"])
+    assert clips["video"].tolist() == ["p1_1", "p2_1"]
+    assert clips["action"].tolist() == ["p1_1_1", "p2_1_1"]
+    assert len(overlaps(clips)) == 0
+
+
+@pytest.mark.parametrize("kind", ["patient", "video", "action", "content", "look"])
+def test_every_kind_of_overlap_is_leakage(kind: str, capsys) -> None:
+    clips = pd.DataFrame({"split": ["train", "test"], kind: ["one", "one"]}).astype(object)
+    assert _say_overlaps(clips)
+    assert "LEAKAGE" in capsys.readouterr().out
+    clips[kind] = ["one", "other"]
+    assert not _say_overlaps(clips)
+
+
+def test_a_file_that_may_not_be_read_is_counted(tmp_path: Path, monkeypatch, capsys) -> None:
+    write_video(tmp_path / "a.mp4", render(Clip("train", 3, 1, 1, 1, "HookCut"))[:4])
+    (tmp_path / "m.csv").write_text("path,label,patient\na.mp4,x,p1\n")
+
+    def denied(_: Path) -> str:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("audit.content_hash", denied)
+    output = str(tmp_path / "out")
+    assert audit(AuditConfig((str(tmp_path / "m.csv"),), output=output, workers=0)) == 0
+    assert "1 files cannot be read" in capsys.readouterr().out
+
+
+def test_slams_other_names_are_joined_only_where_all_are_slams(tmp_path: Path) -> None:
+    (tmp_path / "slam.csv").write_text("path,label\na.mp4,Needle\nb.mp4,UseClip\n")
+    (tmp_path / "own.csv").write_text("path,label\na.mp4,needle\nb.mp4,thread\n")
+    assert read_clips([tmp_path / "slam.csv"])["label"].tolist() == ["Suturing", "UseClipper"]
+    assert read_clips([tmp_path / "own.csv"])["label"].tolist() == ["needle", "thread"]

@@ -101,3 +101,22 @@ def test_as_many_parts_as_patients_leave_each_out_once() -> None:
     assert [set(groups[numbers == fold]) for fold in range(5)] == [{f"p0{n}"} for n in range(5)]
     with pytest.raises(UserError, match="5 patients"):
         divide(labels, groups, dict.fromkeys(range(6), 1 / 6))
+
+
+def test_small_classes_are_divided_too() -> None:
+    """Fewer clips in every class than scikit-learn's folds would be."""
+    groups = np.repeat([f"p{n:02d}" for n in range(20)], 4)[:70]
+    labels = np.tile(list("abcdefg"), 10)
+    parts = divide(labels, groups, SHARES)
+    assert set(parts) == {"train", "val", "test"}
+    few = divide(np.repeat(list("abcd"), 4), np.arange(16) % 12, dict.fromkeys(range(5), 0.2))
+    assert set(few) == set(range(5))
+
+
+def test_three_patients_for_three_unequal_parts() -> None:
+    """The small one is not what is trained on."""
+    groups = np.repeat(["p1", "p2", "p3"], [2, 50, 51])
+    labels = np.tile(["a", "b"], 60)[: len(groups)]
+    parts = divide(labels, groups, SHARES)
+    assert set(groups[parts == "train"]) <= {"p2", "p3"}
+    assert set(parts) == {"train", "val", "test"}

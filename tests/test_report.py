@@ -204,10 +204,13 @@ def test_intervals_agree_with_bootstrap_where_they_overlap(tmp_path: Path) -> No
 def test_the_interval_of_the_ece_is_that_of_resampled_clips(run: Path) -> None:
     loaded = load_run(run)
     predictions, ece = loaded.predictions, loaded.results["calibration"]["ece"]
-    (weights,) = bootstrap.patient_weights(predictions.units("patient"), 60)
+    patients = predictions.units("patient")
+    order = bootstrap.canonical_order(predictions.labels, predictions.probabilities, patients)
+    (weights,) = bootstrap.patient_weights(patients[order], 60)
     values = [
         metrics.expected_calibration_error(
-            np.repeat(predictions.confidence, often), np.repeat(predictions.right, often)
+            np.repeat(predictions.confidence[order], often),
+            np.repeat(predictions.right[order], often),
         )
         for often in weights.astype(int)
     ]

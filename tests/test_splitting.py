@@ -143,11 +143,13 @@ def test_nothing_is_left_of_a_split_that_failed(listed: Path, monkeypatch) -> No
         (["none.csv", "--output", "o"], "none.csv: no such manifest"),
         (["twice.csv", "--output", "o"], "1 clips are listed with two labels"),
         (["names.csv", "--output", "o"], "1 clips have no label"),
+        (["two.csv", "--output", "o"], "1 clips are listed with two patients"),
         (["all.csv", "--output", "all.csv/o"], "cannot be made"),
     ],
 )
 def test_mistakes_are_one_line(listed: Path, flags: list[str], message: str, mistake) -> None:
     (listed / "twice.csv").write_text("path,label,patient\na.mp4,x,1\na.mp4,y,1\nb.mp4,x,2\n")
+    (listed / "two.csv").write_text("path,label,patient\na.mp4,x,1\n./a.mp4,x,2\nb.mp4,x,2\n")
     (listed / "names.csv").write_text("path,split\na.mp4,train\n")
     code, stderr = mistake(main, "split", *flags, cwd=listed)
     assert code == 2
