@@ -10,10 +10,16 @@ from typing import NamedTuple
 
 import numpy as np
 import pytest
+import torch
 
 from video import write_video
 
 ROOT = Path(__file__).parent.parent
+
+# The tests run in as many processes as there are cores (pyproject.toml): one thread for each, and
+# for each script that they start.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+torch.set_num_threads(1)
 
 
 def make_clip(path: Path, brightness: int, frames: int = 20, size: int = 32, seed: int = 0) -> Path:
