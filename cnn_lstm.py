@@ -58,10 +58,25 @@ class CNNLSTM(nn.Module):
 
     def forward(self, clips: torch.Tensor) -> torch.Tensor:
         """`(B, T, C, H, W)` uint8 or float in [0, 1] to logits `(B, num_classes)`."""
+        return self.over_window(self.per_frame(clips))
+
+    def per_frame(self, clips: torch.Tensor) -> torch.Tensor:
+        """`(B, T, C, H, W)` to each frame's features, `(B, T, 512)`: no other frame counts."""
         x = self.normalize(clips).flatten(0, 1)  # (B * T, C, H, W)
-        x = resnet_features(self.backbone, x).unflatten(0, clips.shape[:2])  # (B, T, 512)
-        x, _ = self.lstm(x)  # (B, T, width)
-        return self.head(self.dropout(self.pool(x)))
+        return resnet_features(self.backbone, x).unflatten(0, clips.shape[:2])
+
+    def over_window(self, features: torch.Tensor) -> torch.Tensor:
+        """The features of T frames `(B, T, 512)` to logits `(B, num_classes)`."""
+        return self.conclude(self.lstm(features)[0])
+
+    def conclude(self, outputs: torch.Tensor) -> torch.Tensor:
+        """T outputs of the LSTM `(B, T, width)` to logits `(B, num_classes)`."""
+        return self.head(self.dropout(self.pool(outputs)))
+
+    @property
+    def causal(self) -> bool:
+        """Whether the LSTM reads forward only."""
+        return not self.lstm.bidirectional
 
     def pool(self, x: torch.Tensor) -> torch.Tensor:
         """The LSTM's outputs `(B, T, width)` as one vector a clip, `(B, width)`."""

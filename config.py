@@ -71,6 +71,8 @@ class TrainConfig:
     """tsm: shift inside every residual branch, or before each of the four stages"""
     shift_div: int = 8
     """tsm: 1/shift_div of the channels shift forward in time, as many backward"""
+    shift_mode: Literal["bidirectional", "causal"] = "bidirectional"
+    """tsm: causal shifts from the past only, so that predict.py can follow a live stream"""
     lstm_hidden: int = 512
     """cnn_lstm: hidden size of the LSTM"""
     lstm_layers: int = 1

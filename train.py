@@ -36,6 +36,7 @@ from device import choose_device, choose_precision, describe_device, suit_device
 from epoch import train_one_epoch
 from errors import UserError
 from evaluate import evaluate
+from frame_rate import seen_frame_rate
 from interrupt import Interrupt, Interrupted
 from loaders import batches_per_epoch, build_dataloaders
 from manifest import ClipRow, patient_overlap
@@ -195,10 +196,9 @@ def train_epochs(
         )
 
 
-def calibrate_best(
-    run: Training, loader: DataLoader, folder: Path, interrupt: Interrupt
-) -> None:
-    """Fit the best epoch's temperature and threshold on validation, into its checkpoint.
+def calibrate_best(run: Training, loader: DataLoader, folder: Path, interrupt: Interrupt) -> None:
+    """Fit the best epoch's temperature and threshold on validation, into its checkpoint; with them
+    goes the frame rate of the clips, which predict.py shows it whole videos at.
 
     Raises:
         Interrupted: before the end.
@@ -208,7 +208,10 @@ def calibrate_best(
     # Untempered: a run that is resumed after this point was calibrated already.
     fitted = calibrate(predictions.labels, predictions.untempered, run.config.wanted_error)
     if distributed.rank() == 0:
-        save_checkpoint(folder / "best.pt", {**state, "calibration": fitted.state()})
+        config, paths = run.config, [row.path for row in loader.dataset.clips.rows]
+        rate = seen_frame_rate(paths, config.n_frames, config.eval_sampling)
+        fitted = {"calibration": fitted.state(), "frame_rate": rate}
+        save_checkpoint(folder / "best.pt", {**state, **fitted})
     distributed.from_first(None)  # the others wait until it is written
 
 

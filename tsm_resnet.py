@@ -34,6 +34,30 @@ def temporal_shift(x: torch.Tensor, n_frames: int, shift_div: int = 8) -> torch.
     return out.flatten(0, 1)  # (B * T, C, H, W)
 
 
+def causal_shift(
+    x: torch.Tensor, n_frames: int, shift_div: int = 8, before: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Shift 1/shift_div of the channels from the previous frame, none from the next.
+
+    `(B * T, C, H, W)` to the same shape: the first C // shift_div channels of frame t become those
+    of frame t - 1 (the paper's section 4, online models), those of the first frame `before`.
+
+    Args:
+        before: `(B, C // shift_div, H, W)`, those channels of the frame before the first one; None:
+            there is none, they are zero.
+
+    Returns:
+        The shifted features, and `before` for the frames that come next.
+    """
+    fold = x.shape[1] // shift_div
+    x = x.unflatten(0, (-1, n_frames))  # (B, T, C, H, W)
+    out = x.clone()
+    out[:, 1:, :fold] = x[:, :-1, :fold]
+    out[:, 0, :fold] = 0 if before is None else before
+    # A clone: a view would hold on to the whole of x.
+    return out.flatten(0, 1), x[:, -1, :fold].clone()
+
+
 class TSMResNet18(nn.Module):
     """ResNet-18 over the frames, temporal shifts inside, logits averaged over time.
 
@@ -43,6 +67,8 @@ class TSMResNet18(nn.Module):
             (the paper's released recipe); `stage` shifts the features before each of the four
             stages, as the project that this one follows did.
         shift_div: 1/shift_div of the channels shift each way.
+        shift_mode: `bidirectional`, or `causal`: from the past only, so that the model can follow a
+            stream (see stream.py).
         dropout: before the classifier.
     """
 
@@ -53,13 +79,17 @@ class TSMResNet18(nn.Module):
         num_classes: int = 7,
         shift_place: Literal["blockres", "stage"] = "blockres",
         shift_div: int = 8,
+        shift_mode: Literal["bidirectional", "causal"] = "bidirectional",
         dropout: float = 0.0,
     ) -> None:
         super().__init__()
+        if shift_mode not in ("bidirectional", "causal"):
+            raise ValueError(f"shift_mode must be bidirectional or causal, not {shift_mode!r}")
         if shift_place not in ("blockres", "stage"):
             raise ValueError(f"shift_place must be blockres or stage, not {shift_place!r}")
         self.shift_place = shift_place
         self.shift_div = shift_div
+        self.shift_mode = shift_mode
         self.normalize = Normalize(IMAGENET_MEAN_STD)
         self.backbone = resnet18(weights=None)
         self.head = nn.Linear(self.backbone.fc.in_features, num_classes)
@@ -68,16 +98,40 @@ class TSMResNet18(nn.Module):
 
     def forward(self, clips: torch.Tensor) -> torch.Tensor:
         """`(B, T, C, H, W)` uint8 or float in [0, 1] to logits `(B, num_classes)`."""
+        return self.over_window(self.per_frame(clips)[0])
+
+    def per_frame(
+        self, clips: torch.Tensor, memory: list[torch.Tensor] | None = None
+    ) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """`(B, T, C, H, W)` to each frame's logits, `(B, T, num_classes)`.
+
+        Args:
+            memory: of a causal model, what this method returned for the frames just before.
+        """
         n_frames = clips.shape[1]
+        kept: list[torch.Tensor] = []  # by the shifts, in their order
+
+        def shift(x: torch.Tensor) -> torch.Tensor:
+            if self.shift_mode == "bidirectional":
+                return temporal_shift(x, n_frames, self.shift_div)
+            before = memory[len(kept)] if memory else None
+            x, after = causal_shift(x, n_frames, self.shift_div, before)
+            kept.append(after)
+            return x
+
         x = self.normalize(clips).flatten(0, 1)  # (B * T, C, H, W)
-        x = resnet_features(
-            self.backbone,
-            x,
-            lambda x: temporal_shift(x, n_frames, self.shift_div),
-            self.shift_place,
-        )
+        x = resnet_features(self.backbone, x, shift, self.shift_place)
         logits = self.head(self.dropout(x))  # (B * T, num_classes)
-        return logits.unflatten(0, (-1, n_frames)).mean(dim=1)
+        return logits.unflatten(0, (-1, n_frames)), kept
+
+    def over_window(self, logits: torch.Tensor) -> torch.Tensor:
+        """The logits of T frames `(B, T, num_classes)` as one answer, `(B, num_classes)`."""
+        return logits.mean(dim=1)
+
+    @property
+    def causal(self) -> bool:
+        """Whether no frame's logits depend on later frames."""
+        return self.shift_mode == "causal"
 
     def stages(self) -> dict[str, list[nn.Module]]:
         """The modules from stem to head."""

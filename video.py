@@ -16,7 +16,6 @@ from pathlib import Path
 
 import av
 import numpy as np
-from av.video.reformatter import Interpolation
 
 import h264
 from atomic import atomic
@@ -30,6 +29,7 @@ from video_file import (
     open_video,
     reason,
     require_file,
+    to_rgb,
     video_streams,
 )
 
@@ -150,7 +150,7 @@ def recompress(frames: np.ndarray, crf: int) -> np.ndarray:
         _encode(container, even, crf=crf)
     file.seek(0)
     with av.open(file) as container:
-        back = [_to_rgb(frame, None) for frame in container.decode(decoding_stream(container, 0))]
+        back = [to_rgb(frame, None) for frame in container.decode(decoding_stream(container, 0))]
     return np.stack(back)[:, :height, :width]  # (T, H, W, 3)
 
 
@@ -205,7 +205,7 @@ def _read_needed(
                 return None
             seen, latest = seen + 1, frame.pts
             if by_pts[frame.pts] in wanted:
-                kept[by_pts[frame.pts]] = _to_rgb(frame, size)
+                kept[by_pts[frame.pts]] = to_rgb(frame, size)
     except (*DECODING_ERRORS, LookupError, TypeError):
         return None
     same_size = len({frame.shape for frame in kept.values()}) == 1
@@ -303,7 +303,7 @@ def _keep(
     try:
         for frame in decode(path, index):
             if found in wanted:
-                kept[found] = _to_rgb(frame, size)
+                kept[found] = to_rgb(frame, size)
                 damaged += frame.is_corrupt
             found += 1
             if found == stop_after:
@@ -313,18 +313,3 @@ def _keep(
             raise
         raise ClipError(path, f"breaks off after {found} frames: {reason(error)}") from error
     return kept, found, damaged
-
-
-def _to_rgb(frame: av.VideoFrame, size: int | None) -> np.ndarray:
-    """`(H, W, 3)` uint8 RGB, upright. The frame's own colour matrix and range are used."""
-    rgb = frame.reformat(
-        width=size or frame.width,
-        height=size or frame.height,
-        format="rgb24",
-        interpolation=Interpolation.BILINEAR,
-        src_colorspace=frame.colorspace,
-        src_color_range=frame.color_range,
-        threads=1,
-    ).to_ndarray()
-    # rotation is in degrees counter-clockwise, as np.rot90 counts quarters
-    return np.rot90(rgb, round(frame.rotation / 90)) if frame.rotation else rgb

@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 import av
+import numpy as np
 from av.stream import Disposition
+from av.video.reformatter import Interpolation
 
 from errors import UserError
 
@@ -131,3 +133,24 @@ def reason(error: BaseException) -> str:
     """FFmpeg's words without its number and without the path, which the caller names already."""
     words = getattr(error, "strerror", None) or str(error) or type(error).__name__
     return words[0].lower() + words[1:]
+
+
+def to_rgb(frame: av.VideoFrame, size: int | tuple[int, int] | None) -> np.ndarray:
+    """`(H, W, 3)` uint8 RGB, upright. The frame's own colour matrix and range are used.
+
+    Args:
+        size: of a side of the square that it is squeezed to, or (width, height) before it is turned
+            upright, or None: as it is.
+    """
+    width, height = (size, size) if isinstance(size, int) else size or (frame.width, frame.height)
+    rgb = frame.reformat(
+        width=width,
+        height=height,
+        format="rgb24",
+        interpolation=Interpolation.BILINEAR,
+        src_colorspace=frame.colorspace,
+        src_color_range=frame.color_range,
+        threads=1,
+    ).to_ndarray()
+    # rotation is in degrees counter-clockwise, as np.rot90 counts quarters
+    return np.rot90(rgb, round(frame.rotation / 90)) if frame.rotation else rgb

@@ -1,0 +1,196 @@
+"""Following a video frame by frame: every frame is seen once, and answered at once.
+
+A window of T frames that moves on by one frame shares T - 1 of them with the one before. `Streamer`
+keeps what a model made of those: a causal TSM the shifted channels of each block, a CNN-LSTM the
+features of the last T frames, or its LSTM's state. `SlidingWindows` is for models that need a whole
+window at once: it keeps the frames.
+"""
+
+from collections.abc import Callable
+from typing import Literal
+
+import torch
+from torch import nn
+
+from cnn_lstm import CNNLSTM
+from errors import UserError
+from inference import prepare_for_inference
+from tsm_resnet import TSMResNet18
+
+Memory = Literal["window", "state"]
+Embedding = Callable[
+    [torch.Tensor, list[torch.Tensor]], tuple[torch.Tensor, list[torch.Tensor]]
+]  # clips (S, t, C, H, W), memory -> vectors (S, t, D), memory; all with a row a stream
+
+
+def can_stream(model: nn.Module, memory: Memory = "window") -> bool:
+    """Whether a `Streamer` can follow a video with a model."""
+    if isinstance(model, CNNLSTM):
+        return model.causal or memory == "window"
+    return isinstance(model, TSMResNet18) and model.causal
+
+
+class Streamer:
+    """Answers to the frames of one or several videos, as they come.
+
+    The answer at frame t is what the model says of the frames t - T + 1 ... t (of fewer at the
+    start), and costs one frame's work:
+
+    - TSM, causal: the mean of the logits of those frames. For the first T frames that is what the
+      model says of them as a clip; later ones also carry what the shifts brought from before;
+    - CNN-LSTM, `window`: what it says of them as a clip, bidirectional or not;
+    - CNN-LSTM, `state`: the LSTM never starts anew, its outputs at those frames are pooled.
+
+    Args:
+        model: a trained model; it is left as it is.
+        n_frames: T, as in training.
+        streams: S videos followed at once, in one batch.
+        dtype: see `prepare_for_inference`.
+        temperature: divides the logits; see calibration.py.
+
+    Raises:
+        UserError: the model cannot be streamed.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        n_frames: int,
+        streams: int = 1,
+        memory: Memory = "window",
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+        temperature: float = 1.0,
+    ) -> None:
+        if not can_stream(model, memory):
+            raise UserError(
+                f"{type(model).__name__} as trained cannot follow a stream with memory {memory!r}: "
+                "TSM must be trained with shift_mode causal; only CNN-LSTM has a state, and a "
+                "bidirectional one only windows"
+            )
+        self.n_frames = n_frames
+        self.streams = streams
+        self.temperature = temperature
+        self.device = torch.device(device)
+        self._embed, self._conclude = _halves(
+            prepare_for_inference(model, self.device, dtype), memory
+        )
+        self.reset()
+
+    @torch.inference_mode()
+    def reset(self, stream: int | None = None) -> None:
+        """Forget what was seen, of all streams or of one: the next frame is its first."""
+        if stream is None:
+            self._memory: list[torch.Tensor] = []
+            self._tail: torch.Tensor | None = None  # (S, T - 1, D), the vectors before the next one
+            self._seen = torch.zeros(self.streams, dtype=torch.long)
+            return
+        self._seen[stream] = 0
+        for kept in self._memory:  # zeros are what a model starts from; _seen hides the tail
+            kept[stream] = 0
+
+    def push(self, frames: torch.Tensor) -> torch.Tensor:
+        """The next frame of each stream, `(S, C, H, W)` uint8 or float in [0, 1].
+
+        Returns:
+            `(S, num_classes)` fp64 probabilities on the CPU.
+        """
+        return self.push_many(frames.unsqueeze(1))[:, 0]
+
+    @torch.inference_mode()
+    def push_many(self, frames: torch.Tensor) -> torch.Tensor:
+        """The next t frames of each stream, `(S, t, C, H, W)`: the same answers in fewer, larger
+        calls, for files.
+
+        Returns:
+            `(S, t, num_classes)` fp64 probabilities on the CPU, an answer a frame.
+        """
+        if frames.dim() != 5 or len(frames) != self.streams:
+            raise ValueError(f"{self.streams} streams need frames (S, t, C, H, W)")
+        vectors, self._memory = self._embed(frames.to(self.device), self._memory)  # (S, t, D)
+        if self._tail is None:
+            self._tail = vectors.new_zeros(self.streams, self.n_frames - 1, vectors.shape[2])
+        vectors = torch.cat((self._tail, vectors), dim=1)  # (S, T - 1 + t, D)
+        windows = vectors.unfold(1, self.n_frames, 1).transpose(2, 3)  # (S, t, T, D)
+        self._tail = vectors[:, vectors.shape[1] - self.n_frames + 1 :].clone()
+
+        seen = self._seen[:, None] + torch.arange(1, frames.shape[1] + 1)  # (S, t)
+        self._seen = seen[:, -1]
+        lengths = seen.clamp(max=self.n_frames)
+        logits: torch.Tensor | None = None
+        for length in lengths.unique().tolist():  # one, unless a stream has just begun
+            these = (lengths == length).to(self.device)
+            part = self._conclude(windows[these][:, -length:])  # (n, T, D) -> (n, classes)
+            if logits is None:
+                logits = part.new_empty(*lengths.shape, part.shape[1])
+            logits[these] = part
+        return (logits.cpu().double() / self.temperature).softmax(dim=-1)
+
+
+def _halves(
+    model: nn.Module, memory: Memory
+) -> tuple[Embedding, Callable[[torch.Tensor], torch.Tensor]]:
+    """A model as two functions: what is done once for each frame, and what with the last T."""
+    if isinstance(model, TSMResNet18):
+        return model.per_frame, model.over_window
+    if memory == "window":
+        return lambda clips, _: (model.per_frame(clips), []), model.over_window
+
+    def embed(
+        clips: torch.Tensor, state: list[torch.Tensor]
+    ) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        # PyTorch's LSTM has the streams in the second place of its state, we have them in the first
+        before = tuple(kept.transpose(0, 1).contiguous() for kept in state) or None
+        outputs, after = model.lstm(model.per_frame(clips), before)
+        return outputs, [kept.transpose(0, 1) for kept in after]
+
+    return embed, model.conclude
+
+
+class SlidingWindows:
+    """Answers to windows of T frames, one every `stride` frames, for any model.
+
+    Args:
+        as for `Streamer`.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        n_frames: int,
+        stride: int,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+        temperature: float = 1.0,
+    ) -> None:
+        self.n_frames = n_frames
+        self.stride = stride
+        self.temperature = temperature
+        self.device = torch.device(device)
+        self._model = prepare_for_inference(model, self.device, dtype)
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget what was seen."""
+        self._frames: list[torch.Tensor] = []
+        self._wait = self.n_frames  # frames until the next window is full
+
+    @torch.inference_mode()
+    def push(self, frame: torch.Tensor) -> torch.Tensor | None:
+        """The next frame, `(C, H, W)`.
+
+        Returns:
+            `(num_classes,)` fp64 probabilities of the window that it completes, or None.
+        """
+        self._frames = [*self._frames[1 - self.n_frames :], frame] if self.n_frames > 1 else [frame]
+        self._wait -= 1
+        if self._wait:
+            return None
+        self._wait = self.stride
+        return self.answer(torch.stack(self._frames))
+
+    @torch.inference_mode()
+    def answer(self, window: torch.Tensor) -> torch.Tensor:
+        """What the model says of a window `(T, C, H, W)`: `(num_classes,)` probabilities."""
+        logits = self._model(window[None].to(self.device))[0]  # (num_classes,)
+        return (logits.cpu().double() / self.temperature).softmax(dim=-1)
