@@ -87,3 +87,17 @@ def test_the_order_of_frames_matters(pooling: str) -> None:
 def test_dropout_lies_between_layers_too() -> None:
     assert CNNLSTM(lstm_layers=2, lstm_hidden=8, dropout=0.3).lstm.dropout == 0.3
     assert CNNLSTM(lstm_layers=1, lstm_hidden=8, dropout=0.3).lstm.dropout == 0.0  # torch warns
+
+
+@torch.no_grad()
+def test_a_forward_lstm_is_causal_and_a_bidirectional_one_is_not() -> None:
+    x = clips(1, 6, 3, 32, 32)
+    other = x.clone()
+    other[:, 4:] = 1 - other[:, 4:]
+    for bidirectional in (False, True):
+        model = build(bidirectional=bidirectional, lstm_hidden=32)
+        assert model.causal is not bidirectional
+        changed = (model.lstm(model.per_frame(other))[0] - model.lstm(model.per_frame(x))[0]).abs()
+        changed = changed.amax(dim=2)[0]  # (T,)
+        assert (changed[4:] > 1e-4).all()
+        assert bool((changed[:4] < 1e-6).all()) is not bidirectional

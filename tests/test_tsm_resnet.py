@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from tsm_resnet import LAYERS, TSMResNet18, temporal_shift
+from tsm_resnet import LAYERS, TSMResNet18, causal_shift, temporal_shift
 
 
 def shift_by_loop(x: torch.Tensor, n_frames: int, shift_div: int = 8) -> torch.Tensor:
@@ -137,3 +137,83 @@ def test_channels_last_weights_give_the_same_logits() -> None:
         wanted = model(x)
         out = model.to(memory_format=torch.channels_last)(x)
     torch.testing.assert_close(out, wanted, atol=1e-4, rtol=1e-4)
+
+
+def causal_by_loop(x: torch.Tensor, n_frames: int, shift_div: int, before: torch.Tensor | None):
+    """One frame of one channel at a time: nothing comes from the future."""
+    out = x.clone()
+    for frame in range(len(x)):
+        clip, t = divmod(frame, n_frames)
+        for channel in range(x.shape[1] // shift_div):
+            if t:
+                out[frame, channel] = x[frame - 1, channel]
+            else:
+                out[frame, channel] = 0.0 if before is None else before[clip, channel]
+    return out
+
+
+@pytest.mark.parametrize("n_frames", [1, 2, 5])
+@pytest.mark.parametrize("shift_div", [2, 8])
+@pytest.mark.parametrize("known", [False, True])
+def test_causal_shift_equals_the_loop(n_frames: int, shift_div: int, known: bool) -> None:
+    x = clips(3 * n_frames, 16, 2, 3)
+    before = clips(3, 16 // shift_div, 2, 3, seed=1) if known else None
+    out, after = causal_shift(x, n_frames, shift_div, before)
+    assert torch.equal(out, causal_by_loop(x, n_frames, shift_div, before))
+    assert torch.equal(after, x[n_frames - 1 :: n_frames, : 16 // shift_div])
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_causal_shift_keeps_the_memory_format_and_its_input(layout: torch.memory_format) -> None:
+    x = clips(8, 16, 4, 5).contiguous(memory_format=layout)
+    copy_of_x = x.clone()
+    out, _ = causal_shift(x, 4)
+    assert out.stride() == x.stride()
+    assert torch.equal(x, copy_of_x)
+
+
+def test_causal_shift_gradient() -> None:
+    x = clips(6, 8, 2, 2).double().requires_grad_()
+    assert torch.autograd.gradcheck(lambda x: causal_shift(x, 3, 4)[0], x)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("shift_place", ["blockres", "stage"])
+def test_no_frame_knows_the_future(shift_place: str) -> None:
+    """Other frames from t on change the logits of t and later ones, not of earlier ones."""
+    model = lively(shift_mode="causal", shift_place=shift_place)
+    both = lively(shift_place=shift_place)
+    x = clips(1, 12, 3, 32, 32)
+    wanted, mixed = model.per_frame(x)[0], both.per_frame(x)[0]
+    for t in (1, 6, 11):
+        other = x.clone()
+        other[:, t:] = clips(1, 12 - t, 3, 32, 32, seed=t)
+        logits = model.per_frame(other)[0]
+        torch.testing.assert_close(logits[:, :t], wanted[:, :t], atol=1e-6, rtol=0)
+        assert (logits[:, t] - wanted[:, t]).abs().max() > 1e-3
+        assert (both.per_frame(other)[0] - mixed)[:, t - 1].abs().max() > 1e-4  # it can be seen
+    assert model.causal
+    assert not both.causal
+
+
+@torch.no_grad()
+def test_each_frame_knows_the_past() -> None:
+    model = lively(shift_mode="causal")
+    x = clips(1, 8, 3, 32, 32)
+    other = x.clone()
+    other[:, 3] = clips(1, 3, 32, 32, seed=5)
+    changed = (model.per_frame(other)[0] - model.per_frame(x)[0]).abs().amax(dim=2)[0]
+    assert (changed[:3] == 0).all()
+    assert (changed[3:] > 1e-4).all()
+
+
+@torch.no_grad()
+def test_a_clip_is_the_mean_of_its_frames() -> None:
+    model = lively(shift_mode="causal")
+    x = clips(2, 5, 3, 32, 32)
+    torch.testing.assert_close(model(x), model.per_frame(x)[0].mean(dim=1))
+
+
+def test_unknown_shift_modes_are_refused() -> None:
+    with pytest.raises(ValueError, match="shift_mode must be bidirectional or causal"):
+        TSMResNet18(shift_mode="online")
