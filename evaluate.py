@@ -1,12 +1,15 @@
-"""Evaluate a checkpoint on a split.
+"""Evaluate a checkpoint on a split, or predicted timelines of whole videos.
 
     python evaluate.py runs/20260101-120000_tsm                    the test split
     python evaluate.py runs/20260101-120000_tsm --split val --views 2
     python evaluate.py best.pt --data-root /data/SLAM --csv other_hospital.csv
     python evaluate.py RUN --shuffle-frames                        how much of it is motion?
     python evaluate.py RUN --corruptions                           what do smoke, blood ... cost?
+    python evaluate.py --timeline operation.csv operation.mp4.timeline
+    python evaluate.py --timeline truth/ predictions/ --relaxed 5 --output judged/
 
 Everything needed to rebuild the model is in the checkpoint. Results go into a folder of the run.
+With --timeline no model is needed: see timeline_metrics.py for what the scores mean.
 """
 
 import dataclasses
@@ -40,6 +43,7 @@ from results import write_results
 from robustness import measure_robustness
 from run_folder import command, record_session
 from script import script
+from timeline_results import evaluate_timelines
 
 
 @torch.inference_mode()
@@ -111,8 +115,8 @@ def evaluate(
 class EvaluateConfig:
     """What to evaluate, on what."""
 
-    checkpoint: Annotated[str, tyro.conf.Positional]
-    """a run folder (its best.pt) or a checkpoint file"""
+    checkpoint: Annotated[str, tyro.conf.Positional] = ""
+    """a run folder (its best.pt) or a checkpoint file; none with --timeline"""
     split: Literal["train", "val", "test"] = "test"
     """which of the run's splits"""
     csv: str = ""
@@ -140,7 +144,13 @@ class EvaluateConfig:
     amp: Literal["auto", "fp32", "bf16", "fp16"] = "fp32"
     """precision of the forward pass"""
     output: str = ""
-    """folder for the results (empty: a folder of its own inside the run)"""
+    """folder for the results (empty: a folder of its own inside the run; with --timeline: none)"""
+    timeline: tuple[str, str] | None = None
+    """truth and prediction of whole videos instead of a checkpoint: each a timeline.csv
+    (start,end,label and, of several videos, video), or a folder: <video>.csv of the truth,
+    <video>.mp4.timeline/ of predict.py or <video>.csv of the prediction"""
+    relaxed: float = 0.0
+    """with --timeline: also scores that forgive boundaries shifted by this many seconds"""
 
 
 def output_folder(config: EvaluateConfig) -> Path:
@@ -187,9 +197,27 @@ def _other_threshold(calibration: Calibration, config: EvaluateConfig) -> Calibr
     return calibration.with_wanted_error(config.wanted_error)
 
 
+def _only_for_checkpoints(config: EvaluateConfig) -> list[str]:
+    """Which options were given that mean nothing with --timeline."""
+    fields = {field.name: field.default for field in dataclasses.fields(config)}
+    given = [name for name, default in fields.items() if getattr(config, name) != default]
+    return [name for name in given if name not in ("timeline", "relaxed", "output")]
+
+
 @script
 def main() -> None:
     config = tyro.cli(EvaluateConfig, description=__doc__)
+    if config.timeline:
+        if senseless := _only_for_checkpoints(config):
+            raise UserError(
+                f"--timeline judges files, without a model: leave out {', '.join(senseless)}"
+            )
+        print(evaluate_timelines(*config.timeline, config.relaxed, config.output))
+        return
+    if config.relaxed:
+        raise UserError("--relaxed is for --timeline: clips have no boundaries")
+    if not config.checkpoint:
+        raise UserError("name a run folder or a checkpoint, or --timeline TRUTH PREDICTION")
     if config.views < 1 or config.workers < 0 or (config.batch_size or 1) < 1:
         raise UserError("views and batch_size must be at least 1, workers at least 0")
     if config.wanted_error is not None and not 0 <= config.wanted_error <= 1:

@@ -1,0 +1,98 @@
+// What the page knows: what timeline_page.py wrote into it, and the corrections made here.
+
+const $ = id => document.getElementById(id);
+const data = JSON.parse($("data").textContent);
+const { duration, labels, bins } = data; // the labels: all classes, then the marks
+const segments = data.segments.map(([start, end, label, confidence]) => (
+  { start, end, label, confidence })); // seconds; a label by its number
+const NO_ANSWER = 255;
+const curves = Uint8Array.from(atob(data.curves), c => c.charCodeAt(0)); // class after class
+
+const isMark = label => data.marks.includes(labels[label]);
+const nameOf = label => isMark(label) ? labels[label].replaceAll("_", " ") : labels[label];
+
+let corrections = new Map(); // a segment's number: its label
+const steps = []; // the corrections before each change, to undo it
+let exported = state();
+
+const labelOf = number => corrections.get(number) ?? segments[number].label;
+const isExported = () => exported === state();
+
+function state() {
+  return JSON.stringify([...corrections].sort((a, b) => a[0] - b[0]));
+}
+
+function correct(number, label) {
+  steps.push(new Map(corrections));
+  if (label === segments[number].label) corrections.delete(number);
+  else corrections.set(number, label);
+}
+
+function correctNone() {
+  steps.push(corrections);
+  corrections = new Map();
+}
+
+function undo() {
+  corrections = steps.pop() ?? corrections;
+}
+
+// The last segment that starts by a time, -1 before all. Times from a player are off by some ns.
+function segmentAt(time) {
+  let low = 0, high = segments.length;
+  while (low < high) {
+    const middle = (low + high) >> 1;
+    if (segments[middle].start <= time + 0.0005) low = middle + 1;
+    else high = middle;
+  }
+  return low - 1;
+}
+
+// 0 to 1, or null where the model gave no answer.
+function probabilityAt(label, time) {
+  if (!bins) return null;
+  const bin = Math.min(bins - 1, Math.floor(time / duration * bins));
+  const value = curves[label * bins + bin];
+  return value === NO_ANSWER ? null : value / 254;
+}
+
+// As RFC 4180 has it. A label is written as it is, even if a spreadsheet takes it for a formula:
+// it must come back as the same label.
+function toCsv() {
+  const quote = text => /[",\r\n]/.test(text) ? `"${text.replaceAll('"', '""')}"` : text;
+  const rows = segments.map(({ start, end, label, confidence }, number) => {
+    const corrected = corrections.has(number);
+    const sure = corrected || confidence === null ? "" : confidence.toFixed(4);
+    return [start.toFixed(3), end.toFixed(3), quote(labels[labelOf(number)]), sure,
+      corrected ? quote(labels[label]) : ""].join(",");
+  });
+  return ["start,end,label,confidence,corrected_from", ...rows, ""].join("\r\n");
+}
+
+function exportCsv() {
+  const link = document.createElement("a");
+  link.href = URL.createObjectURL(new Blob([toCsv()], { type: "text/csv" }));
+  link.download = "timeline_corrected.csv";
+  link.click();
+  setTimeout(() => URL.revokeObjectURL(link.href), 60_000); // a phone may ask where to first
+  exported = state();
+}
+
+// h:mm:ss, or m:ss in a video below an hour; with decimals if asked for.
+function clock(seconds, decimals = 0) {
+  const unit = 10 ** decimals;
+  const ticks = decimals ? Math.round(seconds * unit) : Math.floor(seconds + 0.0005);
+  const minutes = Math.floor(ticks / unit / 60);
+  const rest = (ticks / unit - 60 * minutes).toFixed(decimals).padStart(decimals ? 3 + decimals : 2, "0");
+  if (duration < 3600) return `${minutes}:${rest}`;
+  return `${Math.floor(minutes / 60)}:${String(minutes % 60).padStart(2, "0")}:${rest}`;
+}
+
+// Write a name into an element; it may break between its words.
+function write(element, text) {
+  const parts = text.split(/(?<=[a-z])(?=[A-Z])|(?<=[_/.-])(?=\w)/);
+  element.replaceChildren(...parts.flatMap((part, i) => i ? [document.createElement("wbr"), part] : [part]));
+}
+
+const percent = (share, decimals = 0) =>
+  share === null ? "–" : `${(100 * share).toFixed(decimals)}\u00a0%`;
