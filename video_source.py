@@ -4,6 +4,7 @@ Clips are short and whole or refused (video.py). An operation is hours long, and
 is no reason to lose the rest: it is bridged, and marked.
 """
 
+import math
 import platform
 import re
 import sys
@@ -77,7 +78,7 @@ class Source(ABC):
         self.notes: list[str] = []
         self.state = ""
         """what a live source is doing while there are no pictures"""
-        self._next = 0.0
+        self._due = 0
         self._gap = 0.0
 
     @abstractmethod
@@ -90,10 +91,10 @@ class Source(ABC):
 
     def _take(self, frame: av.VideoFrame, seconds: float) -> Iterator[Picture]:
         """The picture of a frame, if one is due."""
-        if seconds + 1e-4 < self._next:
+        passed = math.floor((seconds + 1e-4) * self.rate)  # the multiples of 1/rate so far
+        if passed < self._due:
             return
-        while self._next <= seconds + 1e-4:
-            self._next += 1 / self.rate
+        self._due = passed + 1
         shown = None
         if self.preview:
             width = min(PREVIEW_WIDTH, frame.width)
@@ -140,8 +141,7 @@ class _Recorded(Source):
         origin = (container.start_time or 0) / av.time_base
         self.duration = max(0.0, (container.duration or 0) / av.time_base)
         longest = max(1.0, 5 * interval)  # between frames, without a word
-        trusted = True
-        error, lost_at = "", 0.0
+        trusted, error, lost_at = True, "", -math.inf
         for item in _decode_all(container, stream):
             if isinstance(item, str):
                 error, trusted, lost_at = error or item, False, self.end
@@ -151,8 +151,13 @@ class _Recorded(Source):
             absurd = self.duration and seconds > 2 * self.duration + 60
             if backwards or absurd:
                 seconds = self.end
-            # After an error pictures are patched up from others until one stands for itself.
-            trusted = trusted or item.key_frame or seconds > lost_at + RECOVERY
+            # After an error pictures are patched up from others until one stands for itself, and
+            # where some are missing then, the damage goes on.
+            if seconds > lost_at + RECOVERY:
+                trusted = True
+            elif trusted and seconds > self.end + 1.5 * interval:
+                trusted, error = False, "frames are missing"
+            trusted = trusted or item.key_frame
             if item.is_corrupt or not trusted:
                 error = error or "damaged frames"
                 continue
