@@ -4,6 +4,7 @@
     python benchmark_latency.py --models tsm runs/2026..._tsm --device cuda --amp bf16
     python benchmark_latency.py --models r2plus1d@112 --batch-size 8 --repeats 30
     python benchmark_latency.py --what inference training    what the preparation for speed gains
+    python benchmark_latency.py --what streaming             an answer at every frame of a video
 
 A model is a name (random weights: speed does not depend on them), a name@size, or a run folder
 (its own settings, its accuracy and macro-F1 beside its speed). Two numbers are easily confused:
@@ -33,6 +34,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 from benchmark_ratios import compare
+from benchmark_streaming import STREAMED, compare_streaming, measure_live
 from benchmarking import conditions, published_speed, random_clips, report, time_calls
 from checkpoint import build_from_checkpoint, build_model_from_config, load_checkpoint
 from config import TrainConfig
@@ -58,9 +60,9 @@ FORMATS = {
 class BenchmarkConfig:
     """What to time, and how often."""
 
-    what: tuple[Literal["latency", "inference", "training"], ...] = ("latency",)
+    what: tuple[Literal["latency", "inference", "training", "streaming"], ...] = ("latency",)
     """which tables: the models' latency; ways to run them against plain PyTorch and onnxruntime;
-    training steps against plain PyTorch"""
+    training steps against plain PyTorch; following a video frame by frame"""
     models: tuple[str, ...] = ("tsm", "cnn_lstm", "r2plus1d@112", "vivit")
     """names, name@size, or run folders"""
     batch_size: int = 8
@@ -246,8 +248,28 @@ def main() -> None:
     for what in config.what:
         if what == "latency":
             report(what, *benchmark(config.models, config), config.output, FORMATS)
+        elif what == "streaming":
+            time_streaming(config)
         else:
             report(f"{what}_ways", *compare_ways(what, config), config.output, FORMATS)
+
+
+def time_streaming(config: BenchmarkConfig) -> None:
+    """Report what streaming saves, and whether it keeps up with a camera."""
+    names = [spec for spec in config.models if spec in STREAMED]
+    if not names:
+        raise UserError(f"streaming times models by name: {', '.join(STREAMED)}")
+    device = choose_device(config.device)
+    dtype = choose_precision(config.amp, device)
+    settings = names, config.n_frames, config.image_size
+    ratios = compare_streaming(*settings, config.repeats, device, dtype)
+    live = measure_live(*settings, 60 * config.repeats, device, dtype)
+    facts = {"precision": str(dtype).removeprefix("torch."), "window": config.n_frames,
+             "pixels": config.image_size}  # fmt: skip
+    turns = f"{config.repeats} turns of 3 calls"
+    report("streaming", ratios, conditions(device, n=turns, **facts), config.output, FORMATS)
+    video = "1280 x 720 H.264, rendered, decoded in the same thread"
+    report("live", live, conditions(device, video=video, **facts), config.output, FORMATS)
 
 
 def compare_ways(

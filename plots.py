@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
 
 from atomic import atomic
+from timeline import MARKS, Timeline
 
 
 def plot_confusion(matrix: np.ndarray, classes: Sequence[str], path: str | Path) -> None:
@@ -139,6 +140,43 @@ def plot_robustness(table: pd.DataFrame, clean: float, path: str | Path) -> None
     figure.supxlabel("severity", fontsize=9)
     figure.supylabel("accuracy", fontsize=9)
     _save(figure, path)
+
+
+def plot_timeline(timeline: Timeline, path: str | Path) -> None:
+    """Draw a row for each class, its segments as bars over its probability, and one for what is no
+    class. Whoever needs details opens timeline.html."""
+    rows = [
+        *timeline.classes,
+        *dict.fromkeys(s.label for s in timeline.segments if s.label in MARKS),
+    ]
+    figure = Figure(figsize=(12, 1.1 + 0.42 * len(rows)), layout="constrained")
+    axes = figure.subplots()
+    step = math.ceil(len(timeline.times) / 3000) or 1  # more than there are pixels
+    for row, name in enumerate(rows):
+        bars = [(s.start, s.duration) for s in timeline.segments if s.label == name]
+        if name in MARKS:
+            look = {"facecolor": "none", "edgecolor": "0.35", "hatch": "////", "lw": 0.5}
+        else:
+            look = {"facecolor": f"C{row % 10}", "edgecolor": "none"}
+            if len(timeline.times):
+                curve = timeline.probabilities[::step, row]
+                base = np.full(len(curve), row + 0.4)
+                axes.fill_between(timeline.times[::step], base, base - 0.8 * curve, color="0.85")
+        axes.broken_barh(bars, (row + 0.05, 0.35), **look)
+    axes.set_yticks(range(len(rows)), [_plain_text(name) for name in rows])
+    axes.set(xlim=(0, timeline.duration), ylim=(len(rows) - 0.5, -0.5), xlabel="time")
+    axes.xaxis.set_major_formatter(lambda seconds, _: _minutes(seconds))
+    axes.set_title(_plain_text(timeline.name), fontsize=10)
+    axes.grid(axis="x", alpha=0.3)
+    axes.set_axisbelow(True)
+    _save(figure, path)
+
+
+def _minutes(seconds: float) -> str:
+    """`1:02:03`, or `2:03` below an hour."""
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
 
 
 def _save(figure: Figure, path: str | Path) -> None:

@@ -1,14 +1,17 @@
 """From an answer a frame to a timeline that somebody can read.
 
-A hidden Markov model: at every moment one of the classes is the true one, or nobody knows; it stays
-so for a while, and what the network says is the evidence. Offline Viterbi's algorithm finds the
-likeliest sequence that keeps a minimum duration; online a forward filter says what is likeliest
-now. (Rabiner, "A Tutorial on Hidden Markov Models", Proceedings of the IEEE, 1989.)
+A hidden Markov model: at every moment one of the classes is the true one, it stays so for a while,
+and what the network says is the evidence. Offline Viterbi's algorithm finds the likeliest sequence
+that keeps a minimum duration; online a forward filter says what is likeliest now. (Rabiner, "A
+Tutorial on Hidden Markov Models", Proceedings of the IEEE, 1989.) The network's probabilities are
+used as likelihoods: all classes are taken as equally frequent.
 
-The network's probabilities are used as likelihoods: all classes are taken as equally frequent.
+Where the network is not sure of the class that is found, by its probability over the minimum
+duration and the checkpoint's threshold, the answer is `uncertain`.
 """
 
 import math
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -31,7 +34,7 @@ class Smoothing:
     minimum: int
     """answers that a segment lasts at least"""
     threshold: float
-    """confidence below which a stretch is `uncertain`; infinity: all is"""
+    """mean probability below which a stretch is `uncertain`; infinity: all is"""
 
     @classmethod
     def for_video(
@@ -59,15 +62,8 @@ class Smoothing:
         )
 
     def evidence(self, probabilities: np.ndarray) -> np.ndarray:
-        """Log-likelihoods of the states: `(N, K)` probabilities to `(N, K + 1)`, the last one
-        `uncertain`: it wins where no class keeps above the threshold."""
-        log = np.log(np.maximum(probabilities, _SMALLEST))
-        unsure = np.full((len(log), 1), math.log(max(self.threshold, _SMALLEST)))
-        if self.threshold == math.inf:
-            log, unsure = np.full_like(log, -math.inf), np.zeros_like(unsure)
-        elif not self.threshold:
-            unsure[:] = -math.inf
-        return self.weight * np.concatenate((log, unsure), axis=1)
+        """Log-likelihoods of the classes, `(N, K)` as the probabilities."""
+        return self.weight * np.log(np.maximum(probabilities, _SMALLEST))
 
     def transitions(self, states: int) -> tuple[float, float]:
         """Log-probabilities of staying, and of going to one certain other state."""
@@ -90,8 +86,6 @@ def viterbi(evidence: np.ndarray, stay: float, switch: float, minimum: int = 1) 
     n, states = evidence.shape
     if n <= minimum:
         return np.full(n, evidence.sum(axis=0).argmax()) if n else np.zeros(0, int)
-    # -inf - -inf is not a number: a finite, hopeless score instead
-    evidence = np.maximum(evidence, -1e9)
     within = np.concatenate((np.zeros((1, states)), evidence.cumsum(axis=0)))
     within = within[minimum:] - within[:-minimum] + (minimum - 1) * stay  # of answers t-D+1 ... t
     best = within[0]
@@ -125,23 +119,45 @@ def viterbi(evidence: np.ndarray, stay: float, switch: float, minimum: int = 1) 
     return path
 
 
+def smooth(probabilities: np.ndarray, smoothing: Smoothing) -> np.ndarray:
+    """The states `(N,)` of answers `(N, num_classes)`, offline; `num_classes` is `uncertain`.
+
+    The uncertain stretches are those that make the sum of (probability - threshold) over the others
+    largest, where all last the minimum duration at least: what is answered is above the threshold
+    on average. A class that has less than the minimum left is uncertain too.
+    """
+    n, classes = probabilities.shape
+    minimum = smoothing.minimum
+    states = viterbi(smoothing.evidence(probabilities), *smoothing.transitions(classes), minimum)
+    if smoothing.threshold == math.inf:
+        return np.full(n, classes)
+    worth = probabilities[np.arange(n), states] - smoothing.threshold
+    unsure = viterbi(np.stack((worth, np.zeros(n)), axis=1), 0.0, 0.0, minimum) == 1
+    states = np.where(unsure, classes, states)
+    starts = np.flatnonzero(np.diff(states, prepend=-1))
+    for start, end in zip(starts, [*starts[1:], n], strict=True):
+        if end - start < minimum and unsure.any():
+            states[start:end] = classes
+    return states
+
+
 class CausalFilter:
-    """What is likeliest now, from the answers so far; a new state must hold for a while."""
+    """What is likeliest now, from the answers so far; a new class must hold for a while."""
 
     def __init__(self, smoothing: Smoothing, classes: int) -> None:
         self._smoothing = smoothing
-        states = classes + 1
-        stay, switch = smoothing.transitions(states)
-        self._move = np.full((states, states), math.exp(switch))
+        stay, switch = smoothing.transitions(classes)
+        self._move = np.full((classes, classes), math.exp(switch))
         np.fill_diagonal(self._move, math.exp(stay))
-        self._belief = np.full(states, 1 / states)
+        self._belief = np.full(classes, 1 / classes)
+        self._recent: deque[np.ndarray] = deque(maxlen=smoothing.minimum)
         self._state: int | None = None
         self._rival: int | None = None
         self._held = 0
 
     def push(self, probabilities: np.ndarray) -> int:
         """The state after the next answer, `(num_classes,)`; `num_classes` is `uncertain`."""
-        log = self._smoothing.evidence(probabilities[None])[0]
+        log = self._smoothing.evidence(probabilities)
         belief = (self._belief @ self._move) * np.exp(log - log.max())
         self._belief = belief / belief.sum()
         likeliest = int(self._belief.argmax())
@@ -149,14 +165,9 @@ class CausalFilter:
         self._rival = likeliest
         if self._state is None or self._held >= self._smoothing.minimum:
             self._state = likeliest
-        return self._state
-
-
-def smooth(probabilities: np.ndarray, smoothing: Smoothing) -> np.ndarray:
-    """The states `(N,)` of answers `(N, num_classes)`, offline; `num_classes` is `uncertain`."""
-    evidence = smoothing.evidence(probabilities)
-    stay, switch = smoothing.transitions(evidence.shape[1])
-    return viterbi(evidence, stay, switch, smoothing.minimum)
+        self._recent.append(probabilities)
+        confidence = np.mean([row[self._state] for row in self._recent])
+        return self._state if confidence >= self._smoothing.threshold else len(probabilities)
 
 
 def to_segments(

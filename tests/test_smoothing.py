@@ -58,10 +58,40 @@ def test_below_the_threshold_it_is_uncertain() -> None:
     answers = np.array([sure] * 30 + [unsure] * 30 + [sure] * 30)
     smoothing = Smoothing(switching=0.05, weight=1.0, minimum=3, threshold=0.6)
     assert smooth(answers, smoothing).tolist() == [0] * 30 + [3] * 30 + [0] * 30
+    online = CausalFilter(smoothing, 3)
+    said = [online.push(row) for row in answers]
+    assert said[:31] == [0] * 31  # the mean of the last three decides
+    assert said[33:60] == [3] * 27
+    assert said[63:] == [0] * 27
     everything = Smoothing(0.05, 1.0, 3, threshold=0.0)
     assert smooth(answers, everything).tolist() == [0] * 90
     nothing = Smoothing(0.05, 1.0, 3, threshold=math.inf)
     assert smooth(answers, nothing).tolist() == [3] * 90
+
+
+def test_what_is_left_over_between_uncertain_stretches_is_uncertain() -> None:
+    """Class 1 lasts 8 answers, but is sure for 2 of them: less than the minimum."""
+    answers = np.array([[0.9, 0.1]] * 10 + [[0.05, 0.95]] * 2 + [[0.4, 0.6]] * 6)
+    smoothing = Smoothing(switching=0.3, weight=1.0, minimum=4, threshold=0.7)
+    assert smooth(answers, smoothing).tolist() == [0] * 10 + [2] * 8
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_answered_stretches_are_sure_enough_and_long_enough(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    answers = rng.dirichlet(np.ones(3) * 0.4, 20).repeat(rng.integers(2, 9, 20), axis=0)
+    smoothing = Smoothing(switching=0.1, weight=0.4, minimum=5, threshold=0.6)
+    states = smooth(answers, smoothing)
+    assert 0 < (states == 3).mean() < 1
+    runs = [list(group) for _, group in itertools.groupby(states)]
+    assert all(len(run) >= 5 for run in runs)
+    place = 0
+    for answered, group in itertools.groupby(states, key=lambda state: state < 3):
+        length = len(list(group))
+        if answered:
+            rows = np.arange(place, place + length)
+            assert answers[rows, states[rows]].mean() >= 0.6
+        place += length
 
 
 def test_seconds_become_answers() -> None:
@@ -74,12 +104,13 @@ def test_seconds_become_answers() -> None:
 
 def test_the_filter_is_the_forward_algorithm() -> None:
     """Against the sum over all sequences of states."""
-    smoothing = Smoothing(switching=0.3, weight=0.7, minimum=1, threshold=0.4)
-    answers = np.random.default_rng(3).dirichlet(np.ones(2), 6)
+    smoothing = Smoothing(switching=0.3, weight=0.7, minimum=1, threshold=0.0)
+    answers = np.random.default_rng(3).dirichlet(np.ones(3), 6)
     evidence = smoothing.evidence(answers)
+    np.testing.assert_allclose(evidence, 0.7 * np.log(answers))
     stay, switch = smoothing.transitions(3)
     assert math.exp(stay) + 2 * math.exp(switch) == pytest.approx(1)
-    online = CausalFilter(smoothing, 2)
+    online = CausalFilter(smoothing, 3)
     for t in range(len(answers)):
         totals = np.zeros(3)
         for path in itertools.product(range(3), repeat=t + 1):

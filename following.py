@@ -1,0 +1,255 @@
+"""One video from its first picture to its timeline."""
+
+import importlib.util
+import math
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, Self
+
+import numpy as np
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from answering import Answerer, Answers
+from calibration import UNCERTAIN, Calibration
+from errors import UserError
+from interrupt import Interrupt, Interrupted
+from live_page import LivePage, Snapshot
+from read_ahead import ReadAhead
+from smoothing import CausalFilter, Smoothing, smooth, to_segments
+from stream import Memory
+from timeline import OUT_OF_BODY, FramesWriter, Segment, Timeline
+from video_source import Picture, Source
+
+_BAR = "{desc}: {percentage:3.0f}%|{bar}| {n:.0f}/{total:.0f} s, left {remaining}{postfix}"
+_ENDLESS_BAR = "{desc}: {n:.0f} s{postfix}"
+TOGETHER = 16  # pictures of a recording that go through the model in one call
+
+Hook = Callable[[np.ndarray], bool]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How videos are followed; see PredictConfig."""
+
+    model: nn.Module
+    classes: tuple[str, ...]
+    n_frames: int
+    image_size: int
+    rate: float
+    stride: int
+    memory: Memory
+    calibration: Calibration
+    smoothing: Literal["auto", "viterbi", "causal", "none"]
+    segment_seconds: float
+    minimum_seconds: float
+    out_of_body: Hook | None
+    device: torch.device
+    dtype: torch.dtype
+
+
+class Follower:
+    """Follows one source, as a context manager."""
+
+    def __init__(
+        self, source: Source, recipe: Recipe, folder: Path, interrupt: Interrupt | None = None
+    ) -> None:
+        self.source = source
+        self.recipe = recipe
+        self.folder = folder
+        self.interrupt = interrupt
+        self.seconds = 0.0
+        """that it took"""
+        self._answerer = Answerer(
+            recipe.model,
+            len(recipe.classes),
+            recipe.n_frames,
+            recipe.rate,
+            recipe.stride,
+            source.live,
+            recipe.memory,
+            recipe.device,
+            recipe.dtype,
+            recipe.calibration.temperature,
+        )
+        self._kind = recipe.smoothing
+        if self._kind == "auto":
+            self._kind = "causal" if source.live else "viterbi"
+        self._smoothing = Smoothing.for_video(
+            self._answerer.interval,
+            self._answerer.window,
+            recipe.calibration.lowest_answered,
+            recipe.segment_seconds,
+            recipe.minimum_seconds,
+        )
+        self._filter = CausalFilter(self._smoothing, len(recipe.classes))
+        self._labels = (*recipe.classes, UNCERTAIN)
+        self._stack = ExitStack()
+        self._page: LivePage | None = None
+        self._answers: list[Answers] = []
+        self._states: list[int] = []  # of the causal filter
+        self._outside: list[Segment] = []  # out of body
+        self._is_outside = False
+        self._now = 0.0  # of the newest picture
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
+
+    def serve(self, host: str, port: int) -> None:
+        """Show what is going on in the browser."""
+        page = LivePage(self.recipe.classes, self.source.name, host, port)
+        self._page = self._stack.enter_context(page)
+        print(f"watch it at {self._page.address}", flush=True)
+
+    def follow(self, description: str) -> Timeline:
+        """Follow the source to its end, or until the interrupt.
+
+        Raises:
+            ClipError: the source gives no picture.
+        """
+        began = time.perf_counter()
+        writer: FramesWriter | None = None
+        interrupted = False
+        ahead = self._stack.enter_context(ReadAhead(self.source))
+        with tqdm(desc=description, bar_format=_ENDLESS_BAR) as bar:
+            while (pictures := ahead.take(TOGETHER)) is not None:
+                if writer is None and pictures:  # there will be results
+                    writer = self._open_results()
+                inside = self._inside(pictures)
+                self._add(self._answerer.push(inside), writer)
+                self._show(pictures)
+                self._progress(bar, time.perf_counter() - began)
+                if self.interrupt and self.interrupt.number:
+                    interrupted = True
+                    break
+            if not interrupted:
+                self._add(self._answerer.finish(), writer)
+        self.seconds = time.perf_counter() - began
+        if writer is None:
+            raise Interrupted
+        return self._timeline(interrupted, ahead.dropped)
+
+    def _open_results(self) -> FramesWriter:
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            writer = FramesWriter(self.folder / "frames.csv", self.recipe.classes)
+        except OSError as error:
+            raise UserError(
+                f"{self.folder}: cannot be written ({error.strerror}): choose --output"
+            ) from None
+        self._stack.callback(writer.close)
+        return writer
+
+    def _inside(self, pictures: list[Picture]) -> list[Picture]:
+        """The pictures from inside the body; the others are marked."""
+        if pictures:
+            self._now = pictures[-1].time
+        hook = self.recipe.out_of_body
+        if hook is None:
+            return pictures
+        inside = []
+        for picture in pictures:
+            if hook(picture.image):
+                if not self._is_outside:
+                    self._outside.append(Segment(picture.time, math.inf, OUT_OF_BODY))
+                self._is_outside = True
+                continue
+            if self._is_outside:
+                start = self._outside[-1].start
+                self._outside[-1] = Segment(start, picture.time, OUT_OF_BODY)
+                picture = picture._replace(gap=picture.time - start)
+                self._is_outside = False
+            inside.append(picture)
+        return inside
+
+    def _add(self, answers: Answers, writer: FramesWriter | None) -> None:
+        if len(answers.times) and writer:
+            writer.write(*answers)
+            self._answers.append(answers)
+            self._states += [self._filter.push(row) for row in answers.probabilities]
+
+    def _show(self, pictures: list[Picture]) -> None:
+        """Tell the browser the newest picture and what is thought of it."""
+        if not self._page or not self._answers:
+            return
+        label = OUT_OF_BODY if self._is_outside else self._labels[self._states[-1]]
+        frame = pictures[-1].preview if pictures and not self._is_outside else None
+        probabilities = self._answers[-1].probabilities[-1]
+        self._page.show(Snapshot(self._now, label, probabilities, frame, self.source.state))
+
+    def _progress(self, bar: tqdm, seconds: float) -> None:
+        bar.total = self.source.duration or None
+        bar.bar_format = _BAR if bar.total else _ENDLESS_BAR
+        said = self._labels[self._states[-1]] if self._states else "-"
+        speed = "" if self.source.live else f", {self._now / max(seconds, 1e-9):.1f}x as fast"
+        bar.set_postfix_str(f"{said}{speed} {self.source.state}", refresh=False)
+        bar.update(self._now - bar.n)
+
+    def _timeline(self, interrupted: bool, dropped: int) -> Timeline:
+        """What was seen, smoothed, in segments."""
+        source = self.source
+        duration, notes = max(source.duration, source.end), list(source.notes)
+        if interrupted and not source.live:
+            duration = self._now + 1 / self.recipe.rate
+            notes.append(f"interrupted after {duration:.1f} s: what comes later was not looked at")
+        if dropped:
+            notes.append(f"{dropped} pictures were left out: the model is slower than the camera")
+        classes = len(self.recipe.classes)
+        none = Answers(np.zeros(0), np.zeros((0, classes)))
+        times = np.concatenate([a.times for a in (none, *self._answers)])
+        probabilities = np.concatenate([a.probabilities for a in (none, *self._answers)])
+        if self._kind == "viterbi":
+            states = smooth(probabilities, self._smoothing)
+        elif self._kind == "causal":
+            states = np.array(self._states, int)
+        else:
+            sure = probabilities.max(axis=1) >= self.recipe.calibration.lowest_answered
+            states = np.where(sure, probabilities.argmax(axis=1), classes)
+        outside = [s._replace(end=min(s.end, duration)) for s in self._outside]
+        unreadable = [
+            segment._replace(end=min(segment.end, duration))
+            for segment in source.unreadable
+            if segment.start < duration
+            and not any(o.start <= segment.start and segment.end <= o.end for o in outside)
+        ]
+        return Timeline(
+            name=Path(source.name).name,
+            classes=self.recipe.classes,
+            duration=duration,
+            segments=to_segments(
+                times,
+                states,
+                probabilities,
+                self.recipe.classes,
+                duration,
+                sorted([*outside, *unreadable]),
+            ),
+            times=times,
+            probabilities=probabilities,
+            notes=notes,
+        )
+
+
+def load_hook(text: str) -> Hook:
+    """The function that `detector.py:function` names. It is the user's own code, and is run.
+
+    Raises:
+        UserError: there is no such file or function.
+    """
+    path, _, name = text.rpartition(":")
+    if not path or not Path(path).is_file():
+        raise UserError(f"{text}: no such file; give detector.py:function")
+    spec = importlib.util.spec_from_file_location("out_of_body_detector", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    hook = getattr(module, name, None)
+    if not callable(hook):
+        raise UserError(f"{path}: has no function {name!r}")
+    return hook
