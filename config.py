@@ -73,6 +73,9 @@ class TrainConfig:
     """tsm: 1/shift_div of the channels shift forward in time, as many backward"""
     shift_mode: Literal["bidirectional", "causal"] = "bidirectional"
     """tsm: causal shifts from the past only, so that predict.py can follow a live stream"""
+    carry_past: float = 0.5
+    """causal tsm: probability that the end of another clip is a training clip's past, as in a
+    stream"""
     lstm_hidden: int = 512
     """cnn_lstm: hidden size of the LSTM"""
     lstm_layers: int = 1
@@ -175,6 +178,7 @@ _BOUNDS: dict[str, tuple[float | None, float | None]] = {
     "saturation": (0, None),
     "hue": (0, 0.5),
     "shift_div": (2, None),
+    "carry_past": (0, 1),
     "lstm_hidden": (1, None),
     "lstm_layers": (1, None),
     "dropout": (0, 0.99),

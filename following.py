@@ -95,6 +95,7 @@ class Follower:
         self._outside: list[Segment] = []  # out of body
         self._is_outside = False
         self._now = 0.0  # of the newest picture
+        self._preview: np.ndarray | None = None
 
     def __enter__(self) -> Self:
         return self
@@ -179,10 +180,14 @@ class Follower:
         """Tell the browser the newest picture and what is thought of it."""
         if not self._page or not self._answers:
             return
-        label = OUT_OF_BODY if self._is_outside else self._labels[self._states[-1]]
-        frame = pictures[-1].preview if pictures and not self._is_outside else None
+        if pictures:
+            self._preview = pictures[-1].preview
+        state = self.source.state or ("" if pictures else "no new pictures")
+        label, frame = self._labels[self._states[-1]], self._preview
         probabilities = self._answers[-1].probabilities[-1]
-        self._page.show(Snapshot(self._now, label, probabilities, frame, self.source.state))
+        if self._is_outside:  # the last answer is about something else
+            label, frame, probabilities = OUT_OF_BODY, None, np.full_like(probabilities, np.nan)
+        self._page.show(Snapshot(self._now, label, probabilities, frame, state))
 
     def _progress(self, bar: tqdm, seconds: float) -> None:
         bar.total = self.source.duration or None

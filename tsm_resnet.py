@@ -69,6 +69,9 @@ class TSMResNet18(nn.Module):
         shift_div: 1/shift_div of the channels shift each way.
         shift_mode: `bidirectional`, or `causal`: from the past only, so that the model can follow a
             stream (see stream.py).
+        carry_past: causal, in training: probability that a clip's past is not nothing but the end
+            of another clip of the batch. In a stream there always is a past: a model that has only
+            seen clips begin with nothing before them makes poor use of it (RESULTS.md).
         dropout: before the classifier.
     """
 
@@ -80,6 +83,7 @@ class TSMResNet18(nn.Module):
         shift_place: Literal["blockres", "stage"] = "blockres",
         shift_div: int = 8,
         shift_mode: Literal["bidirectional", "causal"] = "bidirectional",
+        carry_past: float = 0.5,
         dropout: float = 0.0,
     ) -> None:
         super().__init__()
@@ -90,6 +94,7 @@ class TSMResNet18(nn.Module):
         self.shift_place = shift_place
         self.shift_div = shift_div
         self.shift_mode = shift_mode
+        self.carry_past = carry_past
         self.normalize = Normalize(IMAGENET_MEAN_STD)
         self.backbone = resnet18(weights=None)
         self.head = nn.Linear(self.backbone.fc.in_features, num_classes)
@@ -110,11 +115,17 @@ class TSMResNet18(nn.Module):
         """
         n_frames = clips.shape[1]
         kept: list[torch.Tensor] = []  # by the shifts, in their order
+        carried = None
+        if self.training and self.causal and not memory:
+            carried = torch.rand(len(clips), 1, 1, 1, device=clips.device) < self.carry_past
 
         def shift(x: torch.Tensor) -> torch.Tensor:
             if self.shift_mode == "bidirectional":
                 return temporal_shift(x, n_frames, self.shift_div)
             before = memory[len(kept)] if memory else None
+            if carried is not None:
+                ends = x[n_frames - 1 :: n_frames, : x.shape[1] // self.shift_div]  # (B, fold, ...)
+                before = ends.detach().roll(1, dims=0) * carried
             x, after = causal_shift(x, n_frames, self.shift_div, before)
             kept.append(after)
             return x

@@ -214,6 +214,23 @@ def test_a_clip_is_the_mean_of_its_frames() -> None:
     torch.testing.assert_close(model(x), model.per_frame(x)[0].mean(dim=1))
 
 
+@torch.no_grad()
+def test_in_training_another_clip_can_be_the_past() -> None:
+    """As if the clips of the batch followed each other in a video that goes round and round."""
+    x = clips(3, 4, 3, 32, 32)
+    model = lively(shift_mode="causal", carry_past=1.0)
+    alone = model.per_frame(x)[0]
+    model.training = True  # of this module alone: the BatchNorms' statistics stay
+    carried = model.per_frame(x)[0]
+    model.training = False
+    video = x.flatten(0, 1).repeat(3, 1, 1, 1)[None]  # (1, 3 * 3 * 4, C, H, W)
+    last_round = model.per_frame(video)[0][0, -12:].unflatten(0, (3, 4))
+    torch.testing.assert_close(carried, last_round, atol=1e-5, rtol=0)
+    assert (carried - alone).abs().amax(dim=(1, 2)).min() > 1e-3
+    model.carry_past, model.training = 0.0, True
+    torch.testing.assert_close(model.per_frame(x)[0], alone)
+
+
 def test_unknown_shift_modes_are_refused() -> None:
     with pytest.raises(ValueError, match="shift_mode must be bidirectional or causal"):
         TSMResNet18(shift_mode="online")
