@@ -12,7 +12,8 @@ import torch
 from torch.nn import functional as F
 from torchvision.transforms.v2 import functional as tv
 
-LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601, as in torchvision
+from optics import LUMA
+
 _RGB_TO_YIQ = (LUMA, (0.5959, -0.2746, -0.3213), (0.2115, -0.5227, 0.3112))
 _YIQ_TO_RGB = np.linalg.inv(_RGB_TO_YIQ).tolist()
 

@@ -35,12 +35,12 @@ if TYPE_CHECKING:
     from benchmark_data import BenchmarkConfig
 
 DISTINCT = 6  # videos that are encoded; the others are copies
-HEIGHT, FRAMES = 720, 100
+HEIGHT, FRAMES = 720, 100  # 4 s
 
 
 def time_training(config: BenchmarkConfig, folder: Path) -> pd.DataFrame:
     """Whole epochs from 720p files: as a first script does it, decoding, and from the cache."""
-    _write_data(config, folder)
+    _write_data(config, folder, HEIGHT, FRAMES)
     device = choose_device(config.device)
     naive = _naive_epoch(config, folder, device)
     decoding, cached = _Epoch(config, folder), _Epoch(config, folder, cache=True)
@@ -73,7 +73,8 @@ def time_training(config: BenchmarkConfig, folder: Path) -> pd.DataFrame:
 def watch_memory(config: BenchmarkConfig, folder: Path) -> pd.DataFrame:
     """Memory of the training process and of all its workers after each of many epochs, in MB."""
     # In a process of its own: workers are forked, and keep the memory that their parent had then.
-    writer = multiprocessing.get_context("spawn").Process(target=_write_data, args=(config, folder))
+    arguments = (config, folder, HEIGHT, FRAMES)
+    writer = multiprocessing.get_context("spawn").Process(target=_write_data, args=arguments)
     writer.start()
     writer.join()
     epoch = _Epoch(config, folder, cache=True)
@@ -157,8 +158,8 @@ def _naive_epoch(config: BenchmarkConfig, folder: Path, device: torch.device) ->
     return lambda: train_naively(model, loader, optimizer, device)
 
 
-def _write_data(config: BenchmarkConfig, folder: Path) -> None:
-    """720p clips of 4 s, their manifests and their cache."""
+def _write_data(config: BenchmarkConfig, folder: Path, height: int, frames: int) -> None:
+    """Clips, their manifests and their cache."""
     cache = ClipCache.create(folder / "cache", folder, CacheSettings(image_size=config.image_size))
     (folder / "clips").mkdir()
     splits = {"train": config.clips, "val": 1, "test": 1}
@@ -172,7 +173,7 @@ def _write_data(config: BenchmarkConfig, folder: Path) -> None:
                 if first.exists():
                     shutil.copy(first, clip)
                 else:
-                    write_benchmark_video(clip, HEIGHT, FRAMES, 250, config.source, seed=number)
+                    write_benchmark_video(clip, height, frames, 250, config.source, seed=number)
                 cache.write(clip)
                 writer.writerow([clip.name, CLASSES[number % len(CLASSES)]])
 

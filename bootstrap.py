@@ -8,7 +8,7 @@ several times too narrow (Reinke et al., arXiv:2511.03769); both kinds are repor
 from collections.abc import Iterator
 
 import numpy as np
-from scipy import stats
+from scipy import special
 
 from metrics import brier_scores, log_losses, scores
 
@@ -90,8 +90,8 @@ def interval(values: np.ndarray, units: int, level: float = LEVEL) -> list[float
     """
     if units < 2:
         return None
-    spread = stats.t.ppf((1 + level) / 2, units - 1) * np.sqrt(units / (units - 1))
-    tail = stats.norm.sf(spread)
+    spread = special.stdtrit(units - 1, (1 + level) / 2) * np.sqrt(units / (units - 1))
+    tail = special.ndtr(-spread)
     low, high = np.quantile(values, [tail, 1 - tail])
     return [float(low), float(high)]
 

@@ -4,7 +4,6 @@ import warnings
 from collections.abc import Hashable, Iterator, Mapping
 
 import numpy as np
-from sklearn.model_selection import StratifiedGroupKFold
 
 from errors import UserError
 
@@ -57,9 +56,7 @@ def divide(
     return parts[best[number]]
 
 
-def imbalance(
-    labels: np.ndarray, parts: np.ndarray, shares: Mapping[Hashable, float]
-) -> float:
+def imbalance(labels: np.ndarray, parts: np.ndarray, shares: Mapping[Hashable, float]) -> float:
     """The share of a class's clips that sit in the wrong part, as a mean over the classes.
 
     Zero if each part has its share of each class. Every class counts alike, however rare.
@@ -107,6 +104,9 @@ def _starts(
     most = np.bincount(label).max()  # scikit-learn refuses more folds than the largest class has
     folds = len(shares) if equal else min(20, groups, most)  # of which unequal parts take several
     if 2 <= folds <= most:
+        # Here, because importing it takes longer than the other work of most who import this file.
+        from sklearn.model_selection import StratifiedGroupKFold
+
         splitter = StratifiedGroupKFold(folds, shuffle=True, random_state=seed)
         chosen = np.zeros(groups, int)
         with warnings.catch_warnings():  # of classes rarer than folds

@@ -10,7 +10,7 @@ from scipy.fft import dctn
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
-from augment import LUMA
+from optics import LUMA
 from video import read_clip
 
 FRAMES = 3

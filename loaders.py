@@ -1,7 +1,6 @@
 """From a config to batches: the splits, the samplers and the three loaders."""
 
 import math
-import signal
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -10,7 +9,6 @@ import torch
 from torch.utils.data import DataLoader, Sampler, WeightedRandomSampler
 
 import distributed
-from allocator import give_back_batches
 from clip_cache import ClipCache
 from config import TrainConfig, manifest_paths, resolve
 from corruptions import Corruption
@@ -26,6 +24,7 @@ from demo_data import render_demo
 from device import choose_device
 from errors import UserError
 from manifest import ClipRow, read_splits
+from workers import start_worker
 
 DEMO_ROOT = Path("data") / "demo"
 
@@ -205,14 +204,3 @@ def _loader(
         # or a resumed epoch would differ from an uninterrupted one.
         generator=torch.Generator(),
     )
-
-
-def start_worker(_: int) -> None:
-    """Prepare a loader's worker process: signals, memory, and one thread for each."""
-    # The main process decides what Ctrl-C means and ends its workers itself.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    # A SIGTERM to the whole process group must not end the workers before the main process has
-    # saved; a second one, such as the loader's own, ends them. See also `script.end_workers`.
-    signal.signal(signal.SIGTERM, lambda number, _: signal.signal(number, signal.SIG_DFL))
-    give_back_batches()
-    torch.set_num_threads(1)

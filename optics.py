@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from augment import LUMA
+LUMA = (0.299, 0.587, 0.114)  # how bright red, green and blue are: ITU-R BT.601, as torchvision
 
 
 def disc_kernel(radius: float) -> torch.Tensor:

@@ -6,7 +6,7 @@ from typing import Any
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from loaders import start_worker
+from workers import start_worker
 
 
 class _Results(Dataset):

@@ -50,7 +50,7 @@ def script(main: Callable[[], None]) -> Callable[[], None]:
 def end_workers() -> None:
     """Kill the loaders' workers that are still there when the program ends, after an error.
 
-    They stay after the one SIGTERM that Python sends them then (loaders.py), and it would wait for
+    They stay after the one SIGTERM that Python sends them then (workers.py), and it would wait for
     them for ever.
     """
     workers = multiprocessing.active_children()

@@ -1,6 +1,7 @@
 """What the tests share: tiny clips, tiny manifests, scripts run as subprocesses, real files."""
 
 import csv
+import inspect
 import os
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 
+from allocator import SWITCH
 from video import write_video
 
 ROOT = Path(__file__).parent.parent
@@ -95,6 +97,37 @@ def run_script(
     return done
 
 
+class Ended(NamedTuple):
+    """How a script ended, and what it printed."""
+
+    code: int
+    stdout: str
+    stderr: str
+
+
+@pytest.fixture
+def run_main(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> Callable:
+    """Call a script's `main` in this process: as `run_script`, which takes seconds to start one."""
+
+    def call(main: Callable[[], None], *arguments: object, cwd: Path, code: int = 0) -> Ended:
+        monkeypatch.chdir(cwd)
+        script = Path(inspect.getfile(inspect.unwrap(main))).name
+        monkeypatch.setattr(sys, "argv", [script, *map(str, arguments)])
+        capsys.readouterr()
+        ended = 0
+        with monkeypatch.context() as patch:
+            patch.setenv(SWITCH, "default")  # pytest's own memory stays as it is
+            try:
+                main()
+            except SystemExit as end:
+                ended = end.code
+        done = Ended(ended or 0, *capsys.readouterr())
+        assert done.code == code, f"{script} ended with {done.code}:\n{done.stdout}\n{done.stderr}"
+        return done
+
+    return call
+
+
 class Mistake(NamedTuple):
     """How a script ended that could not do what it was told."""
 
@@ -103,15 +136,11 @@ class Mistake(NamedTuple):
 
 
 @pytest.fixture
-def mistake(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> Callable:
-    """Call a script's `main` with wrong arguments in this process: starting one takes seconds."""
+def mistake(run_main: Callable) -> Callable:
+    """Call a script's `main` in this process with wrong arguments."""
 
     def call(main: Callable[[], None], *arguments: object, cwd: Path) -> Mistake:
-        monkeypatch.chdir(cwd)
-        monkeypatch.setattr(sys, "argv", ["script.py", *map(str, arguments)])
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as end:
-            main()
-        return Mistake(end.value.code, capsys.readouterr().err)
+        done = run_main(main, *arguments, cwd=cwd, code=2)
+        return Mistake(done.code, done.stderr)
 
     return call

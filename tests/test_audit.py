@@ -67,7 +67,9 @@ def test_overlaps_are_found_and_counted(leaky: Path) -> None:
     assert table["lines"][2] == "train.csv:2 train.csv:3 test.csv:2"
 
 
-def test_leakage_ends_with_exit_code_one_and_names_nobody(leaky: Path, tmp_path: Path) -> None:
+def test_leakage_ends_with_exit_code_one_and_names_nobody(
+    leaky: Path, tmp_path: Path, run_main
+) -> None:
     done = run_script("prepare_data.py", "audit", leaky, cwd=tmp_path, check=False)
     assert done.returncode == 1, done.stderr
     said = " ".join(done.stdout.split())
@@ -82,7 +84,7 @@ def test_leakage_ends_with_exit_code_one_and_names_nobody(leaky: Path, tmp_path:
     assert "007" not in done.stdout + written
     assert "patient 1" in written
     arguments = ("audit", leaky, "--names", "--output", tmp_path / "named")
-    run_script("prepare_data.py", *arguments, cwd=tmp_path, check=False)
+    run_main(main, *arguments, cwd=tmp_path, code=1)
     assert "007_V001_C1" in (tmp_path / "named/overlaps.csv").read_text()
 
 
@@ -181,13 +183,11 @@ def test_mistakes_are_one_line(arguments: list[str], message: str, tmp_path, mis
     assert message in stderr
 
 
-def test_the_official_slam_split_shares_patients(real: Path, tmp_path: Path) -> None:
-    csv = real / "slam/looped_clips.csv"
-    done = run_script("prepare_data.py", "audit", csv, cwd=tmp_path, check=False)
-    assert done.returncode == 1
-    assert "patients: 21 of 33" in done.stdout
-    assert "videos: 30 of 82" in done.stdout
-    assert "199 clips in train, val, test" in done.stdout
+def test_the_official_slam_split_shares_patients(real: Path, tmp_path: Path, run_main) -> None:
+    said = run_main(main, "audit", real / "slam/looped_clips.csv", cwd=tmp_path, code=1).stdout
+    assert "patients: 21 of 33" in said
+    assert "videos: 30 of 82" in said
+    assert "199 clips in train, val, test" in said
 
 
 def test_one_csv_with_odd_splits(tmp_path: Path, capsys) -> None:

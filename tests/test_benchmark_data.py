@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import av
 import numpy as np
 import pandas as pd
 import pytest
@@ -83,12 +84,15 @@ def test_training_and_memory_tables(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr(benchmark_training, "HEIGHT", 90)
     monkeypatch.setattr(benchmark_training, "FRAMES", 20)
     (tmp_path / "one").mkdir()
-    table = benchmark_training.time_training(config(), tmp_path / "one")
+    table = benchmark_training.time_training(config(model="vivit"), tmp_path / "one")
     assert len(table) == 3
     assert (table["clips/s"] > 0).all()
     assert table["waiting for clips (%)"].iloc[1:].between(0, 100).all()
     (tmp_path / "two").mkdir()
-    memory = benchmark_training.watch_memory(config(epochs=2, workers=1), tmp_path / "two")
+    settings = config(model="vivit", epochs=2, workers=1)
+    memory = benchmark_training.watch_memory(settings, tmp_path / "two")
+    with av.open(str(tmp_path / "two/clips/train_0.mp4")) as video:
+        assert (video.streams.video[0].height, video.streams.video[0].frames) == (90, 20)
     assert memory["epoch"].tolist() == ["1", "2"]
     assert (memory["training process (MB)"] > 100).all()
     assert (memory["its workers (MB)"] > 10).all()

@@ -17,6 +17,7 @@ from benchmark_ratios import Job, measure
 from benchmarking import time_calls
 from cnn_lstm import CNNLSTM
 from models import build_model
+from train import main as train_main
 
 
 def test_flops_of_a_layer_by_hand() -> None:
@@ -66,8 +67,8 @@ def test_every_repeat_is_timed() -> None:
     assert (seconds > 0).all()
 
 
-def test_script(tiny_data: Path, tmp_path: Path) -> None:
-    run_script("train.py", "--data-root", tiny_data, *TINY_FLAGS, "--epochs", 1, cwd=tmp_path)
+def test_script(tiny_data: Path, tmp_path: Path, run_main) -> None:
+    run_main(train_main, "--data-root", tiny_data, *TINY_FLAGS, "--epochs", 1, cwd=tmp_path)
     run = next((tmp_path / "runs").iterdir())
     done = run_script(
         "benchmark_latency.py",

@@ -82,10 +82,14 @@ def test_model_is_left_in_eval_mode_without_gradients(tiny_data: Path) -> None:
     evaluate(Watch().train(), loader(tiny_data, 4), torch.device("cpu"))
 
 
-def test_evaluating_again_gives_the_numbers_of_training(run: Path, tmp_path: Path) -> None:
+def test_evaluating_again_gives_the_numbers_of_training(run: Path, tmp_path, run_main) -> None:
     trained = json.loads((run / "test_metrics.json").read_text())
-    for name in (run, run / "best.pt"):  # a run folder and a checkpoint file mean the same
-        run_script("evaluate.py", name, "--workers", 0, "--output", tmp_path / "a", cwd=tmp_path)
+    more = ("--workers", 0, "--output", tmp_path / "a")
+    for evaluate_again in (  # a run folder and a checkpoint file mean the same
+        lambda: run_script("evaluate.py", run, *more, cwd=tmp_path),
+        lambda: run_main(main, run / "best.pt", *more, cwd=tmp_path),
+    ):
+        evaluate_again()
         evaluated = json.loads((tmp_path / "a/test_metrics.json").read_text())
         for key in ("accuracy", "macro_f1", "balanced_accuracy", "clips", "per_class"):
             assert evaluated[key] == trained[key]
@@ -99,34 +103,34 @@ def test_evaluating_again_gives_the_numbers_of_training(run: Path, tmp_path: Pat
     }
 
 
-def test_other_splits_views_and_shuffled_frames(run: Path, tmp_path: Path) -> None:
-    arguments = ["evaluate.py", run, "--workers", 0]
-    done = run_script(*arguments, "--split", "val", "--views", 2, "--shuffle-frames", cwd=tmp_path)
+def test_other_splits_views_and_shuffled_frames(run: Path, tmp_path: Path, run_main) -> None:
+    arguments = [main, run, "--workers", 0]
+    done = run_main(*arguments, "--split", "val", "--views", 2, "--shuffle-frames", cwd=tmp_path)
     folder = run / "evaluate_val_views2_shuffled"
     assert str(folder) in done.stdout
     facts = json.loads((folder / "test_metrics.json").read_text())
     assert (facts["split"], facts["views"], facts["shuffle_frames"]) == ("val", 2, True)
-    run_script(*arguments, "--split", "train", cwd=tmp_path)
+    run_main(*arguments, "--split", "train", cwd=tmp_path)
     assert len(pd.read_csv(run / "evaluate_train/predictions.csv")) == 18
 
 
-def test_own_csv_in_another_place(run: Path, tiny_data: Path, tmp_path: Path) -> None:
+def test_own_csv_in_another_place(run: Path, tiny_data: Path, tmp_path: Path, run_main) -> None:
     shutil.copytree(tiny_data / "clips", tmp_path / "moved" / "clips")
     table = pd.read_csv(tiny_data / "val.csv").iloc[[0, 4, 8]]
     table.to_csv(tmp_path / "moved" / "three.csv", index=False)
     csv = tmp_path / "moved" / "three.csv"
-    run_script("evaluate.py", run, "--csv", csv, "--workers", 0, cwd=tmp_path)
+    run_main(main, run, "--csv", csv, "--workers", 0, cwd=tmp_path)
     predictions = pd.read_csv(run / "evaluate_three/predictions.csv")
     assert [Path(path).is_relative_to(tmp_path) for path in predictions["path"]] == [True] * 3
     moved = tmp_path / "moved"
     for split in ("train", "val", "test"):
         shutil.copy(tiny_data / f"{split}.csv", moved)
-    run_script("evaluate.py", run, "--data-root", moved, "--workers", 0, cwd=tmp_path)
+    run_main(main, run, "--data-root", moved, "--workers", 0, cwd=tmp_path)
 
 
-def test_corruptions_and_another_wanted_error(run: Path, tmp_path: Path) -> None:
-    arguments = ["evaluate.py", run, "--workers", 0, "--wanted-error", 0.5, "--output", "hard"]
-    done = run_script(*arguments, "--corruptions", "low_light", "frame_drop", cwd=tmp_path)
+def test_corruptions_and_another_wanted_error(run: Path, tmp_path: Path, run_main) -> None:
+    arguments = [main, run, "--workers", 0, "--wanted-error", 0.5, "--output", "hard"]
+    done = run_main(*arguments, "--corruptions", "low_light", "frame_drop", cwd=tmp_path)
     assert "mean corruption accuracy" in done.stdout
     found = json.loads((tmp_path / "hard/robustness.json").read_text())
     tested = json.loads((tmp_path / "hard/test_metrics.json").read_text())
@@ -161,12 +165,14 @@ def test_probabilities_are_tempered_and_the_raw_ones_kept(tiny_data: Path) -> No
     assert np.allclose(views.probabilities, slow, atol=1e-6)
 
 
-def test_patients_of_the_training_in_another_manifest_are_told(run, tiny_data, tmp_path) -> None:
+def test_patients_of_the_training_in_another_manifest_are_told(
+    run, tiny_data, tmp_path, run_main
+) -> None:
     table = pd.read_csv(tiny_data / "test.csv")
     table["patient"] = ["train0" if n % 3 else "new" for n in range(len(table))]
     table.to_csv(tiny_data / "seen.csv", index=False)
-    arguments = ("evaluate.py", run, "--csv", tiny_data / "seen.csv", "--workers", 0)
-    done = run_script(*arguments, "--output", tmp_path / "seen", cwd=tmp_path)
+    arguments = (main, run, "--csv", tiny_data / "seen.csv", "--workers", 0)
+    done = run_main(*arguments, "--output", tmp_path / "seen", cwd=tmp_path)
     (tiny_data / "seen.csv").unlink()
     assert "LEAKAGE: 1 of 2 patients of seen are also in the training's train" in done.stdout
     assert "train0" not in done.stdout
@@ -200,14 +206,14 @@ def test_mistakes_are_one_line(run: Path, tiny_data, tmp_path, arguments, messag
     assert message in stderr
 
 
-def test_malicious_checkpoint_runs_nothing(tmp_path: Path) -> None:
+def test_malicious_checkpoint_runs_nothing(tmp_path: Path, mistake) -> None:
     class Bomb:
         def __reduce__(self):
             return (Path.touch, (tmp_path / "boom",))
 
     torch.save({"format_version": 1, "model": Bomb()}, tmp_path / "bomb.pt")
-    done = run_script("evaluate.py", tmp_path / "bomb.pt", cwd=tmp_path, check=False)
-    assert done.returncode == 2
+    code, _ = mistake(main, tmp_path / "bomb.pt", cwd=tmp_path)
+    assert code == 2
     assert not (tmp_path / "boom").exists()
 
 

@@ -83,7 +83,13 @@ def test_clips_of_a_batch_do_not_see_each_other(name: str) -> None:
 
 
 def test_options_are_the_constructors() -> None:
-    assert model_options("tsm") == {"shift_place", "shift_div", "dropout"}
+    assert model_options("tsm") == {
+        "shift_place",
+        "shift_div",
+        "shift_mode",
+        "carry_past",
+        "dropout",
+    }
     for name, cls in MODELS.items():
         assert model_options(name) | {"num_classes"} == set(inspect.signature(cls).parameters)
 
@@ -91,7 +97,9 @@ def test_options_are_the_constructors() -> None:
 def test_unknown_names_and_options_are_refused() -> None:
     with pytest.raises(UserError, match=r"'resnet'.*tsm, cnn_lstm, r2plus1d, vivit"):
         build_model("resnet", 7)
-    with pytest.raises(UserError, match=r"tsm has no setting lstm_hidden; it has dropout, shift_"):
+    with pytest.raises(
+        UserError, match=r"tsm has no setting lstm_hidden; it has carry_past, dropout"
+    ):
         build_model("tsm", 7, lstm_hidden=3)
 
 

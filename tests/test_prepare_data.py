@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pandas as pd
@@ -17,7 +18,9 @@ from conftest import ROOT, TINY_FLAGS, run_script
 from cache_filling import CacheConfig, fill_cache
 from config import TrainConfig
 from errors import UserError
+from evaluate import main as evaluate_main
 from prepare_data import main
+from train import main as train_main
 from train import train
 
 SIZES = ("--n-frames", 4, "--image-size", 32)
@@ -30,9 +33,13 @@ def data(tiny_data: Path, tmp_path: Path) -> Path:
     return tmp_path / "data"
 
 
-def cache(cwd: Path, *more: object, check: bool = True) -> subprocess.CompletedProcess:
-    arguments = ("cache", "data", "--output", "cached", *SIZES, *more)
-    return run_script("prepare_data.py", *arguments, cwd=cwd, check=check)
+CACHE = ("cache", "data", "--output", "cached", *SIZES)
+
+
+@pytest.fixture
+def cache(run_main: Callable, tmp_path: Path) -> Callable[..., str]:
+    """Fill the cache, in this process: what was printed."""
+    return lambda *more: run_main(main, *CACHE, *more, cwd=tmp_path).stdout
 
 
 def entries(folder: Path) -> dict[Path, int]:
@@ -67,46 +74,48 @@ def test_every_clip_is_cached_once(data: Path, tmp_path: Path, capsys) -> None:
     assert "36 clips, 0 of them cached already" in fill(quality=80)
 
 
-def test_training_and_evaluation_from_the_cache(data: Path, tmp_path: Path) -> None:
-    cache(tmp_path)
-    run = train(TrainConfig(**settings(data, tmp_path), epochs=2))
+def test_training_and_evaluation_from_the_cache(data: Path, tmp_path, cache, run_main) -> None:
+    cache()
+    run = train(TrainConfig(**settings(data, tmp_path), epochs=1))
     tested = json.loads((run / "test_metrics.json").read_text())
-    run_script("evaluate.py", run, cwd=tmp_path)
+    run_main(evaluate_main, run, cwd=tmp_path)
     again = json.loads((run / "evaluate_test/test_metrics.json").read_text())
     assert again["loss"] == pytest.approx(tested["loss"], rel=1e-6)
-    run_script("evaluate.py", run, "--cache", "", "--output", "decoded", cwd=tmp_path)
+    run_main(evaluate_main, run, "--cache", "", "--output", "decoded", cwd=tmp_path)
     decoded = json.loads((tmp_path / "decoded/test_metrics.json").read_text())
     assert decoded["loss"] == pytest.approx(tested["loss"], rel=0.1)
     assert decoded["loss"] != tested["loss"]  # JPEG loses a little
 
 
-def test_cache_that_does_not_fit_is_told_before_training(data: Path, tmp_path: Path) -> None:
+def test_cache_that_does_not_fit_is_told_before_training(data: Path, tmp_path, cache) -> None:
     def refused(match: str, **changes) -> None:
         with pytest.raises(UserError, match=match):
             train(TrainConfig(**{**settings(data, tmp_path), **changes}))
         assert not (tmp_path / "runs").exists()
 
     refused("cached: holds no cache .make one: python prepare_data.py cache")
-    cache(tmp_path, "--manifests", "train.csv")
+    cache("--manifests", "train.csv")
     refused("cached: 18 not in the cache")
-    cache(tmp_path)
+    cache()
     os.utime(next((data / "clips/val").glob("*.mp4")), ns=(1, 1))
     refused("cached: 1 changed since it was cached")
     refused("cached for image_size 32, not 48: give --image-size 32", image_size=48)
     refused("none: holds no cache", cache="none")
 
 
-def test_unreadable_clips_are_listed_and_left_to_training(data: Path, tmp_path: Path) -> None:
+def test_unreadable_clips_are_listed_and_left_to_training(
+    data: Path, tmp_path: Path, cache, run_main
+) -> None:
     broken = next((data / "clips/train").glob("*.mp4"))
     broken.write_bytes(b"no video")
-    done = cache(tmp_path)
-    assert "1 clips cannot be read:" in done.stdout
-    assert f"{broken.relative_to(tmp_path)}: cannot be read" in done.stdout
+    said = cache()
+    assert "1 clips cannot be read:" in said
+    assert f"{broken.relative_to(tmp_path)}: cannot be read" in said
     arguments = ("--data-root", data, "--cache", "cached", *TINY_FLAGS, "--epochs", 1, "--tau", 0)
-    done = run_script("train.py", *arguments, cwd=tmp_path)
-    assert "1 training clips could not be read and were left out" in done.stdout
+    said = run_main(train_main, *arguments, cwd=tmp_path).stdout
+    assert "1 training clips could not be read and were left out" in said
     shutil.copy(next((data / "clips/test").glob("*.mp4")), broken)
-    assert "36 clips, 35 of them cached already" in cache(tmp_path).stdout  # mended, done again
+    assert "36 clips, 35 of them cached already" in cache()  # mended, done again
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
@@ -117,12 +126,12 @@ def test_interrupted_caching_goes_on(data: Path, tmp_path: Path, number: int) ->
     with open(data / "many.csv", "w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(header)
-        for copy in range(40):
+        for copy in range(10):
             for place in clips:
                 linked = data / "clips" / f"{copy}_{Path(place).name}"
                 os.link(data / "clips" / place, linked)
                 writer.writerow([linked.name, "dark", "p"])
-    flags = ["cache", "data", "--output", "cached", *map(str, SIZES), "--manifests", "many.csv"]
+    flags = [*map(str, CACHE), "--manifests", "many.csv"]
     process = subprocess.Popen(
         [sys.executable, str(ROOT / "prepare_data.py"), *flags],
         cwd=tmp_path,
@@ -140,12 +149,12 @@ def test_interrupted_caching_goes_on(data: Path, tmp_path: Path, number: int) ->
     time.sleep(0.5)  # orphaned workers end with their pipe
     finished = len(entries(tmp_path / "cached"))
     assert finished >= 12
-    done = cache(tmp_path, "--manifests", "many.csv")
-    if finished < 720:
-        assert "720 clips, 0 of" not in done.stdout
-    assert len(entries(tmp_path / "cached")) == 720
+    done = run_script("prepare_data.py", *flags, cwd=tmp_path)
+    if finished < 180:
+        assert "180 clips, 0 of" not in done.stdout
+    assert len(entries(tmp_path / "cached")) == 180
     assert not list((tmp_path / "cached").glob("*/.*"))
-    assert pd.read_csv(data / "many.csv").shape[0] == 720
+    assert pd.read_csv(data / "many.csv").shape[0] == 180
 
 
 @pytest.mark.parametrize(

@@ -89,18 +89,17 @@ def test_frames_are_those_the_decoder_puts_out(real: Path) -> None:
         if row["outcome"] != "clip" or row["path"].startswith(("fights/", "laparoscopy/")):
             continue  # many alike, and slow
         path = real / row["path"]
+        indices = sample_indices(int(row["frames"]), 16)
+        chosen, count = {}, 0
         with av.open(str(path), **TOLERANT) as container:
-            decoded = [
-                np.rot90(
-                    frame.to_ndarray(format="rgb24", width=32, height=32),
-                    round(frame.rotation / 90),
-                )
-                for frame in container.decode(video=0)
-            ]
-        assert len(decoded) == int(row["frames"]), row["path"]
-        clip = read_clip(path, size=32)
-        wanted = np.stack([decoded[i] for i in sample_indices(len(decoded), 16)])
-        assert np.array_equal(clip, wanted), row["path"]
+            for frame in container.decode(video=0):
+                if count in indices:
+                    picture = frame.to_ndarray(format="rgb24", width=32, height=32)
+                    chosen[count] = np.rot90(picture, round(frame.rotation / 90))
+                count += 1
+        assert count == int(row["frames"]), row["path"]
+        wanted = np.stack([chosen[i] for i in indices])
+        assert np.array_equal(read_clip(path, size=32), wanted), row["path"]
 
 
 def test_needed_packets_give_the_frames_of_the_plain_path(real: Path, monkeypatch) -> None:
@@ -162,7 +161,7 @@ def test_warp_of_real_clips(some_clips) -> None:
 
 @torch.inference_mode()
 def test_prepared_models_on_real_clips(some_clips) -> None:
-    clips = torch.from_numpy(np.stack(list(some_clips.values())[:3])).permute(0, 1, 4, 2, 3)
+    clips = torch.from_numpy(np.stack(list(some_clips.values())[:2])).permute(0, 1, 4, 2, 3)
     for name in ("tsm", "cnn_lstm", "vivit"):
         torch.manual_seed(0)
         model = build_model(name, 7).eval()

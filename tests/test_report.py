@@ -17,7 +17,7 @@ from calibration import Calibration, temper
 from errors import UserError
 from manifest import CLASSES, ClipRow
 from predictions import Predictions
-from report import ReportConfig, build_page
+from report import ReportConfig, build_page, main
 from report_data import load_run, more_intervals
 from report_names import HIDDEN, hide
 from results import write_results
@@ -362,17 +362,17 @@ def test_a_cross_validation_has_a_line_a_fold(run: Path, tmp_path: Path) -> None
     assert "Each model has a temperature of its own" in text
 
 
-def test_the_script_writes_the_page_or_one_line(run: Path, tmp_path: Path) -> None:
+def test_the_script_writes_the_page_or_one_line(run: Path, tmp_path: Path, mistake) -> None:
     folder = tmp_path / "run"
     shutil.copytree(run, folder)
     done = run_script("report.py", folder, cwd=tmp_path)
     assert done.stdout.strip() == f"report: {folder / 'report.html'}"
     assert (folder / "report.html").read_text(encoding="utf-8").endswith("</html>")
     (folder / "test_metrics.json").unlink()
-    done = run_script("report.py", folder, cwd=tmp_path, check=False)
-    assert done.returncode == 2
-    assert done.stderr.count("\n") == 1
-    assert f"train.py --resume {folder}" in done.stderr
+    code, stderr = mistake(main, folder, cwd=tmp_path)
+    assert code == 2
+    assert stderr.count("\n") == 1
+    assert f"train.py --resume {folder}" in stderr
 
 
 def test_results_that_cannot_be_reported(run: Path, tmp_path: Path) -> None:

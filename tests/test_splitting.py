@@ -40,7 +40,7 @@ def read(folder: Path) -> dict[str, pd.DataFrame]:
     return {name: pd.read_csv(folder / f"{name}.csv") for name in ("train", "val", "test")}
 
 
-def test_script_writes_folds_and_says_what_is_unbalanced(listed: Path) -> None:
+def test_script_writes_folds_and_says_what_is_unbalanced(listed: Path, mistake) -> None:
     arguments = ("split", "all.csv", "--output", "folds", "--folds", 4)
     done = run_script("prepare_data.py", *arguments, cwd=listed)
     assert {path.name for path in (listed / "folds").iterdir()} == {
@@ -63,9 +63,9 @@ def test_script_writes_folds_and_says_what_is_unbalanced(listed: Path) -> None:
     assert "imbalance left" in done.stdout
     assert "cross_validate.py --folds folds --data-root ." in done.stdout
     before = {path: path.read_bytes() for path in (listed / "folds").rglob("*.csv")}
-    again = run_script("prepare_data.py", *arguments, cwd=listed, check=False)
-    assert again.returncode == 2
-    assert "folds: is there already" in again.stderr
+    code, stderr = mistake(main, *arguments, cwd=listed)
+    assert code == 2
+    assert "folds: is there already" in stderr
     assert {path: path.read_bytes() for path in (listed / "folds").rglob("*.csv")} == before
     split(SplitConfig(str(listed / "all.csv"), str(listed / "twin"), folds=4))
     for path, content in before.items():  # the same bytes again
