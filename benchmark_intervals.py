@@ -1,7 +1,7 @@
 """How often 95 % intervals hold the truth, on simulated data where the truth is known.
 
-    python benchmark_intervals.py
-    python benchmark_intervals.py --patients 5 34 --data-sets 1000
+python benchmark_intervals.py
+python benchmark_intervals.py --patients 5 34 --data-sets 1000
 """
 
 from dataclasses import dataclass

@@ -208,23 +208,23 @@ def predict(
             continue
         record_session(folder, describe_device(recipe.device))
         write_outputs(folder, timeline, name if isinstance(name, Path) else None, facts)
-        print(_summary(timeline, follower.seconds, folder))
+        print(_summary(timeline, follower.seconds, source.live, folder))
         interrupt.check()
     interrupt.restore()
     return failures
 
 
-def _summary(timeline: Timeline, seconds: float, folder: Path) -> str:
+def _summary(timeline: Timeline, seconds: float, live: bool, folder: Path) -> str:
     """What was found, how fast, and where it is."""
     times = {}
     for segment in timeline.segments:
         times[segment.label] = times.get(segment.label, 0.0) + segment.duration
     lines = [f"note: {note}" for note in timeline.notes]
     lines += [f"{label:>16} {time:9.1f} s" for label, time in sorted(times.items(), key=_longest)]
-    lines.append(
-        f"{len(timeline.segments)} segments in {timeline.duration:.1f} s of video, "
-        f"{timeline.duration / max(seconds, 1e-9):.1f} times as fast as it plays"
-    )
+    said = f"{len(timeline.segments)} segments in {timeline.duration:.1f} s of video"
+    if not live:
+        said += f", {timeline.duration / max(seconds, 1e-9):.1f} times as fast as it plays"
+    lines.append(said)
     return "\n".join([*lines, f"open {folder / 'timeline.html'}"])
 
 

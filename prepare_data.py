@@ -1,10 +1,10 @@
 """The work before training.
 
-    python prepare_data.py audit /data/SLAM                          do the splits share patients?
-    python prepare_data.py check /data/SLAM                          can every file be read?
-    python prepare_data.py split /data/SLAM --output splits          new splits that share none
-    python prepare_data.py split /data/SLAM --output folds --folds 5
-    python prepare_data.py cache /data/SLAM --output cache224        read clips fast in training
+python prepare_data.py audit /data/SLAM                          do the splits share patients?
+python prepare_data.py check /data/SLAM                          can every file be read?
+python prepare_data.py split /data/SLAM --output splits          new splits that share none
+python prepare_data.py split /data/SLAM --output folds --folds 5
+python prepare_data.py cache /data/SLAM --output cache224        read clips fast in training
 """
 
 import sys

@@ -30,7 +30,6 @@ class Names:
         """A text that a person typed (a path, a command) without anybody's name in it."""
         return hide(text, self.secrets)
 
-
     def hide_command(self, command: str) -> str:
         """The same of a command line, word by word: a shell's quotes would tear names apart."""
         try:

@@ -4,6 +4,7 @@ import json
 import logging
 import os
 import platform
+import re
 import shlex
 import subprocess
 import sys
@@ -43,10 +44,16 @@ def start_log(folder: Path | None) -> None:
 
 
 def command() -> str:
-    """What a person types to start this very program."""
+    """What a person types to start this very program, without passwords in addresses."""
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     start = ["torchrun", f"--nproc-per-node={processes}"] if processes > 1 else ["python"]
-    return shlex.join([*start, Path(sys.argv[0]).name, *sys.argv[1:]])
+    arguments = [public_address(argument) for argument in sys.argv[1:]]
+    return shlex.join([*start, Path(sys.argv[0]).name, *arguments])
+
+
+def public_address(text: str) -> str:
+    """A network address without user, password and query; other texts as they are."""
+    return re.sub(r"^(\w+://)(?:[^/?#]*@)?([^?#]*).*$", r"\1\2", text, flags=re.DOTALL)
 
 
 def record_session(folder: Path, device: str) -> None:

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from atomic import remove_unfinished
 from plots import plot_timeline
+from run_folder import public_address
 from timeline import Timeline, write_subtitles, write_timeline
 from timeline_page import write_timeline_page
 from video_source import safe_name
@@ -21,7 +22,7 @@ def output_folders(names: list[str | Path], output: str) -> list[Path]:
         if isinstance(name, Path):
             folder = Path(output or name.parent) / f"{name.name}.timeline"
         else:
-            stream = "pipe" if name == "-" else safe_name(name.rpartition("@")[2])
+            stream = "pipe" if name == "-" else safe_name(public_address(name))
             now = time.strftime("%Y%m%d-%H%M%S")
             folder = Path(output or "predictions") / f"{now}_{stream}.timeline"
         stem, number = folder.stem, 1

@@ -19,6 +19,7 @@ import av
 import numpy as np
 
 from errors import UserError
+from run_folder import public_address
 from timeline import UNREADABLE, Segment
 from video_file import (
     DECODING_ERRORS,
@@ -213,7 +214,8 @@ class LiveSource(Source):
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
         """`give_up`: seconds without a frame after which the source ends; 0: never."""
-        super().__init__(_public_name(address), rate, size, preview)
+        name = f"camera {address}" if address.isdecimal() else public_address(address)
+        super().__init__(name, rate, size, preview)
         self.address = address
         self.give_up = give_up
         self._sleep = sleep
@@ -278,15 +280,6 @@ class LiveSource(Source):
 def is_live(text: str) -> bool:
     """Whether an input is a camera's number or a stream's address."""
     return text.isdecimal() or urlsplit(text).scheme in _SCHEMES
-
-
-def _public_name(address: str) -> str:
-    """An address without user, password and query."""
-    if address.isdecimal():
-        return f"camera {address}"
-    parts = urlsplit(address)
-    port = f":{parts.port}" if parts.port else ""
-    return f"{parts.scheme}://{parts.hostname or ''}{port}{parts.path}"
 
 
 def safe_name(name: str) -> str:

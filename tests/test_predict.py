@@ -4,11 +4,15 @@ import csv
 import dataclasses
 import itertools
 import os
+import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
+import urllib.error
+import urllib.request
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -296,7 +300,7 @@ def test_where_results_go(tmp_path: Path) -> None:
     ]
     (live,) = output_folders(["rtsp://anna:secret@host/../cam"], "")
     assert live.parent == Path("predictions")
-    assert live.name.endswith("_host_.._cam.timeline")
+    assert live.name.endswith("_rtsp_host_.._cam.timeline")
     assert "secret" not in live.name
 
 
@@ -430,3 +434,32 @@ def test_a_pipe_gives_what_the_file_gives(runs, video: Path, transport: bytes, t
     assert folder.name.endswith("_pipe.timeline")
     piped = read_timeline(folder / "timeline.csv")[""]
     assert piped[-1].end == pytest.approx(20, abs=0.1)
+
+
+def test_a_live_stream_is_shown_and_written_down(runs, transport: bytes, tmp_path: Path) -> None:
+    """A network stream that is lost once, looked at in the browser, and ended with Ctrl-C."""
+    server = socket.create_server(("127.0.0.1", 0))
+    address = f"tcp://anna:secret@127.0.0.1:{server.getsockname()[1]}"
+    process = start(runs("cnn_lstm"), address, "--serve", "--output", "out", cwd=tmp_path)
+    with server:
+        for _ in range(2):
+            connection, _ = server.accept()
+            with connection:
+                for place in range(0, len(transport), 2000):
+                    connection.sendall(transport[place : place + 2000])
+                    time.sleep(0.02)
+        page = re.search(r"http://127\.0\.0\.1:\d+/\S{20,}/", process.stdout.readline().decode())[0]
+        with urllib.request.urlopen(page, timeout=10) as answer:
+            assert b"127.0.0.1" in answer.read()  # the stream's name
+        with pytest.raises(urllib.error.HTTPError, match="404"):
+            urllib.request.urlopen(page.rsplit("/", 2)[0] + "/", timeout=10)
+        wait_for_rows(tmp_path / "out", 5)
+        process.send_signal(signal.SIGINT)
+        stdout, stderr = process.communicate(timeout=60)
+    assert process.returncode == 130, stderr
+    (folder,) = (tmp_path / "out").iterdir()
+    assert read_timeline(folder / "timeline.csv")[""][0].start == 0
+    assert "<video" not in (folder / "timeline.html").read_text()
+    said = stdout + stderr + b"".join(f.read_bytes() for f in folder.iterdir())
+    assert b"secret" not in said
+    assert b"as fast as it plays" not in said

@@ -48,9 +48,12 @@ def test_the_same_answers_lose_nothing_and_one_patient_gives_no_interval() -> No
     alone = Predictions([row._replace(patient="p") for row in clean.rows], clean.probabilities)
     assert summarize(alone, answers)["corruptions"]["all"]["loss_interval"] is None
     never = predictions(1, 1, 1, 1)
-    assert summarize(never, {("smoke", s): never.right for s in range(1, 6)})["corruptions"]["all"][
-        "relative"
-    ] is None
+    assert (
+        summarize(never, {("smoke", s): never.right for s in range(1, 6)})["corruptions"]["all"][
+            "relative"
+        ]
+        is None
+    )
 
 
 def test_every_severity_is_asked_once_and_written(tmp_path: Path) -> None:
