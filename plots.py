@@ -10,10 +10,14 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, NullFormatter
+from matplotlib.ticker import LogLocator, MultipleLocator, NullFormatter
 
 from atomic import atomic
 from timeline import MARKS, Timeline
+
+# Okabe and Ito, https://jfly.uni-koeln.de/color: told apart with every kind of colour vision; those
+# of timeline.html
+_COLOURS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#f0e442")
 
 
 def plot_confusion(matrix: np.ndarray, classes: Sequence[str], path: str | Path) -> None:
@@ -157,7 +161,7 @@ def plot_timeline(timeline: Timeline, path: str | Path) -> None:
         if name in MARKS:
             look = {"facecolor": "none", "edgecolor": "0.35", "hatch": "////", "lw": 0.5}
         else:
-            look = {"facecolor": f"C{row % 10}", "edgecolor": "none"}
+            look = {"facecolor": _COLOURS[row % len(_COLOURS)], "edgecolor": "none"}
             if len(timeline.times):
                 curve = timeline.probabilities[::step, row]
                 base = np.full(len(curve), row + 0.4)
@@ -165,11 +169,18 @@ def plot_timeline(timeline: Timeline, path: str | Path) -> None:
         axes.broken_barh(bars, (row + 0.05, 0.35), **look)
     axes.set_yticks(range(len(rows)), [_plain_text(name) for name in rows])
     axes.set(xlim=(0, timeline.duration), ylim=(len(rows) - 0.5, -0.5), xlabel="time")
+    axes.xaxis.set_major_locator(MultipleLocator(_tick(timeline.duration)))
     axes.xaxis.set_major_formatter(lambda seconds, _: _minutes(seconds))
     axes.set_title(_plain_text(timeline.name), fontsize=10)
     axes.grid(axis="x", alpha=0.3)
     axes.set_axisbelow(True)
     _save(figure, path)
+
+
+def _tick(duration: float) -> float:
+    """Seconds between the marks of a time axis: at most fifteen, on round times."""
+    steps = [k * unit for unit in (1, 60, 3600) for k in (1, 2, 5, 10, 15, 30)]
+    return next((step for step in steps if duration <= 15 * step), duration / 10)
 
 
 def _minutes(seconds: float) -> str:
