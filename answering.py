@@ -27,7 +27,7 @@ class Answerer:
     answer stands in the middle of the T pictures that it looked at, and none looks at fewer.
 
     A model that can be streamed (stream.py) answers at every picture, another one at every
-    `stride`-th. After a gap longer than a window the model starts anew.
+    `stride`-th. After a pause longer than a window the model starts anew.
     """
 
     def __init__(
@@ -66,7 +66,8 @@ class Answerer:
         answers: list[tuple[float, np.ndarray]] = []
         run: list[Picture] = []
         for picture in pictures:
-            if picture.gap > self.window:
+            times = [*self._times, *(one.time for one in run)][-self.n_frames :]
+            if times and picture.time - times[-1] > self._longest_pause(times):
                 answers += self._push(run)
                 run = []
                 self._model.reset()
@@ -87,6 +88,13 @@ class Answerer:
         else:
             answer = self._model.answer(torch.stack(frames))
         return self._collect([((self._times[0] + self._times[-1]) / 2, answer.numpy())])
+
+    def _longest_pause(self, times: list[float]) -> float:
+        """Seconds without a picture that a window may bridge: its own length, at these pictures'
+        rate."""
+        if len(times) < 2:
+            return 10 * self.window
+        return max(self.window, self.n_frames * (times[-1] - times[0]) / (len(times) - 1))
 
     def _push(self, pictures: list[Picture]) -> list[tuple[float, np.ndarray]]:
         if not pictures:

@@ -3,6 +3,7 @@
 import importlib.util
 import math
 import time
+from array import array
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -16,13 +17,15 @@ from tqdm import tqdm
 
 from answering import Answerer, Answers
 from calibration import UNCERTAIN, Calibration
-from errors import UserError
+from errors import UserError, first_line
 from interrupt import Interrupt, Interrupted
 from live_page import LivePage, Snapshot
 from read_ahead import ReadAhead
+from run_folder import printable
 from smoothing import CausalFilter, Smoothing, smooth, to_segments
 from stream import Memory
 from timeline import OUT_OF_BODY, FramesWriter, Segment, Timeline
+from video_file import ClipError
 from video_source import Picture, Source
 
 _BAR = "{desc}: {percentage:3.0f}%|{bar}| {n:.0f}/{total:.0f} s, left {remaining}{postfix}"
@@ -79,19 +82,21 @@ class Follower:
         self._kind = recipe.smoothing
         if self._kind == "auto":
             self._kind = "causal" if source.live else "viterbi"
-        self._smoothing = Smoothing.for_video(
-            self._answerer.interval,
-            self._answerer.window,
-            recipe.calibration.lowest_answered,
+        self._smoothing = Smoothing(
             recipe.segment_seconds,
             recipe.minimum_seconds,
+            self._answerer.window,
+            recipe.calibration.lowest_answered,
         )
         self._filter = CausalFilter(self._smoothing, len(recipe.classes))
         self._labels = (*recipe.classes, UNCERTAIN)
         self._stack = ExitStack()
         self._page: LivePage | None = None
-        self._answers: list[Answers] = []
-        self._states: list[int] = []  # of the causal filter
+        # Arrays: an answer to seven classes is 38 bytes in them, and an operation has many.
+        self._times = array("d")
+        self._probabilities = array("f")
+        self._states = array("h")  # of the causal filter
+        self._newest: np.ndarray | None = None
         self._outside: list[Segment] = []  # out of body
         self._is_outside = False
         self._now = 0.0  # of the newest picture
@@ -113,37 +118,52 @@ class Follower:
         """Follow the source to its end, or until the interrupt.
 
         Raises:
-            ClipError: the source gives no picture.
+            ClipError: the source gives no picture, or the folder cannot be written.
+            Interrupted: before the first picture.
         """
         began = time.perf_counter()
         writer: FramesWriter | None = None
-        interrupted = False
+        notes: list[str] = []
         ahead = self._stack.enter_context(ReadAhead(self.source))
         with tqdm(desc=description, bar_format=_ENDLESS_BAR) as bar:
-            while (pictures := ahead.take(TOGETHER)) is not None:
+            while not (self.interrupt and self.interrupt.number):
+                try:
+                    pictures = ahead.take(TOGETHER)
+                except ClipError as error:
+                    if writer is None:
+                        raise
+                    notes.append(f"ended after {self._now:.1f} s: {error.reason}")
+                    break
+                if pictures is None:
+                    break
                 if writer is None and pictures:  # there will be results
                     writer = self._open_results()
-                inside = self._inside(pictures)
-                self._add(self._answerer.push(inside), writer)
+                self._add(self._answerer.push(self._inside(pictures)), writer)
                 self._show(pictures)
                 self._progress(bar, time.perf_counter() - began)
-                if self.interrupt and self.interrupt.number:
-                    interrupted = True
-                    break
-            if not interrupted:
-                self._add(self._answerer.finish(), writer)
+            else:
+                notes.append(f"interrupted after {self._now:.1f} s")
+                if writer is None:
+                    raise Interrupted
+            self._add(self._answerer.finish(), writer)
         self.seconds = time.perf_counter() - began
         if writer is None:
-            raise Interrupted
-        return self._timeline(interrupted, ahead.dropped)
+            raise ClipError(self.source.name, (self.source.notes or ["gave no picture"])[-1])
+        if ahead.dropped:
+            notes.append(
+                f"{ahead.dropped} pictures were left out: the model is slower than the camera"
+            )
+        return self._timeline(notes)
 
     def _open_results(self) -> FramesWriter:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
+            for earlier in self.folder.glob("timeline.*"):
+                earlier.unlink()  # it fits the new frames.csv no longer
             writer = FramesWriter(self.folder / "frames.csv", self.recipe.classes)
         except OSError as error:
-            raise UserError(
-                f"{self.folder}: cannot be written ({error.strerror}): choose --output"
+            raise ClipError(
+                self.folder, f"cannot be written ({error.strerror}): choose --output"
             ) from None
         self._stack.callback(writer.close)
         return writer
@@ -157,34 +177,44 @@ class Follower:
             return pictures
         inside = []
         for picture in pictures:
-            if hook(picture.image):
+            if self._call(hook, picture.image):
                 if not self._is_outside:
                     self._outside.append(Segment(picture.time, math.inf, OUT_OF_BODY))
                 self._is_outside = True
                 continue
             if self._is_outside:
-                start = self._outside[-1].start
-                self._outside[-1] = Segment(start, picture.time, OUT_OF_BODY)
-                picture = picture._replace(gap=picture.time - start)
+                self._outside[-1] = self._outside[-1]._replace(end=picture.time)
                 self._is_outside = False
             inside.append(picture)
         return inside
 
+    @staticmethod
+    def _call(hook: Hook, image: np.ndarray) -> bool:
+        try:
+            return bool(hook(image))
+        except Exception as error:  # not our code: its own words, without our traceback
+            raise UserError(
+                f"the out-of-body detector failed: {type(error).__name__}: {first_line(error)}"
+            ) from error
+
     def _add(self, answers: Answers, writer: FramesWriter | None) -> None:
-        if len(answers.times) and writer:
-            writer.write(*answers)
-            self._answers.append(answers)
-            self._states += [self._filter.push(row) for row in answers.probabilities]
+        if not len(answers.times) or not writer:
+            return
+        writer.write(*answers)
+        self._times.extend(answers.times)
+        self._probabilities.extend(answers.probabilities.ravel())
+        self._states.extend(map(self._filter.push, answers.times, answers.probabilities))
+        self._newest = answers.probabilities[-1]
 
     def _show(self, pictures: list[Picture]) -> None:
         """Tell the browser the newest picture and what is thought of it."""
-        if not self._page or not self._answers:
+        if not self._page or self._newest is None:
             return
         if pictures:
             self._preview = pictures[-1].preview
         state = self.source.state or ("" if pictures else "no new pictures")
         label, frame = self._labels[self._states[-1]], self._preview
-        probabilities = self._answers[-1].probabilities[-1]
+        probabilities = self._newest
         if self._is_outside:  # the last answer is about something else
             label, frame, probabilities = OUT_OF_BODY, None, np.full_like(probabilities, np.nan)
         self._page.show(Snapshot(self._now, label, probabilities, frame, state))
@@ -197,21 +227,16 @@ class Follower:
         bar.set_postfix_str(f"{said}{speed} {self.source.state}", refresh=False)
         bar.update(self._now - bar.n)
 
-    def _timeline(self, interrupted: bool, dropped: int) -> Timeline:
+    def _timeline(self, notes: list[str]) -> Timeline:
         """What was seen, smoothed, in segments."""
-        source = self.source
-        duration, notes = max(source.duration, source.end), list(source.notes)
-        if interrupted and not source.live:
-            duration = self._now + 1 / self.recipe.rate
-            notes.append(f"interrupted after {duration:.1f} s: what comes later was not looked at")
-        if dropped:
-            notes.append(f"{dropped} pictures were left out: the model is slower than the camera")
-        classes = len(self.recipe.classes)
-        none = Answers(np.zeros(0), np.zeros((0, classes)))
-        times = np.concatenate([a.times for a in (none, *self._answers)])
-        probabilities = np.concatenate([a.probabilities for a in (none, *self._answers)])
+        source, classes = self.source, len(self.recipe.classes)
+        duration = max(source.duration, source.end)
+        if notes and self.interrupt and self.interrupt.number and not source.live:
+            duration = min(duration, self._now + 1 / self.recipe.rate)
+        times = np.array(self._times)
+        probabilities = np.array(self._probabilities, float).reshape(-1, classes)
         if self._kind == "viterbi":
-            states = smooth(probabilities, self._smoothing)
+            states = smooth(times, probabilities, self._smoothing)
         elif self._kind == "causal":
             states = np.array(self._states, int)
         else:
@@ -225,7 +250,7 @@ class Follower:
             and not any(o.start <= segment.start and segment.end <= o.end for o in outside)
         ]
         return Timeline(
-            name=Path(source.name).name,
+            name=printable(Path(source.name).name),
             classes=self.recipe.classes,
             duration=duration,
             segments=to_segments(
@@ -238,7 +263,7 @@ class Follower:
             ),
             times=times,
             probabilities=probabilities,
-            notes=notes,
+            notes=[*source.notes, *notes],
         )
 
 
@@ -252,8 +277,15 @@ def load_hook(text: str) -> Hook:
     if not path or not Path(path).is_file():
         raise UserError(f"{text}: no such file; give detector.py:function")
     spec = importlib.util.spec_from_file_location("out_of_body_detector", path)
+    if spec is None:
+        raise UserError(f"{path}: not a Python file")
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:  # not our code
+        raise UserError(
+            f"{path}: cannot be loaded: {type(error).__name__}: {first_line(error)}"
+        ) from error
     hook = getattr(module, name, None)
     if not callable(hook):
         raise UserError(f"{path}: has no function {name!r}")

@@ -11,6 +11,7 @@ timeline.vtt (subtitles), timeline.png and timeline.html: open that one. Ctrl-C 
 writes what is known by then.
 """
 
+import math
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,16 +26,17 @@ from device import choose_device, choose_precision, describe_device
 from errors import UserError
 from following import Follower, Recipe, load_hook
 from interrupt import Interrupt, Interrupted
-from run_folder import command, record_session
+from live_source import LiveSource, is_live
+from run_folder import command, printable, record_session
 from script import script
 from stream import Memory, can_stream
 from timeline import MARKS, Timeline
 from timeline_files import output_folders, write_outputs
 from video_file import ClipError
-from video_source import FileSource, LiveSource, PipeSource, Source, is_live
+from video_source import FileSource, PipeSource, Source
 
 VIDEOS = {".mp4", ".mkv", ".mov", ".avi", ".m4v", ".mpg", ".mpeg", ".ts", ".mts", ".m2ts", ".webm",
-          ".wmv", ".flv", ".3gp", ".ogv", ".vob", ".mxf", ".asf"}  # fmt: skip
+          ".wmv", ".flv", ".ivf", ".3gp", ".ogv", ".vob", ".mxf", ".asf"}  # fmt: skip
 
 
 @dataclass
@@ -95,11 +97,11 @@ def make_recipe(config: PredictConfig) -> tuple[Recipe, dict[str, str]]:
     training = from_dict(state["config"])
     for name in ("n_frames", "stride", "rate", "segment_seconds"):
         value = getattr(config, name)
-        if value is not None and not value > 0:
-            raise UserError(f"{name} = {value}: must be more than 0")
+        if value is not None and not 0 < value < math.inf:
+            raise UserError(f"{name} = {value}: must be a number above 0")
     for name in ("minimum_seconds", "give_up"):
-        if not getattr(config, name) >= 0:
-            raise UserError(f"{name} = {getattr(config, name)}: must be at least 0")
+        if not 0 <= getattr(config, name) < math.inf:
+            raise UserError(f"{name} = {getattr(config, name)}: must be 0 or more")
     n_frames = config.n_frames or training.n_frames
     if training.model == "vivit" and n_frames != training.n_frames:
         raise UserError(f"n_frames = {n_frames}: this ViViT is made for {training.n_frames} frames")
@@ -157,7 +159,11 @@ def find_inputs(inputs: tuple[str, ...]) -> list[str | Path]:
         if text == "-" or (is_live(text) and not path.exists()):
             found.append(text)
         elif path.is_dir():
-            videos = [f for f in sorted(path.rglob("*")) if f.suffix.lower() in VIDEOS]
+            videos = [
+                file
+                for file in sorted(path.rglob("*"))
+                if file.suffix.lower() in VIDEOS and file.is_file() and file.name[0] != "."
+            ]
             if not videos:
                 raise UserError(f"{path}: no videos in this folder ({', '.join(sorted(VIDEOS))})")
             found += videos
@@ -169,7 +175,7 @@ def find_inputs(inputs: tuple[str, ...]) -> list[str | Path]:
         raise UserError("nothing to look at: give a video file, a folder, a camera's number ...")
     if len(found) > 1 and any(isinstance(one, str) for one in found):
         raise UserError("a live source or a pipe goes alone: start one process for each")
-    return found
+    return list({one if isinstance(one, str) else one.resolve(): one for one in found}.values())
 
 
 def open_source(name: str | Path, recipe: Recipe, config: PredictConfig) -> Source:
@@ -201,7 +207,7 @@ def predict(
             with Follower(source, recipe, folder, interrupt) as follower:
                 if config.serve:
                     follower.serve(config.host, config.port)
-                timeline = follower.follow(f"{counted}{Path(source.name).name}")
+                timeline = follower.follow(f"{counted}{printable(Path(source.name).name)}")
         except ClipError as error:
             failures.append(str(error))
             print(f"error: {error}", file=sys.stderr)
@@ -225,7 +231,7 @@ def _summary(timeline: Timeline, seconds: float, live: bool, folder: Path) -> st
     if not live:
         said += f", {timeline.duration / max(seconds, 1e-9):.1f} times as fast as it plays"
     lines.append(said)
-    return "\n".join([*lines, f"open {folder / 'timeline.html'}"])
+    return "\n".join([*lines, f"open {printable(str(folder / 'timeline.html'))}"])
 
 
 def _longest(pair: tuple[str, float]) -> float:
@@ -240,7 +246,7 @@ def main() -> None:
     try:
         failures = predict(recipe, config, names, facts)
     except Interrupted:
-        print("interrupted: the results go up to there", file=sys.stderr)
+        print("interrupted: what was known by then is written", file=sys.stderr)
         sys.exit(130)
     if failures:
         raise UserError(f"{len(failures)} of {len(names)} videos could not be read (told above)")

@@ -32,6 +32,7 @@ class ReadAhead:
 
     def __exit__(self, *_: object) -> None:
         self._stopped.set()
+        self._source.closing = True
         self._thread.join(timeout=5)  # longer only if a dead stream keeps it; it dies with us
 
     def take(self, most: int, wait: float = 1.0) -> list[Picture] | None:

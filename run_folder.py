@@ -47,8 +47,14 @@ def command() -> str:
     """What a person types to start this very program, without passwords in addresses."""
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     start = ["torchrun", f"--nproc-per-node={processes}"] if processes > 1 else ["python"]
-    arguments = [public_address(argument) for argument in sys.argv[1:]]
+    arguments = [printable(public_address(argument)) for argument in sys.argv[1:]]
     return shlex.join([*start, Path(sys.argv[0]).name, *arguments])
+
+
+def printable(text: str) -> str:
+    """A text from outside, a file name say, without control characters and invalid bytes."""
+    text = text.encode("utf-8", "replace").decode()
+    return "".join(character if character.isprintable() else "?" for character in text)
 
 
 def public_address(text: str) -> str:

@@ -10,10 +10,12 @@ Where the network is not sure of the class that is found, by its probability ove
 duration and the checkpoint's threshold, the answer is `uncertain`.
 """
 
+import itertools
 import math
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -23,9 +25,8 @@ from timeline import Segment
 _SMALLEST = 1e-6  # one overconfident answer must not decide everything
 
 
-@dataclass(frozen=True)
-class Smoothing:
-    """How much is smoothed. All in answers, of which there are several a second."""
+class Steps(NamedTuple):
+    """What smoothing means from one answer to the next."""
 
     switching: float
     """probability that the next answer belongs to another segment"""
@@ -33,41 +34,36 @@ class Smoothing:
     """share of new evidence in an answer: neighbours see mostly the same frames"""
     minimum: int
     """answers that a segment lasts at least"""
-    threshold: float
-    """mean probability below which a stretch is `uncertain`; infinity: all is"""
-
-    @classmethod
-    def for_video(
-        cls,
-        interval: float,
-        window: float,
-        threshold: float,
-        expected: float,
-        minimum: float,
-    ) -> "Smoothing":
-        """From seconds.
-
-        Args:
-            interval: from one answer to the next.
-            window: that an answer looks at.
-            threshold: the checkpoint's; see calibration.py.
-            expected: how long a segment lasts, on average.
-            minimum: how long it lasts at least.
-        """
-        return cls(
-            switching=min(0.5, interval / expected),
-            weight=min(1.0, interval / window),
-            minimum=max(1, round(minimum / interval)),
-            threshold=threshold,
-        )
 
     def evidence(self, probabilities: np.ndarray) -> np.ndarray:
-        """Log-likelihoods of the classes, `(N, K)` as the probabilities."""
+        """Log-likelihoods of the classes, of the probabilities' shape."""
         return self.weight * np.log(np.maximum(probabilities, _SMALLEST))
 
     def transitions(self, states: int) -> tuple[float, float]:
         """Log-probabilities of staying, and of going to one certain other state."""
         return math.log1p(-self.switching), math.log(self.switching / (states - 1))
+
+
+@dataclass(frozen=True)
+class Smoothing:
+    """How much is smoothed, in seconds."""
+
+    expected: float
+    """how long a segment lasts, on average"""
+    minimum: float
+    """how long it lasts at least"""
+    window: float
+    """that an answer looks at"""
+    threshold: float
+    """mean probability below which a stretch is `uncertain`; infinity: all is"""
+
+    def steps(self, interval: float) -> Steps:
+        """For answers that are `interval` seconds apart."""
+        return Steps(
+            switching=min(0.5, interval / self.expected),
+            weight=min(1.0, interval / self.window),
+            minimum=max(1, round(self.minimum / interval)),
+        )
 
 
 def viterbi(evidence: np.ndarray, stay: float, switch: float, minimum: int = 1) -> np.ndarray:
@@ -119,7 +115,7 @@ def viterbi(evidence: np.ndarray, stay: float, switch: float, minimum: int = 1) 
     return path
 
 
-def smooth(probabilities: np.ndarray, smoothing: Smoothing) -> np.ndarray:
+def smooth(times: np.ndarray, probabilities: np.ndarray, smoothing: Smoothing) -> np.ndarray:
     """The states `(N,)` of answers `(N, num_classes)`, offline; `num_classes` is `uncertain`.
 
     The uncertain stretches are those that make the sum of (probability - threshold) over the others
@@ -127,18 +123,28 @@ def smooth(probabilities: np.ndarray, smoothing: Smoothing) -> np.ndarray:
     on average. A class that has less than the minimum left is uncertain too.
     """
     n, classes = probabilities.shape
-    minimum = smoothing.minimum
-    states = viterbi(smoothing.evidence(probabilities), *smoothing.transitions(classes), minimum)
-    if smoothing.threshold == math.inf:
+    if n == 0 or smoothing.threshold == math.inf:
         return np.full(n, classes)
+    interval = float(np.median(np.diff(times))) if n > 1 else smoothing.window
+    steps = smoothing.steps(interval)
+    # A path has one chance a window to switch, however many answers there are: with one at every
+    # answer a switch would cost the more, the more often the same evidence is told.
+    stay, switch = smoothing.steps(max(interval, smoothing.window)).transitions(classes)
+    evidence = steps.evidence(probabilities)
+    states = viterbi(evidence, steps.weight * stay, switch, steps.minimum)
     worth = probabilities[np.arange(n), states] - smoothing.threshold
-    unsure = viterbi(np.stack((worth, np.zeros(n)), axis=1), 0.0, 0.0, minimum) == 1
+    unsure = viterbi(np.stack((worth, np.zeros(n)), axis=1), 0.0, 0.0, steps.minimum) == 1
     states = np.where(unsure, classes, states)
-    starts = np.flatnonzero(np.diff(states, prepend=-1))
-    for start, end in zip(starts, [*starts[1:], n], strict=True):
-        if end - start < minimum and unsure.any():
+    for start, end in _runs(states):
+        if end - start < steps.minimum and unsure.any():
             states[start:end] = classes
     return states
+
+
+def _runs(states: np.ndarray) -> list[tuple[int, int]]:
+    """First and one past the last place of each run of equal states."""
+    starts = [0, *(np.flatnonzero(np.diff(states)) + 1).tolist(), len(states)]
+    return list(itertools.pairwise(starts)) if len(states) else []
 
 
 class CausalFilter:
@@ -146,28 +152,32 @@ class CausalFilter:
 
     def __init__(self, smoothing: Smoothing, classes: int) -> None:
         self._smoothing = smoothing
-        stay, switch = smoothing.transitions(classes)
-        self._move = np.full((classes, classes), math.exp(switch))
-        np.fill_diagonal(self._move, math.exp(stay))
         self._belief = np.full(classes, 1 / classes)
-        self._recent: deque[np.ndarray] = deque(maxlen=smoothing.minimum)
+        self._recent: deque[tuple[float, np.ndarray]] = deque()  # of the minimum duration
         self._state: int | None = None
-        self._rival: int | None = None
-        self._held = 0
+        self._rival, self._since = -1, 0.0  # what is likeliest, and since when
+        self._time: float | None = None
 
-    def push(self, probabilities: np.ndarray) -> int:
+    def push(self, time: float, probabilities: np.ndarray) -> int:
         """The state after the next answer, `(num_classes,)`; `num_classes` is `uncertain`."""
-        log = self._smoothing.evidence(probabilities)
-        belief = (self._belief @ self._move) * np.exp(log - log.max())
+        smoothing, classes = self._smoothing, len(probabilities)
+        passed = smoothing.window if self._time is None else max(1e-3, time - self._time)
+        self._time = time
+        steps = smoothing.steps(passed)
+        stay, switch = np.exp(steps.transitions(classes))
+        log = steps.evidence(probabilities)
+        belief = (switch + (stay - switch) * self._belief) * np.exp(log - log.max())
         self._belief = belief / belief.sum()
         likeliest = int(self._belief.argmax())
-        self._held = self._held + 1 if likeliest == self._rival else 1
-        self._rival = likeliest
-        if self._state is None or self._held >= self._smoothing.minimum:
+        if likeliest != self._rival:
+            self._rival, self._since = likeliest, time - passed
+        if self._state is None or time - self._since >= smoothing.minimum - 1e-6:
             self._state = likeliest
-        self._recent.append(probabilities)
-        confidence = np.mean([row[self._state] for row in self._recent])
-        return self._state if confidence >= self._smoothing.threshold else len(probabilities)
+        self._recent.append((time, probabilities))
+        while time - self._recent[0][0] >= max(smoothing.minimum, passed) - 1e-6:
+            self._recent.popleft()
+        confidence = np.mean([row[self._state] for _, row in self._recent])
+        return self._state if confidence >= smoothing.threshold else classes
 
 
 def to_segments(
@@ -199,8 +209,7 @@ def to_segments(
         if len(these):
             middles = (times[these[1:]] + times[these[:-1]]) / 2
             edges = np.concatenate(([place], middles, [max(end, times[these[-1]])]))
-            starts = np.flatnonzero(np.diff(states[these], prepend=-1))
-            for first, last in zip(starts, [*starts[1:], len(these)], strict=True):
+            for first, last in _runs(states[these]):
                 state = states[these[first]]
                 mean = float(confidence[these[first:last], state].mean())
                 segments.append(

@@ -147,7 +147,7 @@ class FramesWriter:
     def __init__(self, path: str | Path, classes: Sequence[str]) -> None:
         # Not atomic on purpose: what is there so far is the point.
         self._file = open(path, "w", newline="", encoding="utf-8")  # noqa: SIM115
-        self._writer = csv.writer(self._file)
+        self._writer = csv.writer(self._file, lineterminator="\n")
         self._writer.writerow(["time", *classes])
 
     def write(self, times: Iterable[float], probabilities: np.ndarray) -> None:

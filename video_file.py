@@ -19,7 +19,7 @@ MAX_PIXELS = 8192 * 4608
 
 # Containers that hold video. Playlists (HLS, DASH, concat, SDP) are left out: they make the reader
 # open whatever other file or address they name.
-_FORMATS = (
+FORMATS = (
     "mov,mp4,3gp,matroska,webm,avi,asf,flv,mpegts,mpeg,mpegvideo,ivf,ogg,gif,apng,h263,h264,hevc,"
     "m4v,obu,mjpeg,dv,gxf,mxf,nut,rm,swf,vob,wtv,yuv4mpegpipe"
 )
@@ -60,7 +60,7 @@ TOLERANT = {"metadata_errors": "replace"} if int(av.__version__.split(".")[0]) <
 
 def open_video(path: Path) -> av.container.InputContainer:
     # The absolute path: "concat:a|b" or "http://x" in a manifest stays a file name.
-    options = {"format_whitelist": _FORMATS, "protocol_whitelist": "file"}
+    options = {"format_whitelist": FORMATS, "protocol_whitelist": "file"}
     return av.open(str(path.absolute()), options=options, **TOLERANT)
 
 

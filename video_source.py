@@ -1,28 +1,27 @@
-"""Where whole videos come from: files, a pipe, cameras and network streams.
+"""Where whole videos come from: files and a pipe; live_source.py has cameras and streams.
 
 Clips are short and whole or refused (video.py). An operation is hours long, and a bad stretch in it
 is no reason to lose the rest: it is bridged, and marked.
 """
 
 import math
-import platform
+import os
 import re
+import select
 import sys
-import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
-from urllib.parse import urlsplit
 
 import av
 import numpy as np
 
 from errors import UserError
-from run_folder import public_address
 from timeline import UNREADABLE, Segment
 from video_file import (
     DECODING_ERRORS,
+    FORMATS,
     TOLERANT,
     ClipError,
     decoding_stream,
@@ -36,10 +35,6 @@ from video_file import (
 PREVIEW_WIDTH = 640
 RECOVERY = 10.0  # seconds after an error in which frames that rest on others are not trusted
 
-_SCHEMES = ("rtsp", "rtsps", "rtmp", "rtmps", "srt", "udp", "tcp", "http", "https")
-# Not "file": a playlist at an address must not make us read this machine's files.
-_PROTOCOLS = ",".join((*_SCHEMES, "rtp", "srtp", "tls", "crypto", "httpproxy"))
-
 
 class Picture(NamedTuple):
     """A frame that the model is to see."""
@@ -48,8 +43,6 @@ class Picture(NamedTuple):
     """seconds since the start"""
     image: np.ndarray
     """`(size, size, 3)` uint8 RGB"""
-    gap: float = 0.0
-    """seconds before it that could not be read"""
     preview: np.ndarray | None = None
     """the frame in its own shape, for people"""
 
@@ -79,8 +72,9 @@ class Source(ABC):
         self.notes: list[str] = []
         self.state = ""
         """what a live source is doing while there are no pictures"""
+        self.closing = False
+        """set it, from any thread, to make the source end as soon as it can"""
         self._due = 0
-        self._gap = 0.0
 
     @abstractmethod
     def __iter__(self) -> Iterator[Picture]:
@@ -90,22 +84,20 @@ class Source(ABC):
             ClipError: there is nothing that can be read.
         """
 
-    def _take(self, frame: av.VideoFrame, seconds: float) -> Iterator[Picture]:
+    def _take(self, frame: av.VideoFrame, seconds: float) -> Picture | None:
         """The picture of a frame, if one is due."""
         passed = math.floor((seconds + 1e-4) * self.rate)  # the multiples of 1/rate so far
         if passed < self._due:
-            return
+            return None
         self._due = passed + 1
         shown = None
         if self.preview:
             width = min(PREVIEW_WIDTH, frame.width)
             shown = to_rgb(frame, (width, max(1, round(width * frame.height / frame.width))))
-        yield Picture(seconds, to_rgb(frame, self.size), self._gap, shown)
-        self._gap = 0.0
+        return Picture(seconds, to_rgb(frame, self.size), shown)
 
     def _bridge(self, until: float, why: str) -> None:
         """Mark the stretch from the last good frame on as unreadable."""
-        self._gap += until - self.end
         if self.unreadable and self.unreadable[-1].end >= self.end - 1e-6:
             last = self.unreadable.pop()
             self.unreadable.append(Segment(last.start, until, UNREADABLE))
@@ -131,7 +123,7 @@ class _Recorded(Source):
         if not self.end:
             why = f": {self.notes[0]}" if self.notes else ""
             raise ClipError(self.name, f"holds no frame that can be decoded{why}")
-        if self.duration > self.end + max(1.0, 0.01 * self.duration):
+        if self.duration > self.end + 1.0:
             self._bridge(self.duration, f"the file ends there, and says {self.duration:.1f} s")
 
     def _read(
@@ -143,15 +135,10 @@ class _Recorded(Source):
         self.duration = max(0.0, (container.duration or 0) / av.time_base)
         longest = max(1.0, 5 * interval)  # between frames, without a word
         trusted, error, lost_at = True, "", -math.inf
-        for item in _decode_all(container, stream):
+        for item, seconds in _with_times(decode_all(container, stream), origin, interval, longest):
             if isinstance(item, str):
                 error, trusted, lost_at = error or item, False, self.end
                 continue
-            seconds = self.end if item.time is None else item.time - origin
-            backwards = seconds < self.end - interval / 2
-            absurd = self.duration and seconds > 2 * self.duration + 60
-            if backwards or absurd:
-                seconds = self.end
             # After an error pictures are patched up from others until one stands for itself, and
             # where some are missing then, the damage goes on.
             if seconds > lost_at + RECOVERY:
@@ -162,12 +149,18 @@ class _Recorded(Source):
             if item.is_corrupt or not trusted:
                 error = error or "damaged frames"
                 continue
+            try:
+                picture = self._take(item, seconds)
+            except DECODING_ERRORS as problem:  # it cannot be converted
+                error = error or reason(problem)
+                continue
             if error or seconds > self.end + longest:
                 if seconds > self.end + interval / 2:
                     self._bridge(seconds, error or "no frames")
                 error = ""
-            self.end = seconds + interval
-            yield from self._take(item, seconds)
+            self.end = max(self.end, seconds + interval)
+            if picture:
+                yield picture
         if error and self.end and self.duration > self.end + interval:
             self._bridge(self.duration, error)
 
@@ -196,90 +189,16 @@ class PipeSource(_Recorded):
             )
 
     def _open(self) -> av.container.InputContainer:
-        return av.open(sys.stdin.buffer, **TOLERANT)
+        # Playlists are left out as for files: they would open others.
+        return av.open(self, options={"format_whitelist": FORMATS}, **TOLERANT)
 
-
-class LiveSource(Source):
-    """A camera or a network stream. Time is that of the clock; a lost connection is made anew."""
-
-    live = True
-
-    def __init__(
-        self,
-        address: str,
-        rate: float,
-        size: int,
-        preview: bool = False,
-        give_up: float = 0.0,
-        sleep: Callable[[float], None] = time.sleep,
-    ) -> None:
-        """`give_up`: seconds without a frame after which the source ends; 0: never."""
-        name = f"camera {address}" if address.isdecimal() else public_address(address)
-        super().__init__(name, rate, size, preview)
-        self.address = address
-        self.give_up = give_up
-        self._sleep = sleep
-
-    def __iter__(self) -> Iterator[Picture]:
-        container = self._connect()  # the first time an error is the user's: a wrong address
-        began, pause, why = time.monotonic(), 0.5, ""
-        while True:
-            try:
-                if container is None:
-                    container = self._connect()
-                with container:
-                    stream = decoding_stream(container, container.streams.video[0].index)
-                    trusted, lost_at = False, time.monotonic() - began
-                    for item in _decode_all(container, stream):
-                        seconds = time.monotonic() - began
-                        if isinstance(item, str):
-                            why, trusted, lost_at = item, False, seconds
-                            continue
-                        trusted = trusted or item.key_frame or seconds > lost_at + RECOVERY
-                        if item.is_corrupt or not trusted:
-                            continue
-                        if self.end and seconds > self.end + 2.0:
-                            self._bridge(seconds, why or "no frames came")
-                        self.end, self.state, pause, why = seconds, "", 0.5, ""
-                        yield from self._take(item, seconds)
-                    why = why or "the stream ended"
-            except (ClipError, *DECODING_ERRORS) as error:
-                why = error.reason if isinstance(error, ClipError) else reason(error)
-            container = None
-            silent = time.monotonic() - began - self.end
-            if self.give_up and silent > self.give_up:
-                self._bridge(time.monotonic() - began, why)
-                self.notes.append(f"given up after {silent:.0f} s without a frame: {why}")
-                return
-            self.state = f"reconnecting ({why})"
-            self._sleep(pause)
-            pause = min(2 * pause, 10.0)
-
-    def _connect(self) -> av.container.InputContainer:
-        """Open the camera or the address.
-
-        Raises:
-            ClipError: it cannot be opened, or sends no video.
-        """
-        try:
-            if self.address.isdecimal():
-                container = _open_camera(int(self.address))
-            else:
-                options = {"protocol_whitelist": _PROTOCOLS}
-                if self.address.startswith("rtsp"):
-                    options["rtsp_transport"] = "tcp"  # lost packets would be smeared pictures
-                container = av.open(self.address, options=options, timeout=(10.0, 10.0), **TOLERANT)
-            if not container.streams.video:
-                container.close()
-                raise ClipError(self.name, "sends no video")
-            return container
-        except DECODING_ERRORS as error:
-            raise ClipError(self.name, f"cannot be opened: {reason(error)}") from error
-
-
-def is_live(text: str) -> bool:
-    """Whether an input is a camera's number or a stream's address."""
-    return text.isdecimal() or urlsplit(text).scheme in _SCHEMES
+    def read(self, most: int) -> bytes:
+        """What PyAV reads from. Python's own stdin would wait for ever, and hold its lock."""
+        if os.name == "posix":
+            while not select.select([0], [], [], 0.2)[0]:
+                if self.closing:
+                    return b""
+        return b"" if self.closing else os.read(0, most)
 
 
 def safe_name(name: str) -> str:
@@ -287,16 +206,7 @@ def safe_name(name: str) -> str:
     return re.sub(r"[^\w.-]+", "_", name).strip("._") or "video"
 
 
-def _open_camera(index: int) -> av.container.InputContainer:
-    system = platform.system()
-    if system == "Linux":
-        return av.open(f"/dev/video{index}", format="v4l2")
-    if system == "Darwin":
-        return av.open(str(index), format="avfoundation", options={"framerate": "30"})
-    raise UserError("cameras are read on Linux and macOS only: send the camera's stream instead")
-
-
-def _decode_all(
+def decode_all(
     container: av.container.InputContainer, stream: av.VideoStream
 ) -> Iterator[av.VideoFrame | str]:
     """All frames that can be decoded, and in their place what is wrong with those that cannot."""
@@ -316,3 +226,37 @@ def _decode_all(
         except DECODING_ERRORS as error:
             failures += 1
             yield reason(error)
+
+
+def _with_times(
+    items: Iterator[av.VideoFrame | str], origin: float, interval: float, longest: float
+) -> Iterator[tuple[av.VideoFrame | str, float]]:
+    """Each frame with its time in seconds, which never runs backwards.
+
+    A time stamp that jumps ahead is believed only once the next one goes on from there: a single
+    wrong one would cost all frames up to it.
+
+    Args:
+        origin: what the time stamps count from.
+        interval: that frames usually are apart.
+        longest: step that is believed at once.
+    """
+    last, held = -interval, None
+    for item in items:
+        if isinstance(item, str):
+            yield item, 0.0
+            continue
+        seconds = last + interval if item.time is None else max(0.0, item.time - origin)
+        if held:
+            real = seconds >= held[1]
+            yield held[0], held[1] if real else last + interval
+            last, held = held[1] if real else last + interval, None
+        if seconds <= last:
+            seconds = last + interval
+        if seconds > last + longest and last >= 0:
+            held = item, seconds
+        else:
+            yield item, seconds
+            last = seconds
+    if held:
+        yield held[0], last + interval

@@ -29,12 +29,13 @@ from config import TrainConfig, resolve
 from errors import UserError
 from following import Follower, Recipe, load_hook
 from frame_rate import seen_frame_rate
+from live_feed import Snapshot
 from predict import PredictConfig, find_inputs, main, make_recipe
 from stream import can_stream
 from timeline import OUT_OF_BODY, UNREADABLE, Segment, read_timeline
 from timeline_files import output_folders
 from video import read_clip, write_video
-from video_file import decoding_stream, open_video
+from video_file import ClipError, decoding_stream, open_video
 from video_source import FileSource, Picture
 
 CLASSES = ("dark", "grey", "light")
@@ -171,6 +172,67 @@ def test_frames_out_of_the_body_are_not_looked_at(video: Path, tmp_path: Path) -
     assert max(shown) < 140  # nothing light, not even in a mixture
 
 
+def test_a_video_wholly_out_of_the_body(video: Path, tmp_path: Path) -> None:
+    timeline = follow(video, tmp_path, out_of_body=lambda image: True)
+    assert [segment[:3] for segment in timeline.segments] == [(0.0, 20.0, OUT_OF_BODY)]
+    assert len(timeline.times) == 0
+
+
+class Viewer:
+    """Stands where the live page does."""
+
+    def __init__(self) -> None:
+        self.seen: list[Snapshot] = []
+        self.show = self.seen.append
+
+
+def test_viewers_do_not_see_what_is_out_of_the_body(video: Path, tmp_path: Path) -> None:
+    settings = recipe(out_of_body=lambda image: np.bool_(image.mean() > 190))
+    source = FileSource(video, 10.0, 16, preview=True)
+    with Follower(source, settings, tmp_path) as follower:
+        follower._page = viewer = Viewer()
+        follower.follow("test")
+    hidden = [snapshot for snapshot in viewer.seen if snapshot.label == OUT_OF_BODY]
+    shown = [snapshot for snapshot in viewer.seen if snapshot.label != OUT_OF_BODY]
+    assert hidden
+    assert shown
+    assert all(snapshot.frame is None for snapshot in hidden)
+    assert all(np.isnan(snapshot.probabilities).all() for snapshot in hidden)
+    assert max(snapshot.frame.mean() for snapshot in shown) < 190
+    assert all(snapshot.frame.shape == (48, 64, 3) for snapshot in shown)
+
+
+def test_live_sources_are_smoothed_from_the_past_only(video: Path, tmp_path: Path) -> None:
+    class Live(FileSource):
+        live = True
+
+    source = Live(video, 10.0, 16)
+    with Follower(source, recipe(stride=1), tmp_path) as follower:
+        assert follower._kind == "causal"
+    with Follower(FileSource(video, 10.0, 16), recipe(), tmp_path) as follower:
+        assert follower._kind == "viterbi"
+
+
+def test_an_error_in_the_middle_keeps_what_is_known(video: Path, tmp_path: Path) -> None:
+    class Breaks(FileSource):
+        def __iter__(self) -> Iterator[Picture]:
+            yield from itertools.islice(super().__iter__(), 80)
+            raise ClipError(self.name, "the disk is gone")
+
+    with Follower(Breaks(video, 10.0, 16), recipe(), tmp_path) as follower:
+        timeline = follower.follow("test")
+    assert timeline.segments[0].label == "dark"
+    assert "the disk is gone" in timeline.notes[-1]
+
+
+def test_a_detector_that_fails_is_told_in_one_line(video: Path, tmp_path: Path) -> None:
+    def broken(image: np.ndarray) -> bool:
+        raise ZeroDivisionError("mine")
+
+    with pytest.raises(UserError, match="detector failed: ZeroDivisionError: mine"):
+        follow(video, tmp_path, out_of_body=broken)
+
+
 def test_a_detector_is_loaded_from_a_file(tmp_path: Path) -> None:
     file = tmp_path / "mine.py"
     file.write_text("def outside(image):\n    return image.mean() > 190\nnumber = 3\n")
@@ -263,14 +325,14 @@ def test_live_answers_stand_at_the_newest_picture(runs, video: Path) -> None:
 def test_after_a_long_gap_the_model_starts_anew(name: str, options: dict, runs, video) -> None:
     settings, _ = make_recipe(PredictConfig(str(runs(name, **options)), ()))
     pictures = pictures_of(video)[:12]
-    after = [pictures[6]._replace(gap=3.0), *pictures[7:]]
+    after = [picture._replace(time=picture.time + 3) for picture in pictures[6:]]
     answerer = Answerer(settings.model, 3, 4, 5.0, 1)
     answerer.push(pictures[:6])
     found = answerer.push(after)
-    fresh = Answerer(settings.model, 3, 4, 5.0, 1).push(pictures[6:])
+    fresh = Answerer(settings.model, 3, 4, 5.0, 1).push(after)
     np.testing.assert_allclose(found.probabilities, fresh.probabilities, atol=1e-6)
     assert found.times.tolist() == fresh.times.tolist()
-    small = [pictures[6]._replace(gap=0.5), *pictures[7:]]  # less than a window: it goes on
+    small = [picture._replace(time=picture.time + 0.4) for picture in pictures[6:]]  # it goes on
     goes_on = Answerer(settings.model, 3, 4, 5.0, 1)
     goes_on.push(pictures[:6])
     assert len(goes_on.push(small).times) == 6
@@ -324,9 +386,11 @@ def test_inputs(video: Path, tmp_path: Path) -> None:
     ("flags", "words"),
     [
         (["--rate", "0"], "rate = 0"),
+        (["--segment-seconds", "inf"], "segment_seconds = inf"),
+        (["--out-of-body", str(ROOT / "README.md") + ":f"], "not a Python file"),
         (["--memory", "state"], "reads forward only"),
         (["--wanted-error", "0.1"], "be calibrated"),
-        (["--minimum-seconds", "-1"], "must be at least 0"),
+        (["--minimum-seconds", "-1"], "must be 0 or more"),
         (["--out-of-body", "x.py:f"], "no such file"),
     ],
 )
@@ -409,8 +473,8 @@ def test_an_interrupted_run_keeps_what_it_had(
     process.stdin.flush()
     frames = wait_for_rows(tmp_path / "out", 20)
     process.send_signal(number)
+    process.wait(60)  # the pipe is still open
     process.stdin.close()
-    process.wait(60)
     stderr = process.stderr.read().decode()
     process.stdout.close()
     process.stderr.close()
@@ -420,7 +484,7 @@ def test_an_interrupted_run_keeps_what_it_had(
         assert not (frames.parent / "timeline.csv").exists()
         return
     assert process.returncode == 130
-    assert "the results go up to there" in stderr
+    assert "what was known by then is written" in stderr
     segments = read_timeline(frames.parent / "timeline.csv")[""]
     assert float(rows[-1][0]) <= segments[-1].end <= 20
     assert "interrupted after" in (frames.parent / "timeline.html").read_text()
@@ -439,6 +503,7 @@ def test_a_pipe_gives_what_the_file_gives(runs, video: Path, transport: bytes, t
 def test_a_live_stream_is_shown_and_written_down(runs, transport: bytes, tmp_path: Path) -> None:
     """A network stream that is lost once, looked at in the browser, and ended with Ctrl-C."""
     server = socket.create_server(("127.0.0.1", 0))
+    server.settimeout(60)
     address = f"tcp://anna:secret@127.0.0.1:{server.getsockname()[1]}"
     process = start(runs("cnn_lstm"), address, "--serve", "--output", "out", cwd=tmp_path)
     with server:

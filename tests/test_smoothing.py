@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from calibration import UNCERTAIN
-from smoothing import CausalFilter, Smoothing, smooth, to_segments, viterbi
+from smoothing import CausalFilter, Smoothing, Steps, smooth, to_segments, viterbi
 from timeline import OUT_OF_BODY, UNREADABLE, Segment
 
 STAY, SWITCH = math.log(0.8), math.log(0.1)
@@ -15,6 +15,10 @@ STAY, SWITCH = math.log(0.8), math.log(0.1)
 
 def random_evidence(n: int, states: int, seed: int) -> np.ndarray:
     return np.log(np.random.default_rng(seed).dirichlet(np.ones(states) * 0.5, n) + 1e-4)
+
+
+def every_second(answers: np.ndarray, smoothing: Smoothing) -> list[int]:
+    return smooth(np.arange(len(answers)), answers, smoothing).tolist()
 
 
 def score(path: tuple[int, ...], evidence: np.ndarray, minimum: int) -> float:
@@ -49,39 +53,39 @@ def test_viterbi_of_nothing_and_of_little() -> None:
 def test_a_short_slip_is_smoothed_away_and_a_long_change_is_not() -> None:
     sure = np.array([0.9, 0.05, 0.05])
     answers = np.stack([np.roll(sure, k) for k in [0] * 20 + [1] * 2 + [0] * 20 + [2] * 20])
-    smoothing = Smoothing(switching=0.02, weight=0.5, minimum=5, threshold=0.0)
-    assert smooth(answers, smoothing).tolist() == [0] * 42 + [2] * 20
+    smoothing = Smoothing(expected=50, window=2, minimum=5, threshold=0.0)
+    assert every_second(answers, smoothing) == [0] * 42 + [2] * 20
 
 
 def test_below_the_threshold_it_is_uncertain() -> None:
     sure, unsure = [0.9, 0.05, 0.05], [0.45, 0.35, 0.2]
     answers = np.array([sure] * 30 + [unsure] * 30 + [sure] * 30)
-    smoothing = Smoothing(switching=0.05, weight=1.0, minimum=3, threshold=0.6)
-    assert smooth(answers, smoothing).tolist() == [0] * 30 + [3] * 30 + [0] * 30
+    smoothing = Smoothing(expected=20, window=1, minimum=3, threshold=0.6)
+    assert every_second(answers, smoothing) == [0] * 30 + [3] * 30 + [0] * 30
     online = CausalFilter(smoothing, 3)
-    said = [online.push(row) for row in answers]
+    said = [online.push(t, row) for t, row in enumerate(answers)]
     assert said[:31] == [0] * 31  # the mean of the last three decides
     assert said[33:60] == [3] * 27
     assert said[63:] == [0] * 27
-    everything = Smoothing(0.05, 1.0, 3, threshold=0.0)
-    assert smooth(answers, everything).tolist() == [0] * 90
-    nothing = Smoothing(0.05, 1.0, 3, threshold=math.inf)
-    assert smooth(answers, nothing).tolist() == [3] * 90
+    everything = Smoothing(20, 3, 1, threshold=0.0)
+    assert every_second(answers, everything) == [0] * 90
+    nothing = Smoothing(20, 3, 1, threshold=math.inf)
+    assert every_second(answers, nothing) == [3] * 90
 
 
 def test_what_is_left_over_between_uncertain_stretches_is_uncertain() -> None:
     """Class 1 lasts 8 answers, but is sure for 2 of them: less than the minimum."""
     answers = np.array([[0.9, 0.1]] * 10 + [[0.05, 0.95]] * 2 + [[0.4, 0.6]] * 6)
-    smoothing = Smoothing(switching=0.3, weight=1.0, minimum=4, threshold=0.7)
-    assert smooth(answers, smoothing).tolist() == [0] * 10 + [2] * 8
+    smoothing = Smoothing(expected=3, window=1, minimum=4, threshold=0.7)
+    assert every_second(answers, smoothing) == [0] * 10 + [2] * 8
 
 
 @pytest.mark.parametrize("seed", range(8))
 def test_answered_stretches_are_sure_enough_and_long_enough(seed: int) -> None:
     rng = np.random.default_rng(seed)
     answers = rng.dirichlet(np.ones(3) * 0.4, 20).repeat(rng.integers(2, 9, 20), axis=0)
-    smoothing = Smoothing(switching=0.1, weight=0.4, minimum=5, threshold=0.6)
-    states = smooth(answers, smoothing)
+    smoothing = Smoothing(expected=10, window=2.5, minimum=5, threshold=0.6)
+    states = np.array(every_second(answers, smoothing))
     assert 0 < (states == 3).mean() < 1
     runs = [list(group) for _, group in itertools.groupby(states)]
     assert all(len(run) >= 5 for run in runs)
@@ -95,20 +99,42 @@ def test_answered_stretches_are_sure_enough_and_long_enough(seed: int) -> None:
 
 
 def test_seconds_become_answers() -> None:
-    smoothing = Smoothing.for_video(0.2, window=1.6, threshold=0.5, expected=10.0, minimum=1.0)
-    assert smoothing == Smoothing(switching=pytest.approx(0.02), weight=0.125, minimum=5,
-                                  threshold=0.5)  # fmt: skip
-    seldom = Smoothing.for_video(30.0, window=1.6, threshold=0.5, expected=10.0, minimum=1.0)
-    assert seldom == Smoothing(switching=0.5, weight=1.0, minimum=1, threshold=0.5)
+    smoothing = Smoothing(expected=10.0, minimum=1.0, window=1.6, threshold=0.5)
+    assert smoothing.steps(0.2) == Steps(switching=pytest.approx(0.02), weight=0.125, minimum=5)
+    assert smoothing.steps(30.0) == Steps(switching=0.5, weight=1.0, minimum=1)
+
+
+def test_the_number_of_answers_a_second_does_not_matter() -> None:
+    """The same five seconds of another class, answered five times a second and once."""
+    smoothing = Smoothing(expected=10.0, minimum=2.0, window=2.0, threshold=0.0)
+    for rate in (1, 5):
+        often = [[0.9, 0.1]] * 10 * rate + [[0.1, 0.9]] * 5 * rate + [[0.9, 0.1]] * 10 * rate
+        answers, times = np.array(often), np.arange(25 * rate) / rate
+        found = smooth(times, answers, smoothing)
+        assert found.tolist() == [0] * 10 * rate + [1] * 5 * rate + [0] * 10 * rate
+        online = CausalFilter(smoothing, 2)
+        said = np.array([online.push(t, row) for t, row in zip(times, answers, strict=True)])
+        assert 2 <= (said == 1).sum() / rate <= 7
+        late = times[said == 1][0] - 10
+        assert 1 <= late <= 4
+
+
+def test_smoothing_nothing() -> None:
+    smoothing = Smoothing(10.0, 1.0, 1.6, 0.5)
+    assert smooth(np.zeros(0), np.zeros((0, 3)), smoothing).tolist() == []
+    assert smooth(np.zeros(1), np.array([[0.1, 0.8, 0.1]]), smoothing).tolist() == [1]
 
 
 def test_the_filter_is_the_forward_algorithm() -> None:
     """Against the sum over all sequences of states."""
-    smoothing = Smoothing(switching=0.3, weight=0.7, minimum=1, threshold=0.0)
+    smoothing = Smoothing(expected=1 / 0.3, window=1 / 0.7, minimum=1, threshold=0.0)
     answers = np.random.default_rng(3).dirichlet(np.ones(3), 6)
-    evidence = smoothing.evidence(answers)
-    np.testing.assert_allclose(evidence, 0.7 * np.log(answers))
-    stay, switch = smoothing.transitions(3)
+    steps = smoothing.steps(1.0)
+    evidence = steps.evidence(answers)
+    # The first answer has a whole window to itself.
+    evidence[0] = np.log(answers[0])
+    np.testing.assert_allclose(evidence[1:], 0.7 * np.log(answers[1:]))
+    stay, switch = steps.transitions(3)
     assert math.exp(stay) + 2 * math.exp(switch) == pytest.approx(1)
     online = CausalFilter(smoothing, 3)
     for t in range(len(answers)):
@@ -116,25 +142,25 @@ def test_the_filter_is_the_forward_algorithm() -> None:
         for path in itertools.product(range(3), repeat=t + 1):
             moves = sum(stay if a == b else switch for a, b in itertools.pairwise(path))
             totals[path[-1]] += math.exp(sum(evidence[k, s] for k, s in enumerate(path)) + moves)
-        assert online.push(answers[t]) == totals.argmax()
+        assert online.push(t, answers[t]) == totals.argmax()
 
 
 def test_the_filter_waits_before_it_changes_its_mind() -> None:
-    smoothing = Smoothing(switching=0.3, weight=1.0, minimum=3, threshold=0.0)
+    smoothing = Smoothing(expected=3, window=1, minimum=3, threshold=0.0)
     online = CausalFilter(smoothing, 2)
     a, b = np.array([0.95, 0.05]), np.array([0.05, 0.95])
-    said = [online.push(x) for x in (a, a, b, b, a, b, b, b, b)]
+    said = [online.push(t, x) for t, x in enumerate((a, a, b, b, a, b, b, b, b))]
     assert said == [0, 0, 0, 0, 0, 0, 0, 1, 1]
 
 
 def test_the_filter_is_causal() -> None:
-    smoothing = Smoothing(switching=0.1, weight=0.5, minimum=2, threshold=0.3)
+    smoothing = Smoothing(expected=10, window=2, minimum=2, threshold=0.3)
     answers = np.random.default_rng(0).dirichlet(np.ones(4), 40)
     others = answers.copy()
     others[25:] = np.random.default_rng(1).dirichlet(np.ones(4), 15)
     one, two = CausalFilter(smoothing, 4), CausalFilter(smoothing, 4)
-    first = [one.push(x) for x in answers]
-    second = [two.push(x) for x in others]
+    first = [one.push(t, x) for t, x in enumerate(answers)]
+    second = [two.push(t, x) for t, x in enumerate(others)]
     assert first[:25] == second[:25]
 
 
