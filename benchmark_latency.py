@@ -84,6 +84,8 @@ class BenchmarkConfig:
     """torch.compile the models"""
     num_classes: int = 7
     """classes of the models that are given by name"""
+    video: str = ""
+    """for streaming: a video whose pictures are followed (empty: a rendered scene with noise)"""
     output: str = "benchmarks"
     """folder for latency.csv, .json and .md"""
 
@@ -263,12 +265,12 @@ def time_streaming(config: BenchmarkConfig) -> None:
     dtype = choose_precision(config.amp, device)
     settings = names, config.n_frames, config.image_size
     ratios = compare_streaming(*settings, config.repeats, device, dtype)
-    live = measure_live(*settings, 60 * config.repeats, device, dtype)
+    live = measure_live(*settings, 60 * config.repeats, device, dtype, config.video)
     facts = {"precision": str(dtype).removeprefix("torch."), "window": config.n_frames,
              "pixels": config.image_size}  # fmt: skip
     turns = f"{config.repeats} turns of 3 calls"
     report("streaming", ratios, conditions(device, n=turns, **facts), config.output, FORMATS)
-    video = "1280 x 720 H.264, rendered, decoded in the same thread"
+    video = f"1280 x 720 H.264, {config.video or 'rendered'}, decoded in the same thread"
     report("live", live, conditions(device, video=video, **facts), config.output, FORMATS)
 
 

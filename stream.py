@@ -14,7 +14,7 @@ from torch import nn
 
 from cnn_lstm import CNNLSTM
 from errors import UserError
-from inference import prepare_for_inference
+from inference import pack_convolutions, prepare_for_inference
 from tsm_resnet import TSMResNet18
 
 Memory = Literal["window", "state"]
@@ -72,9 +72,9 @@ class Streamer:
         self.streams = streams
         self.temperature = temperature
         self.device = torch.device(device)
-        self._embed, self._conclude = _halves(
-            prepare_for_inference(model, self.device, dtype), memory
-        )
+        model = prepare_for_inference(model, self.device, dtype)
+        pack_convolutions(model)
+        self._embed, self._conclude = _halves(model, memory)
         self.reset()
 
     @torch.inference_mode()

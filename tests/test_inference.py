@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from inference import fold_batchnorms, prepare_for_inference
+from inference import fold_batchnorms, pack_convolutions, prepare_for_inference
 from models import MODELS, build_model
 
 CPU = torch.device("cpu")
@@ -107,3 +107,25 @@ def test_what_cannot_be_folded_is_not(clips: torch.Tensor) -> None:
     fast = prepare_for_inference(model, CPU)
     assert isinstance(fast.norm_a, nn.BatchNorm2d)
     assert torch.allclose(fast(clips), wanted, rtol=1e-6)
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("name", ["tsm", "cnn_lstm"])
+def test_packed_convolutions_give_the_same(name: str) -> None:
+    torch.manual_seed(0)
+    model = prepare_for_inference(build_model(name, 3), CPU)
+    packed = copy.deepcopy(model)
+    assert pack_convolutions(packed) == 20
+    for size, frames in ((32, 4), (48, 2)):  # the second with weights packed for the first
+        clips = torch.randint(0, 256, (1, frames, 3, size, size), dtype=torch.uint8)
+        torch.testing.assert_close(packed(clips), model(clips), atol=1e-5, rtol=1e-5)
+
+
+def test_what_cannot_be_packed_stays() -> None:
+    half = prepare_for_inference(build_model("tsm", 3), CPU, torch.bfloat16)
+    assert pack_convolutions(half) == 0
+    odd = torch.nn.Sequential(
+        torch.nn.Conv2d(3, 4, 3, padding="same"),
+        torch.nn.Conv2d(4, 4, 3, padding=1, padding_mode="reflect"),
+    )
+    assert pack_convolutions(odd) == 0
