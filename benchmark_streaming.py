@@ -18,7 +18,7 @@ from inference import pack_convolutions, prepare_for_inference
 from models import build_model
 from read_ahead import ReadAhead
 from stream import Streamer
-from video_source import FileSource
+from video_source import FileSource, Picture
 
 STREAMED = {"tsm": {"shift_mode": "causal"}, "cnn_lstm": {}}
 """the models that can be streamed, and what they must be built with"""
@@ -85,14 +85,19 @@ def measure_live(
     with tempfile.TemporaryDirectory() as folder:
         video = Path(folder) / "live.mp4"
         write_benchmark_video(video, 720, frames, group=50, source=source)
-        clocks = {name: _live(name, n_frames, image_size, video, device, dtype) for name in names}
+
+        def start(name: str) -> tuple[Streamer, FileSource]:
+            streamer = Streamer(_model(name), n_frames, device=device, dtype=dtype)
+            return streamer, FileSource(video, 1000.0, image_size)  # every frame
+
+        clocks = {name: _live(*start(name)) for name in names}
         seconds: dict[str, list[float]] = {name: [] for name in names}
         memory: dict[str, list[float]] = {name: [] for name in names}
         while any(len(taken) < frames for taken in seconds.values()):
             for name, clock in clocks.items():
                 seconds[name] += itertools.islice(clock, 25)
                 memory[name].append(_resident_memory())
-        ahead = {name: _ahead(name, n_frames, image_size, video, device, dtype) for name in names}
+        ahead = {name: _ahead(*start(name)) for name in names}
     rows = []
     for name in names:
         taken = 1000 * np.array(seconds[name][n_frames:])  # without the first ones, while it fills
@@ -112,44 +117,31 @@ def measure_live(
     return pd.DataFrame(rows)
 
 
-def _live(
-    name: str,
-    n_frames: int,
-    image_size: int,
-    video: Path,
-    device: torch.device,
-    dtype: torch.dtype,
-) -> Iterator[float]:
+def _live(streamer: Streamer, source: FileSource) -> Iterator[float]:
     """Seconds from asking for the next frame to its answer."""
-    streamer = Streamer(_model(name), n_frames, device=device, dtype=dtype)
-    pictures = iter(FileSource(video, 1000.0, image_size))
+    pictures = iter(source)
     while True:
         began = time.perf_counter()
         picture = next(pictures, None)
         if picture is None:
             return
-        frame = torch.from_numpy(picture.image).permute(2, 0, 1)  # (H, W, C) -> (C, H, W)
-        streamer.push(frame[None])
+        _push(streamer, picture)
         yield time.perf_counter() - began
 
 
-def _ahead(
-    name: str,
-    n_frames: int,
-    image_size: int,
-    video: Path,
-    device: torch.device,
-    dtype: torch.dtype,
-) -> float:
+def _ahead(streamer: Streamer, source: FileSource) -> float:
     """Frames a second with the decoding in a thread of its own, as predict.py has it."""
-    streamer = Streamer(_model(name), n_frames, device=device, dtype=dtype)
     began, count = time.perf_counter(), 0
-    with ReadAhead(FileSource(video, 1000.0, image_size)) as ahead:
+    with ReadAhead(source) as ahead:
         while pictures := ahead.take(1):
-            frame = torch.from_numpy(pictures[0].image).permute(2, 0, 1)  # (H, W, C) -> (C, H, W)
-            streamer.push(frame[None])
+            _push(streamer, pictures[0])
             count += 1
     return count / (time.perf_counter() - began)
+
+
+def _push(streamer: Streamer, picture: Picture) -> None:
+    frame = torch.from_numpy(picture.image).permute(2, 0, 1)  # (H, W, C) -> (C, H, W)
+    streamer.push(frame[None])
 
 
 def _model(name: str) -> nn.Module:

@@ -18,6 +18,7 @@ from dataset import ClipsDataset, ReportingDataset, collate
 from errors import UserError
 from evaluate import evaluate, main
 from manifest import ClipRow, read_manifest
+from predict import PredictConfig, make_recipe
 from predictions import Predictions
 
 CLASSES = ("dark", "grey", "light")
@@ -38,6 +39,17 @@ def run(tiny_data: Path, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("evaluated")
     run_script("train.py", "--data-root", tiny_data, *TINY_FLAGS, "--epochs", 2, cwd=folder)
     return next((folder / "runs").iterdir())
+
+
+def test_the_checkpoint_is_ready_for_whole_videos(run: Path) -> None:
+    """predict.py finds the clips' frame rate in it (4 frames of 0.8 s), and the calibration."""
+    assert load_checkpoint(run)["frame_rate"] == pytest.approx(5.0)
+    recipe, _ = make_recipe(PredictConfig(str(run), ()))
+    assert recipe.rate == pytest.approx(5.0)
+    assert recipe.calibration.wanted_error == 0.1
+    other, _ = make_recipe(PredictConfig(str(run), (), wanted_error=1.0))
+    assert other.calibration.wanted_error == 1.0
+    assert other.calibration.lowest_answered < recipe.calibration.lowest_answered
 
 
 def loader(data: Path, batch_size: int, views: int = 1) -> DataLoader:

@@ -5,7 +5,6 @@ import http.client
 import io
 import json
 import logging
-import shutil
 import socket
 import struct
 import threading
@@ -20,7 +19,7 @@ import aiohttp
 import numpy as np
 import pytest
 from PIL import Image
-from test_report import CHROMIUM, HOSTILE, PALE_TEXTS
+from test_report import HOSTILE, PALE_TEXTS
 
 import live_feed
 import live_page
@@ -403,19 +402,6 @@ def test_leaving_tells_viewers_and_frees_the_port() -> None:
 
 
 # In a browser --------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def browser():
-    """Headless Chromium."""
-    sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-    chromium = shutil.which("chromium")
-    if not chromium:
-        pytest.skip("chromium is not installed: the page was not looked at in a browser")
-    with sync_api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=chromium, args=CHROMIUM)
-        yield browser
-        browser.close()
 
 
 class Tab:

@@ -394,17 +394,6 @@ def test_results_that_cannot_be_reported(run: Path, tmp_path: Path) -> None:
         load_run(folder)
 
 
-CHROMIUM = (
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-quic",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-)
-
-# All texts whose contrast with what is behind them is below 4.5 (WCAG 2, AA).
 PALE_TEXTS = """() => {
   const parse = text => {
     const n = text.match(/[\\d.]+/g).map(Number);
@@ -440,19 +429,6 @@ PALE_TEXTS = """() => {
 NAMELESS = """() => [...document.querySelectorAll("svg")].filter(
   svg => svg.getAttribute("role") !== "img" || !svg.getAttribute("aria-label")
     || svg.querySelector("title")?.textContent !== svg.getAttribute("aria-label")).length"""
-
-
-@pytest.fixture(scope="module")
-def browser():
-    """Headless Chromium."""
-    sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-    chromium = shutil.which("chromium")
-    if not chromium:
-        pytest.skip("chromium is not installed: the page was not looked at in a browser")
-    with sync_api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=chromium, args=CHROMIUM)
-        yield browser
-        browser.close()
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])

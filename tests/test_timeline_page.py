@@ -4,14 +4,13 @@ import itertools
 import json
 import math
 import re
-import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
-from test_report import CHROMIUM, PALE_TEXTS
+from test_report import PALE_TEXTS
 
 from manifest import CLASSES
 from timeline import OUT_OF_BODY, UNCERTAIN, UNREADABLE, Segment, Timeline, read_timeline
@@ -130,18 +129,6 @@ def test_names_stay_inside_the_data(tmp_path: Path) -> None:
 
 
 # In a browser.
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator:
-    sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-    chromium = shutil.which("chromium")
-    if not chromium:
-        pytest.skip("chromium is not installed: the page was not looked at in a browser")
-    with sync_api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=chromium, args=CHROMIUM)
-        yield browser
-        browser.close()
 
 
 @pytest.fixture(scope="module")
