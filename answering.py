@@ -48,8 +48,6 @@ class Answerer:
         """seconds"""
         self.live = live
         self.streams = can_stream(model, memory)
-        self.interval = (1 if self.streams else stride) / rate
-        """seconds from answer to answer"""
         self._num_classes = num_classes
         if self.streams:
             self._model: Streamer | SlidingWindows = Streamer(
@@ -71,7 +69,7 @@ class Answerer:
                 answers += self._push(run)
                 run = []
                 self._model.reset()
-                self._times = []
+                self._times, self._first = [], []
             run.append(picture)
         answers += self._push(run)
         return self._collect(answers)

@@ -17,22 +17,20 @@ import socket
 import threading
 from collections.abc import Sequence
 from concurrent.futures import Future
-from pathlib import Path
 from typing import Self
 from urllib.parse import urlsplit
 
 from aiohttp import web
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from errors import UserError
 from live_feed import WINDOW, Feed, Snapshot
+from pages import page_environment, template_text
 
 PICTURES_A_SECOND = 12
 SILENCE = 1.0  # seconds after which a viewer is answered though nothing is new
 PATIENCE = 10.0  # seconds that a viewer has to take a message and to ask for the next
 FAREWELL = 1.0  # seconds that viewers have to be told the end
 
-TEMPLATES = Path(__file__).parent / "templates"
 HEADERS = {
     "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; "
     "connect-src 'self'; img-src 'self' blob: data:; base-uri 'none'; form-action 'none'; "
@@ -97,13 +95,7 @@ class LivePage:
 
     def _load(self) -> dict[str, tuple[str, str]]:
         """The files there are: by name, their text and type."""
-        environment = Environment(
-            loader=FileSystemLoader(TEMPLATES),
-            autoescape=True,
-            undefined=StrictUndefined,
-            trim_blocks=True,
-            lstrip_blocks=True,
-        )
+        environment = page_environment()
         page = environment.get_template("live.html.j2").render(
             title=self._title, classes=self._classes, window=WINDOW, root=f"/{self._token}/"
         )
@@ -113,7 +105,7 @@ class LivePage:
             ("live.js", "text/javascript"),
             ("live_charts.js", "text/javascript"),
         ):
-            files[name] = ((TEMPLATES / name).read_text(encoding="utf-8"), kind)
+            files[name] = (template_text(name), kind)
         return files
 
     async def _serve(self, listener: socket.socket, started: Future) -> None:

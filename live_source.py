@@ -22,9 +22,7 @@ from video_source import RECOVERY, Picture, Source, decode_all
 _SCHEMES = ("rtsp", "rtsps", "rtmp", "rtmps", "srt", "udp", "tcp", "http", "https")
 # Not "file": a playlist at an address must not make us read this machine's files.
 _PROTOCOLS = ",".join((*_SCHEMES, "rtp", "srtp", "tls", "crypto", "httpproxy"))
-
-
-_SLOW = "no answer within ten seconds"
+_TIMEOUT = 10.0  # seconds
 
 
 class LiveSource(Source):
@@ -80,7 +78,7 @@ class LiveSource(Source):
             container = None
             if self.closing:
                 return
-            why = _SLOW if why.startswith("immediate exit") else why  # FFmpeg's words
+            why = _plain(why)
             silent = time.monotonic() - began - self.end
             if self.give_up and silent > self.give_up:
                 self._bridge(time.monotonic() - began, why)
@@ -103,20 +101,23 @@ class LiveSource(Source):
                 options = {"protocol_whitelist": _PROTOCOLS}
                 if self.address.startswith("rtsp"):
                     options["rtsp_transport"] = "tcp"  # lost packets would be smeared pictures
-                container = av.open(self.address, options=options, timeout=(10.0, 10.0), **TOLERANT)
+                container = av.open(self.address, options=options, timeout=_TIMEOUT, **TOLERANT)
             if not container.streams.video:
                 container.close()
                 raise ClipError(self.name, "sends no video")
             return container
         except DECODING_ERRORS as error:
-            why = reason(error)
-            why = _SLOW if why.startswith("immediate exit") else why
-            raise ClipError(self.name, f"cannot be opened: {why}") from error
+            raise ClipError(self.name, f"cannot be opened: {_plain(reason(error))}") from error
 
 
 def is_live(text: str) -> bool:
     """Whether an input is a camera's number or a stream's address."""
     return text.isdecimal() or text.partition("://")[0] in _SCHEMES
+
+
+def _plain(why: str) -> str:
+    """FFmpeg's words for a timeout in ours; others as they are."""
+    return f"no answer within {_TIMEOUT:.0f} s" if why.startswith("immediate exit") else why
 
 
 def _open_camera(index: int) -> av.container.InputContainer:

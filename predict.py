@@ -225,17 +225,14 @@ def _summary(timeline: Timeline, seconds: float, live: bool, folder: Path) -> st
     times = {}
     for segment in timeline.segments:
         times[segment.label] = times.get(segment.label, 0.0) + segment.duration
+    longest = sorted(times.items(), key=lambda pair: -pair[1])
     lines = [f"note: {note}" for note in timeline.notes]
-    lines += [f"{label:>16} {time:9.1f} s" for label, time in sorted(times.items(), key=_longest)]
+    lines += [f"{label:>16} {time:9.1f} s" for label, time in longest]
     said = f"{len(timeline.segments)} segments in {timeline.duration:.1f} s of video"
     if not live:
         said += f", {timeline.duration / max(seconds, 1e-9):.1f} times as fast as it plays"
     lines.append(said)
     return "\n".join([*lines, f"open {printable(str(folder / 'timeline.html'))}"])
-
-
-def _longest(pair: tuple[str, float]) -> float:
-    return -pair[1]
 
 
 @script

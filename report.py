@@ -17,13 +17,13 @@ from typing import Annotated, Any
 
 import numpy as np
 import tyro
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from PIL import Image
 
 import report_figures
 import report_sections
 from atomic import write_text
 from errors import UserError, first_line
+from pages import page_environment
 from report_data import Run, load_run, more_intervals
 from report_names import Names, choose_names
 from report_words import decimals, parts, percent, span
@@ -55,13 +55,7 @@ def build_page(run: Run, config: ReportConfig) -> str:
     """The whole page as HTML."""
     names = choose_names(run.predictions, config.with_patients, run.others)
     more = more_intervals(run)
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent / "templates"),
-        autoescape=True,  # of everything: class names and paths are anybody's text
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
+    environment = page_environment()
     environment.filters.update(percent=percent, decimals=decimals, span=span, parts=parts)
     page = environment.get_template("report.html.j2").render(
         config=config,

@@ -6,6 +6,7 @@ features of the last T frames, or its LSTM's state. `SlidingWindows` is for mode
 window at once: it keeps the frames.
 """
 
+from collections import deque
 from collections.abc import Callable
 from typing import Literal
 
@@ -124,7 +125,12 @@ class Streamer:
             if logits is None:
                 logits = part.new_empty(*lengths.shape, part.shape[1])
             logits[these] = part
-        return (logits.cpu().double() / self.temperature).softmax(dim=-1)
+        return _tempered(logits, self.temperature)
+
+
+def _tempered(logits: torch.Tensor, temperature: float) -> torch.Tensor:
+    """Logits as fp64 probabilities on the CPU, as evaluate.py has them."""
+    return (logits.cpu().double() / temperature).softmax(dim=-1)
 
 
 def _halves(
@@ -172,7 +178,7 @@ class SlidingWindows:
 
     def reset(self) -> None:
         """Forget what was seen."""
-        self._frames: list[torch.Tensor] = []
+        self._frames: deque[torch.Tensor] = deque(maxlen=self.n_frames)
         self._wait = self.n_frames  # frames until the next window is full
 
     @torch.inference_mode()
@@ -182,15 +188,15 @@ class SlidingWindows:
         Returns:
             `(num_classes,)` fp64 probabilities of the window that it completes, or None.
         """
-        self._frames = [*self._frames[1 - self.n_frames :], frame] if self.n_frames > 1 else [frame]
+        self._frames.append(frame)
         self._wait -= 1
         if self._wait:
             return None
         self._wait = self.stride
-        return self.answer(torch.stack(self._frames))
+        return self.answer(torch.stack(list(self._frames)))
 
     @torch.inference_mode()
     def answer(self, window: torch.Tensor) -> torch.Tensor:
         """What the model says of a window `(T, C, H, W)`: `(num_classes,)` probabilities."""
         logits = self._model(window[None].to(self.device))[0]  # (num_classes,)
-        return (logits.cpu().double() / self.temperature).softmax(dim=-1)
+        return _tempered(logits, self.temperature)

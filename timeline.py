@@ -5,6 +5,7 @@ each class) and `timeline.csv` (`start,end,label,confidence`, in seconds).
 """
 
 import csv
+import io
 import itertools
 import math
 from collections.abc import Iterable, Sequence
@@ -182,10 +183,6 @@ def clock(seconds: float) -> str:
 
 
 def _to_csv(rows: Iterable[Sequence[str]]) -> str:
-    lines: list[str] = []
-
-    class Lines:
-        write = staticmethod(lines.append)
-
-    csv.writer(Lines(), lineterminator="\n").writerows(rows)
-    return "".join(lines)
+    file = io.StringIO(newline="")
+    csv.writer(file, lineterminator="\n").writerows(rows)
+    return file.getvalue()

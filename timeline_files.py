@@ -1,5 +1,6 @@
 """The files that predict.py leaves for a video, and where."""
 
+import re
 import time
 from pathlib import Path
 
@@ -8,7 +9,6 @@ from plots import plot_timeline
 from run_folder import public_address
 from timeline import Timeline, write_subtitles, write_timeline
 from timeline_page import write_timeline_page
-from video_source import safe_name
 
 
 def output_folders(names: list[str | Path], output: str) -> list[Path]:
@@ -42,3 +42,8 @@ def write_outputs(
     write_subtitles(folder / "timeline.vtt", timeline.segments)
     plot_timeline(timeline, folder / "timeline.png")
     write_timeline_page(folder / "timeline.html", timeline, video, facts)
+
+
+def safe_name(name: str) -> str:
+    """A source's name as part of a file name."""
+    return re.sub(r"[^\w.-]+", "_", name).strip("._") or "video"

@@ -13,17 +13,16 @@ from typing import Any
 from urllib.parse import quote, unquote
 
 import numpy as np
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from atomic import write_text
+from pages import page_environment, template_text
 from timeline import MARKS, Timeline
 
 MOST_BINS = 20_000  # of a curve: half a second each in three hours
 MOST_VALUES = 400_000  # of all curves: half a megabyte as base64, whatever the number of classes
 NO_ANSWER = 255
 
-_TEMPLATES = Path(__file__).parent / "templates"
 _SCRIPTS = (
     "timeline_data.js",
     "timeline_looks.js",
@@ -44,14 +43,8 @@ def build_timeline_page(
             show (a live stream), and the rest of the page works without it.
         facts: how the timeline was made (command, model, versions), for the foot of the page.
     """
-    environment = Environment(
-        loader=FileSystemLoader(_TEMPLATES),
-        autoescape=True,  # of everything: class names and paths are anybody's text
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    script = "\n".join((_TEMPLATES / name).read_text(encoding="utf-8") for name in _SCRIPTS)
+    environment = page_environment()
+    script = "\n".join(template_text(name) for name in _SCRIPTS)
     digest = hashlib.sha256(script.encode()).digest()
     page = environment.get_template("timeline.html.j2").render(
         timeline=timeline,

@@ -6,7 +6,6 @@ is no reason to lose the rest: it is bridged, and marked.
 
 import math
 import os
-import re
 import select
 import sys
 from abc import ABC, abstractmethod
@@ -199,11 +198,6 @@ class PipeSource(_Recorded):
                 if self.closing:
                     return b""
         return b"" if self.closing else os.read(0, most)
-
-
-def safe_name(name: str) -> str:
-    """A source's name as part of a file name."""
-    return re.sub(r"[^\w.-]+", "_", name).strip("._") or "video"
 
 
 def decode_all(

@@ -12,13 +12,13 @@ import pytest
 from live_source import LiveSource, is_live
 from read_ahead import AHEAD, ReadAhead
 from timeline import UNREADABLE
+from timeline_files import safe_name
 from video import read_frames, write_video
 from video_file import ClipError
 from video_source import (
     FileSource,
     Picture,
     Source,
-    safe_name,
 )
 
 ALL = 1000.0  # pictures a second: every frame
