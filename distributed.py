@@ -1,7 +1,7 @@
 """Several processes, one training: what torchrun starts, and nothing at all without it."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -61,3 +61,10 @@ def gather(value: Any) -> list[Any]:
 def from_first(value: Any) -> Any:
     """The first process's value, on every process. The others wait for it here."""
     return gather(value)[0]
+
+
+def copy_from_first(tensors: Iterable[torch.Tensor]) -> None:
+    """Overwrite each tensor by the first process's. All processes must call this together."""
+    if dist.is_initialized():
+        for tensor in tensors:
+            dist.broadcast(tensor, 0)
