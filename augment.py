@@ -1,5 +1,7 @@
 """Random flips, turns, zooms and colours: one draw a clip, one pass over its pixels.
 
+Motion (see motion.py) is moved as the picture is, and turns, shrinks and grows with it.
+
 A draw is a handful of numbers, made where the clip is read, so that a clip comes out the same
 whatever the number of workers and wherever training resumed. It is applied there too, or, on a GPU,
 to the whole batch, each clip with its own draw.
@@ -12,6 +14,7 @@ import torch
 from torch.nn import functional as F
 from torchvision.transforms.v2 import functional as tv
 
+from motion import NONE
 from optics import LUMA
 
 _RGB_TO_YIQ = (LUMA, (0.5959, -0.2746, -0.3213), (0.2115, -0.5227, 0.3112))
@@ -80,7 +83,10 @@ class Augment:
         return self.apply(clip.unsqueeze(0), self.draw().unsqueeze(0))[0]
 
     def apply(self, clips: torch.Tensor, draws: torch.Tensor) -> torch.Tensor:
-        """`(B, T, C, H, W)` uint8 to `(B, T, C, size, size)` uint8, with `draws` `(B, 9)`."""
+        """`(B, T, C, H, W)` uint8 to `(B, T, C, size, size)` uint8, with `draws` `(B, 9)`.
+
+        C is 3, or 5 with motion.
+        """
         if clips.dtype != torch.uint8:
             raise ValueError(f"clips are augmented as uint8, not {clips.dtype}")
         if clips.shape[-2:] != (self.size, self.size):
@@ -88,11 +94,17 @@ class Augment:
         warped, recoloured = bool(self.flip or any(self.geometry)), any(self.colours)
         if not warped and not recoloured:
             return clips
-        grid = sampling_grid(inverse_maps(draws), clips.shape[-2:]) if warped else None
-        colours = colour_maps(draws, mean_colour(clips)) if recoloured else None
+        maps = inverse_maps(draws)
+        grid = sampling_grid(maps, clips.shape[-2:]) if warped else None
+        pictures, motion = clips[:, :, :3], clips[:, :, 3:]
+        colours = colour_maps(draws, mean_colour(pictures)) if recoloured else None
         # A few frames at a time stay in a CPU's cache; a GPU takes all at once.
         frames = clips.shape[1] if clips.is_cuda else 4
-        return torch.cat([_change(part, grid, colours) for part in clips.split(frames, dim=1)], 1)
+        parts = [_change(part, grid, colours) for part in pictures.split(frames, dim=1)]
+        pictures = torch.cat(parts, 1)
+        if grid is not None and motion.shape[2]:
+            motion = warp_motion(motion, grid, maps)
+        return torch.cat([pictures, motion], 2) if motion.shape[2] else pictures
 
 
 def _change(
@@ -135,6 +147,18 @@ def warp(clips: torch.Tensor, grid: torch.Tensor) -> torch.Tensor:
     """
     sampled = F.grid_sample(clips.flatten(1, 2), grid, align_corners=False)  # (B, T * C, H, W)
     return sampled.unflatten(1, clips.shape[1:3])
+
+
+def warp_motion(motion: torch.Tensor, grid: torch.Tensor, maps: torch.Tensor) -> torch.Tensor:
+    """Warp uint8 motion, `(B, T, 2, H, W)`; what comes in from outside has none.
+
+    A vector changes as the difference of two places does: by the linear part of the map from the
+    clip to the result, the inverse of `maps`.
+    """
+    x = warp(motion.float() - NONE, grid)
+    linear = torch.linalg.inv(maps[:, :, :2])  # (B, 2, 2)
+    x = torch.einsum("bij,btjhw->btihw", linear, x)
+    return x.add_(NONE + 0.5).clamp_(1, 255).to(torch.uint8)
 
 
 def mean_colour(clips: torch.Tensor) -> torch.Tensor:

@@ -5,6 +5,7 @@
     python benchmark_latency.py --models r2plus1d@112 --batch-size 8 --repeats 30
     python benchmark_latency.py --what inference training    what the preparation for speed gains
     python benchmark_latency.py --what streaming             an answer at every frame of a video
+    python benchmark_latency.py --what length                time and memory of longer clips
 
 A model is a name (random weights: speed does not depend on them), a name@size, or a run folder
 (its own settings, its accuracy and macro-F1 beside its speed). Two numbers are easily confused:
@@ -16,7 +17,6 @@ Only the forward pass is timed, from a batch in the device's memory to its logit
 column end to end, which starts at a video file (an H.264 clip of 30 frames, 1280 x 720).
 """
 
-import contextlib
 import dataclasses
 import json
 import tempfile
@@ -33,9 +33,18 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
+from benchmark_length import time_lengths
 from benchmark_ratios import compare
 from benchmark_streaming import STREAMED, compare_streaming, measure_live
-from benchmarking import conditions, published_speed, random_clips, report, time_calls
+from benchmarking import (
+    conditions,
+    forget_peak_memory,
+    peak_memory,
+    published_speed,
+    random_clips,
+    report,
+    time_calls,
+)
 from checkpoint import build_from_checkpoint, build_model_from_config, load_checkpoint
 from config import TrainConfig
 from device import choose_device, choose_precision
@@ -56,19 +65,25 @@ FORMATS = {
 }
 
 
+Table = Literal["latency", "inference", "training", "streaming", "length"]
+
+
 @dataclass
 class BenchmarkConfig:
     """What to time, and how often."""
 
-    what: tuple[Literal["latency", "inference", "training", "streaming"], ...] = ("latency",)
+    what: tuple[Table, ...] = ("latency",)
     """which tables: the models' latency; ways to run them against plain PyTorch and onnxruntime;
-    training steps against plain PyTorch; following a video frame by frame"""
+    training steps against plain PyTorch; following a video frame by frame; clips of several
+    lengths"""
     models: tuple[str, ...] = ("tsm", "cnn_lstm", "r2plus1d@112", "vivit")
     """names, name@size, or run folders"""
     batch_size: int = 8
     """clips a batch for the published columns"""
     n_frames: int = 16
     """frames a clip"""
+    lengths: tuple[int, ...] = (8, 16, 32, 64)
+    """for length: frames a clip, one after the other"""
     image_size: int = 224
     """pixels of a side"""
     warmup: int = 3
@@ -161,7 +176,7 @@ def measure(
     model = prepare_for_inference(item.model, device, dtype, config.compile)
     batch = random_clips(config.batch_size, item.n_frames, item.image_size, device)
     gflops = count_gflops(model, batch[:1])
-    _forget_peak_memory(device)
+    forget_peak_memory(device)
 
     def from_file() -> None:
         frames = torch.from_numpy(read_clip(video, item.n_frames, size=item.image_size))
@@ -185,28 +200,10 @@ def measure(
         "Batch-1 p99 (ms)": p99,
         "End to end (ms)": float(np.median(whole)),
         "GFLOPs": gflops,
-        "Peak memory (MB)": _peak_memory(device),
+        "Peak memory (MB)": peak_memory(device),
         "Frames": item.n_frames,
         "Size (px)": item.image_size,
     }
-
-
-def _forget_peak_memory(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-    else:
-        with contextlib.suppress(OSError):  # Linux alone can forget a process's peak
-            Path("/proc/self/clear_refs").write_text("5")
-
-
-def _peak_memory(device: torch.device) -> float | None:
-    """Most memory since `_forget_peak_memory`, MB: of the GPU, or of this whole process."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 1e6
-    with contextlib.suppress(OSError):
-        status = Path("/proc/self/status").read_text()
-        return int(status.split("VmHWM:")[1].split()[0]) * 1024 / 1e6
-    return None
 
 
 def benchmark(specs: Sequence[str], config: BenchmarkConfig) -> tuple[pd.DataFrame, dict[str, Any]]:
@@ -252,6 +249,8 @@ def main() -> None:
             report(what, *benchmark(config.models, config), config.output, FORMATS)
         elif what == "streaming":
             time_streaming(config)
+        elif what == "length":
+            time_lengths(_by_name(what, config), config)
         else:
             report(f"{what}_ways", *compare_ways(what, config), config.output, FORMATS)
 
@@ -274,16 +273,26 @@ def time_streaming(config: BenchmarkConfig) -> None:
     report("live", live, conditions(device, video=video, **facts), config.output, FORMATS)
 
 
-def compare_ways(
-    task: Literal["inference", "training"], config: BenchmarkConfig
-) -> tuple[pd.DataFrame, dict[str, Any]]:
-    """The models by name, run in several ways: the table, and its conditions."""
+def _by_name(what: str, config: BenchmarkConfig) -> list[tuple[str, int]]:
+    """The models by name with their image sizes.
+
+    Raises:
+        UserError: one is a run folder.
+    """
     models = []
     for spec in config.models:
         item = subject(spec, config)
         if spec.partition("@")[0] not in MODELS:
-            raise UserError(f"{spec!r}: {task} compares models by name ({', '.join(MODELS)})")
+            raise UserError(f"{spec!r}: {what} compares models by name ({', '.join(MODELS)})")
         models.append((spec.partition("@")[0], item.image_size))
+    return models
+
+
+def compare_ways(
+    task: Literal["inference", "training"], config: BenchmarkConfig
+) -> tuple[pd.DataFrame, dict[str, Any]]:
+    """The models by name, run in several ways: the table, and its conditions."""
+    models = _by_name(task, config)
     rounds = max(1, config.repeats // 3)
     device = choose_device(config.device)
     table = compare(task, models, config.batch_size, config.n_frames, rounds, str(device))

@@ -1,5 +1,6 @@
 """What the benchmark scripts share: fair timing, tables, and what the numbers depend on."""
 
+import contextlib
 import json
 import os
 import platform
@@ -63,6 +64,25 @@ def _synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
     elif device.type == "mps":
         torch.mps.synchronize()
+
+
+def forget_peak_memory(device: torch.device) -> None:
+    """Begin anew to watch for the most memory."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    else:
+        with contextlib.suppress(OSError):  # Linux alone can forget a process's peak
+            Path("/proc/self/clear_refs").write_text("5")
+
+
+def peak_memory(device: torch.device) -> float | None:
+    """Most memory since `forget_peak_memory`, MB: of the GPU, or of this whole process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e6
+    with contextlib.suppress(OSError):
+        status = Path("/proc/self/status").read_text()
+        return int(status.split("VmHWM:")[1].split()[0]) * 1024 / 1e6
+    return None
 
 
 def random_clips(clips: int, n_frames: int, image_size: int, device: torch.device) -> torch.Tensor:

@@ -18,6 +18,7 @@ from atomic import remove_unfinished
 from clip_cache import CacheSettings, ClipCache
 from errors import UserError
 from manifest import read_paths
+from optical_flow import require_opencv
 from parallel import in_parallel
 
 SAMPLE = 8  # clips that are done first, to tell how large the cache will be
@@ -25,7 +26,7 @@ SAMPLE = 8  # clips that are done first, to tell how large the cache will be
 
 @dataclass(frozen=True)
 class CacheConfig(CacheSettings):
-    """Keep every clip of the manifests as JPEG frames of training size."""
+    """Keep every clip of the manifests as JPEG frames of training size, and its motion."""
 
     data_root: tyro.conf.Positional[str] = dataclasses.field(kw_only=True)
     """folder of the manifests and of the clips"""
@@ -95,5 +96,7 @@ def _check(config: CacheConfig) -> None:
             raise UserError(f"{name} = {getattr(config, name)}: must be from {low} to {high}")
     if config.per_segment < 1 or config.per_segment % 2 == 0:
         raise UserError(f"per_segment = {config.per_segment}: must be odd (1, 3, 5 ...)")
+    if config.inputs == "rgb+flow":
+        require_opencv()
     if config.workers < 0:
         raise UserError(f"workers = {config.workers}: must be at least 0")

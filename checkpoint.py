@@ -2,7 +2,8 @@
 
 A checkpoint holds everything that is needed to go on training or to rebuild the model: `model`,
 `optimizer`, `scheduler`, `scaler`, `epoch`, `step`, `rng`, `best`, `history`, `config`, `classes`
-and `format_version`. Loading one runs no code from it.
+and `format_version`; with averaged weights, which are then the `model`, also those that are
+`trained` and `averaged_steps`. Loading one runs no code from it.
 """
 
 import random

@@ -7,6 +7,7 @@ away. `prepare_data.py cache` writes it; training reads it where TrainConfig.cac
 A file holds all frames of a short clip. Of a long one it holds the middles of `per_segment` equal
 parts of each of the clip's `n_frames` segments: uniform sampling finds its frames, random sampling
 still has `per_segment` to choose from in each segment. JPEG loses a little (see RESULTS.md).
+Motion, if the settings name it, is kept beside each frame exactly: 0.2 to 4 kB for 224 px.
 """
 
 import hashlib
@@ -14,19 +15,22 @@ import io
 import json
 import os
 import struct
-from collections.abc import Sequence
+import zlib
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Literal
 
 import numpy as np
 from PIL import Image
 
 from atomic import atomic
 from errors import UserError
+from motion import grid_side
+from motion_reading import read_with_motion
 from run_folder import write_json
 from sampling import Sampling, clip_indices, sample_indices
-from video import ClipError, read_frames
+from video import ClipError
 
 FORMAT = 1
 _MAGIC = b"clipjpg\n"
@@ -46,6 +50,8 @@ class CacheSettings:
     """of the JPEGs; lowered for a clip that would take more than 250 kB per 16 frames of 224 px"""
     per_segment: int = 5
     """frames kept in each of the T segments of a long clip; odd: the middle must be one of them"""
+    inputs: Literal["rgb", "rgb+flow", "rgb+vectors"] = "rgb"
+    """what is kept beside the picture; rgb is enough for rgb+gradients"""
 
 
 class Stale(Exception):
@@ -101,21 +107,23 @@ class ClipCache:
         """
         facts = {"source": _fingerprint(clip), "settings": asdict(self.settings)}
         try:
-            numbers, count, frames = self._frames(clip)
+            numbers, count, frames, fields = self._frames(clip)
             jpegs = _encode(frames, self.settings.quality)
             facts |= {"count": count, "numbers": numbers, "lengths": [len(jpeg) for jpeg in jpegs]}
+            motion = [zlib.compress(field.tobytes()) for field in fields]
+            facts |= {"motion": [len(field) for field in motion]} if motion else {}
         except ClipError as error:
-            jpegs, facts = [], {**facts, "error": error.reason}
+            jpegs, motion, facts = [], [], {**facts, "error": error.reason}
         header = json.dumps(facts).encode()
-        content = b"".join([_MAGIC, struct.pack("<I", len(header)), header, *jpegs])
+        content = b"".join([_MAGIC, struct.pack("<I", len(header)), header, *jpegs, *motion])
         place = self.place(clip)
         place.parent.mkdir(exist_ok=True)
         with atomic(place) as unfinished:
             unfinished.write_bytes(content)
         return len(content), facts.get("error")
 
-    def _frames(self, clip: Path) -> tuple[list[int], int, np.ndarray]:
-        """The numbers of the frames to keep, of how many, and the frames."""
+    def _frames(self, clip: Path) -> tuple[list[int], int, np.ndarray, np.ndarray | tuple[()]]:
+        """The numbers of the frames to keep, of how many, the frames, and their motion, if any."""
         counts = []
 
         def choose(count: int) -> list[int]:
@@ -126,8 +134,9 @@ class ClipCache:
             kept = (sample_indices(count, n, "uniform", view=(k, views)) for k in range(views))
             return sorted({number for view in kept for number in view})
 
-        frames = read_frames(clip, choose, self.settings.image_size)
-        return choose(counts[-1]), counts[-1], frames
+        size, inputs = self.settings.image_size, self.settings.inputs
+        frames, fields = read_with_motion(clip, choose, size, inputs)
+        return choose(counts[-1]), counts[-1], frames, () if fields is None else fields
 
     def problem(self, clip: Path, unreadable: bool = False) -> str | None:
         """Why a clip must be cached (again) before it can be read from here, or None.
@@ -156,11 +165,13 @@ class ClipCache:
                 raise ValueError
             (length,) = struct.unpack("<I", file.read(4))
             facts = json.loads(file.read(length))
-            if file.tell() + sum(facts.get("lengths", [])) != os.fstat(file.fileno()).st_size:
+            lengths = facts.get("lengths", []) + facts.get("motion", [])
+            if file.tell() + sum(lengths) != os.fstat(file.fileno()).st_size:
                 raise ValueError
         except (ValueError, struct.error):
             raise Stale("damaged in the cache") from None
-        if facts["settings"] != asdict(self.settings):
+        # Files from before there was motion do not name their inputs.
+        if {"inputs": "rgb", **facts["settings"]} != asdict(self.settings):
             raise Stale("cached with other settings")
         if facts["source"] != _fingerprint(clip):
             raise Stale("changed since it was cached")
@@ -182,6 +193,31 @@ class ClipCache:
             ClipError: the clip is not in the cache, changed since, cannot be read, or the wanted
                 frames of a long clip are not among those kept.
         """
+        return self._read(clip, n_frames, sampling, draws, views, motion=False)[0]
+
+    def read_motion(
+        self,
+        clip: Path,
+        n_frames: int = 16,
+        sampling: Sampling = "uniform",
+        draws: Sequence[float] | None = None,
+        views: int = 1,
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """`read`, and the frames' motion, `(views * n_frames, 2, h, w)` uint8, see motion.py.
+
+        The cache's settings must name it.
+        """
+        return self._read(clip, n_frames, sampling, draws, views, motion=True)
+
+    def _read(
+        self,
+        clip: Path,
+        n_frames: int,
+        sampling: Sampling,
+        draws: Sequence[float] | None,
+        views: int,
+        motion: bool,
+    ) -> tuple[np.ndarray, np.ndarray | None]:
         hint = "run prepare_data.py cache again"
         try:
             with open(self.place(clip), "rb") as file:
@@ -200,12 +236,20 @@ class ClipCache:
                         f"the cache keeps {len(kept)} of {facts['count']} frames, not all that are "
                         f"wanted ({sampling} sampling, {n_frames} frames, {views} views)",
                     )
-                pictures = _decode(file, facts["lengths"], {kept[number] for number in wanted})
+                places = {kept[number] for number in wanted}
+                pictures = _decode(file, facts["lengths"], places)
+                fields = _inflate(file, facts["motion"], places) if motion else {}
         except FileNotFoundError:
             raise ClipError(clip, f"not in the cache: {hint}") from None
-        except (OSError, Stale) as error:  # PIL's errors are OSErrors too
+        except (OSError, zlib.error, Stale) as error:  # PIL's errors are OSErrors too
             raise ClipError(clip, f"{error}: {hint}") from None
-        return np.stack([pictures[kept[number]] for number in wanted])  # (V * T, H, W, 3)
+        order = [kept[number] for number in wanted]
+        frames = np.stack([pictures[place] for place in order])  # (V * T, H, W, 3)
+        if not motion:
+            return frames, None
+        side = grid_side(self.settings.image_size)
+        stacked = np.stack([np.frombuffer(fields[place], np.uint8) for place in order])
+        return frames, stacked.reshape(-1, 2, side, side)
 
 
 def _fingerprint(clip: Path) -> list[int]:
@@ -234,10 +278,23 @@ def _encode(frames: np.ndarray, quality: int) -> list[bytes]:
 def _decode(file: BinaryIO, lengths: Sequence[int], places: set[int]) -> dict[int, np.ndarray]:
     """The pictures at some places of a file that stands at the first one."""
     pictures = {}
+    for place, content in _pieces(file, lengths, places):
+        with Image.open(io.BytesIO(content), formats=["jpeg"]) as picture:
+            pictures[place] = np.asarray(picture)
+    return pictures
+
+
+def _inflate(file: BinaryIO, lengths: Sequence[int], places: set[int]) -> dict[int, bytes]:
+    """The motion at some places of a file that stands behind its last picture."""
+    return {place: zlib.decompress(piece) for place, piece in _pieces(file, lengths, places)}
+
+
+def _pieces(
+    file: BinaryIO, lengths: Sequence[int], places: set[int]
+) -> Iterator[tuple[int, bytes]]:
+    """What stands at some places of a file; at the end it stands behind the last place."""
     for place, length in enumerate(lengths):
         if place in places:
-            with Image.open(io.BytesIO(file.read(length)), formats=["jpeg"]) as picture:
-                pictures[place] = np.asarray(picture)
+            yield place, file.read(length)
         else:
             file.seek(length, os.SEEK_CUR)
-    return pictures

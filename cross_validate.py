@@ -28,6 +28,7 @@ from checkpoint import build_model_from_config, load_checkpoint
 from config import TrainConfig, from_dict, refuse_changes, resolve
 from device import choose_device, describe_device
 from errors import UserError
+from frozen_features import require_frozen
 from loaders import eval_loader, load_splits
 from models import freeze
 from predictions import Predictions, read_predictions
@@ -99,6 +100,8 @@ def check_folds(config: CrossValidateConfig, folds: Sequence[Path]) -> None:
     load_weights(model, settings.weights)
     if settings.freeze_to:
         freeze(model, settings.freeze_to)
+    if settings.features:
+        require_frozen(model)
     if config.check_clips:  # each clip is a test clip of one fold
         check_clips(loaders, config.skip_unreadable)
 

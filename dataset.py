@@ -10,8 +10,12 @@ from torchvision.transforms.v2 import functional as tv
 from augment import Augment
 from clip_cache import ClipCache
 from corruptions import Corruption, corrupt
+from crops import spatial_crops
 from errors import UserError
 from manifest import CLASSES, ClipRow, get_num_classes, read_manifest
+from motion import MEASURED, Inputs, join_motion
+from motion_reading import read_motion_clip
+from optical_flow import require_opencv
 from sampling import Sampling
 from video import ClipError, read_clip
 
@@ -32,7 +36,7 @@ Transform = Callable[[torch.Tensor], torch.Tensor]
 
 
 class ClipsDataset(Dataset):
-    """The clips of a manifest: `dataset[i]` is `((T, C, H, W) uint8 RGB, label)`.
+    """The clips of a manifest: `dataset[i]` is `((T, C, H, W) uint8, label)`, RGB or with motion.
 
     Args:
         rows: what `read_manifest` returns.
@@ -42,6 +46,7 @@ class ClipsDataset(Dataset):
             how much is in view), and every source, cache and stream is squeezed alike. Shapes are
             distorted by the picture's aspect ratio, the same in training and testing.
         sampling: which frames; see `sampling.sample_indices`.
+        strong: applied once to the whole clip before `transform`, also if that is deferred.
         transform: applied once to the whole clip; see `get_train_transform`.
         cache: where the clips are read instead of being decoded.
         defer: only draw the transform's random numbers (it is an `Augment`) and return them beside
@@ -49,12 +54,16 @@ class ClipsDataset(Dataset):
         views: temporal views of each clip, for evaluation; above 1 a clip is `(V, T, C, H, W)`.
         corruption: name and severity, see `corruptions.corrupt`; clip i is always corrupted alike.
         shuffle_frames: put each clip's frames into a fixed random order: how much accuracy this
-            costs tells how much of it comes from motion.
+            costs tells how much of it comes from motion. Measured motion stays with its frame.
+        inputs: see motion.py.
+        crops: spatial crops of each view, for evaluation; see `crops.spatial_crops`. Above 1 a clip
+            is `(V * crops, T, C, H, W)`, the crops of a view one after another.
 
-    An index may be a pair `(i, seed)`: sampling and transform then draw from that seed alone, so
+    An index may be a pair `(i, seed)`: sampling and transforms then draw from that seed alone, so
     that a clip comes out the same whatever the number of workers and wherever training resumed.
 
     Raises:
+        UserError: flow is to be computed and OpenCV is not installed.
         ClipError: on access to a clip that cannot be read. No other clip takes its place.
     """
 
@@ -70,7 +79,12 @@ class ClipsDataset(Dataset):
         cache: ClipCache | None = None,
         defer: bool = False,
         corruption: tuple[Corruption, int] | None = None,
+        strong: Transform | None = None,
+        inputs: Inputs = "rgb",
+        crops: int = 1,
     ) -> None:
+        if inputs == "rgb+flow" and cache is None:
+            require_opencv()
         self.rows = list(rows)
         self.n_frames = n_frames
         self.size = size
@@ -81,6 +95,9 @@ class ClipsDataset(Dataset):
         self.cache = cache
         self.defer = defer
         self.corruption = corruption
+        self.strong = strong
+        self.inputs = inputs
+        self.crops = crops
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -95,21 +112,42 @@ class ClipsDataset(Dataset):
 
     def _item(self, index: int) -> tuple:
         clip, label = self._read(index), self.rows[index].label
+        if self.strong is not None:
+            clip = self.strong(clip)
         if self.defer:
             return clip, label, self.transform.draw()
         if self.transform is not None:
             views = clip.flatten(0, -4)  # all views of a clip are changed alike
             clip = self.transform(views).view(*clip.shape[:-3], -1, self.size, self.size)
+        if self.crops > 1:
+            views = clip if self.views > 1 else clip.unsqueeze(0)
+            clip = torch.cat([spatial_crops(view, self.crops) for view in views])
         return clip, label
+
+    @property
+    def answers(self) -> int:
+        """How many times a model looks at each clip: views times crops."""
+        return self.views * self.crops
 
     def _read(self, index: int) -> torch.Tensor:
         draws = torch.rand(self.n_frames).tolist() if self.sampling == "random" else None
         path = self.rows[index].path
-        if self.cache:
-            frames = self.cache.read(path, self.n_frames, self.sampling, draws, self.views)
+        how = (self.n_frames, self.sampling)
+        field = None
+        if self.inputs in MEASURED:
+            if self.cache:
+                frames, field = self.cache.read_motion(path, *how, draws, self.views)
+            else:
+                frames, field = read_motion_clip(
+                    path, *how, self.size, draws, self.views, self.inputs
+                )
+        elif self.cache:
+            frames = self.cache.read(path, *how, draws, self.views)
         else:
-            frames = read_clip(path, self.n_frames, self.sampling, self.size, draws, self.views)
+            frames = read_clip(path, *how, self.size, draws, self.views)
         clip = torch.from_numpy(frames).permute(0, 3, 1, 2)  # (V*T, H, W, C) -> (V*T, C, H, W)
+        if field is not None:
+            clip = join_motion(clip, torch.from_numpy(field))
         clip = clip.unflatten(0, (self.views, self.n_frames))  # (V, T, C, H, W)
         if self.corruption:
             clip = torch.stack([corrupt(view, *self.corruption, seed=index) for view in clip])

@@ -5,7 +5,6 @@ import math
 
 import torch
 from torch import nn
-from torch.nn import functional as F
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
@@ -15,7 +14,9 @@ from device import autocast
 from errors import UserError
 from interrupt import Interrupt
 from loaders import batches_per_epoch
+from mixing import mix
 from models import hold_frozen
+from motion import channels
 from training import Training
 
 
@@ -32,7 +33,10 @@ def train_one_epoch(
         UserError: the loss is no longer finite.
 
     The gradient of a step is the mean over all clips that went into it: over accumulated batches
-    and processes, and over what is left when clips could not be read.
+    and processes, and over what is left when clips could not be read. Class weights multiply the
+    clips' losses (losses.py); the mean is over the clips all the same, not over their weights.
+
+    The accuracy of mixed clips (mixing.py) is counted against the label with the larger share.
     """
     config = run.config
     world = distributed.world_size()
@@ -40,7 +44,7 @@ def train_one_epoch(
     loader.sampler.epoch, loader.sampler.start = run.epoch, run.step * config.batch_size
     batches = batches_per_epoch(loader)
     run.model.train()
-    hold_frozen(run.model)
+    hold_frozen(run.model, config.freeze_batchnorm)
     run.optimizer.zero_grad(set_to_none=True)
     clips_in_step = 0
     bar = tqdm(
@@ -67,6 +71,8 @@ def train_one_epoch(
             bar.set_postfix_str(f"loss {run.totals[0] / max(1, run.totals[2]):.3f}", refresh=False)
             if steps_now:
                 interrupt.check()
+    if run.average:
+        run.average.agree()
 
 
 def _forward_backward(
@@ -80,18 +86,23 @@ def _forward_backward(
         if distributed.world_size() == 1:
             return 0
         # The other processes wait for this one's gradients: send zeros.
-        shape = (1, config.n_frames, 3, config.image_size, config.image_size)
+        shape = (1, config.n_frames, channels(config.inputs), config.image_size, config.image_size)
         clips, labels = torch.zeros(shape, dtype=torch.uint8), torch.zeros(1, dtype=torch.long)
     clips = clips.to(run.device, non_blocking=True)
     if batch.draws is not None and n:
         draws = batch.draws.to(run.device, non_blocking=True)
         clips = loader.dataset.clips.transform.apply(clips, draws)
     labels = labels.to(run.device, non_blocking=True)
+    mixing = n > 0 and (config.mixup > 0 or config.cutmix > 0)
+    if mixing:
+        clips, others, share = mix(clips, labels, config.mixup, config.cutmix)
     with autocast(run.device, run.dtype):
         logits = parallel(clips)
-    loss = F.cross_entropy(
-        logits.float(), labels, reduction="sum", label_smoothing=config.label_smoothing
-    )
+    losses = run.criterion(logits.float(), labels)  # (B,)
+    if mixing:
+        losses = share * losses + (1 - share) * run.criterion(logits.float(), others)
+        labels = torch.where(share >= 0.5, labels, others)  # for the accuracy
+    loss = losses.sum()
     loss = loss if n else loss * 0
     if not math.isfinite(value := loss.item()):
         rows = loader.dataset.clips.rows
@@ -131,4 +142,6 @@ def _optimizer_step(run: Training, clips: int, full: int) -> None:
     run.scaler.update()
     if run.scaler.get_scale() >= scale:  # a smaller scale: fp16 overflowed, the step was left out
         run.scheduler.step()
+        if run.average:
+            run.average.update(run.model)
     run.optimizer.zero_grad(set_to_none=True)

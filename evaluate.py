@@ -4,6 +4,7 @@
     python evaluate.py runs/20260101-120000_tsm --split val --views 2
     python evaluate.py best.pt --data-root /data/SLAM --csv other_hospital.csv
     python evaluate.py RUN --shuffle-frames                        how much of it is motion?
+    python evaluate.py RUN --adjust 1                              as if classes were of equal size
     python evaluate.py RUN --corruptions                           what do smoke, blood ... cost?
     python evaluate.py --timeline operation.csv operation.mp4.timeline
     python evaluate.py --timeline truth/ predictions/ --relaxed 5 --output judged/
@@ -36,8 +37,10 @@ from errors import UserError
 from inference import prepare_for_inference
 from interrupt import Interrupt
 from loaders import eval_loader, load_splits
+from losses import adjusted_twice, post_hoc_shift
 from manifest import ClipRow, patient_overlap, read_manifest
 from manifest_layouts import read_records
+from motion import MEASURED
 from predictions import Predictions
 from results import write_results
 from robustness import measure_robustness
@@ -56,6 +59,7 @@ def evaluate(
     skip_unreadable: bool = False,
     interrupt: Interrupt | None = None,
     temperature: float = 1.0,
+    shift: torch.Tensor | float = 0.0,
 ) -> Predictions:
     """Run a model over a split. The one way validation, test and this script get their numbers.
 
@@ -66,6 +70,7 @@ def evaluate(
         dtype: see `prepare_for_inference`; the softmax is taken in fp64, on the CPU.
         interrupt: looked at after each batch.
         temperature: divides the logits; see calibration.py.
+        shift: `(num_classes,)`, subtracted from the logits first; see `losses.post_hoc_shift`.
 
     Raises:
         Interrupted: `interrupt` was asked to stop.
@@ -78,10 +83,11 @@ def evaluate(
         unreadable += batch.unreadable
         if len(batch.labels):
             views = batch.clips.to(device, non_blocking=True)
-            if views.dim() == 5:  # one view
+            if loader.dataset.clips.answers == 1:
                 views = views.unsqueeze(1)  # (B, T, C, H, W) -> (B, V, T, C, H, W)
             logits = model(views.flatten(0, 1))  # (B*V, T, C, H, W) -> (B*V, classes)
-            logits = logits.cpu().double().unflatten(0, views.shape[:2])  # (B, V, classes)
+            logits = logits.cpu().double() - shift
+            logits = logits.unflatten(0, views.shape[:2])  # (B, V, classes)
             both = torch.stack((logits / temperature, logits)).softmax(dim=-1)
             probabilities.append(both.mean(dim=2))  # (2, B, V, classes) -> (2, B, classes)
             indices.append(batch.indices)
@@ -125,10 +131,16 @@ class EvaluateConfig:
     """where the clips are now (empty: where they were in training; for --csv, beside it)"""
     cache: str | None = None
     """folder of cached clips; empty: decode (None: as in training; for --csv, decode)"""
-    views: int = 1
-    """temporal views of each clip, their probabilities averaged"""
+    views: int | None = None
+    """temporal views of each clip, their probabilities averaged (None: as in training)"""
+    crops: Literal[1, 3, 5] | None = None
+    """spatial crops of each view: the whole picture, 3 along its width, 5 (None: as in training).
+    A clip then costs views x crops times as much"""
     shuffle_frames: bool = False
     """shuffle each clip's frames in time: what is lost came from motion"""
+    adjust: float = 0.0
+    """TAU: subtract TAU x the log of the classes' shares of the training clips from the logits, for
+    classes as if of equal size (0: do not; 1: wholly; see losses.py)"""
     corruptions: tuple[Corruption, ...] | None = None
     """also test on corrupted clips, 5 severities each: these, or none named for all ten"""
     wanted_error: float | None = None
@@ -160,7 +172,9 @@ def output_folder(config: EvaluateConfig) -> Path:
     place = Path(config.checkpoint)
     parts = ["evaluate"] + [place.stem] * (place.is_file() and place.stem != "best")
     parts.append(Path(config.csv).stem if config.csv else config.split)
-    parts += [f"views{config.views}"] * (config.views > 1) + ["shuffled"] * config.shuffle_frames
+    parts += [f"{name}{n}" for name in ("views", "crops") if (n := getattr(config, name))]
+    parts += ["shuffled"] * config.shuffle_frames
+    parts += [f"adjust{config.adjust:g}"] * bool(config.adjust)
     return (place if place.is_dir() else place.parent) / "_".join(parts)
 
 
@@ -218,18 +232,28 @@ def main() -> None:
         raise UserError("--relaxed is for --timeline: clips have no boundaries")
     if not config.checkpoint:
         raise UserError("name a run folder or a checkpoint, or --timeline TRUTH PREDICTION")
-    if config.views < 1 or config.workers < 0 or (config.batch_size or 1) < 1:
+    if (config.views or 1) < 1 or config.workers < 0 or (config.batch_size or 1) < 1:
         raise UserError("views and batch_size must be at least 1, workers at least 0")
     if config.wanted_error is not None and not 0 <= config.wanted_error <= 1:
         raise UserError(f"wanted_error = {config.wanted_error}: must be from 0 to 1")
+    if not 0 <= config.adjust <= 5:
+        raise UserError(f"adjust = {config.adjust}: must be from 0 to 5")
     state = load_checkpoint(config.checkpoint)
+    shift = post_hoc_shift(state, config.adjust, config.checkpoint)
     training = from_dict(state["config"])
+    if config.corruptions is not None and training.inputs in MEASURED:
+        raise UserError(
+            f"{config.checkpoint}: was trained with {training.inputs}, and a corrupted picture "
+            "would keep the motion of the clean one: leave --corruptions out"
+        )
     training = dataclasses.replace(
         training,
         data_root=config.data_root or training.data_root,
         batch_size=config.batch_size or training.batch_size,
         workers=config.workers,
         cache=_cache(config, training),
+        test_views=config.views or training.test_views,
+        test_crops=config.crops or training.test_crops,
     )
     device = choose_device(config.device)
     dtype = choose_precision(config.amp, device)
@@ -242,11 +266,15 @@ def main() -> None:
         rows, warnings = splits[config.split], patient_overlap(splits)
 
     def answer(corruption: tuple[Corruption, int] | None = None) -> Predictions:
-        loader = eval_loader(rows, training, config.views, config.shuffle_frames, corruption)
+        views, crops = training.test_views, training.test_crops
+        loader = eval_loader(rows, training, views, config.shuffle_frames, corruption, crops)
         name = f"{corruption[0]} {corruption[1]}" if corruption else what
         skip, temperature = config.skip_unreadable, calibration.temperature
-        return evaluate(model, loader, device, dtype, name, skip, temperature=temperature)
+        return evaluate(
+            model, loader, device, dtype, name, skip, temperature=temperature, shift=shift
+        )
 
+    warnings += adjusted_twice(training, config.adjust)
     what = Path(config.csv).stem if config.csv else config.split
     print(f"{training.model} on {len(rows)} {what} clips, {describe_device(device)}, {dtype}")
     print("\n".join(warnings), end="\n" if warnings else "")
@@ -264,8 +292,10 @@ def main() -> None:
         "command": command(),
         "split": what,
         "csv": config.csv,
-        "views": config.views,
+        "views": training.test_views,
+        "crops": training.test_crops,
         "shuffle_frames": config.shuffle_frames,
+        "adjust": config.adjust,
         "warnings": warnings,
     }
     print(write_results(predictions, state["classes"], folder, [calibration], facts))

@@ -66,6 +66,26 @@ def picture(pts: int, packet: bytes | memoryview, length_size: int) -> Picture |
     return Picture(pts, kind, frozenset(parameters))
 
 
+def is_reference(packet: bytes, length_size: int | None) -> bool:
+    """Whether other pictures may be predicted from a packet's picture, by its first slice.
+
+    `length_size` as from the function of that name: None where units are found by start codes.
+    """
+    place = 0
+    while True:
+        if length_size is None:
+            place = packet.find(b"\0\0\1", place) + 3
+            length = 1
+        else:
+            length = int.from_bytes(packet[place : place + length_size], "big")
+            place += length_size
+        if place < (length_size or 3) or place >= len(packet):
+            return True  # no slice in it: who knows
+        if _SLICE <= packet[place] & 31 <= _IDR_SLICE:
+            return bool(packet[place] >> 5 & 3)
+        place += max(1, length)
+
+
 def frame_numbers(pictures: Sequence[Picture]) -> list[int] | None:
     """Each packet's place in display order.
 

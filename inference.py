@@ -71,8 +71,9 @@ def fold_batchnorms(model: nn.Module) -> int:
         pairs.extend((conv, norm) for output, conv in outputs if output is inputs[0])
 
     hooks = [norm.register_forward_pre_hook(entering) for norm in norms]
-    hooks += [m.register_forward_hook(leaving) for m in model.modules() if type(m) in _CONVS]
-    model(torch.zeros(1, 2, 3, 32, 32, dtype=torch.uint8, device=next(model.parameters()).device))
+    hooks += [m.register_forward_hook(leaving) for m in model.modules() if isinstance(m, _CONVS)]
+    shape = (1, 2, getattr(model, "channels", 3), 32, 32)
+    model(torch.zeros(shape, dtype=torch.uint8, device=next(model.parameters()).device))
     for hook in hooks:
         hook.remove()
     once = [conv for conv, _ in pairs]

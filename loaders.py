@@ -24,6 +24,8 @@ from demo_data import render_demo
 from device import choose_device
 from errors import UserError
 from manifest import ClipRow, read_splits
+from motion import MEASURED
+from strong_augment import StrongAugment
 from workers import start_worker
 
 DEMO_ROOT = Path("data") / "demo"
@@ -103,6 +105,7 @@ def build_dataloaders(config: TrainConfig) -> tuple[DataLoader, DataLoader, Data
         config.saturation,
         config.hue,
     )
+    strong = StrongAugment(config.rand_augment, config.rand_magnitude, config.erasing)
     train = ClipsDataset(
         splits["train"],
         config.n_frames,
@@ -112,11 +115,13 @@ def build_dataloaders(config: TrainConfig) -> tuple[DataLoader, DataLoader, Data
         cache=open_cache(config),
         # A GPU changes a whole batch in less time than a worker one clip.
         defer=choose_device(config.device).type == "cuda",
+        strong=strong if config.rand_augment or config.erasing else None,
+        inputs=config.inputs,
     )
     return (
         _loader(train, sampler, config, config.batch_size, persistent=True),
         eval_loader(splits["val"], config),
-        eval_loader(splits["test"], config),
+        eval_loader(splits["test"], config, config.test_views, crops=config.test_crops),
         get_num_classes(config.classes),
     )
 
@@ -132,6 +137,7 @@ def eval_loader(
     views: int = 1,
     shuffle_frames: bool = False,
     corruption: tuple[Corruption, int] | None = None,
+    crops: int = 1,
 ) -> DataLoader:
     """A loader of clips in their order, nothing random; each process gets its own share of them.
 
@@ -148,9 +154,11 @@ def eval_loader(
         shuffle_frames,
         open_cache(config),
         corruption=corruption,
+        inputs=config.inputs,
+        crops=crops,
     )
     share = range(distributed.rank(), len(rows), distributed.world_size())
-    return _loader(clips, share, config, max(1, config.batch_size // views))
+    return _loader(clips, share, config, max(1, config.batch_size // clips.answers))
 
 
 def open_cache(config: TrainConfig) -> ClipCache | None:
@@ -170,6 +178,11 @@ def open_cache(config: TrainConfig) -> ClipCache | None:
                 f"{config.cache}: cached for {name} {there}, not {wanted}: give --{flag} {there}, "
                 f"or make another cache (python prepare_data.py cache ... --{flag} {wanted})"
             )
+    if config.inputs in MEASURED and config.inputs != cache.settings.inputs:
+        raise UserError(
+            f"{config.cache}: cached with inputs {cache.settings.inputs}, not {config.inputs}: "
+            f"make another cache (python prepare_data.py cache ... --inputs {config.inputs})"
+        )
     return cache
 
 

@@ -12,10 +12,10 @@ from torch import nn
 from cnn_lstm import CNNLSTM
 from errors import UserError
 from r2plus1d_resnet import R2Plus1DResNet18
-from tsm_resnet import TSMResNet18
+from tsm_resnet import TSM
 from vivit import ViViT
 
-MODELS = {"tsm": TSMResNet18, "cnn_lstm": CNNLSTM, "r2plus1d": R2Plus1DResNet18, "vivit": ViViT}
+MODELS = {"tsm": TSM, "cnn_lstm": CNNLSTM, "r2plus1d": R2Plus1DResNet18, "vivit": ViViT}
 
 
 def model_options(name: str) -> set[str]:
@@ -56,16 +56,25 @@ def freeze(model: nn.Module, up_to: str) -> None:
             return
 
 
-def hold_frozen(model: nn.Module) -> None:
+def hold_frozen(model: nn.Module, batchnorms: bool = False) -> None:
     """Keep the BatchNorm statistics and the dropout of frozen stages still.
 
     `model.train()` wakes them up: call this after it. Frozen weights behind moving statistics are
     not frozen features.
+
+    Args:
+        batchnorms: also the statistics of stages that are trained; their weights go on learning.
     """
-    for modules in model.stages().values():
+    for name, modules in model.stages().items():
+        frozen = not any(p.requires_grad for module in modules for p in module.parameters())
         for module in modules:
-            if not any(parameter.requires_grad for parameter in module.parameters()):
-                module.eval()
+            for part in module.modules():
+                pretrained = batchnorms and name != "head" and isinstance(part, _BATCHNORMS)
+                if frozen or pretrained:
+                    part.training = False
+
+
+_BATCHNORMS = (nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
 
 def parameter_groups(

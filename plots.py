@@ -119,6 +119,35 @@ def _label_beside(axes: Axes, x: np.ndarray, y: np.ndarray, labels: Sequence[str
         )
 
 
+def plot_lengths(table: pd.DataFrame, path: str | Path) -> None:
+    """Draw memory and time of training steps against the frames a clip, dashed: checkpointed.
+
+    Args:
+        table: the columns model, frames, and training and checkpointed in (MB) and (ms/clip).
+    """
+    figure = Figure(figsize=(9, 4.2), layout="constrained")
+    for axes, unit, name in zip(
+        figure.subplots(1, 2), ("(MB)", "(ms/clip)"), ("peak memory (MB)", "ms a clip"), strict=True
+    ):
+        for number, (model, some) in enumerate(table.groupby("model", sort=False)):
+            look = {"color": _COLOURS[number % len(_COLOURS)], "ms": 4}
+            axes.plot(some["frames"], some[f"training {unit}"], "o-", **look, label=model)
+            axes.plot(some["frames"], some[f"checkpointed {unit}"], "o--", mfc="white", **look)
+        axes.set(xlabel="frames a clip", ylabel=name, xscale="log", yscale="log")
+        axes.set_xticks(frames := sorted(table["frames"].unique()), frames)
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_formatter("{x:g}")
+        for axis in (axes.xaxis, axes.yaxis):
+            axis.set_minor_formatter(NullFormatter())
+        axes.minorticks_off()
+        axes.grid(alpha=0.3)
+    axes.plot([], [], "ko--", ms=4, mfc="white", label="with gradient checkpointing")
+    lines = axes.get_legend_handles_labels()
+    figure.legend(*lines, loc="outside lower center", ncols=5, fontsize=8, frameon=False)
+    figure.suptitle("a training step", fontsize=10)
+    _save(figure, path)
+
+
 def plot_robustness(table: pd.DataFrame, clean: float, path: str | Path) -> None:
     """Draw accuracy against severity, a panel a corruption, the clean accuracy as a line.
 

@@ -27,6 +27,7 @@ from errors import UserError
 from following import Follower, Recipe, load_hook
 from interrupt import Interrupt, Interrupted
 from live_source import LiveSource, is_live
+from motion import MEASURED
 from run_folder import command, printable, record_session
 from script import script
 from stream import Memory, can_stream
@@ -95,6 +96,8 @@ def make_recipe(config: PredictConfig) -> tuple[Recipe, dict[str, str]]:
     """
     state = load_checkpoint(config.run)
     training = from_dict(state["config"])
+    if training.inputs in MEASURED:
+        raise UserError(f"{config.run}: was trained with {training.inputs}: clips only, for now")
     for name in ("n_frames", "stride", "rate", "segment_seconds"):
         value = getattr(config, name)
         if value is not None and not 0 < value < math.inf:

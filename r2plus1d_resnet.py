@@ -8,8 +8,9 @@ import torch
 from torch import nn
 from torchvision.models.video import R2Plus1D_18_Weights, r2plus1d_18
 
+from backbones import LAYERS
 from normalize import KINETICS_MEAN_STD, Normalize
-from tsm_resnet import LAYERS
+from recompute import run_stage
 
 
 class R2Plus1DResNet18(nn.Module):
@@ -32,7 +33,11 @@ class R2Plus1DResNet18(nn.Module):
     def forward(self, clips: torch.Tensor) -> torch.Tensor:
         """`(B, T, C, H, W)` uint8 or float in [0, 1] to logits `(B, num_classes)`."""
         x = self.normalize(clips).transpose(1, 2)  # (B, T, C, H, W) -> (B, C, T, H, W)
-        return self.head(self.dropout(self.backbone(x)))  # (B, 512) -> (B, num_classes)
+        for name in ("stem", *LAYERS):
+            layer = getattr(self.backbone, name)
+            x = run_stage([layer], layer, x)
+        x = self.backbone.avgpool(x).flatten(1)  # (B, 512)
+        return self.head(self.dropout(x))  # (B, num_classes)
 
     def stages(self) -> dict[str, list[nn.Module]]:
         """The modules from stem to head."""

@@ -16,7 +16,7 @@ from torch import nn
 from cnn_lstm import CNNLSTM
 from errors import UserError
 from inference import pack_convolutions, prepare_for_inference
-from tsm_resnet import TSMResNet18
+from tsm_resnet import TSM
 
 Memory = Literal["window", "state"]
 Embedding = Callable[
@@ -27,8 +27,8 @@ Embedding = Callable[
 def can_stream(model: nn.Module, memory: Memory = "window") -> bool:
     """Whether a `Streamer` can follow a video with a model."""
     if isinstance(model, CNNLSTM):
-        return model.causal or memory == "window"
-    return isinstance(model, TSMResNet18) and model.causal
+        return memory == "window" or (model.causal and model.lstm is not None)
+    return isinstance(model, TSM) and model.causal
 
 
 class Streamer:
@@ -137,7 +137,7 @@ def _halves(
     model: nn.Module, memory: Memory
 ) -> tuple[Embedding, Callable[[torch.Tensor], torch.Tensor]]:
     """A model as two functions: what is done once for each frame, and what with the last T."""
-    if isinstance(model, TSMResNet18):
+    if isinstance(model, TSM):
         return model.per_frame, model.over_window
     if memory == "window":
         return lambda clips, _: (model.per_frame(clips), []), model.over_window

@@ -39,7 +39,7 @@ class Run:
     @property
     def views(self) -> int:
         """Clips that the model saw for each clip that it was tested on."""
-        return int(self.facts.get("views") or 1)
+        return int(self.facts.get("views") or 1) * int(self.facts.get("crops") or 1)
 
     @property
     def clips(self) -> list[tuple[str, int]]:

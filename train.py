@@ -37,13 +37,16 @@ from epoch import train_one_epoch
 from errors import UserError
 from evaluate import evaluate
 from frame_rate import seen_frame_rate
+from frozen_features import over_features, require_frozen
 from interrupt import Interrupt, Interrupted
 from loaders import batches_per_epoch, build_dataloaders
+from losses import double_correction
 from manifest import ClipRow, patient_overlap
 from models import describe, freeze
 from plots import plot_curves
 from predictions import Predictions
 from preflight import check_cache, check_clips
+from recompute import recompute_stages
 from results import headline_scores, write_results
 from run_folder import new_run_folder, record_session, start_log, write_history, write_json
 from script import script
@@ -85,13 +88,19 @@ def train(
     loaded = load_weights(model, config.weights) if first and not resume_from else ""
     if config.freeze_to:
         freeze(model, config.freeze_to)
+    if config.gradient_checkpointing:
+        recompute_stages(model)
     suit_device(model, device, choose_precision(config.amp, device))
-    run = Training(config, model, device, batches_per_epoch(train_loader))
+    counts = Counter(row.label for row in train_loader.dataset.clips.rows)
+    class_counts = [counts[label] for label in range(num_classes)]
+    run = Training(config, model, device, batches_per_epoch(train_loader), class_counts)
     if resume_from:
         run.load_state(resume_from)
     else:
         torch.manual_seed(config.seed + distributed.rank())
     loaders = (train_loader, val_loader, test_loader)
+    if config.features:
+        require_frozen(model)
     check_cache([loader.dataset.clips for loader in loaders])
     if config.check_clips and config.data_root and not resume_from:
         check_clips({"validation": val_loader, "test": test_loader}, config.skip_unreadable)
@@ -105,11 +114,15 @@ def train(
         name: loader.dataset.clips.rows
         for name, loader in (("train", train_loader), ("val", val_loader), ("test", test_loader))
     }
-    warnings = patient_overlap(splits)
+    warnings = patient_overlap(splits) + double_correction(config)
     log.info(_introduction(run, splits))
     for warning in warnings:
         log.warning(warning)
     log.info(f"resumed at epoch {run.epoch + 1}, batch {run.step + 1}" if resume_from else loaded)
+    if config.features:
+        train_loader, val_loader, test_loader = (
+            over_features(loader, model, config, device) for loader in loaders
+        )
     parallel = _parallel(model, device)
     if config.compile:
         model.compile()  # in place: the checkpoint's keys stay clean
@@ -150,7 +163,7 @@ def train_epochs(
         began = time.perf_counter()
         train_one_epoch(run, parallel, train_loader, interrupt)
         predictions = evaluate(
-            run.model,
+            run.tested,
             val_loader,
             run.device,
             run.dtype,
@@ -188,6 +201,8 @@ def train_epochs(
                 writer.add_scalar(name, value, run.epoch)
             writer.flush()
         run.save(folder)
+    if run.epoch < config.epochs:
+        log.info(f"stopped: none of {config.patience} epochs was better than {run.best['epoch']}")
     unreadable = set().union(*distributed.gather(run.unreadable))
     if unreadable:
         listing = "\n  ".join(sorted(unreadable))
@@ -211,6 +226,7 @@ def calibrate_best(run: Training, loader: DataLoader, folder: Path, interrupt: I
         config, paths = run.config, [row.path for row in loader.dataset.clips.rows]
         rate = seen_frame_rate(paths, config.n_frames, config.eval_sampling)
         fitted = {"calibration": fitted.state(), "frame_rate": rate}
+        fitted["class_counts"] = run.class_counts  # runs of earlier versions have none yet
         save_checkpoint(folder / "best.pt", {**state, **fitted})
     distributed.from_first(None)  # the others wait until it is written
 
@@ -231,6 +247,8 @@ def test(
             "checkpoint": str((folder / "best.pt").absolute()),
             "epoch": state["epoch"],
             "split": "test",
+            "views": config.test_views,
+            "crops": config.test_crops,
             "warnings": warnings,
         }
         calibration = Calibration.from_state(state["calibration"])

@@ -1,20 +1,17 @@
-"""TSM-ResNet18: a 2D network that sees motion by shifting channels in time.
+"""TSM: a 2D network that sees motion by shifting channels in time.
 
 Lin, Gan and Han, "TSM: Temporal Shift Module for Efficient Video Understanding", ICCV 2019,
 arXiv:1811.08383.
 """
 
-from collections.abc import Callable
 from typing import Literal
 
 import torch
 from torch import nn
-from torchvision.models import ResNet18_Weights, resnet18
-from torchvision.models.resnet import BasicBlock
 
-from normalize import IMAGENET_MEAN_STD, Normalize
-
-LAYERS = ("layer1", "layer2", "layer3", "layer4")
+from backbones import BackboneName
+from frame_model import FrameModel, Fusion
+from motion import Inputs
 
 
 def temporal_shift(x: torch.Tensor, n_frames: int, shift_div: int = 8) -> torch.Tensor:
@@ -58,14 +55,16 @@ def causal_shift(
     return out.flatten(0, 1), x[:, -1, :fold].clone()
 
 
-class TSMResNet18(nn.Module):
-    """ResNet-18 over the frames, temporal shifts inside, logits averaged over time.
+class TSM(FrameModel):
+    """A ResNet-18, or another backbone, over the frames, temporal shifts inside, logits averaged
+    over time.
 
     Args:
+        backbone, inputs, fusion: see `FrameModel`.
         shift_place: `blockres` shifts the input of the first convolution inside every residual
             branch and leaves the identity path alone, so that no frame loses what it saw itself
-            (the paper's released recipe); `stage` shifts the features before each of the four
-            stages, as the project that this one follows did.
+            (the paper's released recipe); `stage` shifts the features before each of the layers,
+            as the project that this one follows did.
         shift_div: 1/shift_div of the channels shift each way.
         shift_mode: `bidirectional`, or `causal`: from the past only, so that the model can follow a
             stream (see stream.py).
@@ -75,18 +74,19 @@ class TSMResNet18(nn.Module):
         dropout: before the classifier.
     """
 
-    torchvision_weights = ResNet18_Weights
-
     def __init__(
         self,
         num_classes: int = 7,
+        backbone: BackboneName = "resnet18",
+        inputs: Inputs = "rgb",
+        fusion: Fusion = "late",
         shift_place: Literal["blockres", "stage"] = "blockres",
         shift_div: int = 8,
         shift_mode: Literal["bidirectional", "causal"] = "bidirectional",
         carry_past: float = 0.5,
         dropout: float = 0.0,
     ) -> None:
-        super().__init__()
+        super().__init__(backbone, inputs, fusion)
         if shift_mode not in ("bidirectional", "causal"):
             raise ValueError(f"shift_mode must be bidirectional or causal, not {shift_mode!r}")
         if shift_place not in ("blockres", "stage"):
@@ -95,10 +95,7 @@ class TSMResNet18(nn.Module):
         self.shift_div = shift_div
         self.shift_mode = shift_mode
         self.carry_past = carry_past
-        self.normalize = Normalize(IMAGENET_MEAN_STD)
-        self.backbone = resnet18(weights=None)
-        self.head = nn.Linear(self.backbone.fc.in_features, num_classes)
-        self.backbone.fc = nn.Identity()
+        self.head = nn.Linear(self.width, num_classes)
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, clips: torch.Tensor) -> torch.Tensor:
@@ -130,8 +127,7 @@ class TSMResNet18(nn.Module):
             kept.append(after)
             return x
 
-        x = self.normalize(clips).flatten(0, 1)  # (B * T, C, H, W)
-        x = resnet_features(self.backbone, x, shift, self.shift_place)
+        x = self.frame_features(clips, shift, self.shift_place)  # (B * T, width)
         logits = self.head(self.dropout(x))  # (B * T, num_classes)
         return logits.unflatten(0, (-1, n_frames)), kept
 
@@ -146,39 +142,4 @@ class TSMResNet18(nn.Module):
 
     def stages(self) -> dict[str, list[nn.Module]]:
         """The modules from stem to head."""
-        return resnet_stages(self.backbone) | {"head": [self.head]}
-
-
-def resnet_stages(backbone: nn.Module) -> dict[str, list[nn.Module]]:
-    """Stem and four layers of a 2D ResNet."""
-    stem = {"stem": [backbone.conv1, backbone.bn1]}
-    return stem | {name: [getattr(backbone, name)] for name in LAYERS}
-
-
-def resnet_features(
-    net: nn.Module,
-    x: torch.Tensor,
-    shift: Callable[[torch.Tensor], torch.Tensor] | None = None,
-    shift_place: str = "blockres",
-) -> torch.Tensor:
-    """torchvision's ResNet-18 without its classifier, `(N, 3, H, W)` to `(N, 512)`.
-
-    `shift` is applied to what each residual branch sees (`blockres`) or to what each of the four
-    layers sees (`stage`).
-    """
-    # Pooling before the ReLU gives the same and leaves it a quarter of the pixels.
-    x = net.relu(net.maxpool(net.bn1(net.conv1(x))))
-    for name in LAYERS:
-        if shift and shift_place == "stage":
-            x = shift(x)
-        for block in getattr(net, name):
-            branch = shift(x) if shift and shift_place == "blockres" else x
-            x = _residual_block(block, branch, x)
-    return net.avgpool(x).flatten(1)
-
-
-def _residual_block(block: BasicBlock, branch: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    """A residual block whose branch looks at `branch` and whose identity path looks at `x`."""
-    branch = block.relu(block.bn1(block.conv1(branch)))
-    branch = block.bn2(block.conv2(branch))
-    return block.relu(branch + (block.downsample(x) if block.downsample else x))
+        return self.frame_stages() | {"head": [self.head]}

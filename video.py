@@ -19,6 +19,7 @@ import numpy as np
 
 import h264
 from atomic import atomic
+from motion_vectors import VectorReader
 from sampling import Sampling, clip_indices
 from video_file import (
     DECODING_ERRORS,
@@ -39,6 +40,7 @@ def read_frames(
     choose: Callable[[int], Sequence[int]],
     size: int | None = 224,
     stop_after: int | None = None,
+    vectors: VectorReader | None = None,
 ) -> np.ndarray:
     """Decode the chosen frames of a file.
 
@@ -49,6 +51,7 @@ def read_frames(
             resizer (swscale, bilinear with support widened when shrinking) for all of the project.
             None keeps the file's own size.
         stop_after: count no further than this many frames.
+        vectors: is shown every frame that is kept, to take its motion; not with stop_after.
 
     Returns:
         `(len(choose(n)), size, size, 3)` uint8 RGB.
@@ -66,11 +69,11 @@ def read_frames(
         with open_video(path) as container:
             streams = video_streams(container, path)
             if len(streams) == 1 and stop_after is None:
-                frames = _read_needed(container, *streams[0], choose, size)
+                frames = _read_needed(container, *streams[0], choose, size, vectors)
                 if frames is not None:
                     return frames
         for stream, expected in streams:
-            frames = _read_stream(path, stream, expected, choose, size, stop_after)
+            frames = _read_stream(path, stream, expected, choose, size, stop_after, vectors)
             if frames is not None:
                 return frames
     except DECODING_ERRORS as error:
@@ -181,6 +184,7 @@ def _read_needed(
     expected: int,
     choose: Callable[[int], Sequence[int]],
     size: int | None,
+    vectors: VectorReader | None,
 ) -> np.ndarray | None:
     """The chosen frames of an H.264 stream, decoding only what they need; see h264.py.
 
@@ -197,6 +201,10 @@ def _read_needed(
             return None
         wanted = list(choose(len(pictures)))
         decode = h264.needed(pictures, numbers, wanted)
+        if vectors is not None:
+            kinds = (one.kind for one in pictures)
+            vectors.begin(zip(numbers, (k is not h264.Kind.DISPOSABLE for k in kinds), strict=True))
+            vectors.export(stream)
         by_pts = {one.pts: number for one, number in zip(pictures, numbers, strict=True)}
         kept: dict[int, np.ndarray] = {}
         seen, latest = 0, -math.inf
@@ -206,6 +214,8 @@ def _read_needed(
             seen, latest = seen + 1, frame.pts
             if by_pts[frame.pts] in wanted:
                 kept[by_pts[frame.pts]] = to_rgb(frame, size)
+                if vectors is not None:
+                    vectors.keep(by_pts[frame.pts], frame)
     except (*DECODING_ERRORS, LookupError, TypeError):
         return None
     same_size = len({frame.shape for frame in kept.values()}) == 1
@@ -272,6 +282,7 @@ def _read_stream(
     choose: Callable[[int], Sequence[int]],
     size: int | None,
     stop_after: int | None,
+    vectors: VectorReader | None,
 ) -> np.ndarray | None:
     """The chosen frames of one stream, or None where it has none.
 
@@ -281,7 +292,7 @@ def _read_stream(
     count = min(expected or count_packets(path, index), stop_after or math.inf)
     for _ in range(2):
         wanted = choose(count) if count else []
-        kept, found, damaged = _keep(path, index, set(wanted), size, stop_after)
+        kept, found, damaged = _keep(path, index, set(wanted), size, stop_after, vectors)
         if found == 0:
             return None
         if found == count or list(choose(found)) == list(wanted):
@@ -295,15 +306,22 @@ def _read_stream(
 
 
 def _keep(
-    path: Path, index: int, wanted: set[int], size: int | None, stop_after: int | None
+    path: Path,
+    index: int,
+    wanted: set[int],
+    size: int | None,
+    stop_after: int | None,
+    vectors: VectorReader | None,
 ) -> tuple[dict[int, np.ndarray], int, int]:
     """Decode a stream: the wanted frames, how many it has, how many wanted ones are damaged."""
     kept: dict[int, np.ndarray] = {}
     found = damaged = 0
     try:
-        for frame in decode(path, index):
+        for frame in decode(path, index) if vectors is None else vectors.decode(path, index):
             if found in wanted:
                 kept[found] = to_rgb(frame, size)
+                if vectors is not None:
+                    vectors.keep(found, frame)
                 damaged += frame.is_corrupt
             found += 1
             if found == stop_after:

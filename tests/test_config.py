@@ -47,6 +47,7 @@ def test_every_field_has_a_docstring() -> None:
         ({"learning_rate": float("nan")}, "learning_rate = nan"),
         ({"classes": ("a",)}, "needs two at least"),
         ({"classes": ("a", "a")}, "twice"),
+        ({"features": "x", "cutmix": 1.0}, "cutmix cuts pictures"),
         ({"lstm_hidden": 64}, "lstm_hidden is a setting of cnn_lstm, not tsm"),
         ({"model": "vivit", "shift_div": 4}, "shift_div is a setting of tsm, not vivit"),
     ],

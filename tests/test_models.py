@@ -84,6 +84,9 @@ def test_clips_of_a_batch_do_not_see_each_other(name: str) -> None:
 
 def test_options_are_the_constructors() -> None:
     assert model_options("tsm") == {
+        "backbone",
+        "inputs",
+        "fusion",
         "shift_place",
         "shift_div",
         "shift_mode",

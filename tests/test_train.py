@@ -190,12 +190,13 @@ def test_interrupted_run_resumes_exactly(finished, tiny_data, tmp_path, number, 
     assert (run / "predictions.csv").read_text() == (whole / "predictions.csv").read_text()
 
 
-def test_stopping_inside_an_epoch_loses_no_step(tiny_data: Path, monkeypatch) -> None:
+@pytest.mark.parametrize("more", [{}, {"ema": 0.9, "mixup": 0.4, "cutmix": 1.0}])
+def test_stopping_inside_an_epoch_loses_no_step(more: dict, tiny_data: Path) -> None:
     """Two steps, a checkpoint, the third in a new process's state: as three steps in a row."""
     settings = {"data_root": str(tiny_data), "classes": ("dark", "grey", "light")}
     settings |= {"image_size": 32, "n_frames": 4, "batch_size": 6, "workers": 0, "weights": "none"}
     settings |= {"amp": "fp32", "dropout": 0.3, "device": "cpu"}
-    config = resolve(TrainConfig(**settings))
+    config = resolve(TrainConfig(**settings, **more))
 
     class Stop(Exception):
         pass
@@ -230,7 +231,72 @@ def test_stopping_inside_an_epoch_loses_no_step(tiny_data: Path, monkeypatch) ->
     second.load_state(state)
     train_one_epoch(second, second.model, loader, After(99))
     assert same_weights(whole.model.state_dict(), second.model.state_dict())
+    assert same_weights(whole.tested.state_dict(), second.tested.state_dict())
     assert second.totals == whole.totals
+
+
+# What may differ between checkpoints of one training; nothing draws from Python's generator.
+ACCIDENTAL = ("seconds", "resume", "patience", "python")
+
+
+def same(one: object, two: object) -> bool:
+    """Whether two checkpoints hold the same, bit for bit, but for what is ACCIDENTAL."""
+    if isinstance(one, torch.Tensor):
+        return torch.equal(one, two)
+    if isinstance(one, dict):
+        return one.keys() == two.keys() and all(
+            same(one[key], two[key]) for key in one if key not in ACCIDENTAL
+        )
+    if isinstance(one, list | tuple):
+        return len(one) == len(two) and all(map(same, one, two))
+    return one == two
+
+
+@pytest.fixture
+def checkpoints_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leave out the pictures and the test: most of the time of a tiny run."""
+    monkeypatch.setattr("train.plot_curves", lambda *_: None)
+    monkeypatch.setattr("train.test", lambda *_: None)
+
+
+@pytest.mark.usefixtures("checkpoints_only")
+def test_resume_is_exact_with_averaged_weights_and_mixed_clips(
+    tiny_data, tmp_path, run_main, monkeypatch
+) -> None:
+    """Stopped in the second epoch: all of both checkpoints is as without the stop. What is kept and
+    what metrics.csv tells of is the average."""
+    arguments = flags(tiny_data, "--epochs", 2, "--model", "vivit", "--ema", 0.9)
+    arguments += ["--mixup", "0.4", "--cutmix", "1", "--batch-size", "3"]
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    whole.mkdir()
+    stopped.mkdir()
+    run_main(main, *arguments, cwd=whole)
+    asked, check = [], Interrupt.check
+
+    def stop_at_the_twelfth(interrupt: Interrupt) -> None:
+        asked.append(interrupt)
+        if len(asked) == 12:  # 6 batches and 3 of validation an epoch
+            os.kill(os.getpid(), signal.SIGTERM)
+        check(interrupt)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Interrupt, "check", stop_at_the_twelfth)
+        run_main(main, *arguments, cwd=stopped, code=128 + signal.SIGTERM)
+    run = only_run(stopped)
+    assert load_checkpoint(run, "last.pt")["step"] == 3
+    run_main(main, "--resume", run, cwd=stopped)
+    whole = only_run(whole)
+    for name in ("last.pt", "best.pt"):
+        assert same(load_checkpoint(whole, name), load_checkpoint(run, name)), name
+
+    last, best = load_checkpoint(run, "last.pt"), load_checkpoint(run)
+    assert last["averaged_steps"] == 12
+    assert not same_weights(last["model"], last["trained"])
+    _, val_loader, _, _ = build_dataloaders(from_dict(last["config"]))
+    for state in (last, best):
+        told = state["history"][state["epoch"] - 1]["val_loss"]
+        predictions = evaluate(build_from_checkpoint(state), val_loader, torch.device("cpu"))
+        assert predictions.loss == pytest.approx(told, abs=1e-6)
 
 
 def test_kill_at_any_moment_leaves_a_loadable_checkpoint(finished, tiny_data, tmp_path) -> None:
@@ -382,6 +448,35 @@ def test_patience_stops_early(tiny_data: Path, tmp_path: Path, run_main) -> None
     table = history(only_run(tmp_path))
     assert len(table) < 30
     assert table["val_macro_f1"].iloc[-1] <= table["val_macro_f1"].iloc[:-1].max()
+
+
+@pytest.mark.usefixtures("checkpoints_only")
+def test_a_run_out_of_patience_goes_on_exactly_with_more(
+    tiny_data, tmp_path, run_main, monkeypatch
+) -> None:
+    """Epoch 1 is the best until 3: stopped after 2, more patience finds 3, as if it had been there
+    from the start. With the same patience there is nothing to go on with."""
+    goodness = {1: 2, 2: 1, 3: 3}
+    monkeypatch.setattr("train._goodness", lambda row, _: goodness[row["epoch"]])
+    arguments = flags(tiny_data, "--epochs", 3, "--model", "vivit")
+    patient, hasty = tmp_path / "patient", tmp_path / "hasty"
+    patient.mkdir()
+    hasty.mkdir()
+    run_main(main, *arguments, "--patience", 2, cwd=patient)
+    done = run_main(main, *arguments, "--patience", 1, cwd=hasty)
+    assert "stopped: none of 1 epochs was better than 1" in done.stdout
+    run = only_run(hasty)
+    before = [load_checkpoint(run, name) for name in ("last.pt", "best.pt")]
+    assert [state["epoch"] for state in before] == [2, 1]
+    run_main(main, "--resume", run, cwd=hasty)
+    after = [load_checkpoint(run, name) for name in ("last.pt", "best.pt")]
+    assert all(map(same, before, after))
+    run_main(main, "--resume", run, "--patience", 2, cwd=hasty)
+    for name in ("last.pt", "best.pt"):
+        state = load_checkpoint(run, name)
+        assert state["epoch"] == 3
+        assert same(load_checkpoint(only_run(patient), name), state), name
+    assert history(run).equals(history(only_run(patient)))
 
 
 def test_schedule_is_linear_then_cosine() -> None:

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from tsm_resnet import LAYERS, TSMResNet18, causal_shift, temporal_shift
+from backbones import LAYERS
+from tsm_resnet import TSM, causal_shift, temporal_shift
 
 
 def shift_by_loop(x: torch.Tensor, n_frames: int, shift_div: int = 8) -> torch.Tensor:
@@ -28,13 +29,13 @@ def clips(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.rand(shape, generator=torch.Generator().manual_seed(seed))
 
 
-def lively(**options: object) -> TSMResNet18:
+def lively(**options: object) -> TSM:
     """A random model in eval mode, its BatchNorm statistics those of some clips.
 
     With fresh statistics the signal fades or explodes: all models would give the same logits.
     """
     torch.manual_seed(0)
-    model = TSMResNet18(**options)
+    model = TSM(**options)
     norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
     for norm in norms:
         norm.momentum = 1.0  # take the statistics of the next batch
@@ -83,7 +84,7 @@ def test_shift_gradient_is_the_adjoint() -> None:
 
 
 def test_parameters() -> None:
-    assert sum(p.numel() for p in TSMResNet18().parameters()) == 11_180_103
+    assert sum(p.numel() for p in TSM().parameters()) == 11_180_103
 
 
 @pytest.mark.parametrize("shift_place", ["blockres", "stage"])
@@ -233,4 +234,4 @@ def test_in_training_another_clip_can_be_the_past() -> None:
 
 def test_unknown_shift_modes_are_refused() -> None:
     with pytest.raises(ValueError, match="shift_mode must be bidirectional or causal"):
-        TSMResNet18(shift_mode="online")
+        TSM(shift_mode="online")

@@ -132,3 +132,66 @@ def test_resize_interpolates_time_rows_and_columns() -> None:
 def test_positions_of_another_width_are_left_to_the_loader() -> None:
     state = tiny(dim=48, image_size=64).state_dict()
     assert resize_positions(state, tiny()) is state
+
+
+def test_drop_path_grows_linearly_over_both_encoders() -> None:
+    model = tiny(depth=2, drop_path=0.3)
+    rates = [block.drop_path for block in (*model.spatial, *model.temporal)]
+    assert rates == pytest.approx([0, 0.1, 0.2, 0.3])
+    assert not any(block.drop_path for block in (*tiny().spatial, *tiny().temporal))
+
+
+@torch.no_grad()
+def test_drop_path_sleeps_in_eval_and_never_shows_in_the_weights() -> None:
+    model, dropping, x = tiny(), tiny(drop_path=0.9), clips(2, 4, 3, 32, 32)
+    assert model.state_dict().keys() == dropping.state_dict().keys()
+    assert torch.equal(model(x), dropping(x))
+    draws = torch.get_rng_state()
+    model.train()(x)
+    assert torch.equal(torch.get_rng_state(), draws)  # off, nothing is drawn
+    assert not torch.equal(dropping.train()(x), model(x))
+
+
+def linear_block(drop_path: float) -> Block:
+    """A block whose branches do not see each other: each adds its own constant."""
+    block = Block(dim=8, heads=2, dim_head=4, dropout=0.0, drop_path=drop_path)
+    for branch in (block.out, block.mlp[3]):
+        torch.nn.init.zeros_(branch.weight)
+    torch.nn.init.constant_(block.out.bias, 1)
+    torch.nn.init.constant_(block.mlp[3].bias, 10)
+    return block.train()
+
+
+@torch.no_grad()
+def test_all_frames_of_a_clip_share_the_fate_and_the_mean_is_the_whole_block() -> None:
+    """Attention adds 1 and the MLP 10, each to a quarter of the clips not, to the others 4/3."""
+    torch.manual_seed(0)
+    block, b, t = linear_block(0.25), 2000, 3
+    added = block(torch.zeros(b * t, 2, 8), t).unflatten(0, (b, t))  # (B, T, tokens, dim)
+    first = added[:, :1, :1, :1]
+    assert torch.equal(added, first.expand_as(added))
+    wanted = torch.tensor([0, 4 / 3, 40 / 3, 44 / 3])  # neither, one of them, both
+    fates = (first.flatten()[:, None] - wanted).abs().argmin(dim=1)
+    torch.testing.assert_close(first.flatten(), wanted[fates])
+    share = torch.bincount(fates, minlength=4) / b
+    expected = torch.tensor([1 / 16, 3 / 16, 3 / 16, 9 / 16])
+    torch.testing.assert_close(share, expected, atol=0.03, rtol=0)
+    assert added.mean().item() == pytest.approx(11, abs=0.4)
+
+
+@torch.no_grad()
+def test_a_dropped_clip_skips_its_branches_in_the_whole_model() -> None:
+    """The spatial encoder of clips of T frames is told so: each clip has one draw a branch."""
+    model = tiny(drop_path=0.5).train()
+    seen = []
+    model.spatial[1].register_forward_hook(lambda block, inputs, out: seen.append((*inputs, out)))
+    torch.manual_seed(0)
+    model(clips(1, 4, 3, 32, 32).repeat(64, 1, 1, 1, 1))  # the first spatial block drops nothing
+    ((x, rows_a_clip, out),) = seen
+    assert rows_a_clip == 4
+    change = (out - x).unflatten(0, (64, 4)).flatten(2).norm(dim=2)  # (B, T)
+    assert 2 <= len(change[:, 0].round(decimals=4).unique()) <= 4
+    dropped = change[:, 0] == 0
+    assert dropped.any()
+    assert torch.equal(dropped, (change == 0).all(dim=1))
+    assert torch.equal(dropped, (change == 0).any(dim=1))
