@@ -19,14 +19,14 @@ import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, Literal
+from typing import Any, BinaryIO
 
 import numpy as np
 from PIL import Image
 
 from atomic import atomic
 from errors import UserError
-from motion import grid_side
+from motion import Brought, grid_side
 from motion_reading import read_with_motion
 from run_folder import write_json
 from sampling import Sampling, clip_indices, sample_indices
@@ -50,7 +50,7 @@ class CacheSettings:
     """of the JPEGs; lowered for a clip that would take more than 250 kB per 16 frames of 224 px"""
     per_segment: int = 5
     """frames kept in each of the T segments of a long clip; odd: the middle must be one of them"""
-    inputs: Literal["rgb", "rgb+flow", "rgb+vectors"] = "rgb"
+    inputs: Brought = "rgb"
     """what is kept beside the picture; rgb is enough for rgb+gradients"""
 
 

@@ -13,7 +13,7 @@ from errors import UserError
 from frame_model import Fusion
 from manifest import CLASSES
 from models import model_options
-from motion import MEASURED, Inputs
+from motion import Inputs, brought
 from sampling import Sampling
 
 Loss = Literal["cross_entropy", "focal", "ldam", "balanced_softmax", "logit_adjustment"]
@@ -165,8 +165,9 @@ class TrainConfig:
     """temporal views of each test clip, their probabilities averaged"""
     test_crops: Literal[1, 3, 5] = 1
     """spatial crops of each of these views: the whole picture, 3 along its width, or 5"""
-    select_by: Literal["macro_f1", "accuracy", "balanced_accuracy", "loss"] = "macro_f1"
-    """validation metric that chooses the best epoch"""
+    select_by: Literal["macro_f1", "accuracy", "balanced_accuracy", "loss", "last"] = "macro_f1"
+    """validation metric that chooses the best epoch; last: none does, where a handful of validation
+    clips would choose by chance"""
     wanted_error: float = 0.1
     """share of wrong answers that calling the least confident clips uncertain is to keep; the
     threshold is chosen on the validation clips after training"""
@@ -340,7 +341,7 @@ def _problems(config: TrainConfig) -> list[str]:
             problems.append(f"{name} = {value}: must be {_range(low, high)}")
     if not problems:
         problems += _misplaced_options(config) + _ignored_by_the_loss(config)
-    if config.inputs in MEASURED and (config.rand_augment or config.erasing):
+    if brought(config.inputs) != "rgb" and (config.rand_augment or config.erasing):
         problems.append(f"rand_augment and erasing change RGB alone, not inputs {config.inputs}")
     if config.features and config.cutmix:
         problems.append("cutmix cuts pictures, and features are none: give --mixup instead")

@@ -52,8 +52,11 @@ class CrossValidateConfig(TrainConfig):
     """what `prepare_data.py split --folds K` wrote: fold1, fold2 ..., three manifests each"""
 
 
-def cross_validate(config: CrossValidateConfig) -> Path:
+def cross_validate(config: CrossValidateConfig, folder: Path | None = None) -> Path:
     """Train and test what is left of the folds. Returns the folder with the results.
+
+    Args:
+        folder: where (None: config.resume, or a new one below config.run_dir).
 
     Raises:
         UserError: the folds or the settings need mending.
@@ -63,11 +66,11 @@ def cross_validate(config: CrossValidateConfig) -> Path:
     device = describe_device(choose_device(config.device))
     if not config.resume:
         check_folds(config, folds)
-    folder = Path(config.resume) if config.resume else None
-    if folder is None:
-        folder = new_run_folder(config.run_dir, f"cv_{config.model}")
+        folder = folder or new_run_folder(config.run_dir, f"cv_{config.model}")
+        folder.mkdir(parents=True, exist_ok=True)
         config = dataclasses.replace(config, folds=os.path.abspath(config.folds))
         write_json(folder / "config.json", dataclasses.asdict(config))
+    folder = Path(config.resume) if config.resume else folder
     record_session(folder, device)
     for fold in folds:
         run = folder / fold.name

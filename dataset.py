@@ -13,7 +13,7 @@ from corruptions import Corruption, corrupt
 from crops import spatial_crops
 from errors import UserError
 from manifest import CLASSES, ClipRow, get_num_classes, read_manifest
-from motion import MEASURED, Inputs, join_motion
+from motion import Brought, join_motion
 from motion_reading import read_motion_clip
 from optical_flow import require_opencv
 from sampling import Sampling
@@ -80,7 +80,7 @@ class ClipsDataset(Dataset):
         defer: bool = False,
         corruption: tuple[Corruption, int] | None = None,
         strong: Transform | None = None,
-        inputs: Inputs = "rgb",
+        inputs: Brought = "rgb",
         crops: int = 1,
     ) -> None:
         if inputs == "rgb+flow" and cache is None:
@@ -134,7 +134,7 @@ class ClipsDataset(Dataset):
         path = self.rows[index].path
         how = (self.n_frames, self.sampling)
         field = None
-        if self.inputs in MEASURED:
+        if self.inputs != "rgb":
             if self.cache:
                 frames, field = self.cache.read_motion(path, *how, draws, self.views)
             else:

@@ -40,7 +40,7 @@ from loaders import eval_loader, load_splits
 from losses import adjusted_twice, post_hoc_shift
 from manifest import ClipRow, patient_overlap, read_manifest
 from manifest_layouts import read_records
-from motion import MEASURED
+from motion import brought
 from predictions import Predictions
 from results import write_results
 from robustness import measure_robustness
@@ -241,7 +241,7 @@ def main() -> None:
     state = load_checkpoint(config.checkpoint)
     shift = post_hoc_shift(state, config.adjust, config.checkpoint)
     training = from_dict(state["config"])
-    if config.corruptions is not None and training.inputs in MEASURED:
+    if config.corruptions is not None and brought(training.inputs) != "rgb":
         raise UserError(
             f"{config.checkpoint}: was trained with {training.inputs}, and a corrupted picture "
             "would keep the motion of the clean one: leave --corruptions out"

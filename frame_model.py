@@ -13,6 +13,7 @@ from motion import (
     decode_motion,
     global_motion,
     inflate_first_conv,
+    motion_of,
     temporal_gradients,
 )
 from normalize import Normalize
@@ -23,37 +24,41 @@ Fusion = Literal["early", "late", "summary"]
 # standard deviation off the mean.
 _USUAL_MOTION = 0.025
 
+# Frames differ little from the ones before them.
+_GRADIENT_GAIN = 2.0
+
 
 class FrameModel(nn.Module):
     """Features of every frame.
 
     Args:
         backbone: the network that looks at frames; see backbones.py.
-        inputs: what it is shown besides RGB; see motion.py.
-        fusion: how motion is used. `early`: as more channels of the first convolution, whose new
-            filters start as the mean of those for RGB. `late`: as the picture that a second network
-            sees, whose features are put beside the first one's (the two streams of Simonyan and
-            Zisserman, arXiv:1406.2199). `summary`: only as six numbers a frame that say how the
-            camera moves.
+        inputs: what it is shown: RGB, motion as a picture (motion.py), or both.
+        fusion: of both, how motion is used. `early`: as more channels of the first convolution,
+            whose new filters start as the mean of those for RGB. `late`: as the picture that a
+            second network sees, whose features are put beside the first one's (the two streams of
+            Simonyan and Zisserman, arXiv:1406.2199). `summary`: only as six numbers a frame that
+            say how the camera moves.
     """
 
     def __init__(self, backbone: BackboneName, inputs: Inputs, fusion: Fusion) -> None:
         super().__init__()
         if fusion not in ("early", "late", "summary"):
             raise ValueError(f"fusion must be early, late or summary, not {fusion!r}")
+        self.motion = motion_of(inputs)
         if fusion == "summary" and inputs == "rgb+gradients":
             raise UserError(
                 "fusion summary needs a field of motion: inputs rgb+flow or rgb+vectors"
             )
         self.inputs = inputs
-        self.fusion = fusion if inputs != "rgb" else None
+        self.fusion = fusion if inputs.startswith("rgb+") else None
         self.backbone = build_backbone(backbone)
         self.normalize = Normalize(self.backbone.mean_std)
         self.width = self.backbone.width
         self.motion_backbone: Frames | None = None
         if self.fusion == "early":
             conv = self.backbone.get_submodule(self.backbone.first_conv)
-            wider = inflate_first_conv(conv, 3 if inputs == "rgb+gradients" else 2)
+            wider = inflate_first_conv(conv, 3 if self.motion == "gradients" else 2)
             self.backbone.set_submodule(self.backbone.first_conv, wider)
         elif self.fusion == "late":
             self.motion_backbone = build_backbone(backbone)
@@ -76,24 +81,25 @@ class FrameModel(nn.Module):
     ) -> torch.Tensor:
         """`(B, T, C, H, W)` to `(B * T, width)`; `shift` as in `Frames.embed`."""
         frames = self.normalize(clips[:, :, :3])  # (B, T, 3, H, W)
-        if self.fusion is None:
+        if self.inputs == "rgb":
             return self.backbone.embed(frames.flatten(0, 1), shift, shift_place)
-        if self.inputs == "rgb+gradients":
-            motion = temporal_gradients(frames)  # (B, T, 3, H, W)
+        if self.motion == "gradients":
+            motion = picture = temporal_gradients(frames) * _GRADIENT_GAIN  # (B, T, 3, H, W)
         else:
             field = decode_motion(clips[:, :, 3:]).to(frames.dtype)  # (B, T, 2, H, W)
             motion = field / _USUAL_MOTION
+            picture = torch.cat((motion, motion.norm(dim=2, keepdim=True)), dim=2)
+        if self.fusion is None:
+            return self.backbone.embed(picture.flatten(0, 1), shift, shift_place)
         if self.fusion == "early":
             both = torch.cat((frames, motion), dim=2).flatten(0, 1)  # (B * T, 5 or 6, H, W)
             return self.backbone.embed(both, shift, shift_place)
         seen = self.backbone.embed(frames.flatten(0, 1), shift, shift_place)  # (B * T, width)
         if self.fusion == "summary":
             moved = global_motion(field).flatten(0, 1) / _USUAL_MOTION  # (B * T, 6)
-            return torch.cat((seen, moved.to(seen.dtype)), dim=1)
-        if motion.shape[2] == 2:  # the second network's first convolution takes three channels
-            motion = torch.cat((motion, motion.norm(dim=2, keepdim=True)), dim=2)
-        moved = self.motion_backbone.embed(motion.flatten(0, 1), shift, shift_place)
-        return torch.cat((seen, moved), dim=1)
+        else:
+            moved = self.motion_backbone.embed(picture.flatten(0, 1), shift, shift_place)
+        return torch.cat((seen, moved.to(seen.dtype)), dim=1)
 
     def frame_stages(self) -> dict[str, list[nn.Module]]:
         """The modules from stem to features; those of a second network beside the first one's."""

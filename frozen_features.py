@@ -34,6 +34,8 @@ _PIXELS = ("n_frames", "image_size", "inputs", "cache", "eval_sampling")
 _DRAWN = ("sampling", "flip", "rotation", "translate", "zoom", "brightness", "contrast")
 _DRAWN += ("saturation", "hue", "rand_augment", "rand_magnitude", "erasing")
 
+_VERSION = 1  # to be raised when the same settings and weights come to give other features
+
 
 class FrozenFeatures(Dataset):
     """The features of a data set's clips, for loaders: `(index, ((T, width) float32, label))`.
@@ -72,21 +74,29 @@ class FrozenFeatures(Dataset):
         name = hashlib.sha256(facts.encode("utf-8", "surrogateescape")).hexdigest()
         return self.folder / f"{name[:24]}-{draw}.npy"
 
-    @torch.inference_mode()
-    def compute(self, model: CNNLSTM, device: torch.device, workers: int, batch_size: int) -> None:
-        """Compute and keep what is missing.
-
-        Args:
-            model: prepared for inference; only its `per_frame` is used.
-        """
-        missing = [
+    def missing(self) -> list[tuple[int, int]]:
+        """Numbers and draws of the clips whose features are not kept yet."""
+        return [
             (number, draw)
             for number, row in enumerate(self.clips.rows)
             for draw in range(max(1, self.draws))
             if not self.place(row, draw).exists()
         ]
-        if not missing:
-            return
+
+    @torch.inference_mode()
+    def compute(
+        self,
+        missing: Sequence[tuple[int, int]],
+        model: CNNLSTM,
+        device: torch.device,
+        workers: int,
+        batch_size: int,
+    ) -> None:
+        """Compute and keep what is missing.
+
+        Args:
+            model: prepared for inference; only its `per_frame` is used.
+        """
         self.folder.mkdir(parents=True, exist_ok=True)
         loader = DataLoader(
             _Missing(self.clips, missing, bool(self.draws)),
@@ -149,10 +159,12 @@ def over_features(
     draws = config.feature_draws if drawn else 0
     settings = {name: getattr(config, name) for name in _PIXELS + (_DRAWN if drawn else ())}
     settings |= {"views": clips.views, "crops": clips.crops, "frozen": _digest(model)}
+    settings |= {"version": _VERSION}
     name = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:24]
     features = FrozenFeatures(clips, Path(config.features) / name, draws)
-    prepared = prepare_for_inference(model, device)
-    features.compute(prepared, device, config.workers, config.batch_size)
+    if missing := features.missing():
+        prepared = prepare_for_inference(model, device)
+        features.compute(missing, prepared, device, config.workers, config.batch_size)
     return DataLoader(
         features,
         loader.batch_size,

@@ -24,7 +24,7 @@ from demo_data import render_demo
 from device import choose_device
 from errors import UserError
 from manifest import ClipRow, read_splits
-from motion import MEASURED
+from motion import brought
 from strong_augment import StrongAugment
 from workers import start_worker
 
@@ -116,7 +116,7 @@ def build_dataloaders(config: TrainConfig) -> tuple[DataLoader, DataLoader, Data
         # A GPU changes a whole batch in less time than a worker one clip.
         defer=choose_device(config.device).type == "cuda",
         strong=strong if config.rand_augment or config.erasing else None,
-        inputs=config.inputs,
+        inputs=brought(config.inputs),
     )
     return (
         _loader(train, sampler, config, config.batch_size, persistent=True),
@@ -154,7 +154,7 @@ def eval_loader(
         shuffle_frames,
         open_cache(config),
         corruption=corruption,
-        inputs=config.inputs,
+        inputs=brought(config.inputs),
         crops=crops,
     )
     share = range(distributed.rank(), len(rows), distributed.world_size())
@@ -178,10 +178,11 @@ def open_cache(config: TrainConfig) -> ClipCache | None:
                 f"{config.cache}: cached for {name} {there}, not {wanted}: give --{flag} {there}, "
                 f"or make another cache (python prepare_data.py cache ... --{flag} {wanted})"
             )
-    if config.inputs in MEASURED and config.inputs != cache.settings.inputs:
+    inputs = brought(config.inputs)
+    if inputs not in ("rgb", cache.settings.inputs):
         raise UserError(
-            f"{config.cache}: cached with inputs {cache.settings.inputs}, not {config.inputs}: "
-            f"make another cache (python prepare_data.py cache ... --inputs {config.inputs})"
+            f"{config.cache}: cached with inputs {cache.settings.inputs}, not {inputs}: "
+            f"make another cache (python prepare_data.py cache ... --inputs {inputs})"
         )
     return cache
 

@@ -19,8 +19,9 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-Inputs = Literal["rgb", "rgb+gradients", "rgb+flow", "rgb+vectors"]
-MEASURED = ("rgb+flow", "rgb+vectors")  # the data set brings them; gradients come from RGB
+Motion = Literal["gradients", "flow", "vectors"]
+Inputs = Literal["rgb", Motion, "rgb+gradients", "rgb+flow", "rgb+vectors"]
+Brought = Literal["rgb", "rgb+flow", "rgb+vectors"]
 NONE = 128
 RANGE = 0.05
 CELL = 4
@@ -28,9 +29,21 @@ CELL = 4
 Convolution = TypeVar("Convolution", nn.Conv2d, nn.Conv3d)
 
 
+def motion_of(inputs: Inputs) -> Motion | None:
+    """Which motion a model is shown."""
+    return None if inputs == "rgb" else inputs.removeprefix("rgb+")
+
+
+def brought(inputs: Inputs) -> Brought:
+    """What a data set brings for it: gradients are worked out from RGB in the model, and measured
+    motion comes beside the RGB, wanted or not."""
+    motion = motion_of(inputs)
+    return f"rgb+{motion}" if motion in ("flow", "vectors") else "rgb"
+
+
 def channels(inputs: Inputs) -> int:
     """C of the clips that a data set gives."""
-    return 5 if inputs in MEASURED else 3
+    return 3 if brought(inputs) == "rgb" else 5
 
 
 def grid_side(size: int) -> int:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from motion import MEASURED, Inputs
+from motion import Brought
 from motion_vectors import VectorReader
 from optical_flow import flow_fields
 from sampling import Sampling, clip_indices
@@ -13,7 +13,7 @@ from video import read_frames
 
 
 def read_with_motion(
-    path: str | Path, choose: Callable[[int], Sequence[int]], size: int, inputs: Inputs
+    path: str | Path, choose: Callable[[int], Sequence[int]], size: int, inputs: Brought
 ) -> tuple[np.ndarray, np.ndarray | None]:
     """The chosen frames of a file, `(n, size, size, 3)` uint8 RGB, and their motion.
 
@@ -23,7 +23,7 @@ def read_with_motion(
     Raises:
         ClipError: as for `video.read_frames`, or the file has no motion vectors to read.
     """
-    if inputs not in MEASURED:
+    if inputs == "rgb":
         return read_frames(path, choose, size), None
     chosen: list[int] = []
 
@@ -56,7 +56,7 @@ def read_motion_clip(
     size: int,
     draws: Sequence[float] | None,
     views: int,
-    inputs: Inputs,
+    inputs: Brought,
 ) -> tuple[np.ndarray, np.ndarray | None]:
     """`video.read_clip` with motion: frames and fields of a clip, view after view."""
 

@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MultipleLocator, NullFormatter
 
 from atomic import atomic
+from lever_table import TITLES
 from timeline import MARKS, Timeline
 
 # Okabe and Ito, https://jfly.uni-koeln.de/color: told apart with every kind of colour vision; those
@@ -145,6 +146,27 @@ def plot_lengths(table: pd.DataFrame, path: str | Path) -> None:
     lines = axes.get_legend_handles_labels()
     figure.legend(*lines, loc="outside lower center", ncols=5, fontsize=8, frameon=False)
     figure.suptitle("a training step", fontsize=10)
+    _save(figure, path)
+
+
+def plot_differences(table: pd.DataFrame, path: str | Path) -> None:
+    """Draw what each lever of a `lever_table` gains over the recipe, the largest gain on top.
+
+    A filled point's interval leaves out zero.
+    """
+    table = table.iloc[1:].sort_values("macro_f1 gain")
+    figure = Figure(figsize=(9, 1.6 + 0.28 * len(table)), layout="constrained")
+    sides = figure.subplots(1, 2, sharey=True)
+    for axes, (name, title) in zip(sides, TITLES.items(), strict=True):
+        for place, (_, row) in enumerate(table.iterrows()):
+            low, high = row[f"{name} gain low"], row[f"{name} gain high"]
+            sure = low > 0 or high < 0
+            axes.plot([low, high], [place, place], "C0", lw=1.2)
+            axes.plot(row[f"{name} gain"], place, "C0o", mfc="C0" if sure else "white")
+        axes.axvline(0, color="k", lw=0.8)
+        axes.grid(axis="x", alpha=0.3)
+        axes.set(title=f"{title}: gain over the recipe", xlabel="bars: 95 % intervals")
+    sides[0].set_yticks(range(len(table)), [_plain_text(lever) for lever in table["lever"]])
     _save(figure, path)
 
 

@@ -27,7 +27,7 @@ from errors import UserError
 from following import Follower, Recipe, load_hook
 from interrupt import Interrupt, Interrupted
 from live_source import LiveSource, is_live
-from motion import MEASURED
+from motion import brought
 from run_folder import command, printable, record_session
 from script import script
 from stream import Memory, can_stream
@@ -96,7 +96,7 @@ def make_recipe(config: PredictConfig) -> tuple[Recipe, dict[str, str]]:
     """
     state = load_checkpoint(config.run)
     training = from_dict(state["config"])
-    if training.inputs in MEASURED:
+    if brought(training.inputs) != "rgb":
         raise UserError(f"{config.run}: was trained with {training.inputs}: clips only, for now")
     for name in ("n_frames", "stride", "rate", "segment_seconds"):
         value = getattr(config, name)

@@ -240,6 +240,8 @@ def _natural(path: Path) -> tuple[int, str]:
 def _best_epoch(table: pd.DataFrame, settings: Mapping[str, Any]) -> int | None:
     """The epoch that train.py keeps: the first of the best."""
     by = settings.get("select_by", "macro_f1")
+    if by == "last":
+        return int(table["epoch"].max())
     values = table.get(f"val_{by}")
     if values is None or values.isna().all():
         return None

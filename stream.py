@@ -15,6 +15,7 @@ from torch import nn
 
 from cnn_lstm import CNNLSTM
 from errors import UserError
+from frame_model import FrameModel
 from inference import pack_convolutions, prepare_for_inference
 from tsm_resnet import TSM
 
@@ -26,6 +27,8 @@ Embedding = Callable[
 
 def can_stream(model: nn.Module, memory: Memory = "window") -> bool:
     """Whether a `Streamer` can follow a video with a model."""
+    if isinstance(model, FrameModel) and model.motion == "gradients":
+        return False  # the frame before is part of what is seen
     if isinstance(model, CNNLSTM):
         return memory == "window" or (model.causal and model.lstm is not None)
     return isinstance(model, TSM) and model.causal
@@ -66,8 +69,8 @@ class Streamer:
         if not can_stream(model, memory):
             raise UserError(
                 f"{type(model).__name__} as trained cannot follow a stream with memory {memory!r}: "
-                "TSM must be trained with shift_mode causal; only CNN-LSTM has a state, and a "
-                "bidirectional one only windows"
+                "TSM must be trained with shift_mode causal; only an LSTM has a state, and a "
+                "bidirectional one only windows; gradients need windows"
             )
         self.n_frames = n_frames
         self.streams = streams

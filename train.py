@@ -253,7 +253,9 @@ def test(
         }
         calibration = Calibration.from_state(state["calibration"])
         table = write_results(predictions, config.classes, folder, [calibration], facts)
-        log.info(f"\ntest of epoch {state['epoch']}, the best by validation {config.select_by}:")
+        chosen = "the last" if config.select_by == "last" else "the best by validation"
+        chosen += "" if config.select_by == "last" else f" {config.select_by}"
+        log.info(f"\ntest of epoch {state['epoch']}, {chosen}:")
         log.info(f"{table}\n\nrun folder: {folder}")
 
 
@@ -284,6 +286,8 @@ def _parallel(model: nn.Module, device: torch.device) -> nn.Module:
 
 
 def _goodness(row: dict[str, Any], config: TrainConfig) -> float:
+    if config.select_by == "last":
+        return row["epoch"]
     value = row[f"val_{config.select_by}"]
     return -value if config.select_by == "loss" else value
 
