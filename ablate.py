@@ -64,6 +64,7 @@ LEVERS: dict[str, dict[str, Any]] = {
         **dict.fromkeys(("flip", "rotation", "translate", "zoom"), 0.0),
         **dict.fromkeys(("brightness", "contrast", "saturation", "hue"), 0.0),
     },
+    "4 frames": {"n_frames": 4},
     "8 frames": {"n_frames": 8},
     "32 frames": {"n_frames": 32},
     "2 views": {"test_views": 2},

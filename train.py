@@ -10,6 +10,7 @@ Settings are the fields of TrainConfig in config.py: edit them there or give the
 
 import dataclasses
 import logging
+import math
 import shlex
 import signal
 import time
@@ -159,6 +160,7 @@ def train_epochs(
     config = run.config
     first = distributed.rank() == 0
     writer = _tensorboard(folder) if config.tensorboard and first else None
+    drawn = -math.inf
     while run.epoch < config.epochs and not _out_of_patience(run):
         began = time.perf_counter()
         train_one_epoch(run, parallel, train_loader, interrupt)
@@ -195,7 +197,10 @@ def train_epochs(
             if better:
                 save_checkpoint(folder / "best.pt", run.model_state())
             write_history(folder / "metrics.csv", run.history)
-            plot_curves(run.history, run.best["epoch"], folder / "curves.png")
+            over = run.epoch == config.epochs or _out_of_patience(run)
+            if over or time.monotonic() > drawn + 10:  # drawing takes as long as a short epoch
+                plot_curves(run.history, run.best["epoch"], folder / "curves.png")
+                drawn = time.monotonic()
         if writer:
             for name, value in row.items():
                 writer.add_scalar(name, value, run.epoch)
