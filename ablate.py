@@ -66,6 +66,7 @@ LEVERS: dict[str, dict[str, Any]] = {
     },
     "4 frames": {"n_frames": 4},
     "8 frames": {"n_frames": 8},
+    "16 frames": {"n_frames": 16},
     "32 frames": {"n_frames": 32},
     "2 views": {"test_views": 2},
     "2 views x 3 crops": {"test_views": 2, "test_crops": 3},

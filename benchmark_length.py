@@ -1,6 +1,8 @@
 """What longer clips cost, and what gradient checkpointing saves; see benchmark_latency.py.
 
-Every measurement is a process of its own: on a CPU the peak memory belongs to the process.
+Every measurement is a process of its own: on a CPU the peak memory belongs to the process. There it
+is what the process held of the machine, libraries' buffers and gaps between blocks included, and
+checkpointing saves a smaller share of it than of the tensors alone, which a GPU counts.
 """
 
 from __future__ import annotations

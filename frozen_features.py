@@ -6,6 +6,7 @@ test clips the views that they have. The files are found again by later runs wit
 and the same backbone: other folds, other losses, other heads.
 """
 
+import copy
 import hashlib
 import json
 from collections.abc import Sequence
@@ -172,6 +173,14 @@ def over_features(
         collate_fn=collate,
         generator=torch.Generator(),  # as in loaders.py
     )
+
+
+def without_backbone(model: CNNLSTM) -> CNNLSTM:
+    """A view of a model that answers to features only, and so is copied and prepared at no cost."""
+    head = copy.copy(model)
+    frozen = ("normalize", "backbone", "motion_backbone")
+    head._modules = {name: part for name, part in model._modules.items() if name not in frozen}
+    return head
 
 
 def require_frozen(model: nn.Module) -> None:

@@ -38,12 +38,12 @@ from epoch import train_one_epoch
 from errors import UserError
 from evaluate import evaluate
 from frame_rate import seen_frame_rate
-from frozen_features import over_features, require_frozen
+from frozen_features import over_features, require_frozen, without_backbone
 from interrupt import Interrupt, Interrupted
 from loaders import batches_per_epoch, build_dataloaders
 from losses import double_correction
-from manifest import ClipRow, patient_overlap
-from models import describe, freeze
+from manifest import patient_overlap
+from models import freeze
 from plots import plot_curves
 from predictions import Predictions
 from preflight import check_cache, check_clips
@@ -51,6 +51,7 @@ from recompute import recompute_stages
 from results import headline_scores, write_results
 from run_folder import new_run_folder, record_session, start_log, write_history, write_json
 from script import script
+from train_words import epoch_line, introduction
 from training import Training
 from weights import load_weights
 
@@ -116,7 +117,7 @@ def train(
         for name, loader in (("train", train_loader), ("val", val_loader), ("test", test_loader))
     }
     warnings = patient_overlap(splits) + double_correction(config)
-    log.info(_introduction(run, splits))
+    log.info(introduction(run, splits))
     for warning in warnings:
         log.warning(warning)
     log.info(f"resumed at epoch {run.epoch + 1}, batch {run.step + 1}" if resume_from else loaded)
@@ -165,7 +166,7 @@ def train_epochs(
         began = time.perf_counter()
         train_one_epoch(run, parallel, train_loader, interrupt)
         predictions = evaluate(
-            run.tested,
+            without_backbone(run.tested) if config.features else run.tested,
             val_loader,
             run.device,
             run.dtype,
@@ -192,7 +193,7 @@ def train_epochs(
         better = not run.best or _goodness(row, config) > _goodness(run.best, config)
         if better:
             run.best = row
-        log.info(_epoch_line(row, config, better))
+        log.info(epoch_line(row, config, better))
         if first:
             if better:
                 save_checkpoint(folder / "best.pt", run.model_state())
@@ -300,31 +301,6 @@ def _goodness(row: dict[str, Any], config: TrainConfig) -> float:
 def _out_of_patience(run: Training) -> bool:
     waited = run.epoch - run.best["epoch"] if run.best else 0
     return bool(run.config.patience) and waited >= run.config.patience
-
-
-def _epoch_line(row: dict[str, Any], config: TrainConfig, better: bool) -> str:
-    return (
-        f"epoch {row['epoch']:3d}/{config.epochs}  "
-        f"train loss {row['train_loss']:.4f} accuracy {row['train_accuracy']:.3f}  "
-        f"val loss {row['val_loss']:.4f} accuracy {row['val_accuracy']:.3f} "
-        f"macro-F1 {row['val_macro_f1']:.3f}  {row['seconds']:.1f} s{'  *' if better else ''}"
-    )
-
-
-def _introduction(run: Training, splits: dict[str, list[ClipRow]]) -> str:
-    """What will be trained on what, where, in words."""
-    config = run.config
-    lines = [f"{'clips':>16} {'train':>6} {'val':>6} {'test':>6}"]
-    counts = [Counter(row.label for row in rows) for rows in splits.values()]
-    for number, name in enumerate(config.classes):
-        lines.append(f"{name:>16} " + " ".join(f"{count[number]:6d}" for count in counts))
-    frames = f"{config.n_frames} frames of {config.image_size} px"
-    frames += f" from {config.cache}" if config.cache else ""
-    where = f"{describe_device(run.device)}, {run.dtype}, torch {torch.__version__}"
-    if distributed.world_size() > 1:
-        where += f", {distributed.world_size()} processes"
-    lines += ["", f"{config.model}, {frames}, on {where}", describe(run.model)]
-    return "\n".join(lines)
 
 
 def _run_folder(config: TrainConfig, folder: Path | None) -> str:

@@ -110,12 +110,12 @@ def _widened(
 ) -> dict[str, torch.Tensor]:
     """The weights with as many filters of the first convolution as a model has that sees more than
     RGB; see `motion.inflate_filters`."""
-    return {
-        key: inflate_filters(value, own[key].shape[1] - 3)
-        if value.dim() == 4 and value.shape[1] == 3 and key in own and own[key].shape[1] > 3
-        else value
-        for key, value in state.items()
-    }
+    wider = {}
+    for key, value in state.items():
+        shape, wanted = _shape(value) or (), own[key].shape if key in own else ()
+        if len(shape) == len(wanted) == 4 and shape[1] == 3 < wanted[1]:
+            wider[key] = inflate_filters(value, wanted[1] - 3)
+    return state | wider
 
 
 def _load_checkpoint(model: nn.Module, state: dict[str, torch.Tensor], path: Path) -> str:

@@ -101,7 +101,7 @@ def test_unknown_names_and_options_are_refused() -> None:
     with pytest.raises(UserError, match=r"'resnet'.*tsm, cnn_lstm, r2plus1d, vivit"):
         build_model("resnet", 7)
     with pytest.raises(
-        UserError, match=r"tsm has no setting lstm_hidden; it has carry_past, dropout"
+        UserError, match=r"tsm has no setting lstm_hidden; it has backbone, carry_past, dropout"
     ):
         build_model("tsm", 7, lstm_hidden=3)
 

@@ -1,0 +1,127 @@
+"""What cannot work about the settings of a training, found before it begins."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING, get_args, get_type_hints
+
+from calibration import UNCERTAIN
+from models import model_options
+from motion import brought
+
+if TYPE_CHECKING:
+    from config import TrainConfig
+
+# (smallest, largest) allowed value; None is no bound.
+_BOUNDS: dict[str, tuple[float | None, float | None]] = {
+    "n_frames": (1, None),
+    "image_size": (16, None),
+    "flip": (0, 1),
+    "rotation": (0, 180),
+    "translate": (0, 1),
+    "zoom": (0, 0.9),
+    "brightness": (0, None),
+    "contrast": (0, None),
+    "saturation": (0, None),
+    "hue": (0, 0.5),
+    "rand_augment": (0, None),
+    "rand_magnitude": (0, 30),
+    "erasing": (0, 1),
+    "shift_div": (2, None),
+    "carry_past": (0, 1),
+    "lstm_hidden": (1, None),
+    "lstm_layers": (0, None),
+    "dropout": (0, 0.99),
+    "drop_path": (0, 0.99),
+    "layer_decay": (0.01, 1),
+    "feature_draws": (1, 1000),
+    "epochs": (1, None),
+    "batch_size": (1, None),
+    "accumulation": (1, None),
+    "learning_rate": (0, None),
+    "weight_decay": (0, None),
+    "warmup_epochs": (0, None),
+    "label_smoothing": (0, 0.99),
+    "focal_gamma": (0, 10),
+    "adjustment_tau": (0, 5),
+    "effective_beta": (0, 0.999999),
+    "mixup": (0, 100),
+    "cutmix": (0, 100),
+    "tau": (0, 5),
+    "clip_norm": (0, None),
+    "ema": (0, 0.99999),
+    "test_views": (1, None),
+    "wanted_error": (0, 1),
+    "patience": (0, None),
+    "workers": (0, None),
+    "seed": (0, 2**32),
+}
+
+# Settings of the loss that other values of another setting than these ignore.
+_ONLY_WITH = {
+    "label_smoothing": ("loss", ("cross_entropy", "balanced_softmax", "logit_adjustment")),
+    "focal_gamma": ("loss", ("focal",)),
+    "adjustment_tau": ("loss", ("logit_adjustment",)),
+    "effective_beta": ("class_weights", ("effective",)),
+}
+
+
+def find_problems(config: TrainConfig) -> list[str]:
+    """A line for each thing that is wrong, with the allowed values."""
+    problems = []
+    hints = get_type_hints(type(config))
+    for field in dataclasses.fields(config):
+        name, value = field.name, getattr(config, field.name)
+        choices = get_args(hints[name]) if "Literal" in str(hints[name]) else ()
+        if choices and value not in choices:
+            problems.append(f"{name} = {value!r}: choose from {', '.join(map(repr, choices))}")
+        low, high = _BOUNDS.get(name, (None, None))
+        if (low is not None and not value >= low) or (high is not None and not value <= high):
+            problems.append(f"{name} = {value}: must be {_range(low, high)}")
+    if not problems:
+        problems += _misplaced_options(config) + _ignored_by_the_loss(config)
+    if brought(config.inputs) != "rgb" and (config.rand_augment or config.erasing):
+        problems.append(f"rand_augment and erasing change RGB alone, not inputs {config.inputs}")
+    if config.features and config.cutmix:
+        problems.append("cutmix cuts pictures, and features are none: give --mixup instead")
+    if config.compile and config.gradient_checkpointing:
+        problems.append("compile and gradient_checkpointing do not go together: take one of them")
+    if len(config.classes) < 2:
+        problems.append(f"classes = {config.classes}: needs two at least")
+    if UNCERTAIN in config.classes:
+        problems.append(f"classes: no class may be called {UNCERTAIN!r}, the answer that is none")
+    if len(set(config.classes)) < len(config.classes):
+        problems.append(f"classes = {config.classes}: a name stands there twice")
+    return problems
+
+
+def _misplaced_options(config: TrainConfig) -> list[str]:
+    """Settings of one model that were changed although another is trained."""
+    options = {
+        name: model_options(name) for name in get_args(get_type_hints(type(config))["model"])
+    }
+    problems = []
+    for field in dataclasses.fields(config):
+        if field.name in ("n_frames", "image_size"):  # ViViT is built for them, all models use them
+            continue
+        owners = [model for model, accepted in options.items() if field.name in accepted]
+        changed = getattr(config, field.name) != field.default
+        if owners and config.model not in owners and changed and field.default is not None:
+            problems.append(f"{field.name} is a setting of {', '.join(owners)}, not {config.model}")
+    return problems
+
+
+def _ignored_by_the_loss(config: TrainConfig) -> list[str]:
+    """Settings of the loss that were changed although nothing uses them; 0 switches each off."""
+    problems = []
+    for name, (setting, users) in _ONLY_WITH.items():
+        value, used_by = getattr(config, name), getattr(config, setting)
+        if used_by not in users and value not in (0, getattr(type(config), name)):
+            problems.append(
+                f"{name} is a setting of {setting} {', '.join(users)}, not {used_by}: leave it out"
+            )
+    return problems
+
+
+def _range(low: float | None, high: float | None) -> str:
+    return f"at least {low}" if high is None else f"from {low} to {high}"
