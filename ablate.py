@@ -4,8 +4,8 @@
     python ablate.py ... --levers "focal loss" "averaged weights" --seeds 0 1 2
     python ablate.py ... --into RESULTS.md --name clips          the table goes into a file
 
-The recipe is the settings that are given, all of them train.py's; each lever changes some (LEVERS
-below). Every lever is trained for every seed by cross_validate.py's code; without --folds, by
+The recipe is the settings that are given, all of them train.py's; each lever changes some
+(levers.py). Every lever is trained for every seed by cross_validate.py's code; without --folds, by
 train.py's on the one split that there is. Started again with the same --output, it does what is
 left. Adding a lever or a seed is no reason to begin anew; other settings are refused.
 
@@ -18,73 +18,35 @@ import dataclasses
 import json
 import os
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pandas as pd
-import torch
 import tyro
 
 from atomic import write_text
 from benchmarking import to_markdown
 from calibration import Calibration
-from checkpoint import load_checkpoint
-from config import TrainConfig
-from cross_validate import CrossValidateConfig, cross_validate
-from device import choose_device, describe_device
+from checkpoint import build_model_from_config, load_checkpoint
+from config import TrainConfig, from_dict, resolve
+from cross_validate import CrossValidateConfig, check_folds, cross_validate, fold_folders
 from errors import UserError
+from frozen_features import require_frozen
 from lever_table import TITLES, lever_table
+from levers import ADJUSTED, LEVERS, RECIPE
+from loaders import open_cache
 from losses import prior_shift
+from models import freeze
+from motion import brought
+from optical_flow import require_opencv
 from plots import plot_differences
 from predictions import Predictions, read_predictions
 from run_folder import write_json
 from script import script
 from train import train
-
-RECIPE = "recipe"
-
-LEVERS: dict[str, dict[str, Any]] = {
-    RECIPE: {},
-    "plain shuffling": {"tau": 0.0},
-    "all classes equally often": {"tau": 1.0},
-    "inverse class weights": {"class_weights": "inverse", "tau": 0.0},
-    "effective class weights": {"class_weights": "effective", "tau": 0.0},
-    "focal loss": {"loss": "focal"},
-    "LDAM, deferred weights": {"loss": "ldam", "class_weights": "effective", "tau": 0.0},
-    "balanced softmax": {"loss": "balanced_softmax", "tau": 0.0},
-    "logit adjustment": {"loss": "logit_adjustment", "tau": 0.0, "adjustment_tau": 0.5},
-    "no label smoothing": {"label_smoothing": 0.0},
-    "averaged weights": {"ema": 0.98},
-    "mixup": {"mixup": 0.2},
-    "RandAugment": {"rand_augment": 2},
-    "random erasing": {"erasing": 0.25},
-    "no augmentation": {
-        **dict.fromkeys(("flip", "rotation", "translate", "zoom"), 0.0),
-        **dict.fromkeys(("brightness", "contrast", "saturation", "hue"), 0.0),
-    },
-    "4 frames": {"n_frames": 4},
-    "8 frames": {"n_frames": 8},
-    "16 frames": {"n_frames": 16},
-    "32 frames": {"n_frames": 32},
-    "2 views": {"test_views": 2},
-    "2 views x 3 crops": {"test_views": 2, "test_crops": 3},
-    "LSTM": {"lstm_layers": 1, "temporal_pooling": "mean"},
-    "attention": {"temporal_pooling": "attention"},
-    "mean over time": {"temporal_pooling": "mean"},
-    "gradients alone": {"inputs": "gradients"},
-    "flow alone": {"inputs": "flow"},
-    "vectors alone": {"inputs": "vectors"},
-    "+ gradients": {"inputs": "rgb+gradients"},
-    "+ flow": {"inputs": "rgb+flow"},
-    "+ flow summary": {"inputs": "rgb+flow", "fusion": "summary"},
-    "+ vectors": {"inputs": "rgb+vectors"},
-    "+ vectors summary": {"inputs": "rgb+vectors", "fusion": "summary"},
-}
-
-ADJUSTED = {"adjusted afterwards, 0.5": 0.5, "adjusted afterwards, 1": 1.0}
-"""levers that need no training: the recipe's answers, `evaluate.py --adjust` so much"""
+from weights import load_weights
 
 
 @dataclass(frozen=True)
@@ -107,26 +69,27 @@ def ablate(config: AblateConfig) -> str:
     """Train what is left, and say what came of it, in Markdown.
 
     Raises:
-        UserError: a lever is not known, or the folder's runs had another recipe.
+        UserError: a lever is not known or cannot work, or the folder's runs had other settings.
         SystemExit: interrupted; the same command goes on.
     """
-    levers = _chosen(config)
     folder = Path(config.output)
+    levers = _chosen(config)
     _hold_to_recipe(config, folder)
+    places = {name: [_place(folder, name, seed) for seed in config.seeds] for name in levers}
     for name in levers:
-        for seed in config.seeds:
-            place = _place(folder, name, seed)
-            if not (place / "test_metrics.json").exists():  # written last of all
-                print(f"\n##### {name}, seed {seed}: {place}", flush=True)
-                _run(config, name, seed, place)
-    found = {name: [_read(_place(folder, name, seed)) for seed in config.seeds] for name in levers}
-    for name, tau in ADJUSTED.items():
-        places = [_place(folder, RECIPE, seed) for seed in config.seeds]
-        found[name] = [_adjusted(place, tau) for place in places]
+        for seed, place in zip(config.seeds, places[name], strict=True):
+            if _finished(place, _settings(config, name, seed)):
+                continue
+            print(f"\n##### {name}, seed {seed}: {place}", flush=True)
+            _run(_settings(config, name, seed), place)
+    found = {name: [_read(place) for place in of_seeds] for name, of_seeds in places.items()}
+    if config.test_views * config.test_crops == 1:
+        for name, tau in ADJUSTED.items():
+            found[name] = [_adjusted(place, tau) for place in places[RECIPE]]
     table = lever_table(found)
     write_text(folder / "study.csv", table.to_csv(index=False))
     plot_differences(table, folder / "study.png")
-    text = to_text(table, config, found[RECIPE][0])
+    text = to_text(table, config.seeds, found[RECIPE][0], places[RECIPE][0])
     write_text(folder / "study.md", text)
     if config.into:
         put_section(Path(config.into), config.name, text)
@@ -134,35 +97,106 @@ def ablate(config: AblateConfig) -> str:
 
 
 def _chosen(config: AblateConfig) -> list[str]:
+    """The recipe and the levers, each of them looked at before anything is trained.
+
+    Of all levers those that cannot work with the recipe are left out, and told.
+    """
     unknown = [name for name in config.levers if name not in LEVERS]
     if unknown:
         raise UserError(f"no lever is called {unknown[0]!r}: choose from {', '.join(LEVERS)}")
     if not config.seeds:
         raise UserError("seeds: name one at least")
-    chosen = config.levers or LEVERS
-    return [RECIPE, *(name for name in LEVERS if name in chosen and name != RECIPE)]
+    if config.seed:
+        raise UserError("seed: give --seeds, which each lever is trained with")
+    if config.folds:
+        check_folds(config, fold_folders(config.folds))
+    chosen, problems = [RECIPE], {}
+    for name in LEVERS:
+        if name != RECIPE and name not in (config.levers or LEVERS):
+            continue
+        try:
+            _check(_settings(config, name, config.seeds[0]))
+        except UserError as error:
+            problems[name] = " ".join(str(error).split())
+        else:
+            chosen += [name] * (name != RECIPE)
+    told = "\n  ".join(f"{name}: {problem}" for name, problem in problems.items())
+    if problems and (config.levers or RECIPE in problems):
+        raise UserError(f"these levers cannot work with the recipe:\n  {told}")
+    if problems:
+        print(f"left out, as they cannot work with the recipe:\n  {told}")
+    return chosen
+
+
+def _check(settings: CrossValidateConfig) -> None:
+    """Find what would stop a lever, without training.
+
+    Raises:
+        UserError: something would.
+    """
+    wanted = resolve(settings)
+    model = build_model_from_config(dataclasses.asdict(wanted), len(wanted.classes))
+    load_weights(model, wanted.weights)
+    if wanted.freeze_to:
+        freeze(model, wanted.freeze_to)
+    if wanted.features:
+        require_frozen(model)
+    if open_cache(wanted) is None and brought(wanted.inputs) == "rgb+flow":
+        require_opencv()
+
+
+def _settings(config: AblateConfig, lever: str, seed: int) -> CrossValidateConfig:
+    names = [field.name for field in dataclasses.fields(CrossValidateConfig)]
+    recipe = {name: getattr(config, name) for name in names}
+    # Of folds the clips are checked once, by _chosen.
+    checked = config.check_clips and not config.folds
+    own = {"seed": seed, "check_clips": checked, "resume": ""}
+    return CrossValidateConfig(**{**recipe, **LEVERS[lever], **own})
+
+
+# What may differ between the starts of a study.
+_FREE = {"workers", "device", "seed", "run_dir", "resume", "check_clips", "features", "tensorboard"}
 
 
 def _hold_to_recipe(config: AblateConfig, folder: Path) -> None:
     """Note the recipe in the folder, or compare with the one that is there."""
-    fields = [f.name for f in dataclasses.fields(CrossValidateConfig)]
-    free = ("workers", "device", "seed", "run_dir", "resume", "check_clips")
-    recipe = {name: getattr(config, name) for name in fields if name not in free}
-    places = [name for name in ("data_root", "folds", "features", "cache") if recipe[name]]
-    recipe |= {name: os.path.abspath(recipe[name]) for name in places}
-    recipe = json.loads(json.dumps(recipe))
+    recipe = json.loads(json.dumps(dataclasses.asdict(_settings(config, RECIPE, 0))))
+    for name in ("data_root", "folds", "cache"):
+        recipe[name] = os.path.abspath(recipe[name]) if recipe[name] else ""
     noted = folder / "recipe.json"
     if not noted.exists():
         folder.mkdir(parents=True, exist_ok=True)
         write_json(noted, recipe)
         return
     before = json.loads(noted.read_text(encoding="utf-8"))
-    other = [name for name, value in recipe.items() if before.get(name, value) != value]
-    if other:
-        raise UserError(
-            f"{folder}: its runs had {other[0]} {before[other[0]]!r}, not {recipe[other[0]]!r}: "
-            "give the same settings, or another --output"
-        )
+    for field in dataclasses.fields(CrossValidateConfig):
+        was, now = before.get(field.name, field.default), recipe[field.name]
+        if was != now and field.name not in _FREE:
+            raise UserError(
+                f"{folder}: its runs had {field.name} {was!r}, not {now!r}: give the same "
+                "settings, or another --output"
+            )
+
+
+def _finished(place: Path, settings: CrossValidateConfig) -> bool:
+    """Whether a lever's run has been tested.
+
+    Raises:
+        UserError: it has been, with other settings: the lever has changed since.
+    """
+    if not (place / "test_metrics.json").exists():  # written last of all
+        return False
+    run = place / "fold1" if settings.folds else place
+    saved = from_dict(json.loads((run / "config.json").read_text(encoding="utf-8")))
+    wanted = resolve(settings)
+    for field in dataclasses.fields(saved):
+        was, now = getattr(saved, field.name), getattr(wanted, field.name)
+        free = field.name in _FREE or (settings.folds and field.name.endswith("_csv"))
+        if was != now and not free:
+            raise UserError(
+                f"{place}: was trained with {field.name} {was!r}, by now {now!r}: delete it"
+            )
+    return True
 
 
 def _place(folder: Path, lever: str, seed: int) -> Path:
@@ -170,15 +204,13 @@ def _place(folder: Path, lever: str, seed: int) -> Path:
     return folder / slug / f"seed{seed}"
 
 
-def _run(config: AblateConfig, lever: str, seed: int, place: Path) -> None:
-    settings = {f.name: getattr(config, f.name) for f in dataclasses.fields(CrossValidateConfig)}
-    settings |= {**LEVERS[lever], "seed": seed}
-    if config.folds:
-        cross_validate(CrossValidateConfig(**settings), place)
+def _run(settings: CrossValidateConfig, place: Path) -> None:
+    if settings.folds:
+        cross_validate(settings, place)
         return
-    del settings["folds"]
+    fields = {f.name: getattr(settings, f.name) for f in dataclasses.fields(TrainConfig)}
     state = load_checkpoint(place, "last.pt") if (place / "last.pt").exists() else None
-    train(TrainConfig(**settings), state, place, "the same command again")
+    train(TrainConfig(**fields), state, place, "the same command again")
 
 
 def _read(place: Path) -> Predictions:
@@ -189,7 +221,8 @@ def _adjusted(place: Path, tau: float) -> Predictions:
     """What the runs of a place say with their logits adjusted after training, fold by fold.
 
     `evaluate.py --adjust` does it to the logits; the log of the probabilities times the temperature
-    differs from them by a number a clip, which the softmax forgets.
+    differs from them by a number a clip, which the softmax forgets. (Only of single looks: the mean
+    over several has no logits.)
     """
     folds = sorted(place.glob("fold*")) or [place]
     parts = []
@@ -205,8 +238,9 @@ def _adjusted(place: Path, tau: float) -> Predictions:
     return Predictions(rows, np.concatenate([part.probabilities for part in parts]))
 
 
-def to_text(table: pd.DataFrame, config: AblateConfig, example: Predictions) -> str:
-    """The table for people, as Markdown: what it was made on, the table, how to read it."""
+def to_text(table: pd.DataFrame, seeds: Sequence[int], example: Predictions, run: Path) -> str:
+    """The table for people, as Markdown, and what it was made on by the word of a run."""
+    sessions = json.loads((run / "environment.json").read_text(encoding="utf-8"))["sessions"]
     patients = len({patient for patient in example.units("patient") if patient is not None})
     rows = []
     for row in table.to_dict(orient="records"):
@@ -221,11 +255,11 @@ def to_text(table: pd.DataFrame, config: AblateConfig, example: Predictions) -> 
             cells[f"{title} - recipe's"] = "-" if row["lever"] == RECIPE else f"{gap:+.3f}{between}"
         rows.append(cells)
     facts = {
-        "seeds": ", ".join(map(str, config.seeds)),
+        "seeds": ", ".join(map(str, seeds)),
         "test clips": len(example),
         "patients": patients or "unknown: the intervals take clips as independent",
-        "device": describe_device(choose_device(config.device)),
-        "torch": torch.__version__,
+        "device": sessions[-1]["device"],
+        "torch": sessions[-1]["torch"],
     }
     return to_markdown(pd.DataFrame(rows), facts)
 

@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 import torch
 from torch import nn
+from torch.nn import functional as F
 from torchvision.models import (
     ConvNeXt,
     ConvNeXt_Tiny_Weights,
@@ -53,8 +54,9 @@ class Frames(nn.Module):
         """`(N, C, H, W)` to what the first layer sees."""
         raise NotImplementedError
 
-    def end(self, x: torch.Tensor) -> torch.Tensor:
-        """What the last layer says to `(N, width)`."""
+    def end(self, x: torch.Tensor, grid: int = 1) -> torch.Tensor:
+        """What the last layer says, averaged over each of `grid` x `grid` parts of the picture, to
+        `(N, grid * grid * width)`."""
         raise NotImplementedError
 
     def stages(self) -> dict[str, list[nn.Module]]:
@@ -70,12 +72,18 @@ class Frames(nn.Module):
         return True
 
     def embed(
-        self, x: torch.Tensor, shift: Shift | None = None, shift_place: str = "blockres"
+        self,
+        x: torch.Tensor,
+        shift: Shift | None = None,
+        shift_place: str = "blockres",
+        grid: int = 1,
     ) -> torch.Tensor:
-        """`(N, C, H, W)` to `(N, width)`.
+        """`(N, C, H, W)` to `(N, grid * grid * width)`.
 
-        `shift` is applied to what each residual branch sees (`blockres`) or to what each layer sees
-        (`stage`).
+        Args:
+            shift: applied to what each residual branch sees (`blockres`) or to what each layer sees
+                (`stage`).
+            grid: see `end`.
         """
 
         def layer(blocks: list[nn.Module], x: torch.Tensor) -> torch.Tensor:
@@ -93,7 +101,7 @@ class Frames(nn.Module):
                 x = run_stage(modules, self.begin, x)
             elif name != "top":
                 x = run_stage(modules, partial(layer, modules), x)
-        return self.end(x)
+        return self.end(x, grid)
 
 
 class ResNetFrames(ResNet, Frames):
@@ -111,8 +119,8 @@ class ResNetFrames(ResNet, Frames):
         # Pooling before the ReLU gives the same and leaves it a quarter of the pixels.
         return self.relu(self.maxpool(self.bn1(self.conv1(x))))
 
-    def end(self, x: torch.Tensor) -> torch.Tensor:
-        return self.avgpool(x).flatten(1)
+    def end(self, x: torch.Tensor, grid: int = 1) -> torch.Tensor:
+        return F.adaptive_avg_pool2d(x, grid).flatten(1)
 
     def stages(self) -> dict[str, list[nn.Module]]:
         layers = {name: list(getattr(self, name)) for name in LAYERS}
@@ -146,8 +154,8 @@ class ConvNeXtFrames(ConvNeXt, Frames):
     def begin(self, x: torch.Tensor) -> torch.Tensor:
         return self.features[0](x)
 
-    def end(self, x: torch.Tensor) -> torch.Tensor:
-        return self.classifier(self.avgpool(x))  # (N, 768, 1, 1) -> (N, 768)
+    def end(self, x: torch.Tensor, grid: int = 1) -> torch.Tensor:
+        return self.classifier(F.adaptive_avg_pool2d(x, grid))  # normalised, and flattened
 
     def stages(self) -> dict[str, list[nn.Module]]:
         first, *others = self.features[1:]  # blocks, halving, blocks, halving ...
@@ -197,8 +205,8 @@ class EfficientNetLite0(Frames):
     def begin(self, x: torch.Tensor) -> torch.Tensor:
         return self.bn1(self.conv_stem(x))
 
-    def end(self, x: torch.Tensor) -> torch.Tensor:
-        return self.bn2(self.conv_head(x)).mean((2, 3))
+    def end(self, x: torch.Tensor, grid: int = 1) -> torch.Tensor:
+        return F.adaptive_avg_pool2d(self.bn2(self.conv_head(x)), grid).flatten(1)
 
     def stages(self) -> dict[str, list[nn.Module]]:
         layers = {f"layer{number}": list(blocks) for number, blocks in enumerate(self.blocks, 1)}

@@ -47,12 +47,14 @@ from benchmarking import (
 )
 from checkpoint import build_from_checkpoint, build_model_from_config, load_checkpoint
 from config import TrainConfig
+from dataset import ClipRow, ClipsDataset
 from device import choose_device, choose_precision
 from errors import UserError
 from inference import prepare_for_inference
 from models import MODELS
+from motion import brought, channels
 from script import script
-from video import read_clip, write_video
+from video import write_video
 
 # how many digits make sense, where two are not right
 FORMATS = {
@@ -174,13 +176,15 @@ def measure(
 ) -> dict[str, Any]:
     """The table's row of one model."""
     model = prepare_for_inference(item.model, device, dtype, config.compile)
-    batch = random_clips(config.batch_size, item.n_frames, item.image_size, device)
+    inputs = brought(getattr(item.model, "inputs", "rgb"))
+    how = (config.batch_size, item.n_frames, item.image_size)
+    batch = random_clips(*how, device, channels(inputs))
+    dataset = ClipsDataset([ClipRow(video, 0)], item.n_frames, item.image_size, inputs=inputs)
     gflops = count_gflops(model, batch[:1])
     forget_peak_memory(device)
 
     def from_file() -> None:
-        frames = torch.from_numpy(read_clip(video, item.n_frames, size=item.image_size))
-        model(frames.permute(0, 3, 1, 2)[None].to(device)).cpu()
+        model(dataset[0][0][None].to(device)).cpu()
 
     for clips in (batch, batch[:1]):
         for _ in range(config.warmup):

@@ -85,9 +85,12 @@ def peak_memory(device: torch.device) -> float | None:
     return None
 
 
-def random_clips(clips: int, n_frames: int, image_size: int, device: torch.device) -> torch.Tensor:
-    """A batch to time a model with: uint8 noise `(clips, n_frames, 3, image_size, image_size)`."""
-    shape = (clips, n_frames, 3, image_size, image_size)
+def random_clips(
+    clips: int, n_frames: int, image_size: int, device: torch.device, channels: int = 3
+) -> torch.Tensor:
+    """A batch to time a model with: uint8 noise `(clips, n_frames, channels, image_size,
+    image_size)`."""
+    shape = (clips, n_frames, channels, image_size, image_size)
     return torch.randint(0, 256, shape, dtype=torch.uint8, device=device)
 
 

@@ -19,7 +19,7 @@ class CNNLSTM(FrameModel):
     """Features of every frame, an LSTM over them, its outputs pooled over time, a classifier.
 
     Args:
-        backbone, inputs, fusion: see `FrameModel`.
+        backbone, inputs, fusion, grid: see `FrameModel`.
         lstm_hidden, lstm_layers, bidirectional: the LSTM. With 0 layers there is none, and the
             frames' features themselves are pooled: few clips teach no LSTM (RESULTS.md).
         temporal_pooling: how T outputs become one: their `mean`, the `last`, their `max`, a mean
@@ -35,13 +35,14 @@ class CNNLSTM(FrameModel):
         backbone: BackboneName = "resnet18",
         inputs: Inputs = "rgb",
         fusion: Fusion = "late",
+        grid: int = 1,
         lstm_hidden: int = 512,
         lstm_layers: int = 1,
         bidirectional: bool = False,
         temporal_pooling: Literal["mean", "last", "max", "attention", "statistics"] = "mean",
         dropout: float = 0.0,
     ) -> None:
-        super().__init__(backbone, inputs, fusion)
+        super().__init__(backbone, inputs, fusion, grid)
         if temporal_pooling not in ("mean", "last", "max", "attention", "statistics"):
             raise ValueError(f"no temporal_pooling is called {temporal_pooling!r}")
         self.temporal_pooling = temporal_pooling
@@ -58,10 +59,10 @@ class CNNLSTM(FrameModel):
             )
             width = lstm_hidden * (2 if bidirectional else 1)
         self.attention = nn.Linear(width, 1) if temporal_pooling == "attention" else None
-        self.standardise: nn.BatchNorm1d | None = None
+        self.standardise: Standardise | None = None
         if temporal_pooling == "statistics":
             width *= 3
-            self.standardise = nn.BatchNorm1d(width, affine=False)
+            self.standardise = Standardise(width)
         self.dropout = nn.Dropout(dropout)
         self.head = nn.Linear(width, num_classes)
 
@@ -100,23 +101,34 @@ class CNNLSTM(FrameModel):
         if self.attention is not None:
             return (x * self.attention(x).softmax(dim=1)).sum(dim=1)
         if self.standardise is not None:
-            return self._standardised(temporal_statistics(x))
+            return self.standardise(temporal_statistics(x))
         if self.lstm and self.lstm.bidirectional:
             # The backward LSTM has seen the whole clip at frame 0; at the last, one frame only.
             forward, backward = x.chunk(2, dim=2)
             return torch.cat((forward[:, -1], backward[:, 0]), dim=1)
         return x[:, -1]
 
-    def _standardised(self, x: torch.Tensor) -> torch.Tensor:
-        norm = self.standardise
-        if len(x) > 1 or not self.training:
-            return norm(x)
-        return F.batch_norm(x, norm.running_mean, norm.running_var, eps=norm.eps)  # one has no std
-
     def stages(self) -> dict[str, list[nn.Module]]:
         """The modules from stem to head."""
         head = [part for part in (self.attention, self.standardise, self.head) if part is not None]
         return self.frame_stages() | ({"lstm": [self.lstm]} if self.lstm else {}) | {"head": head}
+
+
+class Standardise(nn.Module):
+    """`(B, width)` by mean and deviation: of the batch in training, of all batches later.
+
+    A BatchNorm without weights, but that a batch of one clip, which has no deviation, is taken by
+    those of all batches; and that several processes do not wait for each other's statistics.
+    """
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.register_buffer("running_mean", torch.zeros(width))
+        self.register_buffer("running_var", torch.ones(width))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        training = self.training and len(x) > 1
+        return F.batch_norm(x, self.running_mean, self.running_var, training=training)
 
 
 def temporal_statistics(x: torch.Tensor) -> torch.Tensor:

@@ -106,7 +106,8 @@ def speed_table(
     for number, run in enumerate(runs):
         model = prepare_for_inference(run.model, device, dtype)
         frames, size = run.config["n_frames"], run.config["image_size"]
-        batch = random_clips(config.batch_size * run.views, frames, size, device)
+        channels = getattr(run.model, "channels", 3)
+        batch = random_clips(config.batch_size * run.views, frames, size, device, channels)
         calls[f"{number}"] = partial(model, batch)
     times = interleave(calls, config.repeats, device, config.warmup)
     rows = [
@@ -228,7 +229,9 @@ def _about_runs(runs: Sequence[Run]) -> list[str]:
                 "trained on; parameters and speed are those of fold 1's."
             )
         if run.views > 1:
-            lines.append(f"{run.label}: {run.views} views of each clip, all of them timed.")
+            lines.append(
+                f"{run.label}: {run.views} views or crops of each clip, all of them timed."
+            )
         if run.facts.get("shuffle_frames"):
             lines.append(f"{run.label}: was tested on shuffled frames.")
         if adjust := run.facts.get("adjust"):

@@ -95,6 +95,8 @@ class TrainConfig:
     carry_past: float = 0.5
     """causal tsm: probability that the end of another clip is a training clip's past, as in a
     stream"""
+    grid: int = 1
+    """cnn_lstm: features of each of grid x grid parts of the picture, not of the whole"""
     lstm_hidden: int = 512
     """cnn_lstm: hidden size of the LSTM"""
     lstm_layers: int = 1
@@ -219,6 +221,7 @@ RESUMABLE = {
     "check_clips",
     "skip_unreadable",
     "gradient_checkpointing",
+    "features",
 }
 
 
@@ -231,7 +234,7 @@ def resolve(config: TrainConfig) -> TrainConfig:
     defaults = OWN_DATA if config.data_root else DEMO
     unset = {name: value for name, value in defaults.items() if getattr(config, name) is None}
     # A run is looked at from other folders later.
-    places = ("data_root", "cache")
+    places = ("data_root", "cache", "features")
     named = {name: getattr(config, name) for name in places if getattr(config, name)}
     unset |= {name: os.path.abspath(place) for name, place in named.items()}
     config = dataclasses.replace(config, **unset)

@@ -29,6 +29,7 @@ _BOUNDS: dict[str, tuple[float | None, float | None]] = {
     "erasing": (0, 1),
     "shift_div": (2, None),
     "carry_past": (0, 1),
+    "grid": (1, 7),
     "lstm_hidden": (1, None),
     "lstm_layers": (0, None),
     "dropout": (0, 0.99),
@@ -57,12 +58,13 @@ _BOUNDS: dict[str, tuple[float | None, float | None]] = {
     "seed": (0, 2**32),
 }
 
-# Settings of the loss that other values of another setting than these ignore.
+# Settings that do nothing unless another one has one of these values.
 _ONLY_WITH = {
     "label_smoothing": ("loss", ("cross_entropy", "balanced_softmax", "logit_adjustment")),
     "focal_gamma": ("loss", ("focal",)),
     "adjustment_tau": ("loss", ("logit_adjustment",)),
     "effective_beta": ("class_weights", ("effective",)),
+    "fusion": ("inputs", ("rgb+gradients", "rgb+flow", "rgb+vectors")),
 }
 
 
@@ -79,9 +81,13 @@ def find_problems(config: TrainConfig) -> list[str]:
         if (low is not None and not value >= low) or (high is not None and not value <= high):
             problems.append(f"{name} = {value}: must be {_range(low, high)}")
     if not problems:
-        problems += _misplaced_options(config) + _ignored_by_the_loss(config)
+        problems += _misplaced_options(config) + _without_effect(config)
     if brought(config.inputs) != "rgb" and (config.rand_augment or config.erasing):
         problems.append(f"rand_augment and erasing change RGB alone, not inputs {config.inputs}")
+    if config.fusion == "summary" and config.inputs == "rgb+gradients":
+        problems.append("fusion summary needs a field of motion: inputs rgb+flow or rgb+vectors")
+    if config.backbone == "convnext_tiny" and config.image_size < 32:
+        problems.append(f"image_size = {config.image_size}: convnext_tiny needs 32 at least")
     if config.features and config.cutmix:
         problems.append("cutmix cuts pictures, and features are none: give --mixup instead")
     if config.compile and config.gradient_checkpointing:
@@ -111,8 +117,8 @@ def _misplaced_options(config: TrainConfig) -> list[str]:
     return problems
 
 
-def _ignored_by_the_loss(config: TrainConfig) -> list[str]:
-    """Settings of the loss that were changed although nothing uses them; 0 switches each off."""
+def _without_effect(config: TrainConfig) -> list[str]:
+    """Settings that were changed although nothing uses them; 0 switches each off."""
     problems = []
     for name, (setting, users) in _ONLY_WITH.items():
         value, used_by = getattr(config, name), getattr(config, setting)

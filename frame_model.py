@@ -6,7 +6,6 @@ import torch
 from torch import nn
 
 from backbones import BackboneName, Frames, Shift, build_backbone
-from errors import UserError
 from motion import (
     Inputs,
     channels,
@@ -39,22 +38,25 @@ class FrameModel(nn.Module):
             second network sees, whose features are put beside the first one's (the two streams of
             Simonyan and Zisserman, arXiv:1406.2199). `summary`: only as six numbers a frame that
             say how the camera moves.
+        grid: features of each of `grid` x `grid` parts of the picture, not of the whole: where an
+            instrument is tells what it does.
     """
 
-    def __init__(self, backbone: BackboneName, inputs: Inputs, fusion: Fusion) -> None:
+    def __init__(
+        self, backbone: BackboneName, inputs: Inputs, fusion: Fusion, grid: int = 1
+    ) -> None:
         super().__init__()
         if fusion not in ("early", "late", "summary"):
             raise ValueError(f"fusion must be early, late or summary, not {fusion!r}")
         self.motion = motion_of(inputs)
         if fusion == "summary" and inputs == "rgb+gradients":
-            raise UserError(
-                "fusion summary needs a field of motion: inputs rgb+flow or rgb+vectors"
-            )
+            raise ValueError("fusion summary needs a field of motion: rgb+flow or rgb+vectors")
         self.inputs = inputs
         self.fusion = fusion if inputs.startswith("rgb+") else None
         self.backbone = build_backbone(backbone)
         self.normalize = Normalize(self.backbone.mean_std)
-        self.width = self.backbone.width
+        self.grid = grid
+        self.width = grid**2 * self.backbone.width
         self.motion_backbone: Frames | None = None
         if self.fusion == "early":
             conv = self.backbone.get_submodule(self.backbone.first_conv)
@@ -62,7 +64,7 @@ class FrameModel(nn.Module):
             self.backbone.set_submodule(self.backbone.first_conv, wider)
         elif self.fusion == "late":
             self.motion_backbone = build_backbone(backbone)
-            self.width += self.motion_backbone.width
+            self.width += grid**2 * self.motion_backbone.width
         elif self.fusion == "summary":
             self.width += 6
 
@@ -82,7 +84,7 @@ class FrameModel(nn.Module):
         """`(B, T, C, H, W)` to `(B * T, width)`; `shift` as in `Frames.embed`."""
         frames = self.normalize(clips[:, :, :3])  # (B, T, 3, H, W)
         if self.inputs == "rgb":
-            return self.backbone.embed(frames.flatten(0, 1), shift, shift_place)
+            return self.backbone.embed(frames.flatten(0, 1), shift, shift_place, self.grid)
         if self.motion == "gradients":
             motion = picture = temporal_gradients(frames) * _GRADIENT_GAIN  # (B, T, 3, H, W)
         else:
@@ -90,15 +92,17 @@ class FrameModel(nn.Module):
             motion = field / _USUAL_MOTION
             picture = torch.cat((motion, motion.norm(dim=2, keepdim=True)), dim=2)
         if self.fusion is None:
-            return self.backbone.embed(picture.flatten(0, 1), shift, shift_place)
+            return self.backbone.embed(picture.flatten(0, 1), shift, shift_place, self.grid)
         if self.fusion == "early":
             both = torch.cat((frames, motion), dim=2).flatten(0, 1)  # (B * T, 5 or 6, H, W)
-            return self.backbone.embed(both, shift, shift_place)
-        seen = self.backbone.embed(frames.flatten(0, 1), shift, shift_place)  # (B * T, width)
+            return self.backbone.embed(both, shift, shift_place, self.grid)
+        seen = self.backbone.embed(
+            frames.flatten(0, 1), shift, shift_place, self.grid
+        )  # (B * T, width)
         if self.fusion == "summary":
             moved = global_motion(field).flatten(0, 1) / _USUAL_MOTION  # (B * T, 6)
         else:
-            moved = self.motion_backbone.embed(picture.flatten(0, 1), shift, shift_place)
+            moved = self.motion_backbone.embed(picture.flatten(0, 1), shift, shift_place, self.grid)
         return torch.cat((seen, moved.to(seen.dtype)), dim=1)
 
     def frame_stages(self) -> dict[str, list[nn.Module]]:

@@ -35,7 +35,7 @@ _PIXELS = ("n_frames", "image_size", "inputs", "cache", "eval_sampling")
 _DRAWN = ("sampling", "flip", "rotation", "translate", "zoom", "brightness", "contrast")
 _DRAWN += ("saturation", "hue", "rand_augment", "rand_magnitude", "erasing")
 
-_VERSION = 1  # to be raised when the same settings and weights come to give other features
+_VERSION = 2  # to be raised when the same settings and weights come to give other features
 
 
 class FrozenFeatures(Dataset):
@@ -140,7 +140,10 @@ class _Missing(Dataset):
         digest = hashlib.sha256(name.encode("utf-8", "surrogateescape")).digest()
         try:
             index = (number, int.from_bytes(digest[:7])) if self.drawn else number
-            return number, draw, self.clips[index][0]
+            clip, _, *draws = self.clips[index]
+            if draws:  # left to a GPU, where a training step would apply them
+                clip = self.clips.transform.apply(clip[None], draws[0][None])[0]
+            return number, draw, clip
         except ClipError as error:
             return number, draw, str(error)
 
@@ -165,7 +168,8 @@ def over_features(
     features = FrozenFeatures(clips, Path(config.features) / name, draws)
     if missing := features.missing():
         prepared = prepare_for_inference(model, device)
-        features.compute(missing, prepared, device, config.workers, config.batch_size)
+        batch_size = max(1, config.batch_size // clips.answers)
+        features.compute(missing, prepared, device, config.workers, batch_size)
     return DataLoader(
         features,
         loader.batch_size,
@@ -202,7 +206,8 @@ def require_frozen(model: nn.Module) -> None:
 
 def _digest(model: CNNLSTM) -> str:
     """A hash of the weights that make the features."""
-    digest = hashlib.sha256(f"{type(model.backbone)} {model.inputs} {model.fusion}".encode())
+    built = (type(model.backbone), model.inputs, model.fusion, model.grid)
+    digest = hashlib.sha256(repr(built).encode())
     for modules in model.frame_stages().values():
         for module in modules:
             for name, value in module.state_dict().items():

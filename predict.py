@@ -97,7 +97,10 @@ def make_recipe(config: PredictConfig) -> tuple[Recipe, dict[str, str]]:
     state = load_checkpoint(config.run)
     training = from_dict(state["config"])
     if brought(training.inputs) != "rgb":
-        raise UserError(f"{config.run}: was trained with {training.inputs}: clips only, for now")
+        raise UserError(
+            f"{config.run}: was trained with {training.inputs}, which is for clips only: "
+            "for whole videos train with inputs rgb or gradients"
+        )
     for name in ("n_frames", "stride", "rate", "segment_seconds"):
         value = getattr(config, name)
         if value is not None and not 0 < value < math.inf:

@@ -61,6 +61,11 @@ def warnings(run: Run, names: Names) -> list[tuple[str, str]]:
     if results.get("shuffle_frames"):
         text = "The frames of each clip were shuffled in time: this tests what motion contributes."
         found.append(("Shuffled frames", text))
+    if adjust := results.get("adjust"):
+        text = (
+            f"The logits were adjusted by {adjust:g} x the log of the classes' shares of training."
+        )
+        found.append(("Adjusted", text))
     return found
 
 
@@ -185,7 +190,7 @@ def mistakes(run: Run, names: Names, most: int) -> list[dict[str, Any]]:
 
 def settings(run: Run, names: Names) -> dict[str, Any]:
     """Commands, versions, hardware and settings, in text, without anybody's name."""
-    facts = ("checkpoint", "epoch", "split", "views", "command")
+    facts = ("checkpoint", "epoch", "split", "views", "crops", "adjust", "command")
     shown = {name: run.results[name] for name in facts if name in run.results}
     return {
         "evaluation": {

@@ -34,8 +34,9 @@ def load_weights(model: nn.Module, spec: str) -> str:
     if spec == "none":
         return "weights: random, trained from scratch"
     enum = model.torchvision_weights
-    names = ["default", *(weights.name for weights in enum)] if enum else []
     packaged = isinstance(getattr(model, "backbone", None), EfficientNetLite0)
+    names = ["default"] if enum or packaged else []
+    names += [weights.name for weights in enum or ()]
     path = Path(spec) / "best.pt" if Path(spec).is_dir() else Path(spec)
     if spec.lower() == "default" and packaged:
         path = package_file()

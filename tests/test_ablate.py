@@ -12,9 +12,11 @@ from conftest import TINY_FLAGS
 
 import ablate
 import evaluate
-from ablate import ADJUSTED, LEVERS, AblateConfig, put_section
+from ablate import AblateConfig, put_section
 from checkpoint import load_checkpoint
 from config import TrainConfig, resolve
+from errors import UserError
+from levers import ADJUSTED, LEVERS
 from predictions import read_predictions
 
 FLAGS = [
@@ -35,7 +37,8 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("lever", LEVERS)
 def test_every_lever_is_a_recipe_that_can_work(lever: str) -> None:
-    base = TrainConfig(model="cnn_lstm", freeze_to="layer4", lstm_layers=0)
+    model = "vivit" if "drop_path" in LEVERS[lever] else "cnn_lstm"
+    base = TrainConfig(model=model)
     resolve(dataclasses.replace(base, **LEVERS[lever]))
     known = {field.name for field in dataclasses.fields(TrainConfig)}
     assert set(LEVERS[lever]) <= known
@@ -102,16 +105,52 @@ def test_adjusting_afterwards_is_evaluates(
     assert abs(plain.probabilities - wanted.probabilities).max() > 0.01
 
 
-def test_mistakes_are_one_line(tiny_data: Path, tmp_path: Path, mistake: Callable) -> None:
-    told = mistake(ablate.main, *flags(tiny_data, tmp_path, "--levers", "magic"), cwd=tmp_path)
-    assert "no lever is called 'magic'" in told.stderr
+def test_mistakes_are_told_before_any_training(
+    tiny_data: Path, tmp_path: Path, mistake: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def told(*more: object) -> str:
+        code, stderr = mistake(ablate.main, *flags(tiny_data, tmp_path, *more), cwd=tmp_path)
+        assert code == 2
+        return stderr
+
+    monkeypatch.setattr("ablate._run", lambda *_: pytest.fail("it trained"))
+    assert "no lever is called 'magic'" in told("--levers", "magic")
+    assert "seed: give --seeds" in told("--seed", 5)
+    said = told("--levers", "cutmix", "focal loss", "ResNet-50", "--weights", "none")
+    assert "cutmix: these settings cannot work: cutmix cuts pictures" in said
+    assert "focal loss" not in said
+    said = told("--levers", "focal loss", "--label-smoothing", 0.05)
+    assert "focal loss: these settings cannot work: label_smoothing is a setting of loss" in said
     study = tmp_path / "study"
     study.mkdir()
-    recipe = json.loads(json.dumps(dataclasses.asdict(AblateConfig())))
+    config = AblateConfig(data_root=str(tiny_data), classes=("dark", "grey", "light"))
+    ablate._hold_to_recipe(config, study)
+    recipe = json.loads((study / "recipe.json").read_text())
     (study / "recipe.json").write_text(json.dumps({**recipe, "lstm_hidden": 77}))
-    told = mistake(ablate.main, *flags(tiny_data, tmp_path), cwd=tmp_path)
-    assert "its runs had" in told.stderr
-    assert "another --output" in told.stderr
+    with pytest.raises(UserError, match=r"its runs had lstm_hidden 77, not 512"):
+        ablate._hold_to_recipe(config, study)
+    del recipe["ema"]  # of a version that had none: as good as its default
+    (study / "recipe.json").write_text(json.dumps(recipe))
+    ablate._hold_to_recipe(config, study)
+    with pytest.raises(UserError, match=r"its runs had ema 0\.0, not 0\.9"):
+        ablate._hold_to_recipe(dataclasses.replace(config, ema=0.9), study)
+
+
+def test_a_lever_that_changed_is_not_taken_for_done(
+    tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = AblateConfig(data_root=str(tiny_data), classes=("dark", "grey", "light"))
+    place = tmp_path / "mixup" / "seed0"
+    place.mkdir(parents=True)
+    settings = ablate._settings(config, "mixup", 0)
+    assert not ablate._finished(place, settings)
+    (place / "test_metrics.json").write_text("{}")
+    (place / "config.json").write_text(json.dumps(dataclasses.asdict(resolve(settings))))
+    assert ablate._finished(place, settings)
+    assert ablate._finished(place, dataclasses.replace(settings, workers=7))
+    monkeypatch.setitem(LEVERS, "mixup", {"mixup": 0.4})
+    with pytest.raises(UserError, match=r"was trained with mixup 0\.2, by now 0\.4"):
+        ablate._finished(place, ablate._settings(config, "mixup", 0))
 
 
 def test_a_section_is_put_in_once_and_replaced(tmp_path: Path) -> None:

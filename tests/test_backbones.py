@@ -66,6 +66,25 @@ def test_lite0_equals_timm() -> None:
 
 
 @every_backbone
+def test_a_grid_is_features_of_parts(name: str) -> None:
+    """Of a picture whose last map is 2 x 2 (64 px at stride 32) each part is one place."""
+    net = backbone(name)
+    with torch.no_grad():
+        parts = net.embed(frames(), grid=2).unflatten(1, (net.width, 4))  # channels, then places
+        whole = net.embed(frames())
+        assert not torch.allclose(parts[:, :, 0], parts[:, :, 3], atol=1e-3)
+        if name != "convnext_tiny":  # it normalises after the mean
+            torch.testing.assert_close(parts.mean(2), whole, atol=1e-5, rtol=1e-4)
+            return
+        norm = net.classifier[0]
+        net.classifier[0] = nn.Identity()
+        raw, means = net.embed(frames(), grid=2).unflatten(1, (net.width, 4)), net.embed(frames())
+        torch.testing.assert_close(raw.mean(2), means, atol=1e-5, rtol=1e-4)
+        wanted = norm(raw.unflatten(2, (2, 2))).flatten(2)
+        torch.testing.assert_close(parts, wanted, atol=1e-5, rtol=1e-4)
+
+
+@every_backbone
 def test_every_weight_is_in_one_stage(name: str) -> None:
     net = backbone(name)
     staged = [p for modules in net.stages().values() for m in modules for p in m.parameters()]

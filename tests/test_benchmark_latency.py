@@ -1,18 +1,20 @@
 """benchmark_latency.py: what it counts is checked by hand; how fast things are is not tested."""
 
 import json
+import tempfile
 from importlib.util import find_spec
 from pathlib import Path
 
 import pandas as pd
 import pytest
 import torch
-from conftest import TINY_FLAGS, run_script
+from conftest import TINY_FLAGS, make_clip, run_script
 from torch import nn
 
 import benchmark_ratios
 from allocator import SWITCH
-from benchmark_latency import count_gflops, main
+from benchmark_latency import BenchmarkConfig, Subject, count_gflops, main
+from benchmark_latency import measure as measure_speed
 from benchmark_ratios import Job, measure
 from benchmarking import time_calls
 from cnn_lstm import CNNLSTM
@@ -92,6 +94,20 @@ def test_script(tiny_data: Path, tmp_path: Path, run_main) -> None:
     markdown = (tmp_path / "benchmarks/latency.md").read_text()
     assert markdown.count("\n| ") == 4
     assert markdown in done.stdout
+
+
+@pytest.mark.parametrize("inputs", ["rgb+vectors", "gradients"])
+def test_models_of_motion_are_timed(inputs: str) -> None:
+    """From the file on: also the motion is read."""
+    model = build_model("cnn_lstm", 3, inputs=inputs).eval()
+    item = Subject(inputs, model, 4, 32)
+    config = BenchmarkConfig(batch_size=2, repeats=2, warmup=1)
+    with tempfile.TemporaryDirectory() as folder:
+        video = make_clip(Path(folder) / "clip.mp4", 200)
+        row = measure_speed(item, video, config, torch.device("cpu"), torch.float32)
+    assert row["Params (M)"] == pytest.approx(sum(p.numel() for p in model.parameters()) / 1e6)
+    one = count_gflops(model, torch.zeros(1, 4, model.channels, 32, 32, dtype=torch.uint8))
+    assert row["GFLOPs"] == pytest.approx(one, rel=0.01)
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from cnn_lstm import CNNLSTM
+from cnn_lstm import CNNLSTM, Standardise, temporal_statistics
 
 
 def build(seed: int = 0, **options: object) -> CNNLSTM:
@@ -101,3 +101,56 @@ def test_a_forward_lstm_is_causal_and_a_bidirectional_one_is_not() -> None:
         changed = changed.amax(dim=2)[0]  # (T,)
         assert (changed[4:] > 1e-4).all()
         assert bool((changed[:4] < 1e-6).all()) is not bidirectional
+
+
+def test_statistics_by_hand() -> None:
+    x = clips(2, 3, 4)
+    found = temporal_statistics(x)
+    for b in range(2):
+        for c in range(4):
+            values = [x[b, t, c].item() for t in range(3)]
+            mean = sum(values) / 3
+            deviation = (sum((value - mean) ** 2 for value in values) / 3) ** 0.5
+            change = (abs(values[1] - values[0]) + abs(values[2] - values[1])) / 2
+            wanted = torch.tensor([mean, deviation, change])
+            torch.testing.assert_close(found[b, [c, 4 + c, 8 + c]], wanted, atol=1e-4, rtol=1e-4)
+    still = torch.ones(1, 1, 4, requires_grad=True)
+    temporal_statistics(still).sum().backward()
+    assert torch.isfinite(still.grad).all()
+    assert temporal_statistics(still)[0, 4:].abs().max() < 1e-3
+
+
+def test_standardise_is_batchnorm_but_for_single_clips() -> None:
+    torch.manual_seed(0)
+    own, reference = Standardise(6), nn.BatchNorm1d(6, affine=False)
+    for _ in range(3):
+        x = torch.randn(5, 6) * 3 + 1
+        torch.testing.assert_close(own(x), reference(x))
+    one = torch.randn(1, 6)
+    before = own.running_mean.clone()
+    alone = own(one)
+    assert torch.equal(own.running_mean, before)
+    own.eval(), reference.eval()
+    torch.testing.assert_close(alone, own(one))
+    torch.testing.assert_close(own(one), reference(one))
+
+
+@torch.no_grad()
+def test_without_an_lstm_the_features_are_pooled() -> None:
+    model = build(lstm_layers=0, temporal_pooling="statistics", num_classes=5)
+    x = clips(2, 3, 3, 32, 32)
+    features = torch.stack([model.backbone(model.normalize(x[b : b + 1])[0]) for b in range(2)])
+    wanted = model.head(temporal_statistics(features))  # mean 0 and variance 1 until it trains
+    torch.testing.assert_close(model(x), wanted, atol=1e-3, rtol=1e-3)
+    torch.testing.assert_close(model(features), model(x), atol=1e-4, rtol=1e-4)
+    assert list(model.stages())[-2:] == ["layer4", "head"]
+    assert sum(p.numel() for p in model.head.parameters()) == 5 * (3 * 512 + 1)
+
+
+@torch.no_grad()
+def test_a_grid_widens_what_the_lstm_reads() -> None:
+    model = build(grid=2, lstm_hidden=8)
+    x = clips(1, 2, 3, 64, 64)
+    assert model.lstm.input_size == 2048
+    wanted = model.backbone.embed(model.normalize(x)[0], grid=2)
+    torch.testing.assert_close(model.per_frame(x)[0], wanted, atol=1e-5, rtol=1e-4)

@@ -69,11 +69,14 @@ def test_features_are_those_of_the_clips(tiny_data: Path, tmp_path: Path) -> Non
             torch.testing.assert_close(found[1][0], wanted.view(shape), atol=2e-3, rtol=2e-3)
 
 
+@pytest.mark.parametrize("deferred", [False, True])
 @torch.no_grad()
-def test_training_clips_have_a_few_draws(tiny_data: Path, tmp_path: Path) -> None:
+def test_training_clips_have_a_few_draws(tiny_data: Path, tmp_path: Path, deferred: bool) -> None:
+    """Also where augmentation would be left to a GPU."""
     config = settings(tiny_data, tmp_path)
     model = frozen_model()
     loader = build_dataloaders(config)[0]
+    loader.dataset.clips.defer = deferred
     features = over_features(loader, model, config, CPU).dataset
     draws = [features[3, seed][1][0] for seed in range(4)]
     assert torch.equal(draws[0], draws[2])
@@ -83,6 +86,7 @@ def test_training_clips_have_a_few_draws(tiny_data: Path, tmp_path: Path) -> Non
     path = loader.dataset.clips.rows[3].path.absolute()
     for draw in (0, 1):
         seed = int.from_bytes(hashlib.sha256(f"{path} {draw}".encode()).digest()[:7])
+        loader.dataset.clips.defer = False
         wanted = model.per_frame(loader.dataset.clips[3, seed][0][None])[0]
         torch.testing.assert_close(draws[draw], wanted, atol=2e-3, rtol=2e-3)
 
