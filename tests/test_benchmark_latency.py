@@ -100,7 +100,7 @@ def test_script(tiny_data: Path, tmp_path: Path, run_main) -> None:
 def test_models_of_motion_are_timed(inputs: str) -> None:
     """From the file on: also the motion is read."""
     model = build_model("cnn_lstm", 3, inputs=inputs).eval()
-    item = Subject(inputs, model, 4, 32)
+    item = Subject(inputs, model, 4, 32, {})
     config = BenchmarkConfig(batch_size=2, repeats=2, warmup=1)
     with tempfile.TemporaryDirectory() as folder:
         video = make_clip(Path(folder) / "clip.mp4", 200)
