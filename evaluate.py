@@ -232,7 +232,8 @@ def main() -> None:
         raise UserError("--relaxed is for --timeline: clips have no boundaries")
     if not config.checkpoint:
         raise UserError("name a run folder or a checkpoint, or --timeline TRUTH PREDICTION")
-    if (config.views or 1) < 1 or config.workers < 0 or (config.batch_size or 1) < 1:
+    given = (config.views, config.batch_size)
+    if any(n is not None and n < 1 for n in given) or config.workers < 0:
         raise UserError("views and batch_size must be at least 1, workers at least 0")
     if config.wanted_error is not None and not 0 <= config.wanted_error <= 1:
         raise UserError(f"wanted_error = {config.wanted_error}: must be from 0 to 1")
@@ -277,6 +278,8 @@ def main() -> None:
     warnings += adjusted_twice(training, config.adjust)
     what = Path(config.csv).stem if config.csv else config.split
     print(f"{training.model} on {len(rows)} {what} clips, {describe_device(device)}, {dtype}")
+    if (looks := training.test_views * training.test_crops) > 1:
+        print(f"{looks} looks at each clip, at {looks} times the cost of one")
     print("\n".join(warnings), end="\n" if warnings else "")
     calibration = Calibration.from_state(state.get("calibration"))
     if config.wanted_error is not None:
