@@ -229,7 +229,7 @@ def test_evaluation_and_cross_validation(call, runs, tmp_path: Path) -> None:
     assert table["Model"].tolist() == ["vivit (evaluate_test)", "vivit (cv)"]
     assert table["Params (M)"][0] > table["Params (M)"][1]
     assert table["Views"].tolist() == [3, 1]
-    assert "vivit (evaluate_test): 3 views of each clip, all of them timed" in text
+    assert "vivit (evaluate_test): 3 looks at each clip, all of them timed" in text
     assert "vivit (evaluate_test): was tested on shuffled frames" in text
     assert "vivit (cv): scores of 2 models" in text
     assert "Nightingale" not in text

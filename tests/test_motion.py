@@ -351,6 +351,6 @@ def test_what_cannot_follow_motion_says_so(mistake, tmp_path: Path, monkeypatch)
 
 def test_read_clip_is_what_it_was(tmp_path: Path) -> None:
     clip = moving(tmp_path / "clip.mp4")
-    frames, nothing = read_with_motion(clip, lambda n: [1, 4], 64, "rgb+gradients")
+    frames, nothing = read_with_motion(clip, lambda n: [1, 4], 64, "rgb")
     assert nothing is None
     assert np.array_equal(frames, read_clip(clip, 12, size=64)[[1, 4]])
