@@ -229,9 +229,7 @@ def _about_runs(runs: Sequence[Run]) -> list[str]:
                 "trained on; parameters and speed are those of fold 1's."
             )
         if run.views > 1:
-            lines.append(
-                f"{run.label}: {run.views} views or crops of each clip, all of them timed."
-            )
+            lines.append(f"{run.label}: {run.views} looks at each clip, all of them timed.")
         if run.facts.get("shuffle_frames"):
             lines.append(f"{run.label}: was tested on shuffled frames.")
         if adjust := run.facts.get("adjust"):
