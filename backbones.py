@@ -173,7 +173,7 @@ class ConvNeXtFrames(ConvNeXt, Frames):
 
 
 class EfficientNetLite0(Frames):
-    """timm's EfficientNet-Lite0: four times cheaper a frame than a ResNet-18, and its ImageNet
+    """timm's EfficientNet-Lite0: a fifth of a ResNet-18's multiplications, and its ImageNet
     weights come as a package (requirements-lite.txt). Tan and Le, arXiv:1905.11946.
 
     Raises:
