@@ -29,24 +29,22 @@ import tyro
 from atomic import write_text
 from benchmarking import to_markdown
 from calibration import Calibration
-from checkpoint import build_model_from_config, load_checkpoint
+from checkpoint import load_checkpoint
 from config import TrainConfig, from_dict, resolve
 from cross_validate import CrossValidateConfig, check_folds, cross_validate, fold_folders
 from errors import UserError
-from frozen_features import require_frozen
 from lever_table import TITLES, lever_table
 from levers import ADJUSTED, LEVERS, RECIPE
 from loaders import open_cache
 from losses import prior_shift
-from models import freeze
 from motion import brought
 from optical_flow import require_opencv
 from plots import plot_differences
 from predictions import Predictions, read_predictions
+from preflight import check_model
 from run_folder import write_json
 from script import script
 from train import train
-from weights import load_weights
 
 
 @dataclass(frozen=True)
@@ -135,12 +133,7 @@ def _check(settings: CrossValidateConfig) -> None:
         UserError: something would.
     """
     wanted = resolve(settings)
-    model = build_model_from_config(dataclasses.asdict(wanted), len(wanted.classes))
-    load_weights(model, wanted.weights)
-    if wanted.freeze_to:
-        freeze(model, wanted.freeze_to)
-    if wanted.features:
-        require_frozen(model)
+    check_model(wanted)
     if open_cache(wanted) is None and brought(wanted.inputs) == "rgb+flow":
         require_opencv()
 

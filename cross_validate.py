@@ -24,21 +24,18 @@ import tyro
 
 from atomic import write_text
 from calibration import Calibration
-from checkpoint import build_model_from_config, load_checkpoint
+from checkpoint import load_checkpoint
 from config import TrainConfig, from_dict, refuse_changes, resolve
 from device import choose_device, describe_device
 from errors import UserError
-from frozen_features import require_frozen
 from loaders import eval_loader, load_splits
-from models import freeze
 from predictions import Predictions, read_predictions
-from preflight import check_clips
+from preflight import check_clips, check_model
 from results import write_results
 from run_folder import new_run_folder, record_session, write_json
 from script import script
 from splitting import SPLITS
 from train import train
-from weights import load_weights
 
 COUNTS = ("clips", "patients", "epoch", "unreadable_clips")
 SCORES = ("accuracy", "balanced_accuracy", "macro_f1", "ece", "brier", "nll")
@@ -99,12 +96,7 @@ def check_folds(config: CrossValidateConfig, folds: Sequence[Path]) -> None:
     twice = [path for path, count in seen.items() if count > 1]
     if twice:
         raise UserError(f"{config.folds}: {len(twice)} clips are tested in more than one fold")
-    model = build_model_from_config(dataclasses.asdict(settings), len(settings.classes))
-    load_weights(model, settings.weights)
-    if settings.freeze_to:
-        freeze(model, settings.freeze_to)
-    if settings.features:
-        require_frozen(model)
+    check_model(settings)
     if config.check_clips:  # each clip is a test clip of one fold
         check_clips(loaders, config.skip_unreadable)
 

@@ -96,9 +96,7 @@ class FrameModel(nn.Module):
         if self.fusion == "early":
             both = torch.cat((frames, motion), dim=2).flatten(0, 1)  # (B * T, 5 or 6, H, W)
             return self.backbone.embed(both, shift, shift_place, self.grid)
-        seen = self.backbone.embed(
-            frames.flatten(0, 1), shift, shift_place, self.grid
-        )  # (B * T, width)
+        seen = self.backbone.embed(frames.flatten(0, 1), shift, shift_place, self.grid)
         if self.fusion == "summary":
             moved = global_motion(field).flatten(0, 1) / _USUAL_MOTION  # (B * T, 6)
         else:

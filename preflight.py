@@ -1,5 +1,6 @@
 """What is looked at before the first epoch, so that hours of training do not rest on bad clips."""
 
+import dataclasses
 import logging
 from collections import Counter
 from collections.abc import Sequence
@@ -8,8 +9,13 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 import distributed
+from checkpoint import build_model_from_config
+from config import TrainConfig
 from dataset import ClipsDataset, require_readable
 from errors import UserError
+from frozen_features import require_frozen
+from models import freeze
+from weights import load_weights
 
 log = logging.getLogger(__name__)
 
@@ -54,3 +60,17 @@ def check_clips(loaders: dict[str, DataLoader], skip_unreadable: bool) -> None:
     elif unreadable:
         listing = "\n  ".join(unreadable)
         log.warning(f"{len(unreadable)} validation and test clips are left out:\n  {listing}")
+
+
+def check_model(config: TrainConfig) -> None:
+    """Build the model of a resolved config, with its weights and what is frozen, as training will.
+
+    Raises:
+        UserError: something about them would stop it.
+    """
+    model = build_model_from_config(dataclasses.asdict(config), len(config.classes))
+    load_weights(model, config.weights)
+    if config.freeze_to:
+        freeze(model, config.freeze_to)
+    if config.features:
+        require_frozen(model)

@@ -259,8 +259,8 @@ def test(
         }
         calibration = Calibration.from_state(state["calibration"])
         table = write_results(predictions, config.classes, folder, [calibration], facts)
-        chosen = "the last" if config.select_by == "last" else "the best by validation"
-        chosen += "" if config.select_by == "last" else f" {config.select_by}"
+        last = config.select_by == "last"
+        chosen = "the last" if last else f"the best by validation {config.select_by}"
         log.info(f"\ntest of epoch {state['epoch']}, {chosen}:")
         log.info(f"{table}\n\nrun folder: {folder}")
 
