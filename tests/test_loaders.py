@@ -84,6 +84,7 @@ def test_start_goes_on_in_the_middle() -> None:
 def config(tiny_data: Path, **changes) -> TrainConfig:
     settings = {"data_root": str(tiny_data), "classes": ("dark", "grey", "light")}
     settings |= {"image_size": 32, "n_frames": 4, "batch_size": 4, "workers": 0, "weights": "none"}
+    settings |= {"model": "vivit"}
     return resolve(TrainConfig(**{**settings, **changes}))
 
 

@@ -317,7 +317,7 @@ def test_inflated_convolution(kind: type) -> None:
 
 def test_flow_without_opencv_is_said_at_once(mistake, tiny_data, tmp_path, monkeypatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "cv2", None)
-    arguments = ["--data-root", tiny_data, *TINY_FLAGS, "--inputs", "rgb+flow"]
+    arguments = ["--data-root", tiny_data, *TINY_FLAGS, "--model", "tsm", "--inputs", "rgb+flow"]
     said = mistake(train.main, *arguments, cwd=tmp_path).stderr
     assert "pip install -r requirements-flow.txt" in said
     assert len(said.strip().splitlines()) == 1
@@ -330,7 +330,8 @@ def test_cache_without_motion_is_refused(run_main, mistake, tiny_data, tmp_path)
     filling = ["cache", tiny_data, "--output", tmp_path / "cache", "--workers", "0"]
     size = ["--image-size", "32", "--n-frames", "4"]
     run_main(prepare_data.main, *filling, *size, cwd=tmp_path)
-    training = ["--data-root", tiny_data, *TINY_FLAGS, "--cache", tmp_path / "cache"]
+    training = ["--data-root", tiny_data, *TINY_FLAGS, "--model", "tsm"]
+    training += ["--cache", tmp_path / "cache"]
     said = mistake(train.main, *training, "--inputs", "rgb+vectors", cwd=tmp_path).stderr
     assert "cached with inputs rgb, not rgb+vectors" in said
     both = [*training, "--inputs", "rgb+vectors", "--erasing", "0.5"]

@@ -50,7 +50,7 @@ def settings(data: Path, folder: Path) -> dict:
     """Of a tiny training from the cache in `folder`."""
     places = {"data_root": str(data), "cache": str(folder / "cached")}
     sizes = {"n_frames": 4, "image_size": 32, "workers": 0, "device": "cpu", "amp": "fp32"}
-    classes = {"classes": ("dark", "grey", "light"), "weights": "none"}
+    classes = {"classes": ("dark", "grey", "light"), "weights": "none", "model": "vivit"}
     return {**places, **sizes, **classes, "run_dir": str(folder / "runs")}
 
 

@@ -103,10 +103,10 @@ def test_frames_are_those_the_decoder_puts_out(real: Path) -> None:
 
 
 def test_needed_packets_give_the_frames_of_the_plain_path(real: Path, monkeypatch) -> None:
-    """On every real file, errors included; most H.264 files do take the fast path."""
-    paths = [real / row["path"] for row in OUTCOMES]
-    paths += sorted((real / "cholect50").glob("clips/*/*.mp4"))
-    assert len(paths) == len(OUTCOMES) + 148
+    """Errors included; most H.264 files do take the fast path. Of many alike, every third."""
+    paths = [real / row["path"] for row in OUTCOMES if not row["path"].startswith("fights/")]
+    paths += sorted((real / "fights").glob("*/*.mp4"))[::3]
+    paths += sorted((real / "cholect50").glob("clips/*/*.mp4"))[::3]
     fast, read_needed = [], video._read_needed
 
     def watched(*arguments):
@@ -120,7 +120,7 @@ def test_needed_packets_give_the_frames_of_the_plain_path(real: Path, monkeypatc
         clip = outcome(path, draws)
         monkeypatch.setattr(video, "_read_needed", lambda *_: None)
         assert np.array_equal(clip, outcome(path, draws)), path
-    assert sum(fast) > 300
+    assert sum(fast) > len(paths) / 2
 
 
 def outcome(path: Path, draws: np.ndarray) -> np.ndarray | str:

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -75,7 +76,7 @@ def test_run_folder_is_complete(finished) -> None:
         "environment.json",
     }
     assert str(run.name) in done.stdout
-    assert run.name.endswith("_tsm")
+    assert run.name.endswith("_vivit")
     assert json.loads((run / "config.json").read_text())["epochs"] == 4
     assert len(history(run)) == 4
     assert "precision" in done.stdout
@@ -366,19 +367,17 @@ def test_every_model_trains_and_evaluates(model: str, tiny_data, tmp_path, run_m
 def test_fine_tuning_freezing_and_tensorboard(finished, tiny_data, tmp_path, run_main) -> None:
     pytest.importorskip("tensorboard")
     run, _ = finished
-    more = ["--weights", run / "best.pt", "--freeze-to", "layer3", "--layer-decay", "0.5"]
+    more = ["--weights", run / "best.pt", "--freeze-to", "temporal3", "--layer-decay", "0.5"]
     more += ["--epochs", 1, "--tensorboard"]
     done = run_main(main, *flags(tiny_data, *more), cwd=tmp_path)
     assert "all of the model" in done.stdout
-    assert "layer3    2,099,712  frozen" in done.stdout
+    (block,) = build_model("vivit", 3).stages()["temporal3"]
+    size = sum(parameter.numel() for parameter in block.parameters())
+    assert re.search(rf"temporal3 +{size:,}  frozen", done.stdout)
     before, after = load_checkpoint(run)["model"], load_checkpoint(only_run(tmp_path))["model"]
-    for key in before:
-        frozen = any(
-            f"backbone.{name}" in key for name in ("conv1", "bn1.", "layer1", "layer2", "layer3")
-        )
-        if frozen:
-            assert torch.equal(before[key], after[key]), key
-    assert not torch.equal(before["head.weight"], after["head.weight"])
+    moved = {key for key in before if not torch.equal(before[key], after[key])}
+    free = ("temporal.3.", "temporal_norm.", "head.")
+    assert moved == {key for key in before if key.startswith(free)}
     assert list(only_run(tmp_path).glob("events.out.tfevents*"))
 
 
@@ -562,5 +561,6 @@ def test_totals_of_one_process_are_its_own() -> None:
 def test_train_can_be_called_from_python(tiny_data: Path, tmp_path: Path, monkeypatch) -> None:
     settings = {"data_root": str(tiny_data), "classes": ("dark", "grey", "light"), "epochs": 1}
     settings |= {"image_size": 32, "n_frames": 4, "workers": 0, "weights": "none", "device": "cpu"}
+    settings |= {"model": "vivit"}
     monkeypatch.chdir(tmp_path)
     assert (train(resolve(TrainConfig(**settings))) / "best.pt").is_file()
