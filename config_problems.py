@@ -66,6 +66,8 @@ _ONLY_WITH = {
     "effective_beta": ("class_weights", ("effective",)),
     "fusion": ("inputs", ("rgb+gradients", "rgb+flow", "rgb+vectors")),
 }
+# Settings that do nothing while another one is off.
+_ONLY_BESIDE = {"rand_magnitude": "rand_augment", "feature_draws": "features"}
 
 
 def find_problems(config: TrainConfig) -> list[str]:
@@ -126,6 +128,9 @@ def _without_effect(config: TrainConfig) -> list[str]:
             problems.append(
                 f"{name} is a setting of {setting} {', '.join(users)}, not {used_by}: leave it out"
             )
+    for name, setting in _ONLY_BESIDE.items():
+        if getattr(config, name) != getattr(type(config), name) and not getattr(config, setting):
+            problems.append(f"{name} does nothing without {setting}: leave it out, or give that")
     return problems
 
 

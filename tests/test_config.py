@@ -48,6 +48,8 @@ def test_every_field_has_a_docstring() -> None:
         ({"classes": ("a",)}, "needs two at least"),
         ({"classes": ("a", "a")}, "twice"),
         ({"features": "x", "cutmix": 1.0}, "cutmix cuts pictures"),
+        ({"rand_magnitude": 20}, "rand_magnitude does nothing without rand_augment"),
+        ({"feature_draws": 2}, "feature_draws does nothing without features"),
         ({"lstm_hidden": 64}, "lstm_hidden is a setting of cnn_lstm, not tsm"),
         ({"model": "vivit", "shift_div": 4}, "shift_div is a setting of tsm, not vivit"),
     ],
