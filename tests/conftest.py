@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 
@@ -96,6 +97,31 @@ def run_script(
     if check:
         assert done.returncode == 0, f"{script} failed:\n{done.stdout}\n{done.stderr}"
     return done
+
+
+def train_flags(data: Path, *more: object) -> list[str]:
+    """Of a tiny training of four epochs."""
+    own = ["--data-root", str(data), "--epochs", "4", "--dropout", "0.2"]
+    return [*own, *TINY_FLAGS, *map(str, more)]
+
+
+@pytest.fixture(scope="session")
+def trained(
+    tiny_data: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, subprocess.CompletedProcess]:
+    """The run of `train_flags` that nobody disturbed, and what it printed."""
+    folder = tmp_path_factory.mktemp("trained")
+    done = run_script("train.py", *train_flags(tiny_data), cwd=folder)
+    return only_run(folder), done
+
+
+def only_run(folder: Path) -> Path:
+    (run,) = (folder / "runs").iterdir()
+    return run
+
+
+def history(run: Path) -> pd.DataFrame:
+    return pd.read_csv(run / "metrics.csv").drop(columns="seconds")
 
 
 class Ended(NamedTuple):
