@@ -102,18 +102,21 @@ def _chosen(config: AblateConfig) -> list[str]:
     unknown = [name for name in config.levers if name not in LEVERS]
     if unknown:
         raise UserError(f"no lever is called {unknown[0]!r}: choose from {', '.join(LEVERS)}")
-    if not config.seeds:
-        raise UserError("seeds: name one at least")
+    if not config.seeds or len(set(config.seeds)) < len(config.seeds) or min(config.seeds) < 0:
+        raise UserError(f"seeds = {config.seeds}: name one at least, none twice, none below 0")
     if config.seed:
         raise UserError("seed: give --seeds, which each lever is trained with")
     if config.folds:
         check_folds(config, fold_folders(config.folds))
     chosen, problems = [RECIPE], {}
+    recipe = _settings(config, RECIPE, config.seeds[0])
     for name in LEVERS:
         if name != RECIPE and name not in (config.levers or LEVERS):
             continue
         try:
-            _check(_settings(config, name, config.seeds[0]))
+            _check(settings := _settings(config, name, config.seeds[0]))
+            if name != RECIPE and resolve(settings) == resolve(recipe):
+                raise UserError("it is what the recipe does")
         except UserError as error:
             problems[name] = " ".join(str(error).split())
         else:
@@ -179,7 +182,7 @@ def _finished(place: Path, settings: CrossValidateConfig) -> bool:
     """
     if not (place / "test_metrics.json").exists():  # written last of all
         return False
-    run = place / "fold1" if settings.folds else place
+    run = place / fold_folders(settings.folds)[0].name if settings.folds else place
     saved = from_dict(json.loads((run / "config.json").read_text(encoding="utf-8")))
     wanted = resolve(settings)
     for field in dataclasses.fields(saved):

@@ -34,7 +34,7 @@ from benchmarking import (
 from checkpoint import build_model_from_config
 from config import TrainConfig
 from device import Precision, autocast, choose_device, choose_precision, suit_device
-from errors import UserError
+from errors import UserError, is_out_of_memory
 from inference import prepare_for_inference
 from plots import plot_lengths
 from recompute import recompute_stages
@@ -123,7 +123,7 @@ def _run(job: Job) -> tuple[float, float]:
         check=False,
     )
     # Without memory a process on a CPU is killed by the kernel, or told so.
-    if done.returncode == -signal.SIGKILL or "out of memory" in done.stderr.lower():
+    if done.returncode == -signal.SIGKILL or is_out_of_memory(done.stderr):
         return np.nan, np.nan
     if done.returncode:
         raise RuntimeError(f"{job} failed:\n{done.stderr}")

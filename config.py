@@ -259,7 +259,9 @@ def refuse_changes(saved: TrainConfig, now: TrainConfig) -> None:
     """
     for field in dataclasses.fields(now):
         before, value = getattr(saved, field.name), getattr(now, field.name)
-        if before != value and field.name not in RESUMABLE:
+        # Of the features only the folder: without them every epoch draws its clips anew.
+        free = field.name in RESUMABLE and not (field.name == "features" and not (before and value))
+        if before != value and not free:
             raise UserError(
                 f"a resumed run keeps its settings: {field.name} is {before!r}, not {value!r} (only"
                 f" {', '.join(sorted(RESUMABLE - {'resume'}))} may change; to train on from its "

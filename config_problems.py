@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import TYPE_CHECKING, get_args, get_type_hints
 
 from calibration import UNCERTAIN
@@ -64,10 +65,17 @@ _ONLY_WITH = {
     "focal_gamma": ("loss", ("focal",)),
     "adjustment_tau": ("loss", ("logit_adjustment",)),
     "effective_beta": ("class_weights", ("effective",)),
+    "patience": ("select_by", ("macro_f1", "accuracy", "balanced_accuracy", "loss")),
+    "carry_past": ("shift_mode", ("causal",)),
     "fusion": ("inputs", ("rgb+gradients", "rgb+flow", "rgb+vectors")),
 }
 # Settings that do nothing while another one is off.
-_ONLY_BESIDE = {"rand_magnitude": "rand_augment", "feature_draws": "features"}
+_ONLY_BESIDE = {
+    "rand_magnitude": "rand_augment",
+    "feature_draws": "features",
+    "lstm_hidden": "lstm_layers",
+    "bidirectional": "lstm_layers",
+}
 
 
 def find_problems(config: TrainConfig) -> list[str]:
@@ -80,7 +88,7 @@ def find_problems(config: TrainConfig) -> list[str]:
         if choices and value not in choices:
             problems.append(f"{name} = {value!r}: choose from {', '.join(map(repr, choices))}")
         low, high = _BOUNDS.get(name, (None, None))
-        if (low is not None and not value >= low) or (high is not None and not value <= high):
+        if (low is not None and not low <= value < math.inf) or (high is not None and value > high):
             problems.append(f"{name} = {value}: must be {_range(low, high)}")
     if not problems:
         problems += _misplaced_options(config) + _without_effect(config)
@@ -92,6 +100,17 @@ def find_problems(config: TrainConfig) -> list[str]:
         problems.append(f"image_size = {config.image_size}: convnext_tiny needs 32 at least")
     if config.features and config.cutmix:
         problems.append("cutmix cuts pictures, and features are none: give --mixup instead")
+    if config.features and config.gradient_checkpointing:
+        problems.append("gradient_checkpointing saves nothing where features are given: leave it")
+    if (config.mixup or config.cutmix) and config.batch_size == 1:
+        problems.append(
+            "mixup and cutmix blend the clips of a batch: batch_size must be 2 at least"
+        )
+    if config.test_views > 1 and config.eval_sampling == "first":
+        problems.append("test_views: eval_sampling first has one view only, the first frames")
+    without_norm = {"vivit", "convnext_tiny"} & {config.model, config.backbone}
+    if config.freeze_batchnorm and without_norm:
+        problems.append(f"freeze_batchnorm: {without_norm.pop()} has no BatchNorm")
     if config.compile and config.gradient_checkpointing:
         problems.append("compile and gradient_checkpointing do not go together: take one of them")
     if len(config.classes) < 2:

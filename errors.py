@@ -9,6 +9,11 @@ class UserError(Exception):
     """
 
 
+def is_out_of_memory(text: str) -> bool:
+    """Whether PyTorch says so: a GPU's memory is "out", a CPU's "cannot" be allocated."""
+    return any(words in text.lower() for words in ("out of memory", "allocate memory"))
+
+
 def first_line(error: BaseException) -> str:
     """An error's own words, as far as they fit into one line; without any, its type's name."""
     return (str(error).splitlines() or [type(error).__name__])[0]

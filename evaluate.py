@@ -256,6 +256,8 @@ def main() -> None:
         test_views=config.views or training.test_views,
         test_crops=config.crops or training.test_crops,
     )
+    if training.test_views > 1 and training.eval_sampling == "first":
+        raise UserError("views: the model was trained on the first frames of a clip, one view only")
     device = choose_device(config.device)
     dtype = choose_precision(config.amp, device)
     model = build_from_checkpoint(state)

@@ -7,6 +7,7 @@ and the same backbone: other folds, other losses, other heads.
 """
 
 import copy
+import dataclasses
 import hashlib
 import json
 from collections.abc import Sequence
@@ -164,6 +165,8 @@ def over_features(
     settings = {name: getattr(config, name) for name in _PIXELS + (_DRAWN if drawn else ())}
     settings |= {"views": clips.views, "crops": clips.crops, "frozen": _digest(model)}
     settings |= {"version": _VERSION}
+    if clips.cache:
+        settings |= {"cached": dataclasses.asdict(clips.cache.settings)}
     name = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:24]
     features = FrozenFeatures(clips, Path(config.features) / name, draws)
     if missing := features.missing():

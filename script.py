@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable
 
 from allocator import keep_freed_memory
-from errors import UserError, first_line
+from errors import UserError, first_line, is_out_of_memory
 
 
 def script(main: Callable[[], None]) -> Callable[[], None]:
@@ -40,7 +40,7 @@ def script(main: Callable[[], None]) -> Callable[[], None]:
         except RuntimeError as error:
             if "PytorchStreamWriter" in str(error):
                 sys.exit(_fail("a checkpoint could not be written: is the disk full?"))
-            if "out of memory" not in str(error).lower():
+            if not is_out_of_memory(str(error)):
                 raise
             sys.exit(_fail(f"{first_line(error)} (lower batch_size, image_size or n_frames)"))
 

@@ -165,11 +165,14 @@ def train_epochs(
     while run.epoch < config.epochs and not _out_of_patience(run):
         began = time.perf_counter()
         train_one_epoch(run, parallel, train_loader, interrupt)
+        model, dtype = run.tested, run.dtype
+        if config.features:  # the head alone, and no Normalize that would cast what is fp32
+            model, dtype = without_backbone(model), torch.float32
         predictions = evaluate(
-            without_backbone(run.tested) if config.features else run.tested,
+            model,
             val_loader,
             run.device,
-            run.dtype,
+            dtype,
             "validation",
             config.skip_unreadable,
             interrupt,

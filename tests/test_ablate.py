@@ -50,20 +50,20 @@ def test_trains_what_is_left_and_writes_the_table(
 ) -> None:
     results = tmp_path / "RESULTS.md"
     results.write_text("# Results\n\nabove\n")
-    levers = ["--levers", "mean over time", "--into", results, "--name", "tiny"]
+    levers = ["--levers", "no label smoothing", "--into", results, "--name", "tiny"]
     run_main(ablate.main, *flags(tiny_data, tmp_path, *levers), cwd=tmp_path)
     study = tmp_path / "study"
     runs = sorted(path.parent for path in study.glob("*/*/test_metrics.json"))
     assert [str(run.relative_to(study)) for run in runs] == [
-        "mean_over_time/seed0", "mean_over_time/seed1", "recipe/seed0", "recipe/seed1",
+        "no_label_smoothing/seed0", "no_label_smoothing/seed1", "recipe/seed0", "recipe/seed1",
     ]  # fmt: skip
     seeds = [load_checkpoint(run)["config"]["seed"] for run in runs]
     assert seeds == [0, 1, 0, 1]
     table = pd.read_csv(study / "study.csv")
-    assert table["lever"].tolist() == ["recipe", "mean over time", *ADJUSTED]
+    assert table["lever"].tolist() == ["recipe", "no label smoothing", *ADJUSTED]
     scores = [read_predictions(run / "predictions.csv")[0].scores["macro_f1"] for run in runs[2:]]
     assert table["macro_f1"][0] == pytest.approx(np.mean(scores))
-    # Balanced classes, the same recipe but for its pooling: adjusting and repeating change nothing.
+    # Balanced classes: adjusting changes nothing.
     assert table["macro_f1 gain"][2:].tolist() == [0, 0]
     text = results.read_text()
     assert text.startswith("# Results\n\nabove\n")
@@ -119,6 +119,8 @@ def test_mistakes_are_told_before_any_training(
     said = told("--levers", "cutmix", "focal loss", "ResNet-50", "--weights", "none")
     assert "cutmix: these settings cannot work: cutmix cuts pictures" in said
     assert "focal loss" not in said
+    assert "LSTM: it is what the recipe does" in told("--levers", "LSTM")
+    assert "none twice" in told("--seeds", 1, 1)
     said = told("--levers", "focal loss", "--label-smoothing", 0.05)
     assert "focal loss: these settings cannot work: label_smoothing is a setting of loss" in said
     study = tmp_path / "study"

@@ -7,6 +7,7 @@ from subprocess import CompletedProcess
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from PIL import Image
 
 import benchmark_length
@@ -49,7 +50,10 @@ def test_memory_that_does_not_suffice_is_no_error_of_ours(monkeypatch) -> None:
         done = CompletedProcess([], code, "", stderr)
         monkeypatch.setattr(benchmark_length.subprocess, "run", lambda *_, **__: done)
 
-    for code, stderr in ((-9, ""), (2, "error: CUDA out of memory. Tried to allocate 2 GiB")):
+    with pytest.raises(RuntimeError) as cpu:
+        torch.empty(1 << 50)
+    gpu = "error: CUDA out of memory. Tried to allocate 2 GiB"
+    for code, stderr in ((-9, ""), (2, gpu), (2, f"error: {cpu.value}")):
         ended(code, stderr)
         assert np.isnan(benchmark_length._run(JOB)).all()
     ended(1, "KeyError: 'none'")

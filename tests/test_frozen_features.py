@@ -16,7 +16,7 @@ from conftest import TINY_FLAGS
 import evaluate
 import train
 from checkpoint import load_checkpoint
-from config import TrainConfig, from_dict
+from config import TrainConfig, from_dict, refuse_changes
 from errors import UserError
 from frozen_features import over_features, require_frozen
 from interrupt import Interrupt
@@ -166,6 +166,25 @@ def test_training_on_features_tests_like_the_whole_model(
     whole, _ = read_predictions(run / "evaluate_test" / "predictions.csv")
     kept, _ = read_predictions(run / "predictions.csv")
     np.testing.assert_allclose(kept.probabilities, whole.probabilities, atol=5e-3)
+
+
+@pytest.mark.parametrize("pooling", ["statistics", "attention"])
+def test_low_precision_is_of_the_backbone(
+    pooling: str, tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Features come as fp32, and a head in bf16 would refuse them."""
+    monkeypatch.setattr("train.plot_curves", lambda *_: None)
+    more = {"epochs": 1, "amp": "bf16", "lstm_layers": 0, "temporal_pooling": pooling}
+    run = train.train(settings(tiny_data, tmp_path / "store", **more))
+    assert (run / "test_metrics.json").exists()
+
+
+def test_features_are_taken_or_left_for_a_whole_run(tmp_path: Path) -> None:
+    one, moved, off = (TrainConfig(model="cnn_lstm", features=name) for name in ("a", "b", ""))
+    refuse_changes(one, moved)
+    for saved, now in ((one, off), (off, one)):
+        with pytest.raises(UserError, match="keeps its settings: features"):
+            refuse_changes(saved, now)
 
 
 def test_a_stopped_run_goes_on_exactly(
