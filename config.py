@@ -135,7 +135,7 @@ class TrainConfig:
     """epochs of linear warm-up before the cosine (half of all epochs at most)"""
     loss: Loss = "cross_entropy"
     """what is minimised (losses.py); the last three favour small classes: use them with --tau 0"""
-    label_smoothing: float = 0.1
+    label_smoothing: float = 0.0
     """share of the target spread over all classes (focal, ldam: not used)"""
     focal_gamma: float = 2.0
     """focal: how much less a clip counts that is right already (0: cross entropy)"""

@@ -14,6 +14,7 @@ LEVERS: dict[str, dict[str, Any]] = {
     "LDAM, deferred weights": {"loss": "ldam", "class_weights": "effective", "tau": 0.0},
     "balanced softmax": {"loss": "balanced_softmax", "tau": 0.0},
     "logit adjustment": {"loss": "logit_adjustment", "tau": 0.0, "adjustment_tau": 0.5},
+    "label smoothing": {"label_smoothing": 0.1},
     "no label smoothing": {"label_smoothing": 0.0},
     "averaged weights": {"ema": 0.98},
     "mixup": {"mixup": 0.2},

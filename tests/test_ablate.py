@@ -50,17 +50,17 @@ def test_trains_what_is_left_and_writes_the_table(
 ) -> None:
     results = tmp_path / "RESULTS.md"
     results.write_text("# Results\n\nabove\n")
-    levers = ["--levers", "no label smoothing", "--into", results, "--name", "tiny"]
+    levers = ["--levers", "label smoothing", "--into", results, "--name", "tiny"]
     run_main(ablate.main, *flags(tiny_data, tmp_path, *levers), cwd=tmp_path)
     study = tmp_path / "study"
     runs = sorted(path.parent for path in study.glob("*/*/test_metrics.json"))
     assert [str(run.relative_to(study)) for run in runs] == [
-        "no_label_smoothing/seed0", "no_label_smoothing/seed1", "recipe/seed0", "recipe/seed1",
+        "label_smoothing/seed0", "label_smoothing/seed1", "recipe/seed0", "recipe/seed1",
     ]  # fmt: skip
     seeds = [load_checkpoint(run)["config"]["seed"] for run in runs]
     assert seeds == [0, 1, 0, 1]
     table = pd.read_csv(study / "study.csv")
-    assert table["lever"].tolist() == ["recipe", "no label smoothing", *ADJUSTED]
+    assert table["lever"].tolist() == ["recipe", "label smoothing", *ADJUSTED]
     scores = [read_predictions(run / "predictions.csv")[0].scores["macro_f1"] for run in runs[2:]]
     assert table["macro_f1"][0] == pytest.approx(np.mean(scores))
     # Balanced classes: adjusting changes nothing.

@@ -65,7 +65,7 @@ def test_the_default_is_the_cross_entropy_of_before() -> None:
     for n in (1, 5, 64):
         logits, labels = batch(n)
         logits.requires_grad_()
-        before = F.cross_entropy(logits, labels, reduction="sum", label_smoothing=0.1)
+        before = F.cross_entropy(logits, labels, reduction="sum")
         (expected,) = torch.autograd.grad(before / 8, logits)
         now = Criterion(TrainConfig())(logits, labels, 0)
         assert now.shape == (n,)
@@ -284,7 +284,7 @@ def test_the_gradient_is_the_mean_of_weighted_losses(uneven: list[object]) -> No
     (all_clips,) = loader
     logits = run.model.train()(all_clips.clips)
     weights = torch.tensor([1 / 2, 1, 3 / 2])  # 1/6, 1/3 and 1/2 over their mean
-    plain = F.cross_entropy(logits, all_clips.labels, reduction="none", label_smoothing=0.1)
+    plain = F.cross_entropy(logits, all_clips.labels, reduction="none")
     expected = weights[all_clips.labels] * plain
     head = run.model.head[-1].weight
     (gradient,) = torch.autograd.grad(expected.mean(), head)
