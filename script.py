@@ -40,6 +40,8 @@ def script(main: Callable[[], None]) -> Callable[[], None]:
         except RuntimeError as error:
             if "PytorchStreamWriter" in str(error):
                 sys.exit(_fail("a checkpoint could not be written: is the disk full?"))
+            if "could not create a primitive" in str(error):  # oneDNN's LSTM, for one, in bf16
+                sys.exit(_fail("this CPU cannot run the model in that precision: give --amp fp32"))
             if not is_out_of_memory(str(error)):
                 raise
             sys.exit(_fail(f"{first_line(error)} (lower batch_size, image_size or n_frames)"))
