@@ -108,19 +108,19 @@ def _chosen(config: AblateConfig) -> list[str]:
         raise UserError("seed: give --seeds, which each lever is trained with")
     if config.folds:
         check_folds(config, fold_folders(config.folds))
-    chosen, problems = [RECIPE], {}
-    recipe = _settings(config, RECIPE, config.seeds[0])
-    for name in LEVERS:
+    chosen, problems, recipe = [], {}, None
+    for name in LEVERS:  # the recipe is the first
         if name != RECIPE and name not in (config.levers or LEVERS):
             continue
         try:
-            _check(settings := _settings(config, name, config.seeds[0]))
-            if name != RECIPE and resolve(settings) == resolve(recipe):
+            wanted = _check(_settings(config, name, config.seeds[0]))
+            if wanted == recipe:
                 raise UserError("it is what the recipe does")
         except UserError as error:
             problems[name] = " ".join(str(error).split())
         else:
-            chosen += [name] * (name != RECIPE)
+            chosen.append(name)
+            recipe = recipe or wanted
     told = "\n  ".join(f"{name}: {problem}" for name, problem in problems.items())
     if problems and (config.levers or RECIPE in problems):
         raise UserError(f"these levers cannot work with the recipe:\n  {told}")
@@ -129,8 +129,8 @@ def _chosen(config: AblateConfig) -> list[str]:
     return chosen
 
 
-def _check(settings: CrossValidateConfig) -> None:
-    """Find what would stop a lever, without training.
+def _check(settings: CrossValidateConfig) -> CrossValidateConfig:
+    """The resolved settings of a lever, after a look for what would stop it, without training.
 
     Raises:
         UserError: something would.
@@ -139,6 +139,7 @@ def _check(settings: CrossValidateConfig) -> None:
     check_model(wanted)
     if open_cache(wanted) is None and brought(wanted.inputs) == "rgb+flow":
         require_opencv()
+    return wanted
 
 
 def _settings(config: AblateConfig, lever: str, seed: int) -> CrossValidateConfig:

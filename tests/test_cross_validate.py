@@ -33,8 +33,7 @@ def folds(tiny_data: Path, tmp_path_factory) -> Path:
 
 
 def flags(folds: Path, data: Path) -> list[str]:
-    more = ["--model", "vivit", "--epochs", "2"]  # the smallest model
-    return ["--folds", str(folds), "--data-root", str(data), *TINY_FLAGS, *more]
+    return ["--folds", str(folds), "--data-root", str(data), *TINY_FLAGS, "--epochs", "2"]
 
 
 @pytest.fixture(scope="module")

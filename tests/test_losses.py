@@ -257,7 +257,7 @@ def uneven(tiny_data: Path, tmp_path_factory) -> list[object]:
         {"dark": 6, "grey": 3, "light": 2}
     )
     table[kept].to_csv(path, index=False, quoting=csv.QUOTE_MINIMAL)
-    return ["--data-root", tiny_data, "--train-csv", path, *TINY_FLAGS, "--model", "vivit"]
+    return ["--data-root", tiny_data, "--train-csv", path, *TINY_FLAGS]
 
 
 def settings_of(flags: list[object]) -> dict[str, object]:

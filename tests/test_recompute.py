@@ -169,7 +169,7 @@ def test_a_failed_recomputation_leaves_the_statistics_alone() -> None:
 def test_a_training_recomputes_and_may_be_resumed_without(
     recomputations: list, tiny_data: Path, tmp_path: Path, run_main
 ) -> None:
-    flags = ["--model", "vivit", "--epochs", 1, "--gradient-checkpointing"]
+    flags = ["--epochs", 1, "--gradient-checkpointing"]
     run_main(main, "--data-root", tiny_data, *TINY_FLAGS, *flags, cwd=tmp_path)
     assert len(recomputations) == 3 * 8  # batches of the epoch, blocks
     refuse_changes(TrainConfig(gradient_checkpointing=True), TrainConfig())
