@@ -175,7 +175,7 @@ def test_low_precision_is_of_the_backbone(
     """Features come as fp32, and a head in bf16 would refuse them."""
     monkeypatch.setattr("train.plot_curves", lambda *_: None)
     more = {"epochs": 1, "amp": "bf16", "lstm_layers": 0, "temporal_pooling": pooling}
-    run = train.train(settings(tiny_data, tmp_path / "store", **more))
+    run = train.train(settings(tiny_data, tmp_path / "store", **more), folder=tmp_path / "run")
     assert (run / "test_metrics.json").exists()
 
 
