@@ -26,25 +26,20 @@ import numpy as np
 import pandas as pd
 import tyro
 
-from atomic import write_text
-from benchmarking import to_markdown
-from calibration import Calibration
 from checkpoint import load_checkpoint
-from config import TrainConfig, from_dict, resolve
+from config import TrainConfig, from_dict
 from cross_validate import CrossValidateConfig, check_folds, cross_validate, fold_folders
-from errors import UserError
-from lever_table import TITLES, lever_table
-from levers import ADJUSTED, LEVERS, RECIPE
-from loaders import open_cache
-from losses import prior_shift
-from motion import brought
-from optical_flow import require_opencv
-from plots import plot_differences
-from predictions import Predictions, read_predictions
-from preflight import check_model
-from run_folder import write_json
-from script import script
+from evaluation.ablation import ADJUSTED, LEVERS, RECIPE, TITLES, lever_table, plot_differences
+from evaluation.calibration import Calibration
+from evaluation.predictions import Predictions, read_predictions
 from train import train
+from training.checks import check_model, resolve
+from training.loaders import open_cache
+from training.losses import prior_shift
+from utils.cli import script
+from utils.errors import UserError
+from utils.files import to_markdown, write_json, write_text
+from video.motion import brought, require_opencv
 
 
 @dataclass(frozen=True)

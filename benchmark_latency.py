@@ -33,10 +33,10 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-from benchmark_length import time_lengths
-from benchmark_ratios import compare
-from benchmark_streaming import STREAMED, compare_streaming, measure_live
-from benchmarking import (
+from benchmarks.clip_length import time_lengths
+from benchmarks.speedups import compare
+from benchmarks.streaming import STREAMED, compare_streaming, measure_live
+from benchmarks.timing import (
     conditions,
     forget_peak_memory,
     peak_memory,
@@ -45,16 +45,17 @@ from benchmarking import (
     report,
     time_calls,
 )
-from checkpoint import build_from_checkpoint, build_model_from_config, load_checkpoint
+from checkpoint import build_from_checkpoint, load_checkpoint
+from clips.manifest import ClipRow
 from config import TrainConfig
-from dataset import ClipRow, ClipsDataset
-from device import choose_device, choose_precision
-from errors import UserError
-from inference import prepare_for_inference
-from models import MODELS
-from motion import brought, channels
-from script import script
-from video import write_video
+from dataset import ClipsDataset
+from modeling.inference import prepare_for_inference
+from models import MODELS, build_model_from_config
+from utils.cli import script
+from utils.device import choose_device, choose_precision
+from utils.errors import UserError
+from video.encoder import write_video
+from video.motion import brought, channels
 
 # how many digits make sense, where two are not right
 FORMATS = {
@@ -65,7 +66,6 @@ FORMATS = {
     "Frames": "{:.0f}",
     "Size (px)": "{:.0f}",
 }
-
 
 Table = Literal["latency", "inference", "training", "streaming", "length"]
 
@@ -103,7 +103,7 @@ class BenchmarkConfig:
     """classes of the models that are given by name"""
     video: str = ""
     """for streaming: a video whose pictures are followed (empty: a rendered scene with noise)"""
-    output: str = "benchmarks"
+    output: str = "runs/benchmarks"
     """folder for latency.csv, .json and .md"""
 
 
@@ -254,7 +254,16 @@ def main() -> None:
         elif what == "streaming":
             time_streaming(config)
         elif what == "length":
-            time_lengths(_by_name(what, config), config)
+            time_lengths(
+                _by_name(what, config),
+                config.lengths,
+                config.batch_size,
+                config.num_classes,
+                max(1, config.repeats // 3),
+                config.device,
+                config.amp,
+                config.output,
+            )
         else:
             report(f"{what}_ways", *compare_ways(what, config), config.output, FORMATS)
 

@@ -12,10 +12,9 @@ from typing import Any
 
 import torch
 
-from atomic import atomic
-from errors import UserError
-from models import build_model, model_options
-from safe_load import load_safely
+from models import build_model_from_config
+from utils.errors import UserError
+from utils.files import atomic, load_safely
 
 FORMAT_VERSION = 1
 
@@ -53,12 +52,6 @@ def build_from_checkpoint(state: dict[str, Any]) -> torch.nn.Module:
     model = build_model_from_config(state["config"], len(state["classes"]))
     model.load_state_dict(state["model"])
     return model.eval()
-
-
-def build_model_from_config(config: dict[str, Any], num_classes: int) -> torch.nn.Module:
-    """The model that a `TrainConfig` (as a dict) describes, with random weights."""
-    options = {name: config[name] for name in model_options(config["model"]) if name in config}
-    return build_model(config["model"], num_classes, **options)
 
 
 def rng_state() -> dict[str, Any]:

@@ -10,9 +10,9 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from backbones import BackboneName
-from frame_model import FrameModel, Fusion
-from motion import Inputs
+from modeling.backbones import BackboneName
+from modeling.frame_encoder import FrameModel, Fusion
+from video.motion import Inputs
 
 
 class CNNLSTM(FrameModel):

@@ -25,15 +25,15 @@ import torch
 import tyro
 from tqdm import tqdm
 
-import bootstrap
-from atomic import write_text
-from benchmarking import conditions, interleave, published_speed, random_clips, to_markdown
-from device import choose_device, choose_precision
-from errors import UserError
-from inference import prepare_for_inference
-from plots import plot_tradeoff
-from script import script
-from tested_runs import Run, known_patients, read_runs
+from benchmarks.timing import conditions, interleave, published_speed, random_clips
+from evaluation import bootstrap
+from evaluation.plots import plot_tradeoff
+from evaluation.runs import Run, known_patients, read_runs
+from modeling.inference import prepare_for_inference
+from utils.cli import script
+from utils.device import choose_device, choose_precision
+from utils.errors import UserError
+from utils.files import to_markdown, write_text
 
 SCORES = {"macro_f1": "Macro F1", "accuracy": "Accuracy"}  # the columns by the names of metrics.py
 

@@ -1,19 +1,16 @@
 """TrainConfig: every setting of a training. Edit the defaults here, or give them as flags."""
 
 import dataclasses
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from backbones import BackboneName
-from config_problems import find_problems
-from device import Precision
-from errors import UserError
-from frame_model import Fusion
-from manifest import CLASSES
-from motion import Inputs
-from sampling import Sampling
+from clips.manifest import CLASSES
+from modeling.backbones import BackboneName
+from modeling.frame_encoder import Fusion
+from utils.device import Precision
+from video.clip_reader import Sampling
+from video.motion import Inputs
 
 Loss = Literal["cross_entropy", "focal", "ldam", "balanced_softmax", "logit_adjustment"]
 
@@ -195,78 +192,12 @@ class TrainConfig:
 
 Config = TypeVar("Config", bound=TrainConfig)
 
-# What None stands for. The demo is small enough to train from scratch on two CPU cores.
-DEMO = {
-    "n_frames": 8,
-    "image_size": 64,
-    "weights": "none",
-    "epochs": 7,
-    "learning_rate": 2e-3,
-}
-OWN_DATA = {
-    "n_frames": 16,
-    "image_size": 224,
-    "weights": "default",
-    "epochs": 30,
-    "learning_rate": 1e-4,
-}
-
-# Settings that may differ between a run and its continuation without changing the result.
-RESUMABLE = {
-    "workers",
-    "device",
-    "patience",
-    "tensorboard",
-    "resume",
-    "check_clips",
-    "skip_unreadable",
-    "gradient_checkpointing",
-    "features",
-}
-
-
-def resolve(config: TrainConfig) -> TrainConfig:
-    """Fill in what None stands for, and refuse what cannot work.
-
-    Raises:
-        UserError: all wrong settings at once, each with the allowed values.
-    """
-    defaults = OWN_DATA if config.data_root else DEMO
-    unset = {name: value for name, value in defaults.items() if getattr(config, name) is None}
-    # A run is looked at from other folders later.
-    places = ("data_root", "cache", "features")
-    named = {name: getattr(config, name) for name in places if getattr(config, name)}
-    unset |= {name: os.path.abspath(place) for name, place in named.items()}
-    config = dataclasses.replace(config, **unset)
-    problems = find_problems(config)
-    if problems:
-        raise UserError("\n  ".join(["these settings cannot work:", *problems]))
-    return config
-
 
 def from_dict(settings: dict[str, Any], kind: type[Config] = TrainConfig) -> Config:
     """The config of a checkpoint. Settings that this version does not know are left out."""
     known = {field.name for field in dataclasses.fields(kind)}
     settings = {name: value for name, value in settings.items() if name in known}
     return kind(**{**settings, "classes": tuple(settings["classes"])})
-
-
-def refuse_changes(saved: TrainConfig, now: TrainConfig) -> None:
-    """Hold a resumed run to its settings.
-
-    Raises:
-        UserError: a setting differs that would change the result.
-    """
-    for field in dataclasses.fields(now):
-        before, value = getattr(saved, field.name), getattr(now, field.name)
-        # Of the features only the folder: without them every epoch draws its clips anew.
-        free = field.name in RESUMABLE and not (field.name == "features" and not (before and value))
-        if before != value and not free:
-            raise UserError(
-                f"a resumed run keeps its settings: {field.name} is {before!r}, not {value!r} (only"
-                f" {', '.join(sorted(RESUMABLE - {'resume'}))} may change; to train on from its "
-                f"weights, start a new run with --weights {now.resume}/best.pt)"
-            )
 
 
 def manifest_paths(config: TrainConfig) -> dict[str, Path]:

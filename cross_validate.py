@@ -22,22 +22,23 @@ import numpy as np
 import pandas as pd
 import tyro
 
-from atomic import write_text
-from calibration import Calibration
 from checkpoint import load_checkpoint
-from config import TrainConfig, from_dict, refuse_changes, resolve
-from device import choose_device, describe_device
-from errors import UserError
-from loaders import eval_loader, load_splits
-from predictions import Predictions, read_predictions
-from preflight import check_clips, check_model
-from results import write_results
-from run_folder import new_run_folder, record_session, write_json
-from script import script
-from splitting import SPLITS
+from clips.split import SPLITS
+from config import TrainConfig, from_dict
+from evaluation.calibration import Calibration
+from evaluation.predictions import Predictions, read_predictions
+from evaluation.results import write_results
 from train import train
+from training.checks import check_clips, check_model, refuse_changes, resolve
+from training.loaders import eval_loader, load_splits
+from utils.cli import script
+from utils.device import choose_device, describe_device
+from utils.errors import UserError
+from utils.files import write_json, write_text
+from utils.run_dir import new_run_folder, record_session
 
 COUNTS = ("clips", "patients", "epoch", "unreadable_clips")
+
 SCORES = ("accuracy", "balanced_accuracy", "macro_f1", "ece", "brier", "nll")
 
 

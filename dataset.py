@@ -7,17 +7,15 @@ import torch
 from torch.utils.data import Dataset
 from torchvision.transforms.v2 import functional as tv
 
-from augment import Augment
-from clip_cache import ClipCache
-from corruptions import Corruption, corrupt
-from crops import spatial_crops
-from errors import UserError
-from manifest import CLASSES, ClipRow, get_num_classes, read_manifest
-from motion import Brought, join_motion
-from motion_reading import read_motion_clip
-from optical_flow import require_opencv
-from sampling import Sampling
-from video import ClipError, read_clip
+from clips.cache import ClipCache
+from clips.corruptions import Corruption, corrupt
+from clips.manifest import CLASSES, ClipRow, get_num_classes, read_manifest
+from clips.transforms import Augment, spatial_crops
+from modeling.frame_encoder import join_motion
+from utils.errors import UserError
+from video.clip_reader import Sampling, read_clip, read_motion_clip
+from video.container import ClipError
+from video.motion import Brought, require_opencv
 
 __all__ = [
     "CLASSES",

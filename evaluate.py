@@ -19,102 +19,26 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
-import numpy as np
-import torch
 import tyro
-from torch import nn
-from torch.utils.data import DataLoader
-from tqdm import tqdm
 
-import distributed
-from calibration import Calibration
 from checkpoint import build_from_checkpoint, load_checkpoint
+from clips.corruptions import CORRUPTIONS, Corruption
+from clips.manifest import ClipRow, patient_overlap, read_manifest
+from clips.manifest_formats import read_records
 from config import TrainConfig, from_dict, manifest_paths
-from corruptions import CORRUPTIONS, Corruption
-from dataset import require_readable
-from device import choose_device, choose_precision, describe_device
-from errors import UserError
-from inference import prepare_for_inference
-from interrupt import Interrupt
-from loaders import eval_loader, load_splits
-from losses import adjusted_twice, post_hoc_shift
-from manifest import ClipRow, patient_overlap, read_manifest
-from manifest_layouts import read_records
-from motion import brought
-from predictions import Predictions
-from results import write_results
-from robustness import measure_robustness
-from run_folder import command, record_session
-from script import script
-from timeline_results import evaluate_timelines
-
-
-@torch.inference_mode()
-def evaluate(
-    model: nn.Module,
-    loader: DataLoader,
-    device: torch.device,
-    dtype: torch.dtype = torch.float32,
-    description: str = "test",
-    skip_unreadable: bool = False,
-    interrupt: Interrupt | None = None,
-    temperature: float = 1.0,
-    shift: torch.Tensor | float = 0.0,
-) -> Predictions:
-    """Run a model over a split. The one way validation, test and this script get their numbers.
-
-    With several processes each runs over its own share and all get the whole result.
-
-    Args:
-        loader: from `loaders.eval_loader`.
-        dtype: see `prepare_for_inference`; the softmax is taken in fp64, on the CPU.
-        interrupt: looked at after each batch.
-        temperature: divides the logits; see calibration.py.
-        shift: `(num_classes,)`, subtracted from the logits first; see `losses.post_hoc_shift`.
-
-    Raises:
-        Interrupted: `interrupt` was asked to stop.
-        UserError: clips that cannot be read, all of them, unless `skip_unreadable`.
-    """
-    model = prepare_for_inference(model, device, dtype)
-    indices, probabilities, unreadable = [], [], []
-    quiet = distributed.rank() != 0
-    for batch in tqdm(loader, description, unit="batch", leave=False, disable=quiet, delay=1):
-        unreadable += batch.unreadable
-        if len(batch.labels):
-            views = batch.clips.to(device, non_blocking=True)
-            if loader.dataset.clips.answers == 1:
-                views = views.unsqueeze(1)  # (B, T, C, H, W) -> (B, V, T, C, H, W)
-            logits = model(views.flatten(0, 1))  # (B*V, T, C, H, W) -> (B*V, classes)
-            logits = logits.cpu().double() - shift
-            logits = logits.unflatten(0, views.shape[:2])  # (B, V, classes)
-            both = torch.stack((logits / temperature, logits)).softmax(dim=-1)
-            probabilities.append(both.mean(dim=2))  # (2, B, V, classes) -> (2, B, classes)
-            indices.append(batch.indices)
-        # Several processes hold different numbers of batches and cannot agree in between.
-        if interrupt and distributed.world_size() == 1:
-            interrupt.check()
-    mine = None
-    if indices:
-        mine = torch.cat(indices).numpy(), torch.cat(probabilities, dim=1).numpy()
-    shares = distributed.gather((mine, unreadable))
-    unreadable = [line for _, lines in shares for line in lines]
-    if not skip_unreadable:
-        require_readable(unreadable, description)
-    parts = [arrays for arrays, _ in shares if arrays is not None]
-    if not parts:
-        raise UserError(f"none of the {description} clips can be read")
-    indices = np.concatenate([one for one, _ in parts])
-    probabilities = np.concatenate([both for _, both in parts], axis=1)
-    if not np.isfinite(probabilities).all():
-        raise UserError(
-            f"the model's {description} outputs are not finite: train with a lower learning_rate "
-            "or amp fp32"
-        )
-    order = indices.argsort()
-    rows = [loader.dataset.clips.rows[index] for index in indices[order]]
-    tempered, untempered = probabilities[:, order]
-    return Predictions(rows, tempered, unreadable, untempered)
+from evaluation.calibration import Calibration
+from evaluation.predictions import Predictions
+from evaluation.results import write_results
+from evaluation.robustness import measure_robustness
+from timeline.results import evaluate_timelines
+from training.engine import evaluate
+from training.loaders import eval_loader, load_splits
+from training.losses import adjusted_twice, post_hoc_shift
+from utils.cli import script
+from utils.device import choose_device, choose_precision, describe_device
+from utils.errors import UserError
+from utils.run_dir import command, record_session
+from video.motion import brought
 
 
 @dataclass

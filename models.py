@@ -4,15 +4,15 @@ Every model lists its modules from stem to head once, in `stages()`; everything 
 """
 
 import inspect
-from collections.abc import Iterator
 from typing import Any
 
+import torch
 from torch import nn
 
 from cnn_lstm import CNNLSTM
-from errors import UserError
 from r2plus1d_resnet import R2Plus1DResNet18
 from tsm_resnet import TSM
+from utils.errors import UserError
 from vivit import ViViT
 
 MODELS = {"tsm": TSM, "cnn_lstm": CNNLSTM, "r2plus1d": R2Plus1DResNet18, "vivit": ViViT}
@@ -77,41 +77,6 @@ def hold_frozen(model: nn.Module, batchnorms: bool = False) -> None:
 _BATCHNORMS = (nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
 
-def parameter_groups(
-    model: nn.Module, learning_rate: float, weight_decay: float, layer_decay: float = 1.0
-) -> list[dict[str, Any]]:
-    """AdamW's parameter groups: what is trained, how fast, with what decay.
-
-    Stage k of n learns with `learning_rate * layer_decay ** (n - 1 - k)`, the head with the full
-    rate. Biases, norms and embeddings of positions and tokens are not decayed: pulling them to
-    zero regularises nothing.
-    """
-    stages = model.stages()
-    groups = []
-    for number, modules in enumerate(stages.values()):
-        rate = learning_rate * layer_decay ** (len(stages) - 1 - number)
-        decayed, kept = [], []
-        for module in modules:
-            for owner, parameter in _owned_parameters(module):
-                if parameter.requires_grad:
-                    plain = parameter.dim() > 1 and isinstance(owner, _WEIGHT_LAYERS)
-                    (decayed if plain else kept).append(parameter)
-        for parameters, decay in ((decayed, weight_decay), (kept, 0.0)):
-            if parameters:
-                groups.append({"params": parameters, "lr": rate, "weight_decay": decay})
-    return groups
-
-
-_WEIGHT_LAYERS = (nn.Linear, nn.Conv2d, nn.Conv3d, nn.LSTM)
-
-
-def _owned_parameters(module: nn.Module) -> Iterator[tuple[nn.Module, nn.Parameter]]:
-    """Each parameter below a module with the layer it belongs to."""
-    for owner in module.modules():
-        for parameter in owner.parameters(recurse=False):
-            yield owner, parameter
-
-
 def describe(model: nn.Module) -> str:
     """A line a stage: how many parameters, and whether they are trained."""
     lines, total, trained = [], 0, 0
@@ -123,3 +88,9 @@ def describe(model: nn.Module) -> str:
         lines.append(f"{name:>16} {count:12,d}{'' if learning else '  frozen'}")
     lines.append(f"{'parameters':>16} {total:12,d}, trained {trained:,d}")
     return "\n".join(lines)
+
+
+def build_model_from_config(config: dict[str, Any], num_classes: int) -> torch.nn.Module:
+    """The model that a `TrainConfig` (as a dict) describes, with random weights."""
+    options = {name: config[name] for name in model_options(config["model"]) if name in config}
+    return build_model(config["model"], num_classes, **options)

@@ -13,28 +13,32 @@ writes what is known by then.
 
 import math
 import sys
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
 
-from calibration import Calibration
 from checkpoint import build_from_checkpoint, load_checkpoint
 from config import from_dict
-from device import choose_device, choose_precision, describe_device
-from errors import UserError
-from following import Follower, Recipe, load_hook
-from interrupt import Interrupt, Interrupted
-from live_source import LiveSource, is_live
-from motion import brought
-from run_folder import command, printable, record_session
-from script import script
-from stream import Memory, can_stream
-from timeline import MARKS, Timeline
-from timeline_files import output_folders, write_outputs
-from video_file import ClipError
-from video_source import FileSource, PipeSource, Source
+from evaluation.calibration import Calibration
+from timeline.live_source import LiveSource, is_live
+from timeline.output import output_folders, plot_timeline
+from timeline.predictor import Follower, Recipe, load_hook
+from timeline.segments import MARKS, Timeline, write_subtitles, write_timeline
+from timeline.sources import FileSource, PipeSource, Source
+from timeline.streaming import Memory, can_stream
+from utils.cli import script
+from utils.device import choose_device, choose_precision, describe_device
+from utils.errors import UserError
+from utils.files import remove_unfinished
+from utils.interrupt import Interrupt, Interrupted
+from utils.run_dir import command, printable, record_session
+from video.container import ClipError
+from video.motion import brought
+from web.live_server import LivePage
+from web.timeline_page import write_timeline_page
 
 VIDEOS = {".mp4", ".mkv", ".mov", ".avi", ".m4v", ".mpg", ".mpeg", ".ts", ".mts", ".m2ts", ".webm",
           ".wmv", ".flv", ".ivf", ".3gp", ".ogv", ".vob", ".mxf", ".asf"}  # fmt: skip
@@ -210,9 +214,13 @@ def predict(
         counted = f"{number}/{len(names)} " if len(names) > 1 else ""
         try:
             source = open_source(name, recipe, config)
-            with Follower(source, recipe, folder, interrupt) as follower:
+            with ExitStack() as stack:
+                show = None
                 if config.serve:
-                    follower.serve(config.host, config.port)
+                    page = LivePage(recipe.classes, source.name, config.host, config.port)
+                    show = stack.enter_context(page).show
+                    print(f"watch it at {page.address}", flush=True)
+                follower = stack.enter_context(Follower(source, recipe, folder, interrupt, show))
                 timeline = follower.follow(f"{counted}{printable(Path(source.name).name)}")
         except ClipError as error:
             failures.append(str(error))
@@ -239,6 +247,17 @@ def _summary(timeline: Timeline, seconds: float, live: bool, folder: Path) -> st
         said += f", {timeline.duration / max(seconds, 1e-9):.1f} times as fast as it plays"
     lines.append(said)
     return "\n".join([*lines, f"open {printable(str(folder / 'timeline.html'))}"])
+
+
+def write_outputs(
+    folder: Path, timeline: Timeline, video: Path | None, facts: dict[str, str]
+) -> None:
+    """Write timeline.csv, timeline.vtt, timeline.png and timeline.html; frames.csv is there."""
+    remove_unfinished(folder)
+    write_timeline(folder / "timeline.csv", timeline.segments)
+    write_subtitles(folder / "timeline.vtt", timeline.segments)
+    plot_timeline(timeline, folder / "timeline.png")
+    write_timeline_page(folder / "timeline.html", timeline, video, facts)
 
 
 @script

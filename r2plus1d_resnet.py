@@ -8,9 +8,8 @@ import torch
 from torch import nn
 from torchvision.models.video import R2Plus1D_18_Weights, r2plus1d_18
 
-from backbones import LAYERS
-from normalize import KINETICS_MEAN_STD, Normalize
-from recompute import run_stage
+from modeling.backbones import LAYERS
+from modeling.layers import KINETICS_MEAN_STD, Normalize, run_stage
 
 
 class R2Plus1DResNet18(nn.Module):

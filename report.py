@@ -19,19 +19,18 @@ import numpy as np
 import tyro
 from PIL import Image
 
-import report_figures
-import report_sections
-from atomic import write_text
-from errors import UserError, first_line
-from pages import page_environment
-from report_data import Run, load_run, more_intervals
-from report_names import Names, choose_names
-from report_words import decimals, parts, percent, span
-from script import script
-from video import read_clip
-from video_file import ClipError
+from utils.cli import script
+from utils.errors import UserError, first_line
+from utils.files import write_text
+from video.clip_reader import read_clip
+from video.container import ClipError
+from web import report_figures, report_sections
+from web.anonymize import Names, choose_names
+from web.report_data import Run, load_run, more_intervals
+from web.templating import decimals, page_environment, parts, percent, span
 
 FRAMES = 8
+
 FRAME_HEIGHT = 112  # pixels
 
 

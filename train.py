@@ -23,37 +23,31 @@ import tyro
 from torch import nn
 from torch.utils.data import DataLoader
 
-import distributed
-from atomic import remove_unfinished
-from calibration import Calibration, calibrate
-from checkpoint import (
-    build_from_checkpoint,
-    build_model_from_config,
-    load_checkpoint,
-    save_checkpoint,
-)
-from config import TrainConfig, from_dict, refuse_changes, resolve
-from device import choose_device, choose_precision, describe_device, suit_device
-from epoch import train_one_epoch
-from errors import UserError
-from evaluate import evaluate
-from frame_rate import seen_frame_rate
-from frozen_features import over_features, require_frozen, without_backbone
-from interrupt import Interrupt, Interrupted
-from loaders import batches_per_epoch, build_dataloaders
-from losses import double_correction
-from manifest import patient_overlap
-from models import freeze
-from plots import plot_curves
-from predictions import Predictions
-from preflight import check_cache, check_clips
-from recompute import recompute_stages
-from results import headline_scores, write_results
-from run_folder import new_run_folder, record_session, start_log, write_history, write_json
-from script import script
-from train_words import epoch_line, introduction
-from training import Training
-from weights import load_weights
+from checkpoint import build_from_checkpoint, load_checkpoint, save_checkpoint
+from clips.manifest import patient_overlap
+from config import TrainConfig, from_dict
+from evaluation.calibration import Calibration, calibrate
+from evaluation.plots import plot_curves
+from evaluation.predictions import Predictions
+from evaluation.results import headline_scores, write_results
+from modeling.layers import recompute_stages
+from modeling.weights import load_weights
+from models import build_model_from_config, freeze
+from training.checks import check_cache, check_clips, refuse_changes, resolve
+from training.engine import evaluate, train_one_epoch
+from training.feature_cache import over_features, require_frozen, without_backbone
+from training.loaders import batches_per_epoch, build_dataloaders
+from training.log import epoch_line, introduction, start_log, write_history
+from training.losses import double_correction
+from training.state import Training
+from utils import distributed
+from utils.cli import script
+from utils.device import choose_device, choose_precision, describe_device, suit_device
+from utils.errors import UserError
+from utils.files import remove_unfinished, write_json
+from utils.interrupt import Interrupt, Interrupted
+from utils.run_dir import new_run_folder, record_session
+from video.clip_reader import seen_frame_rate
 
 log = logging.getLogger(__name__)
 

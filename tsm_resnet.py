@@ -9,9 +9,9 @@ from typing import Literal
 import torch
 from torch import nn
 
-from backbones import BackboneName
-from frame_model import FrameModel, Fusion
-from motion import Inputs
+from modeling.backbones import BackboneName
+from modeling.frame_encoder import FrameModel, Fusion
+from video.motion import Inputs
 
 
 def temporal_shift(x: torch.Tensor, n_frames: int, shift_div: int = 8) -> torch.Tensor:

@@ -9,9 +9,8 @@ from torch import nn
 from torch.nn import functional as F
 from torchvision.ops import stochastic_depth
 
-from errors import UserError
-from normalize import IMAGENET_MEAN_STD, Normalize
-from recompute import run_stage
+from modeling.layers import IMAGENET_MEAN_STD, Normalize, run_stage
+from utils.errors import UserError
 
 
 class Block(nn.Module):
@@ -94,7 +93,7 @@ class ViViT(nn.Module):
 
     Args:
         n_frames, image_size: T and the pixels of a side; both fix the position embeddings. Weights
-            of another T or size are fitted by `resize_positions`.
+            of another T or size are fitted by `adapt_state_dict`.
         dropout: in the embedding, the blocks and their attention.
         drop_path: stochastic depth (Huang et al., 2016, arXiv:1603.09382): probability that a clip
             skips a residual branch. It grows linearly from 0 at the first spatial block to this at
@@ -166,29 +165,27 @@ class ViViT(nn.Module):
         stages[f"temporal{len(self.temporal)}"].append(self.temporal_norm)
         return stages | {"head": [self.head]}
 
+    def adapt_state_dict(self, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Fit the position embeddings of a state dict to this model's T and image size.
 
-def resize_positions(state: dict[str, torch.Tensor], model: nn.Module) -> dict[str, torch.Tensor]:
-    """Fit the position embeddings of a ViViT state dict to a model of another T or image size.
-
-    The positions of the patches are interpolated trilinearly over (T, H, W), those of the class
-    token linearly over T. Equal sizes, and other models, are left untouched, and so are positions
-    of another width.
-    """
-    key = "embedding.positions"
-    if not isinstance(model, ViViT) or key not in state:
-        return state
-    old, new = state[key], model.embedding.positions
-    if old.shape == new.shape:
-        return state
-    side = round((old.shape[2] - 1) ** 0.5) if old.dim() == 4 else 0
-    if old.dim() != 4 or old.shape[2] != side**2 + 1 or old.shape[3] != new.shape[3]:
-        return state  # not a matter of size: the loader tells which shape was wanted
-    cls, grid = old[:, :, :1], old[:, :, 1:]  # (1, T, 1, dim), (1, T, patches, dim)
-    new_side = round((new.shape[2] - 1) ** 0.5)
-    frames = new.shape[1]
-    grid = grid.unflatten(2, (side, side)).permute(0, 4, 1, 2, 3)  # (1, dim, T, H, W)
-    grid = F.interpolate(grid, (frames, new_side, new_side), mode="trilinear")
-    grid = grid.permute(0, 2, 3, 4, 1).flatten(2, 3)  # (1, T', patches', dim)
-    cls = F.interpolate(cls[:, :, 0].transpose(1, 2), frames, mode="linear")  # (1, dim, T')
-    cls = cls.transpose(1, 2).unsqueeze(2)  # (1, T', 1, dim)
-    return {**state, key: torch.cat((cls, grid), dim=2)}
+        The positions of the patches are interpolated trilinearly over (T, H, W), those of the class
+        token linearly over T. Positions of this size, or of another width, are left untouched.
+        """
+        key = "embedding.positions"
+        if key not in state:
+            return state
+        old, new = state[key], self.embedding.positions
+        if old.shape == new.shape:
+            return state
+        side = round((old.shape[2] - 1) ** 0.5) if old.dim() == 4 else 0
+        if old.dim() != 4 or old.shape[2] != side**2 + 1 or old.shape[3] != new.shape[3]:
+            return state  # not a matter of size: the loader tells which shape was wanted
+        cls, grid = old[:, :, :1], old[:, :, 1:]  # (1, T, 1, dim), (1, T, patches, dim)
+        new_side = round((new.shape[2] - 1) ** 0.5)
+        frames = new.shape[1]
+        grid = grid.unflatten(2, (side, side)).permute(0, 4, 1, 2, 3)  # (1, dim, T, H, W)
+        grid = F.interpolate(grid, (frames, new_side, new_side), mode="trilinear")
+        grid = grid.permute(0, 2, 3, 4, 1).flatten(2, 3)  # (1, T', patches', dim)
+        cls = F.interpolate(cls[:, :, 0].transpose(1, 2), frames, mode="linear")  # (1, dim, T')
+        cls = cls.transpose(1, 2).unsqueeze(2)  # (1, T', 1, dim)
+        return {**state, key: torch.cat((cls, grid), dim=2)}

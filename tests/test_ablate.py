@@ -8,16 +8,17 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import TINY_FLAGS
+from helpers import TINY_FLAGS
 
 import ablate
 import evaluate
 from ablate import AblateConfig, put_section
 from checkpoint import load_checkpoint
-from config import TrainConfig, resolve
-from errors import UserError
-from levers import ADJUSTED, LEVERS
-from predictions import read_predictions
+from config import TrainConfig
+from evaluation.ablation import ADJUSTED, LEVERS
+from evaluation.predictions import read_predictions
+from training.checks import resolve
+from utils.errors import UserError
 
 FLAGS = [
     *TINY_FLAGS, "--model", "cnn_lstm", "--lstm-hidden", 4, "--freeze-to", "layer4",

@@ -8,18 +8,19 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import torch
-from conftest import TINY_FLAGS, make_clip, run_script
+from helpers import TINY_FLAGS, make_clip, run_script
 from torch import nn
 
-import benchmark_ratios
-from allocator import SWITCH
 from benchmark_latency import BenchmarkConfig, Subject, count_gflops, main
 from benchmark_latency import measure as measure_speed
-from benchmark_ratios import Job, measure
-from benchmarking import time_calls
+from benchmarks import speedups
+from benchmarks.speedups import Job, measure
+from benchmarks.timing import time_calls
 from cnn_lstm import CNNLSTM
 from models import build_model
 from train import main as train_main
+from utils.allocator import SWITCH
+from utils.errors import UserError
 
 
 def test_flops_of_a_layer_by_hand() -> None:
@@ -78,7 +79,7 @@ def test_script(tiny_data: Path, tmp_path: Path, run_main) -> None:
         *("--image-size", 32, "--n-frames", 4, "--batch-size", 2, "--repeats", 2, "--warmup", 1),
         cwd=tmp_path,
     )
-    table = pd.read_csv(tmp_path / "benchmarks/latency.csv")
+    table = pd.read_csv(tmp_path / "runs/benchmarks/latency.csv")
     assert len(table) == 3
     assert table["Size (px)"].tolist() == [32, 48, 32]
     assert table["Params (M)"].iloc[0] == pytest.approx(13.281351)
@@ -88,10 +89,10 @@ def test_script(tiny_data: Path, tmp_path: Path, run_main) -> None:
     assert table["Accuracy"].iloc[2] == pytest.approx(tested["accuracy"])
     assert table["Accuracy"].iloc[:2].isna().all()
     last = json.loads(done.stdout.strip().splitlines()[-1])
-    saved = json.loads((tmp_path / "benchmarks/latency.json").read_text())
+    saved = json.loads((tmp_path / "runs/benchmarks/latency.json").read_text())
     assert last == saved
     assert {"device", "precision", "torch", "command"} <= set(last["conditions"])
-    markdown = (tmp_path / "benchmarks/latency.md").read_text()
+    markdown = (tmp_path / "runs/benchmarks/latency.md").read_text()
     assert markdown.count("\n| ") == 4
     assert markdown in done.stdout
 
@@ -126,8 +127,8 @@ def test_mistakes_are_one_line(arguments: list[str], message: str, tmp_path, mis
 
 
 def test_training_is_compared_way_by_way(monkeypatch) -> None:
-    monkeypatch.setattr(benchmark_ratios, "_run", measure)  # here, not in processes of their own
-    table = benchmark_ratios.compare("training", [("tsm", 32)], 2, 2, 1, "cpu")
+    monkeypatch.setattr(speedups, "_measure_isolated", measure)  # in this process
+    table = speedups.compare("training", [("tsm", 32)], 2, 2, 1, "cpu")
     assert table["way"].tolist() == ["eager fp32"] * 2 + ["train.py"] * 2
     assert table["malloc"].tolist() == ["default", "kept"] * 2
     speed = table["ms/clip"]
@@ -138,10 +139,12 @@ def test_training_is_compared_way_by_way(monkeypatch) -> None:
 
 def test_a_measurement_is_a_process_of_its_own(monkeypatch) -> None:
     monkeypatch.delenv(SWITCH, raising=False)
-    result = benchmark_ratios._run(Job("training", "train.py", "kept", "vivit", 1, 2, 32, 1, "cpu"))
+    result = speedups._measure_isolated(
+        Job("training", "train.py", "kept", "vivit", 1, 2, 32, 1, "cpu")
+    )
     assert result["seconds"] > 0
-    with pytest.raises(RuntimeError, match="failed"):
-        benchmark_ratios._run(Job("training", "train.py", "kept", "none", 1, 2, 32, 1, "cpu"))
+    with pytest.raises(UserError, match="these settings cannot work"):
+        speedups._measure_isolated(Job("training", "train.py", "kept", "none", 1, 2, 32, 1, "cpu"))
 
 
 def test_all_ways_answer_alike() -> None:

@@ -12,22 +12,22 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import run_script
+from helpers import run_script
 
-import bootstrap
 import compare
-import metrics
-from allocator import SWITCH
-from calibration import Calibration
-from checkpoint import build_model_from_config, save_checkpoint
+from checkpoint import save_checkpoint
+from clips.manifest import ClipRow
 from compare import pareto_front
 from config import TrainConfig
-from manifest import ClipRow
-from plots import plot_tradeoff
-from predictions import Predictions, write_predictions
-from results import write_results
-from run_folder import write_json
-from tested_runs import label_runs
+from evaluation import bootstrap, metrics
+from evaluation.calibration import Calibration
+from evaluation.plots import plot_tradeoff
+from evaluation.predictions import Predictions, write_predictions
+from evaluation.results import write_results
+from evaluation.runs import label_runs
+from models import build_model_from_config
+from utils.allocator import SWITCH
+from utils.files import write_json
 
 CLASSES = ("cut", "suture", "a|b $x_1$")  # a hostile one
 PATIENTS = ("Nightingale", "Blackwell", "Seacole", "Barton", "Cavell")

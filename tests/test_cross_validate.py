@@ -10,14 +10,14 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import ROOT, TINY_FLAGS, run_script
+from helpers import ROOT, TINY_FLAGS, run_script
 
-from calibration import Calibration
 from checkpoint import load_checkpoint
+from clips.split import SplitConfig, split
 from cross_validate import SCORES, fold_folders, fold_table, main
-from errors import UserError
-from metrics import confusion_matrix, scores
-from splitting import SplitConfig, split
+from evaluation.calibration import Calibration
+from evaluation.metrics import confusion_matrix, scores
+from utils.errors import UserError
 
 CLASSES = ["dark", "grey", "light"]
 

@@ -8,9 +8,11 @@ import torch
 from torch.utils.data import DataLoader
 from torchvision.transforms import v2
 
+from clips.manifest import ClipRow, read_manifest
 from dataset import ClipsDataset, ReportingDataset, collate, get_train_transform, get_val_transform
-from manifest import ClipRow, read_manifest
-from video import ClipError, read_clip, write_video
+from video.clip_reader import read_clip
+from video.container import ClipError
+from video.encoder import write_video
 
 TINY_CLASSES = ("dark", "grey", "light")
 

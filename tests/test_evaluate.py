@@ -8,18 +8,19 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import TINY_FLAGS, run_script
+from helpers import TINY_FLAGS, run_script
 from torch import nn
 from torch.utils.data import DataLoader
 
-from calibration import Calibration, temper
 from checkpoint import load_checkpoint
+from clips.manifest import ClipRow, read_manifest
 from dataset import ClipsDataset, ReportingDataset, collate
-from errors import UserError
-from evaluate import evaluate, main
-from manifest import ClipRow, read_manifest
+from evaluate import main
+from evaluation.calibration import Calibration, temper
+from evaluation.predictions import Predictions
 from predict import PredictConfig, make_recipe
-from predictions import Predictions
+from training.engine import evaluate
+from utils.errors import UserError
 
 CLASSES = ("dark", "grey", "light")
 

@@ -7,14 +7,14 @@ import pytest
 import torch
 from torch import nn
 
-from clip_cache import CacheSettings, ClipCache
+from clips.cache import CacheSettings, ClipCache
+from clips.manifest import ClipRow
 from dataset import ClipsDataset
-from manifest import ClipRow
+from modeling.weights import load_weights
 from models import MODELS, build_model
-from sampling import sample_indices
-from video import read_clip, write_video
+from video.clip_reader import read_clip, sample_indices
+from video.encoder import write_video
 from vivit import ViViT
-from weights import load_weights
 
 VIVIT = {"image_size": 16, "patch_size": 8, "dim": 24, "depth": 1, "dim_head": 8}
 

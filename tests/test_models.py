@@ -6,16 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from errors import UserError
-from models import (
-    MODELS,
-    build_model,
-    describe,
-    freeze,
-    hold_frozen,
-    model_options,
-    parameter_groups,
-)
+from models import MODELS, build_model, describe, freeze, hold_frozen, model_options
+from training.optim import parameter_groups
+from utils.errors import UserError
 
 # fmt: off
 TINY = {

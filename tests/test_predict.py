@@ -19,24 +19,25 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, run_script
+from helpers import ROOT, run_script
 from torch import nn
 
-from answering import Answerer
-from calibration import UNCERTAIN, Calibration
-from checkpoint import build_model_from_config, save_checkpoint
-from config import TrainConfig, resolve
-from errors import UserError
-from following import Follower, Recipe, load_hook
-from frame_rate import seen_frame_rate
-from live_feed import Snapshot
+from checkpoint import save_checkpoint
+from clips.manifest import UNCERTAIN
+from config import TrainConfig
+from evaluation.calibration import Calibration
+from models import build_model_from_config
 from predict import PredictConfig, find_inputs, main, make_recipe
-from stream import can_stream
-from timeline import OUT_OF_BODY, UNREADABLE, Segment, read_timeline
-from timeline_files import output_folders
-from video import read_clip, write_video
-from video_file import ClipError, decoding_stream, open_video
-from video_source import FileSource, Picture
+from timeline.output import output_folders
+from timeline.predictor import Follower, Recipe, load_hook
+from timeline.segments import OUT_OF_BODY, UNREADABLE, Segment, Snapshot, read_timeline
+from timeline.sources import FileSource, Picture
+from timeline.streaming import Answerer, can_stream
+from training.checks import resolve
+from utils.errors import UserError
+from video.clip_reader import read_clip, seen_frame_rate
+from video.container import ClipError, decoding_stream, open_video
+from video.encoder import write_video
 
 CLASSES = ("dark", "grey", "light")
 LEVELS = (40, 128, 216)  # of the classes, and what the frames of a video are painted with
@@ -178,22 +179,14 @@ def test_a_video_wholly_out_of_the_body(video: Path, tmp_path: Path) -> None:
     assert len(timeline.times) == 0
 
 
-class Viewer:
-    """Stands where the live page does."""
-
-    def __init__(self) -> None:
-        self.seen: list[Snapshot] = []
-        self.show = self.seen.append
-
-
 def test_viewers_do_not_see_what_is_out_of_the_body(video: Path, tmp_path: Path) -> None:
     settings = recipe(out_of_body=lambda image: np.bool_(image.mean() > 190))
     source = FileSource(video, 10.0, 16, preview=True)
-    with Follower(source, settings, tmp_path) as follower:
-        follower._page = viewer = Viewer()
+    seen: list[Snapshot] = []
+    with Follower(source, settings, tmp_path, on_update=seen.append) as follower:
         follower.follow("test")
-    hidden = [snapshot for snapshot in viewer.seen if snapshot.label == OUT_OF_BODY]
-    shown = [snapshot for snapshot in viewer.seen if snapshot.label != OUT_OF_BODY]
+    hidden = [snapshot for snapshot in seen if snapshot.label == OUT_OF_BODY]
+    shown = [snapshot for snapshot in seen if snapshot.label != OUT_OF_BODY]
     assert hidden
     assert shown
     assert all(snapshot.frame is None for snapshot in hidden)

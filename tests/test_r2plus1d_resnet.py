@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from normalize import KINETICS_MEAN_STD
+from modeling.layers import KINETICS_MEAN_STD
 from r2plus1d_resnet import R2Plus1DResNet18
 
 

@@ -11,19 +11,19 @@ import av
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
+from helpers import ROOT
 from PIL import Image
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as pil
 
-import video
-from augment import inverse_maps, sampling_grid, warp
-from clip_cache import CacheSettings, ClipCache
-from inference import prepare_for_inference
+from clips.cache import CacheSettings, ClipCache
+from clips.transforms import inverse_maps, sampling_grid, warp
+from modeling.inference import prepare_for_inference
 from models import build_model
-from sampling import sample_indices
-from video import ClipError, read_clip, read_frames
-from video_file import TOLERANT
+from video import decoder as video
+from video.clip_reader import read_clip, sample_indices
+from video.container import TOLERANT, ClipError
+from video.decoder import read_frames
 
 with open(Path(__file__).parent / "real_outcomes.csv", encoding="utf-8") as table:
     OUTCOMES = list(csv.DictReader(table))
@@ -33,7 +33,7 @@ READ_ALL = """
 import json, resource, sys, time
 from torch.utils.data import DataLoader
 from dataset import ClipsDataset, ReportingDataset
-from manifest import ClipRow
+from clips.manifest import ClipRow
 
 class Timed(ReportingDataset):
     def __getitem__(self, index):

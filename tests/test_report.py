@@ -9,29 +9,20 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import make_clip, run_script
+from helpers import HOSTILE, PALE_TEXTS, make_clip, run_script
 
-import bootstrap
-import metrics
-from calibration import Calibration, temper
-from errors import UserError
-from manifest import CLASSES, ClipRow
-from predictions import Predictions
+from clips.manifest import CLASSES, ClipRow
+from evaluation import bootstrap, metrics
+from evaluation.calibration import Calibration, temper
+from evaluation.predictions import Predictions
+from evaluation.results import write_results
 from report import ReportConfig, build_page, main
-from report_data import load_run, more_intervals
-from report_names import HIDDEN, hide
-from results import write_results
-from run_folder import write_history, write_json
+from training.log import write_history
+from utils.errors import UserError
+from utils.files import write_json
+from web.anonymize import HIDDEN, hide
+from web.report_data import load_run, more_intervals
 
-HOSTILE = (
-    "<script>alert(1)</script>",
-    '"><img src=x onerror=alert(1)>',
-    "{{7*7}}",
-    "it's & <b>",
-    "A" * 60,
-    "Ångström/use_CLIPPER",
-    "x",
-)
 PATIENTS = [f"Kovacs-{number:03d}" for number in range(31, 43)]
 LEAKAGE = "LEAKAGE: 4 of 12 patients of test are also in train (97 of 371 test clips): memory"
 
@@ -393,38 +384,6 @@ def test_results_that_cannot_be_reported(run: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="not JSON"):
         load_run(folder)
 
-
-PALE_TEXTS = """() => {
-  const parse = text => {
-    const n = text.match(/[\\d.]+/g).map(Number);
-    return n.length > 3 ? n : [...n, 1];
-  };
-  const over = (top, under) => top.slice(0, 3).map((c, i) => c * top[3] + under[i] * (1 - top[3]));
-  const light = rgb => {
-    const [r, g, b] = rgb.map(c => c / 255).map(
-      c => c <= 0.04045 ? c / 12.92 : ((c + 0.055) / 1.055) ** 2.4);
-    return 0.2126 * r + 0.7152 * g + 0.0722 * b;
-  };
-  const behind = element => {
-    if (!element) return [255, 255, 255];
-    const colour = parse(getComputedStyle(element).backgroundColor);
-    return colour[3] === 1 ? colour.slice(0, 3) : over(colour, behind(element.parentElement));
-  };
-  const pale = [];
-  let seen = 0;
-  for (const element of document.querySelectorAll("body *")) {
-    const own = [...element.childNodes].some(n => n.nodeType === 3 && n.textContent.trim());
-    if (!own || element.tagName === "title" || !element.getClientRects().length) continue;
-    const style = getComputedStyle(element);
-    const ink = parse(element.ownerSVGElement ? style.fill : style.color);
-    const page = behind(element);
-    const [a, b] = [light(over(ink, page)), light(page)];
-    const contrast = (Math.max(a, b) + 0.05) / (Math.min(a, b) + 0.05);
-    seen += 1;
-    if (contrast < 4.5) pale.push(`${element.tagName} ${element.textContent.trim()} ${contrast}`);
-  }
-  return [seen, pale];
-}"""
 
 NAMELESS = """() => [...document.querySelectorAll("svg")].filter(
   svg => svg.getAttribute("role") !== "img" || !svg.getAttribute("aria-label")

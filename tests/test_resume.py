@@ -9,17 +9,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, history, only_run, run_script, train_flags
+from helpers import ROOT, history, only_run, run_script, train_flags
 
 from checkpoint import build_from_checkpoint, load_checkpoint, save_checkpoint
-from config import TrainConfig, from_dict, resolve
-from epoch import train_one_epoch
-from evaluate import evaluate
-from interrupt import Interrupt
-from loaders import build_dataloaders
+from config import TrainConfig, from_dict
 from models import build_model
 from train import main
-from training import Training
+from training.checks import resolve
+from training.engine import evaluate, train_one_epoch
+from training.loaders import build_dataloaders
+from training.state import Training
+from utils.interrupt import Interrupt
 
 
 def same_weights(one: dict, two: dict) -> bool:

@@ -13,21 +13,22 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import ROOT, history, make_data, only_run, run_script, train_flags
+from helpers import ROOT, history, make_data, only_run, run_script, train_flags
 
-import distributed
-from calibration import Calibration, calibrate
 from checkpoint import build_from_checkpoint, load_checkpoint
-from config import TrainConfig, from_dict, resolve
-from epoch import train_one_epoch
-from errors import UserError
-from evaluate import evaluate
+from config import TrainConfig, from_dict
 from evaluate import main as evaluate_main
-from interrupt import Interrupt
-from loaders import build_dataloaders
+from evaluation.calibration import Calibration, calibrate
 from models import build_model
 from train import main, train
-from training import Training, cosine_with_warmup
+from training.checks import resolve
+from training.engine import evaluate, train_one_epoch
+from training.loaders import build_dataloaders
+from training.optim import cosine_with_warmup
+from training.state import Training
+from utils import distributed
+from utils.errors import UserError
+from utils.interrupt import Interrupt
 
 
 def test_run_folder_is_complete(trained) -> None:

@@ -4,9 +4,9 @@ import copy
 
 import pytest
 import torch
-from torch import nn
+from helpers import clips, lively
 
-from backbones import LAYERS
+from modeling.backbones import LAYERS
 from tsm_resnet import TSM, causal_shift, temporal_shift
 
 
@@ -23,25 +23,6 @@ def shift_by_loop(x: torch.Tensor, n_frames: int, shift_div: int = 8) -> torch.T
                 frame = x[clip * n_frames + source, channel] if inside else 0.0
                 out[clip * n_frames + t, channel] = frame
     return out
-
-
-def clips(*shape: int, seed: int = 0) -> torch.Tensor:
-    return torch.rand(shape, generator=torch.Generator().manual_seed(seed))
-
-
-def lively(**options: object) -> TSM:
-    """A random model in eval mode, its BatchNorm statistics those of some clips.
-
-    With fresh statistics the signal fades or explodes: all models would give the same logits.
-    """
-    torch.manual_seed(0)
-    model = TSM(**options)
-    norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
-    for norm in norms:
-        norm.momentum = 1.0  # take the statistics of the next batch
-    with torch.no_grad():
-        model(clips(2, 4, 3, 64, 64, seed=1))
-    return model.eval()
 
 
 @pytest.mark.parametrize("n_frames", [1, 2, 5, 16])

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from errors import UserError
-from vivit import Block, Embedding, ViViT, resize_positions
+from utils.errors import UserError
+from vivit import Block, Embedding, ViViT
 
 KEY = "embedding.positions"
 
@@ -90,7 +90,7 @@ def test_image_size_must_be_a_multiple_of_the_patch() -> None:
 
 def test_resize_is_the_identity_for_equal_sizes() -> None:
     state = tiny().state_dict()
-    assert resize_positions(state, tiny(seed=1)) is state
+    assert tiny(seed=1).adapt_state_dict(state) is state
 
 
 @torch.no_grad()
@@ -99,7 +99,7 @@ def test_resize_is_the_identity_for_equal_sizes() -> None:
 def test_resized_positions_load_and_run(sizes: dict[str, int]) -> None:
     state = tiny().state_dict()
     model = tiny(seed=1, **sizes)
-    fitted = resize_positions(state, model)
+    fitted = model.adapt_state_dict(state)
     model.load_state_dict(fitted)
     assert state[KEY].shape != fitted[KEY].shape  # the state given is left as it was
     assert all(fitted[key] is state[key] for key in state if key != KEY)
@@ -120,7 +120,7 @@ def test_resize_interpolates_time_rows_and_columns() -> None:
     state[KEY] = torch.zeros(1, 2, 5, 24)
     state[KEY][0, :, 1:, :3] = grid
     state[KEY][0, 1, 0, :] = 100
-    positions = resize_positions(state, new)[KEY]
+    positions = new.adapt_state_dict(state)[KEY]
     out = positions[0, :, 1:].unflatten(1, (4, 4))  # (T, H, W, dim)
     torch.testing.assert_close(out[..., 0], twice.view(4, 1, 1).expand(4, 4, 4))
     torch.testing.assert_close(out[..., 1], twice.view(1, 4, 1).expand(4, 4, 4))
@@ -131,7 +131,7 @@ def test_resize_interpolates_time_rows_and_columns() -> None:
 
 def test_positions_of_another_width_are_left_to_the_loader() -> None:
     state = tiny(dim=48, image_size=64).state_dict()
-    assert resize_positions(state, tiny()) is state
+    assert tiny().adapt_state_dict(state) is state
 
 
 def test_drop_path_grows_linearly_over_both_encoders() -> None:

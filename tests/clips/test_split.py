@@ -1,0 +1,157 @@
+"""prepare_data.py split: no patient twice, every clip once, balanced, deterministic, never over."""
+
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from helpers import run_script
+
+from clips import split as splitting
+from clips.split import SplitConfig, fold_splits, split
+from prepare_data import main
+from utils.errors import UserError
+
+SPLITS = ("train", "val", "test")
+
+
+def test_every_clip_is_tested_once_and_validates_once() -> None:
+    numbers = np.array([0, 0, 1, 2, 2, 2])
+    parts = np.stack(list(fold_splits(numbers)))
+    assert parts.tolist() == [
+        ["test", "test", "val", "train", "train", "train"],
+        ["train", "train", "test", "val", "val", "val"],
+        ["val", "val", "train", "test", "test", "test"],
+    ]
+
+
+@pytest.fixture
+def listed(tmp_path: Path) -> Path:
+    """One big CSV, its files elsewhere."""
+    rng = np.random.default_rng(3)
+    groups = np.repeat([f"p{number:02d}" for number in range(8)], rng.integers(3, 30, 8))
+    labels = rng.choice(["a", "b", "c"], len(groups), p=[0.6, 0.3, 0.1])
+    table = pd.DataFrame({"path": [f"{g}/{i}.mp4" for i, g in enumerate(groups)]})
+    table.assign(label=labels, patient=groups, age=50).to_csv(tmp_path / "all.csv", index=False)
+    return tmp_path
+
+
+def read(folder: Path) -> dict[str, pd.DataFrame]:
+    return {name: pd.read_csv(folder / f"{name}.csv") for name in ("train", "val", "test")}
+
+
+def test_script_writes_folds_and_says_what_is_unbalanced(listed: Path, mistake) -> None:
+    arguments = ("split", "all.csv", "--output", "folds", "--folds", 4)
+    done = run_script("prepare_data.py", *arguments, cwd=listed)
+    assert {path.name for path in (listed / "folds").iterdir()} == {
+        "fold1",
+        "fold2",
+        "fold3",
+        "fold4",
+        "split.json",
+    }
+    source = pd.read_csv(listed / "all.csv")
+    tested = pd.concat([read(listed / f"folds/fold{k}")["test"] for k in range(1, 5)])
+    assert sorted(tested["path"]) == sorted(source["path"])
+    for k in range(1, 5):
+        fold = read(listed / f"folds/fold{k}")
+        assert sum(map(len, fold.values())) == len(source)
+        patients = [set(table["patient"]) for table in fold.values()]
+        assert sum(map(len, patients)) == 8
+        merged = pd.concat(fold.values()).merge(source, on="path", suffixes=("", "_source"))
+        assert (merged["label"] == merged["label_source"]).all()
+    assert "imbalance left" in done.stdout
+    assert "cross_validate.py --folds folds --data-root ." in done.stdout
+    before = {path: path.read_bytes() for path in (listed / "folds").rglob("*.csv")}
+    code, stderr = mistake(main, *arguments, cwd=listed)
+    assert code == 2
+    assert "folds: is there already" in stderr
+    assert {path: path.read_bytes() for path in (listed / "folds").rglob("*.csv")} == before
+    split(SplitConfig(str(listed / "all.csv"), str(listed / "twin"), folds=4))
+    for path, content in before.items():  # the same bytes again
+        assert (listed / "twin" / path.relative_to(listed / "folds")).read_bytes() == content
+
+
+def test_one_split_and_too_few_patients(listed: Path, capsys) -> None:
+    table = pd.read_csv(listed / "all.csv")
+    table.loc[table["patient"] == "p00", "label"] = "rare"
+    table.to_csv(listed / "all.csv", index=False)
+    split(SplitConfig(str(listed / "all.csv"), str(listed / "one"), seed=4))
+    said = capsys.readouterr().out
+    assert "too few patients: rare has 1, not enough for train, val and test" in said
+    assert "no val clip of rare: it is not judged there" in said
+    assert "train.py --train-csv" in said
+    parts = read(listed / "one")
+    assert set(parts["train"]["label"]) == {"a", "b", "c", "rare"}  # what is rare is learnt
+    assert sum(map(len, parts.values())) == len(table)
+
+
+def test_the_official_split_is_divided_anew(tmp_path: Path) -> None:
+    """A folder with train.csv, val.csv and test.csv; labels in SLAM's words."""
+    number = 0
+    for name, patients in {"train": range(6), "val": range(4), "test": range(2, 8)}.items():
+        rows = []
+        for patient in patients:
+            number += 1
+            for label in ("HookCut", "NeedleIn"):
+                clip = f"Clip_P{patient:03d}_V001_C{number}_{label}_part1.mp4"
+                rows.append((f"{patient:03d}/{clip}", label.replace("In", "")))
+        pd.DataFrame(rows).to_csv(tmp_path / f"{name}.csv", header=["path", "label"])
+    split(SplitConfig(str(tmp_path), str(tmp_path / "anew")))
+    parts = {name: pd.read_csv(tmp_path / f"anew/{name}.csv", dtype=str) for name in SPLITS}
+    assert sum(len(set(part["patient"])) for part in parts.values()) == 8
+    assert set(parts["train"]["label"]) == {"HookCut", "Suturing"}
+    assert parts["train"]["patient"].str.fullmatch(r"00\d").all()  # 007 stays 007
+    assert parts["train"]["action"].str.contains("_C").all()
+
+
+def test_folders_of_videos(tmp_path: Path, capsys) -> None:
+    for label in ("cut", "sew"):
+        for patient in range(6):
+            path = tmp_path / "data" / label / f"VID{patient}_{label}.mp4"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.touch()
+    data, pattern = str(tmp_path / "data"), r"VID\d"
+    with pytest.raises(UserError, match="the patient of 12 of 12 clips is unknown"):
+        split(SplitConfig(data, str(tmp_path / "no")))
+    assert not (tmp_path / "no").exists()
+    split(SplitConfig(data, str(tmp_path / "by"), patient_pattern=pattern, folds=3))
+    fold = read(tmp_path / "by/fold1")
+    assert set(fold["test"]["label"]) == {"cut", "sew"}
+    assert fold["test"]["path"].str.match(r"(cut|sew)/VID\d_").all()
+    assert not set(fold["test"]["patient"]) & set(fold["train"]["patient"])
+    split(SplitConfig(data, str(tmp_path / "clips"), group_by="clip", folds=3))
+    assert "patients may be in more than one split" in capsys.readouterr().out
+
+
+def test_nothing_is_left_of_a_split_that_failed(listed: Path, monkeypatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(splitting, "write_json", full)
+    with pytest.raises(OSError, match="No space"):
+        split(SplitConfig(str(listed / "all.csv"), str(listed / "new")))
+    assert [path.name for path in listed.iterdir()] == ["all.csv"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["all.csv", "--output", "o", "--folds", "2"], "folds = 2: at least 3"),
+        (["all.csv", "--output", "o", "--folds", "9"], "8 patients (or other groups) cannot"),
+        (["all.csv", "--output", "o", "--test", "0"], "val and test must be above 0"),
+        (["none.csv", "--output", "o"], "none.csv: no such manifest"),
+        (["twice.csv", "--output", "o"], "1 clips are listed with two labels"),
+        (["names.csv", "--output", "o"], "1 clips have no label"),
+        (["two.csv", "--output", "o"], "1 clips are listed with two patients"),
+        (["all.csv", "--output", "all.csv/o"], "cannot be made"),
+    ],
+)
+def test_mistakes_are_one_line(listed: Path, flags: list[str], message: str, mistake) -> None:
+    (listed / "twice.csv").write_text("path,label,patient\na.mp4,x,1\na.mp4,y,1\nb.mp4,x,2\n")
+    (listed / "two.csv").write_text("path,label,patient\na.mp4,x,1\n./a.mp4,x,2\nb.mp4,x,2\n")
+    (listed / "names.csv").write_text("path,split\na.mp4,train\n")
+    code, stderr = mistake(main, "split", *flags, cwd=listed)
+    assert code == 2
+    assert message in stderr
+    assert not (listed / "o").exists()

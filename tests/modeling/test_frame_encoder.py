@@ -1,0 +1,143 @@
+"""What frame models are shown: RGB, motion, or both, each way equal to doing it by hand."""
+
+import pytest
+import torch
+from torch import nn
+
+from config import TrainConfig
+from modeling.frame_encoder import FrameModel, decode_motion, global_motion, temporal_gradients
+from models import build_model
+from timeline.streaming import can_stream
+from training.checks import resolve
+from utils.errors import UserError
+
+every_model = pytest.mark.parametrize("name", ["tsm", "cnn_lstm"])
+
+
+def clips(channels: int = 3, n: int = 2, frames: int = 3, seed: int = 0) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    shape = (n, frames, channels, 32, 32)
+    return torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
+
+
+def lively(name: str, **options: object) -> FrameModel:
+    torch.manual_seed(0)
+    model = build_model(name, 4, **options).eval()
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.normal_(module.running_mean, std=0.1)
+            nn.init.uniform_(module.running_var, 0.5, 1.5)
+    return model
+
+
+def shown(model: FrameModel, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """RGB as the network sees it, and motion as three channels, `(B * T, 3, H, W)` each."""
+    rgb = model.normalize(x[:, :, :3])
+    if x.shape[2] == 3:
+        motion = 2 * temporal_gradients(rgb)
+    else:
+        field = decode_motion(x[:, :, 3:]) / 0.025
+        speed = (field[:, :, :1] ** 2 + field[:, :, 1:] ** 2).sqrt()
+        motion = torch.cat((field, speed), 2)
+    return rgb.flatten(0, 1), motion.flatten(0, 1)
+
+
+@pytest.mark.parametrize("motion", ["gradients", "flow", "vectors"])
+@torch.no_grad()
+def test_features_by_hand(motion: str) -> None:
+    x = clips(3 if motion == "gradients" else 5)
+    alone = lively("cnn_lstm", inputs=motion)
+    rgb, picture = shown(alone, x)
+    wanted = alone.backbone(picture).unflatten(0, (2, 3))
+    torch.testing.assert_close(alone.per_frame(x), wanted, atol=1e-4, rtol=1e-3)
+
+    late = lively("cnn_lstm", inputs=f"rgb+{motion}", fusion="late")
+    wanted = torch.cat((late.backbone(rgb), late.motion_backbone(picture)), 1)
+    assert late.width == 1024
+    torch.testing.assert_close(late.per_frame(x).flatten(0, 1), wanted, atol=1e-4, rtol=1e-3)
+
+    early = lively("cnn_lstm", inputs=f"rgb+{motion}", fusion="early")
+    extra = picture if motion == "gradients" else picture[:, :2]
+    wanted = early.backbone(torch.cat((rgb, extra), 1))
+    torch.testing.assert_close(early.per_frame(x).flatten(0, 1), wanted, atol=1e-4, rtol=1e-3)
+
+
+@torch.no_grad()
+def test_the_summary_stands_behind_the_features() -> None:
+    x = clips(5)
+    model = lively("cnn_lstm", inputs="rgb+flow", fusion="summary")
+    features = model.per_frame(x)
+    rgb, _ = shown(model, x)
+    torch.testing.assert_close(
+        features[..., :512].flatten(0, 1), model.backbone(rgb), atol=1e-4, rtol=1e-3
+    )
+    wanted = global_motion(decode_motion(x[:, :, 3:])) / 0.025
+    torch.testing.assert_close(features[..., 512:], wanted, atol=1e-4, rtol=1e-3)
+
+
+@every_model
+@torch.no_grad()
+def test_early_motion_starts_as_the_mean_filter(name: str) -> None:
+    plain = lively(name)
+    model = lively(name, inputs="rgb+flow", fusion="early")
+    conv, rgb = model.backbone.conv1.weight, plain.backbone.conv1.weight
+    assert conv.shape == (64, 5, 7, 7)
+    torch.testing.assert_close(conv[:, 3:], conv[:, :3].mean(1, keepdim=True).expand(-1, 2, -1, -1))
+    torch.testing.assert_close(conv[:, :3], rgb)
+    still = clips(5)
+    still[:, :, 3:] = 128  # no motion: it must be as if there were no such channels
+    torch.testing.assert_close(model(still), plain(still[:, :, :3]), atol=1e-4, rtol=1e-3)
+
+
+@every_model
+@pytest.mark.parametrize("inputs", ["gradients", "rgb+gradients", "flow", "rgb+vectors"])
+def test_motion_changes_the_answer_and_learns(name: str, inputs: str) -> None:
+    model = lively(name, inputs=inputs)
+    x = clips(model.channels)
+    other = x.clone()
+    if model.channels == 5:
+        other[:, :, 3:] = 255 - other[:, :, 3:]
+    else:
+        other = other.flip(1)
+    assert not torch.allclose(model(x), model(other), atol=1e-4)
+    model(x).sum().backward()
+    assert all(p.grad is not None for p in model.parameters())
+    staged = {id(p) for stage in model.stages().values() for m in stage for p in m.parameters()}
+    assert staged == {id(p) for p in model.parameters()}
+
+
+def test_a_second_network_shifts_too() -> None:
+    model = lively("tsm", inputs="rgb+gradients", fusion="late", shift_mode="causal")
+    x = clips(frames=4)
+    with torch.no_grad():
+        before, kept = model.per_frame(x)
+        assert len(kept) == 16  # eight blocks each
+        x[:, 3] = 0
+        after, _ = model.per_frame(x)
+    torch.testing.assert_close(before[:, :3], after[:, :3])
+    assert not torch.allclose(before[:, 3], after[:, 3])
+
+
+@every_model
+def test_gradients_need_windows(name: str) -> None:
+    causal = {"shift_mode": "causal"} if name == "tsm" else {}
+    assert can_stream(build_model(name, 3, **causal))
+    assert not can_stream(build_model(name, 3, inputs="gradients", **causal))
+    assert not can_stream(build_model(name, 3, inputs="rgb+gradients", **causal))
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        ({"inputs": "rgb+gradients", "fusion": "summary"}, "summary needs a field of motion"),
+        ({"fusion": "early"}, r"fusion is a setting of inputs rgb\+gradients"),
+        ({"inputs": "flow", "fusion": "early"}, r"fusion is a setting of inputs rgb\+gradients"),
+        ({"model": "vivit", "inputs": "gradients"}, "inputs is a setting of tsm, cnn_lstm"),
+        ({"model": "r2plus1d", "backbone": "resnet50"}, "backbone is a setting of tsm, cnn_lstm"),
+        ({"backbone": "convnext_tiny", "image_size": 16}, "convnext_tiny needs 32"),
+        ({"inputs": "rgb+flow", "erasing": 0.5}, "RGB alone"),
+    ],
+)
+def test_settings_that_cannot_work(settings: dict, told: str) -> None:
+    with pytest.raises(UserError, match=told):
+        resolve(TrainConfig(**settings))

@@ -1,0 +1,131 @@
+"""A prepared model gives the model's own logits, and leaves the model alone."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from modeling.inference import fold_batchnorms, pack_convolutions, prepare_for_inference
+from models import MODELS, build_model
+
+CPU = torch.device("cpu")
+BATCHNORMS = {"tsm": 20, "cnn_lstm": 20, "r2plus1d": 37, "vivit": 0}
+
+
+def trained(name: str, n_frames: int = 8, size: int = 64) -> nn.Module:
+    """A model whose BatchNorms have statistics and weights worth folding."""
+    torch.manual_seed(0)
+    options = {"n_frames": n_frames, "image_size": size} if name == "vivit" else {}
+    model = build_model(name, 7, **options).eval()
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d | nn.BatchNorm3d):
+            nn.init.uniform_(module.running_mean, -0.3, 0.3)
+            nn.init.uniform_(module.running_var, 0.5, 2.0)
+            nn.init.uniform_(module.weight, 0.5, 1.5)
+            nn.init.uniform_(module.bias, -0.3, 0.3)
+    return model
+
+
+@pytest.fixture(scope="module")
+def clips() -> torch.Tensor:
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(0, 256, (2, 8, 3, 64, 64), dtype=torch.uint8, generator=generator)
+
+
+@pytest.fixture(scope="module")
+def small() -> torch.Tensor:
+    """One small clip: without units for bf16 a CPU takes 20 s for a larger one in R(2+1)D."""
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(0, 256, (1, 4, 3, 32, 32), dtype=torch.uint8, generator=generator)
+
+
+@pytest.mark.parametrize("name", MODELS)
+@torch.inference_mode()
+def test_fp32_logits_are_the_models_own(name: str, clips: torch.Tensor) -> None:
+    model = trained(name)
+    wanted = model(clips)
+    logits = prepare_for_inference(model, CPU)(clips)
+    assert logits.dtype == torch.float32
+    # 1e-5 of logits of about 1; these random BatchNorms make some of them ten times as large
+    assert (logits - wanted).abs().max() < 1e-5 * max(1, wanted.abs().max())
+
+
+@pytest.mark.parametrize("name", MODELS)
+@torch.inference_mode()
+def test_bf16_is_close_and_stays_bf16(name: str, small: torch.Tensor) -> None:
+    model = trained(name, 4, 32)
+    wanted = model(small)
+    fast = prepare_for_inference(model, CPU, torch.bfloat16)
+    assert {parameter.dtype for parameter in fast.parameters()} == {torch.bfloat16}
+    logits = fast(small)
+    assert logits.dtype == torch.bfloat16
+    assert (logits.float() - wanted).abs().max() < 0.05 * wanted.abs().max()
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_model_itself_is_left_alone(name: str, small: torch.Tensor) -> None:
+    model = trained(name, 4, 32).train()
+    before = copy.deepcopy(model.state_dict())
+    with torch.inference_mode():
+        prepare_for_inference(model, CPU, torch.bfloat16)(small)
+    assert model.training
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    model(small).sum().backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_every_batchnorm_is_folded(name: str) -> None:
+    model = trained(name)
+    assert fold_batchnorms(model) == BATCHNORMS[name]
+    kinds = {type(module) for module in model.modules()}
+    assert not kinds & {nn.BatchNorm2d, nn.BatchNorm3d}
+
+
+class Unusual(nn.Module):
+    """A BatchNorm before its convolution, and a convolution whose output goes two ways."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first_norm = nn.BatchNorm2d(3)
+        self.conv = nn.Conv2d(3, 4, 3)
+        self.norm_a = nn.BatchNorm2d(4)
+        self.norm_b = nn.BatchNorm2d(4)
+
+    def forward(self, clips: torch.Tensor) -> torch.Tensor:
+        x = self.conv(self.first_norm(clips.flatten(0, 1).float()))
+        return (self.norm_a(x) - self.norm_b(x)).mean((2, 3))
+
+
+@torch.inference_mode()
+def test_what_cannot_be_folded_is_not(clips: torch.Tensor) -> None:
+    model = Unusual().eval()
+    nn.init.uniform_(model.first_norm.running_mean, -0.3, 0.3)
+    nn.init.uniform_(model.norm_a.running_var, 0.5, 2.0)
+    wanted = model(clips)
+    fast = prepare_for_inference(model, CPU)
+    assert isinstance(fast.norm_a, nn.BatchNorm2d)
+    assert torch.allclose(fast(clips), wanted, rtol=1e-6)
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("name", ["tsm", "cnn_lstm"])
+def test_packed_convolutions_give_the_same(name: str) -> None:
+    torch.manual_seed(0)
+    model = prepare_for_inference(build_model(name, 3), CPU)
+    packed = copy.deepcopy(model)
+    assert pack_convolutions(packed) == 20
+    for size, frames in ((32, 4), (48, 2)):  # the second with weights packed for the first
+        clips = torch.randint(0, 256, (1, frames, 3, size, size), dtype=torch.uint8)
+        torch.testing.assert_close(packed(clips), model(clips), atol=1e-5, rtol=1e-5)
+
+
+def test_what_cannot_be_packed_stays() -> None:
+    half = prepare_for_inference(build_model("tsm", 3), CPU, torch.bfloat16)
+    assert pack_convolutions(half) == 0
+    odd = torch.nn.Sequential(
+        torch.nn.Conv2d(3, 4, 3, padding="same"),
+        torch.nn.Conv2d(4, 4, 3, padding=1, padding_mode="reflect"),
+    )
+    assert pack_convolutions(odd) == 0

@@ -1,0 +1,54 @@
+"""script.py: what ends in one line, and what stays a traceback."""
+
+import errno
+
+import pytest
+import torch
+
+from utils.allocator import SWITCH
+from utils.cli import script
+from utils.errors import UserError
+
+
+def too_much() -> None:
+    torch.empty(1 << 50)
+
+
+def no_primitive() -> None:
+    raise RuntimeError("could not create a primitive descriptor for the LSTM forward propagation")
+
+
+def mistaken() -> None:
+    raise UserError("clips: no such folder")
+
+
+def full() -> None:
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+@pytest.mark.parametrize(
+    ("main", "words"),
+    [
+        (too_much, "(lower batch_size, image_size or n_frames)"),
+        (no_primitive, "give --amp fp32"),
+        (mistaken, "clips: no such folder"),
+        (full, "No space left on device: the disk"),
+    ],
+)
+def test_one_line_and_code_2(main, words: str, monkeypatch, capsys) -> None:
+    monkeypatch.setenv(SWITCH, "default")
+    with pytest.raises(SystemExit) as end:
+        script(main)()
+    assert end.value.code == 2
+    said = capsys.readouterr().err
+    assert words in said
+    assert len(said.strip().splitlines()) == 1
+
+
+def test_a_bug_of_ours_keeps_its_traceback(monkeypatch) -> None:
+    def broken() -> None:
+        raise RuntimeError("shapes do not match")
+
+    monkeypatch.setenv(SWITCH, "default")
+    with pytest.raises(RuntimeError, match="shapes"):
+        script(broken)()

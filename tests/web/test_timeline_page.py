@@ -1,0 +1,550 @@
+"""timeline_page.py: the page in a real browser, with a real video beside it."""
+
+import itertools
+import json
+import math
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from helpers import PALE_TEXTS
+
+from clips.manifest import CLASSES, UNCERTAIN
+from timeline.segments import OUT_OF_BODY, UNREADABLE, Segment, Timeline, read_timeline
+from video.encoder import write_video
+from web.timeline_page import (
+    MOST_BINS,
+    NO_ANSWER,
+    bin_probabilities,
+    build_timeline_page,
+    write_timeline_page,
+)
+
+VIDEO = """my op #1? 50% & "q" it's é.mp4"""
+HOSTILE = (
+    "</script><script>alert(1)</script>",
+    '"><img src=x onerror=alert(1)>',
+    "=1+1",
+    "+x",
+    "-y",
+    "@z",
+    'a,"b"',
+    "<!--",
+    "{{7*7}}",
+    "Ångström",
+)
+PARTS = [  # ten seconds
+    Segment(0.0, 2.0, "cut", 0.91),
+    Segment(2.0, 3.0, UNCERTAIN, 0.4),
+    Segment(3.0, 5.0, "sew", 0.8),
+    Segment(5.0, 6.0, UNREADABLE),
+    Segment(6.0, 7.5, "cut", 0.75),
+    Segment(7.5, 10.0, "look", 0.66),
+]
+
+
+def make_timeline(
+    segments: list[Segment] = PARTS, classes: tuple[str, ...] = ("cut", "sew", "look")
+) -> Timeline:
+    """16 answers a second that agree with the segments; none where it is unreadable."""
+    duration = segments[-1].end
+    times = np.arange(0, duration, 1 / 16)
+    probabilities = np.full((len(times), len(classes)), 1 / len(classes))
+    for segment in segments:
+        inside = (times >= segment.start) & (times < segment.end)
+        if segment.label in classes:
+            probabilities[inside] = 0.1 / max(1, len(classes) - 1)
+            probabilities[inside, classes.index(segment.label)] = 0.9
+        if segment.label == UNREADABLE:
+            probabilities[inside] = np.nan
+    known = np.isfinite(probabilities[:, 0])
+    return Timeline(
+        "Operation 17",
+        classes,
+        duration,
+        segments,
+        times[known],
+        probabilities[known],
+        ["From 0:05 to 0:06 the video is damaged."],
+    )
+
+
+def make_long() -> Timeline:
+    """Three hours in 5,000 segments of seven classes."""
+    rng = np.random.default_rng(0)
+    edges = [0, *np.sort(rng.choice(np.arange(1, 10_800_000), 4999, replace=False)) / 1000, 10800]
+    segments = [
+        Segment(start, end, CLASSES[number % 7], float(rng.uniform(0.5, 1)))
+        for number, (start, end) in enumerate(itertools.pairwise(edges))
+    ]
+    probabilities = rng.dirichlet(np.ones(7), 172_800)
+    return Timeline("long", CLASSES, 10800, segments, np.arange(172_800) / 16, probabilities)
+
+
+def test_a_bin_is_the_mean_of_its_answers() -> None:
+    rng = np.random.default_rng(1)
+    probabilities = rng.dirichlet(np.ones(3), 4 * MOST_BINS)
+    found = bin_probabilities(np.arange(4 * MOST_BINS) / 16, probabilities, MOST_BINS / 4)
+    assert found.dtype == np.uint8
+    means = probabilities.reshape(MOST_BINS, 4, 3).mean(axis=1)
+    assert np.array_equal(found, np.round(254 * means))
+
+
+def test_an_answer_holds_until_the_next_is_due() -> None:
+    times = np.array([1.0, 2.05, 2.95, 4.0, 8.0, 9.0, 10.0])
+    values = np.array([0.1, 0.2, 0.3, 0.4, 0.8, np.nan, 0.9])
+    found = bin_probabilities(times, np.stack([values, 1 - values], axis=1), 12.0)
+    shown = [None if value == NO_ANSWER else round(float(value) / 254, 2) for value in found[:, 0]]
+    # Bin 2 has two answers; bin 3 holds the second; bin 7 lies in the gap.
+    assert shown == [None, 0.1, 0.25, 0.3, 0.4, 0.4, 0.4, None, 0.8, 0.8, 0.9, 0.9]
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_curves_of_few_answers(number: int) -> None:
+    found = bin_probabilities(np.zeros(number), np.ones((number, 2)), 5.0)
+    assert found.tolist() == [[254, 254]] * number
+
+
+def test_a_long_page_is_small() -> None:
+    assert len(build_timeline_page(make_long(), "x.mp4").encode()) < 600_000
+    classes = tuple(f"class {number}" for number in range(100))
+    many = Timeline("", classes, 9000, [], np.arange(90_000) / 10, np.full((90_000, 100), 0.01))
+    assert len(build_timeline_page(many, None).encode()) < 1_000_000
+
+
+def test_names_stay_inside_the_data(tmp_path: Path) -> None:
+    segments = [Segment(n, n + 1, name, 0.5) for n, name in enumerate(HOSTILE)]
+    timeline = replace(make_timeline(segments, HOSTILE), name=HOSTILE[0], notes=list(HOSTILE))
+    page = build_timeline_page(timeline, None, {HOSTILE[0]: HOSTILE[1]})
+    assert page.count("<script") == 2
+    assert page.count("</script>") == 2
+    assert "<img" not in page
+    inside = re.search(r'id="data">(.*?)</script>', page, re.DOTALL)[1]
+    assert json.loads(inside)["labels"][: len(HOSTILE)] == list(HOSTILE)
+    assert "http:" not in page
+    assert "https:" not in page.replace("// Okabe and Ito, https://jfly.uni-koeln.de", "")
+
+
+# In a browser.
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A page in a folder beside a video of ten seconds."""
+    root = tmp_path_factory.mktemp("timeline page")
+    frames = np.zeros((250, 48, 64, 3), np.uint8)
+    frames[:, 10:30, 10:50] = np.arange(250, dtype=np.uint8)[:, None, None, None]
+    write_video(root / VIDEO, frames)
+    (root / "answers").mkdir()
+    path = root / "answers" / "timeline.html"
+    write_timeline_page(path, make_timeline(), root / VIDEO, {"command": "predict.py <op>"})
+    return path
+
+
+@pytest.fixture
+def visit(browser) -> Iterator[Callable]:
+    """Open a page; at the end nothing may have been loaded or complained of."""
+    contexts, messages, requests, allowed = [], [], [], set()
+
+    def visit(path: Path, width: int = 1280, complaints: bool = False, **settings: object):
+        context = browser.new_context(viewport={"width": width, "height": 900}, **settings)
+        contexts.append(context)
+        tab = context.new_page()
+        tab.set_default_timeout(5000)
+        if not complaints:
+            tab.on("console", lambda message: messages.append(message.text))
+        tab.on("pageerror", lambda error: messages.append(str(error)))
+        tab.on("request", lambda request: requests.append(request.url))
+        tab.goto(path.as_uri())
+        allowed.add(path.as_uri())
+        allowed.update(tab.evaluate("[...document.querySelectorAll('video')].map(v => v.src)"))
+        return tab
+
+    yield visit
+    for context in contexts:
+        context.close()
+    assert messages == []
+    assert {url for url in requests if not url.startswith(("data:", "blob:"))} <= allowed
+
+
+def wait_until(tab, expression: str) -> None:
+    """As tab.wait_for_function, which the page's policy forbids: it uses eval."""
+    for _ in range(200):
+        if tab.evaluate(expression):
+            return
+        tab.wait_for_timeout(25)
+    raise AssertionError(f"never: {expression}")
+
+
+def ready(tab) -> None:
+    wait_until(tab, "document.querySelector('video').readyState >= 2")
+
+
+def tick(tab, name: str):
+    return tab.get_by_label(name, exact=True)
+
+
+def time_of(tab) -> float:
+    return tab.evaluate("document.querySelector('video').currentTime")
+
+
+def press(tab, *keys: str) -> list[float]:
+    """The video's time after each key."""
+    times = []
+    for key in keys:
+        tab.keyboard.press(key)
+        times.append(time_of(tab))
+    return times
+
+
+def click_at(tab, selector: str, share: float) -> None:
+    """Click on a canvas, at a share of its width."""
+    tab.locator(selector).scroll_into_view_if_needed()
+    box = tab.locator(selector).bounding_box()
+    tab.mouse.click(box["x"] + share * box["width"], box["y"] + box["height"] / 2)
+
+
+def totals(tab) -> list[str]:
+    rows = tab.locator("#totals-body tr:visible").all_inner_texts()
+    return [" ".join(row.split()) for row in rows]
+
+
+def listed(tab) -> list[int]:
+    return [int(text) for text in tab.locator("#rows .number").all_inner_texts()]
+
+
+def export(tab, folder: Path) -> tuple[str, list[Segment]]:
+    with tab.expect_download() as waiting:
+        tab.click("#export")
+    assert waiting.value.suggested_filename == "timeline_corrected.csv"
+    waiting.value.save_as(folder / "exported.csv")
+    text = (folder / "exported.csv").read_bytes().decode()
+    return text, read_timeline(folder / "exported.csv")[""]
+
+
+def test_the_video_plays_and_everything_seeks(visit, page: Path) -> None:
+    tab = visit(page)
+    ready(tab)
+    assert tab.evaluate("document.querySelector('video').videoWidth") == 64
+    assert not tab.locator("#missing").is_visible()
+    tab.click("[data-number='2'] .go")
+    assert time_of(tab) == 3
+    assert tab.inner_text("#now") == "sew, 80\u00a0% sure"
+    assert tab.locator("[data-number='2']").get_attribute("aria-current") == "true"
+    click_at(tab, "#actions", 0.65)
+    assert time_of(tab) == pytest.approx(6.5, abs=0.05)
+    click_at(tab, ".curve:nth-child(2) canvas", 0.25)
+    assert time_of(tab) == pytest.approx(2.5, abs=0.05)
+    assert tab.inner_text(".curve:nth-child(1) .value") == "33\u00a0%"
+    click_at(tab, "#overview", 0.1)
+    assert time_of(tab) == pytest.approx(1, abs=0.05)
+    slider = tab.locator("#slider")
+    assert slider.get_attribute("aria-valuetext") == "0:01, cut, 91\u00a0% sure"
+    left = tab.locator("#playhead").bounding_box()["x"]
+    lane = tab.locator("#actions").bounding_box()
+    assert left == pytest.approx(lane["x"] + 0.1 * lane["width"], abs=2)
+    assert tab.locator("[role=note]").inner_text() == "From 0:05 to 0:06 the video is damaged."
+    assert "Not a medical device" in tab.inner_text("footer")
+    tab.click("footer summary")
+    assert "predict.py <op>" in tab.inner_text("footer")
+
+
+def test_the_keyboard_does_it_all(visit, page: Path) -> None:
+    tab = visit(page)
+    ready(tab)
+    assert press(tab, "n", "]", "ArrowRight", "N") == [2, 3, 5, 6]
+    assert press(tab, "p", "[", "ArrowLeft") == [5, 3, 2]
+    assert press(tab, "Shift+ArrowRight", "Shift+ArrowLeft") == [3, 2]
+    assert press(tab, "Shift+ArrowLeft", "p", "p", "p") == [1, 0, 0, 0]
+    tab.focus("#slider")
+    assert press(tab, "End", "Home") == [10, 0]
+    tab.keyboard.press(" ")
+    wait_until(tab, "document.querySelector('video').currentTime > 0.2")
+    tab.keyboard.press(" ")
+    assert tab.evaluate("document.querySelector('video').paused")
+    shown = "document.querySelector('#range').textContent"
+    for keys, words in (("++", "Shown: 0:00 to 0:02"), ("-", "Shown: 0:00 to 0:05"), ("0", "")):
+        press(tab, *keys)
+        wait_until(tab, f"{shown} === '{words}'")
+    # None of it while somebody chooses from a list.
+    tab.focus("[data-number='0'] select")
+    now = time_of(tab)
+    assert press(tab, "n", "]", "0") == [now] * 3
+    tab.evaluate("document.activeElement.blur()")
+    tab.click("#help summary")
+    tab.uncheck("#shortcuts")
+    assert press(tab, "n", "]") == [now] * 2
+    tab.focus("video")
+    tab.check("#shortcuts")
+    assert press(tab, "n") == [2]
+
+
+def test_the_filter_hides_and_is_skipped(visit, page: Path) -> None:
+    tab = visit(page)
+    ready(tab)
+    pixel = """share => {
+      const canvas = document.querySelector('#actions');
+      const ctx = document.createElement('canvas').getContext('2d');
+      ctx.drawImage(canvas, -share * canvas.width, -8);
+      return [...ctx.getImageData(0, 0, 1, 1).data];
+    }"""
+    wait_until(tab, f"({pixel})(0.1)[3] === 255")
+    tick(tab, "cut").uncheck()
+    tick(tab, "uncertain").uncheck()
+    assert listed(tab) == [3, 4, 6]
+    wait_until(tab, f"({pixel})(0.1)[3] < 100")
+    assert tab.evaluate(pixel, 0.4)[3] == 255
+    assert tab.locator(".curve:visible .name").all_inner_texts() == ["sew", "look"]
+    assert press(tab, "n", "n", "n", "n") == [3, 5, 7.5, 7.5]
+    assert press(tab, "p", "p", "p") == [5, 3, 3]
+    tab.click("#hide-all")
+    assert tab.locator("#none").is_visible()
+    assert press(tab, "n", "p") == [3, 3]
+    tab.click("#show-all")
+    assert listed(tab) == [1, 2, 3, 4, 5, 6]
+
+
+@pytest.mark.parametrize("width", [390, 1280])
+def test_corrections_are_counted_exported_and_undone(
+    visit, page: Path, tmp_path: Path, width: int
+) -> None:
+    tab = visit(page, width)
+    before = [
+        "cut 2 0:03.5 35.0 %",
+        "sew 1 0:02.0 20.0 %",
+        "look 1 0:02.5 25.0 %",
+        "uncertain 1 0:01.0 10.0 %",
+        "unreadable 1 0:01.0 10.0 %",
+    ]
+    assert totals(tab) == before
+    text, back = export(tab, tmp_path)
+    assert text.startswith(
+        "start,end,label,confidence,corrected_from\r\n0.000,2.000,cut,0.9100,\r\n"
+    )
+    assert str(back) == str(PARTS)
+    assert tab.inner_text("#saved") == ""
+
+    tab.select_option("[data-number='1'] select", label="sew")
+    tab.select_option("[data-number='5'] select", label="out of body")
+    assert totals(tab) == [
+        before[0],
+        "sew 2 0:03.0 30.0 %",
+        "look 0 0:00.0 0.0 %",
+        before[4],
+        "out of body 1 0:02.5 25.0 %",
+    ]
+    assert tab.inner_text("#saved") == "2 segments corrected, not exported yet."
+    text, back = export(tab, tmp_path)
+    assert "\r\n2.000,3.000,sew,,uncertain\r\n" in text
+    assert [segment.label for segment in back] == [
+        "cut",
+        "sew",
+        "sew",
+        "unreadable",
+        "cut",
+        OUT_OF_BODY,
+    ]
+    assert math.isnan(back[1].confidence)
+    assert tab.inner_text("#saved") == "2 segments corrected, exported."
+
+    assert tab.locator(".restore:visible").all_inner_texts() == ["uncertain", "look"]
+    tab.click("[data-number='1'] .restore")
+    assert tab.locator(".corrected .number").all_inner_texts() == ["6"]
+    tab.click("#reset")
+    assert totals(tab) == before
+    tab.keyboard.press("Control+z")
+    tab.click("#undo")
+    assert tab.locator(".corrected .number").all_inner_texts() == ["2", "6"]
+    assert tab.inner_text("#saved") == "2 segments corrected, exported."
+    for _ in range(2):
+        tab.click("#undo")
+    assert totals(tab) == before
+    assert tab.locator("#undo").is_disabled()
+
+
+def test_a_label_that_is_hidden_is_shown_when_it_is_chosen(visit, page: Path) -> None:
+    tab = visit(page)
+    tick(tab, "look").uncheck()
+    tab.select_option("[data-number='1'] select", label="look")
+    assert listed(tab) == [1, 2, 3, 4, 5, 6]
+    assert tick(tab, "look").is_checked()
+
+
+def test_corrections_are_not_lost_by_accident(visit, page: Path, tmp_path: Path) -> None:
+    tab = visit(page)
+    asked = []
+    tab.on("dialog", lambda dialog: (asked.append(dialog.type), dialog.dismiss()))
+    tab.click("[data-number='1'] .go")
+    tab.select_option("[data-number='1'] select", label="sew")
+    with tab.expect_event("dialog"):
+        tab.close(run_before_unload=True)
+    assert asked == ["beforeunload"]
+    export(tab, tmp_path)
+    with tab.expect_event("close"):
+        tab.close(run_before_unload=True)
+    assert asked == ["beforeunload"]
+
+
+def test_hostile_names_are_text_and_come_back(visit, tmp_path: Path) -> None:
+    segments = [Segment(n, n + 1, name, 0.5) for n, name in enumerate(HOSTILE)]
+    timeline = replace(make_timeline(segments, HOSTILE), name=HOSTILE[0], notes=list(HOSTILE))
+    write_timeline_page(tmp_path / "x.html", timeline, None, {HOSTILE[0]: HOSTILE[1]})
+    tab = visit(tmp_path / "x.html")
+    asked = []
+    tab.on("dialog", lambda dialog: (asked.append(dialog.message), dialog.dismiss()))
+    assert tab.inner_text("h1") == HOSTILE[0]
+    assert tab.locator("#totals-body .name:visible").all_inner_texts() == list(HOSTILE)
+    assert tab.evaluate("document.images.length + document.scripts.length") == 2
+    for number in range(len(HOSTILE)):  # each becomes the next one
+        choice = f"[data-number='{number}'] select"
+        tab.select_option(choice, label=HOSTILE[(number + 1) % len(HOSTILE)])
+    text, back = export(tab, tmp_path)
+    assert [segment.label for segment in back] == [*HOSTILE[1:], HOSTILE[0]]
+    assert '\r\n5.000,6.000,"a,""b""",,@z\r\n' in text
+    assert asked == []
+
+
+@pytest.mark.parametrize("content", [None, b"no video" * 100])
+def test_without_its_video_the_rest_works(visit, tmp_path: Path, content: bytes | None) -> None:
+    video = tmp_path / "gone op.mp4"
+    if content:
+        video.write_bytes(content)
+    write_timeline_page(tmp_path / "x.html", make_timeline(), video)
+    tab = visit(tmp_path / "x.html", complaints=True)
+    tab.wait_for_selector("#missing")
+    assert "It is looked for at gone op.mp4," in tab.inner_text("#missing")
+    assert not tab.locator("video").is_visible()
+    tab.click("[data-number='2'] .go")
+    assert tab.inner_text("#clock") == "0:03 of 0:10"
+    press_and_read(tab, "n", "0:05 of 0:10")
+
+
+def press_and_read(tab, key: str, words: str) -> None:
+    tab.keyboard.press(key)
+    assert tab.inner_text("#clock") == words
+
+
+def test_a_live_stream_has_no_player(visit, tmp_path: Path) -> None:
+    write_timeline_page(tmp_path / "x.html", make_timeline(), None)
+    tab = visit(tmp_path / "x.html")
+    assert tab.locator("video").count() == 0
+    press_and_read(tab, "n", "0:02 of 0:10")
+    press_and_read(tab, " ", "0:02 of 0:10")
+    click_at(tab, "#actions", 0.7)
+    assert tab.inner_text("#now") == "cut, 75\u00a0% sure"
+
+
+def test_a_stream_that_never_came(visit, tmp_path: Path) -> None:
+    empty = Timeline("nothing", ("a", "b"), 0.0, [], np.empty(0), np.empty((0, 2)))
+    write_timeline_page(tmp_path / "x.html", empty, None)
+    tab = visit(tmp_path / "x.html")
+    assert tab.inner_text("#now") == "No answer"
+    assert tab.locator("#none").is_visible()
+
+
+def test_hours_are_loaded_and_zoomed(visit, tmp_path: Path) -> None:
+    long = make_long()
+    write_timeline_page(tmp_path / "x.html", long, None)
+    tab = visit(tmp_path / "x.html", has_touch=True)
+    assert tab.locator("#rows > *").count() < 60
+    tab.evaluate("document.querySelector('#list').scrollTop = 1e9")
+    tab.wait_for_selector("[data-number='4999']")
+    assert tab.locator("#rows > *").count() < 60
+    shown = "document.querySelector('#range').textContent"
+
+    tab.locator("#actions").scroll_into_view_if_needed()
+    box = tab.locator("#actions").bounding_box()
+    x, y = box["x"] + box["width"] / 2, box["y"] + 20
+    tab.mouse.move(x, y)
+    assert tab.inner_text("#tip").startswith("1:30:0")
+    tab.keyboard.down("Control")
+    tab.mouse.wheel(0, -300)
+    tab.keyboard.up("Control")
+    wait_until(tab, f"{shown} !== ''")
+    zoomed = tab.inner_text("#range")
+    tab.mouse.down()
+    tab.mouse.move(x - 200, y, steps=4)
+    tab.mouse.up()
+    wait_until(tab, f"{shown} !== '{zoomed}'")
+    assert tab.inner_text("#clock") == "0:00:00 of 3:00:00"  # to drag is not to click
+    tab.click("#zoom-whole")
+    wait_until(tab, f"{shown} === ''")
+
+    touch = tab.context.new_cdp_session(tab)
+    for kind, apart in (("touchStart", 50), ("touchMove", 100), ("touchMove", 200)):
+        points = [{"x": x - apart, "y": y, "id": 0}, {"x": x + apart, "y": y, "id": 1}]
+        touch.send("Input.dispatchTouchEvent", {"type": kind, "touchPoints": points})
+    touch.send("Input.dispatchTouchEvent", {"type": "touchEnd", "touchPoints": []})
+    wait_until(tab, f"{shown}.startsWith('Shown: 1:07:')")  # a quarter, around the middle
+    assert tab.inner_text("#clock") == "0:00:00 of 3:00:00"
+    drawing = tab.evaluate("""async () => {
+      const frame = () => new Promise(requestAnimationFrame);
+      await frame();
+      const start = performance.now();
+      for (let n = 0; n < 10; n++) {
+        document.querySelector(n % 2 ? '#zoom-out' : '#zoom-in').click();
+        await frame();
+      }
+      return (performance.now() - start) / 10;
+    }""")
+    assert drawing < 250  # milliseconds; it is some 20
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_all_can_be_read_and_nothing_sticks_out(
+    visit, page: Path, tmp_path: Path, scheme: str
+) -> None:
+    classes = (*CLASSES, "A" * 60, *(f"step {number}" for number in range(20)))
+    labels = [*classes, UNCERTAIN, UNREADABLE, OUT_OF_BODY]
+    segments = [Segment(n, n + 1, name, 0.5) for n, name in enumerate(labels)]
+    write_timeline_page(
+        tmp_path / "x.html", make_timeline(segments, classes), tmp_path / "no.mp4", {"a": "b" * 90}
+    )
+    for path in (page, tmp_path / "x.html"):
+        tab = visit(path, complaints=path != page, color_scheme=scheme)
+        tab.select_option("[data-number='1'] select", index=0)
+        tab.click("[data-number='2'] .go")
+        tab.evaluate("document.querySelectorAll('details').forEach(one => { one.open = true })")
+        tab.hover("#actions")
+        for width in (390, 1280):
+            tab.set_viewport_size({"width": width, "height": 900})
+            assert tab.evaluate("document.documentElement.scrollWidth <= innerWidth")
+            assert tab.evaluate("""[...document.querySelectorAll('#list, #totals .scroll')].every(
+              box => box.scrollWidth <= box.clientWidth)""")
+            seen, pale = tab.evaluate(PALE_TEXTS)
+            assert seen > 70
+            assert pale == []
+
+
+def test_every_label_looks_different(visit, tmp_path: Path) -> None:
+    classes = tuple(f"class {number}" for number in range(84))
+    segments = [Segment(0, 1, UNCERTAIN), Segment(1, 2, UNREADABLE), Segment(2, 3, OUT_OF_BODY)]
+    write_timeline_page(tmp_path / "x.html", make_timeline(segments, classes), None)
+    tab = visit(tmp_path / "x.html")
+    images = tab.evaluate("""[...document.querySelectorAll('#totals-body .chip')].map(
+      chip => chip.style.backgroundImage)""")
+    assert len(images) == len(set(images)) == 87
+
+
+def test_all_controls_have_names(visit, page: Path) -> None:
+    tab = visit(page)
+    nameless = tab.evaluate("""[...document.querySelectorAll(
+      'button, select, input, canvas[role], [role=slider], video'
+    )].filter(one => !one.hidden && !one.getAttribute('aria-label')
+      && !one.labels?.[0]?.textContent.trim()
+      && !(one.tagName === 'BUTTON' && one.textContent.trim())).length""")
+    assert nameless == 0
+
+
+@pytest.mark.parametrize("width", [390, 1280])
+def test_the_video_stays_in_sight_of_the_list(visit, page: Path, width: int) -> None:
+    tab = visit(page, width)
+    tab.click("[data-number='5'] .go")
+    assert tab.evaluate("scrollY") > 0
+    for selector in ("video", "[data-number='5'] select"):
+        box = tab.locator(selector).bounding_box()
+        assert box["y"] >= 0
+        assert box["y"] + box["height"] <= 900
