@@ -1,19 +1,20 @@
-"""Which lever earns its place? A recipe, and one change at a time, over seeds and folds.
+"""Which ablation changes the scores? A baseline, and one change at a time, over seeds and folds.
 
-    python ablate.py --data-root /data/clips --folds folds --output study --model cnn_lstm
-    python ablate.py ... --levers "focal loss" "averaged weights" --seeds 0 1 2
-    python ablate.py ... --into RESULTS.md --name clips          the table goes into a file
+    python ablate.py --data-root /data/clips --folds folds --output study --model-name cnnlstm
+    python ablate.py ... --ablations "focal loss" "EMA of the weights" --seeds 0 1 2
 
-The recipe is the settings that are given, all of them train.py's; each lever changes some
-(levers.py). Every lever is trained for every seed by cross_validate.py's code; without --folds, by
-train.py's on the one split that there is. Started again with the same --output, it does what is
-left. Adding a lever or a seed is no reason to begin anew; other settings are refused.
+The baseline is the settings that are given, all of them those of train.py; each ablation changes
+some of them (evaluation/ablation.py lists them). Every ablation is trained for every seed, by
+cross_validate.py's code with --folds, without by train.py's on the one split that there is. Started
+again with the same --output, it trains only what is missing: ablations and seeds may be added,
+other settings are refused.
 
-A row's scores are means over the seeds, +- their standard deviation. Its difference from the recipe
-has a 95 % interval over patients, the seeds averaged, both on the same resamples of the same
-patients: where it holds zero, the lever has not shown that it does anything.
+A row's scores are means over the seeds, +- their standard deviation. Its difference from the
+baseline has a 95 % interval over patients: the seeds are averaged, and both are scored on the same
+resamples of the same patients. Where the interval includes zero, the ablation has shown no effect.
 """
 
+# Everything that imports torch is imported where it is used: --help does without.
 import dataclasses
 import json
 import os
@@ -21,260 +22,276 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import numpy as np
-import pandas as pd
-import tyro
-
-from checkpoint import load_checkpoint
-from config import TrainConfig, from_dict
+from config import OLD_NAMES, OLD_VALUES, TrainConfig, differences, from_dict, names_with, setting
 from cross_validate import CrossValidateConfig, check_folds, cross_validate, fold_folders
-from evaluation.ablation import ADJUSTED, LEVERS, RECIPE, TITLES, lever_table, plot_differences
-from evaluation.calibration import Calibration
-from evaluation.predictions import Predictions, read_predictions
-from train import train
-from training.checks import check_model, resolve
-from training.loaders import open_cache
-from training.losses import prior_shift
-from utils.cli import script
+from utils.cli import cli_main, parse
 from utils.errors import UserError
 from utils.files import to_markdown, write_json, write_text
-from video.motion import brought, require_opencv
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from evaluation.predictions import Predictions
 
 
 @dataclass(frozen=True)
 class AblateConfig(CrossValidateConfig):
-    """The recipe's settings, and what is to be tried."""
+    """The settings of the baseline, and what is to be tried."""
 
-    levers: tuple[str, ...] = ()
-    """names of LEVERS, besides the recipe (none: all)"""
-    seeds: tuple[int, ...] = (0, 1, 2)
-    """each lever is trained once for each"""
-    output: str = "study"
-    """folder of the runs and of the table"""
-    into: str = ""
-    """a Markdown file that the table is put into"""
-    name: str = "study"
-    """what the table is called there"""
+    ablations: tuple[str, ...] = setting((), section="Ablations")
+    """names of ablations, besides the baseline (none: all that can work with the baseline)"""
+    seeds: tuple[int, ...] = setting((0, 1, 2))
+    """each ablation is trained once per seed"""
+    output: str = setting("runs/study")
+    """folder for the runs and the table"""
 
 
 def ablate(config: AblateConfig) -> str:
-    """Train what is left, and say what came of it, in Markdown.
+    """Train what is missing and write the table. Returns the table as Markdown.
 
     Raises:
-        UserError: a lever is not known or cannot work, or the folder's runs had other settings.
-        SystemExit: interrupted; the same command goes on.
+        UserError: an ablation is unknown or cannot work, or the folder's runs had other settings.
+        SystemExit: interrupted; the same command continues.
     """
+    from evaluation.ablation import BASELINE, POST_HOC, ablation_table, plot_deltas
+
     folder = Path(config.output)
-    levers = _chosen(config)
-    _hold_to_recipe(config, folder)
-    places = {name: [_place(folder, name, seed) for seed in config.seeds] for name in levers}
-    for name in levers:
-        for seed, place in zip(config.seeds, places[name], strict=True):
-            if _finished(place, _settings(config, name, seed)):
-                continue
-            print(f"\n##### {name}, seed {seed}: {place}", flush=True)
-            _run(_settings(config, name, seed), place)
-    found = {name: [_read(place) for place in of_seeds] for name, of_seeds in places.items()}
+    ablations = select_ablations(config)
+    hold_to_baseline(config, folder)
+    runs = {name: [_run_dir(folder, name, seed) for seed in config.seeds] for name in ablations}
+    for name in ablations:
+        for seed, run in zip(config.seeds, runs[name], strict=True):
+            settings = ablation_settings(config, name, seed)
+            if not is_finished(run, settings):
+                print(f"\n##### {name}, seed {seed}: {run}", flush=True)
+                _train(settings, run)
+    predictions = {name: [_read(run) for run in seeds] for name, seeds in runs.items()}
     if config.test_views * config.test_crops == 1:
-        for name, tau in ADJUSTED.items():
-            found[name] = [_adjusted(place, tau) for place in places[RECIPE]]
-    table = lever_table(found)
+        for name, tau in POST_HOC.items():
+            predictions[name] = [_adjusted(run, tau) for run in runs[BASELINE]]
+    table = ablation_table(predictions)
     write_text(folder / "study.csv", table.to_csv(index=False))
-    plot_differences(table, folder / "study.png")
-    text = to_text(table, config.seeds, found[RECIPE][0], places[RECIPE][0])
+    plot_deltas(table, folder / "study.png")
+    text = format_table(table, config.seeds, predictions[BASELINE][0], runs[BASELINE][0])
     write_text(folder / "study.md", text)
-    if config.into:
-        put_section(Path(config.into), config.name, text)
     return text
 
 
-def _chosen(config: AblateConfig) -> list[str]:
-    """The recipe and the levers, each of them looked at before anything is trained.
+def select_ablations(config: AblateConfig) -> list[str]:
+    """The baseline and the ablations, each of them checked before anything is trained.
 
-    Of all levers those that cannot work with the recipe are left out, and told.
+    Without --ablations those that cannot work with the baseline are left out, and listed.
+
+    Raises:
+        UserError: a name is unknown, a named ablation cannot work, or the seeds are wrong.
     """
-    unknown = [name for name in config.levers if name not in LEVERS]
+    from evaluation.ablation import ABLATIONS, BASELINE
+
+    unknown = [name for name in config.ablations if name not in ABLATIONS]
     if unknown:
-        raise UserError(f"no lever is called {unknown[0]!r}: choose from {', '.join(LEVERS)}")
+        raise UserError(f"no ablation is called {unknown[0]!r}: choose from {', '.join(ABLATIONS)}")
     if not config.seeds or len(set(config.seeds)) < len(config.seeds) or min(config.seeds) < 0:
-        raise UserError(f"seeds = {config.seeds}: name one at least, none twice, none below 0")
+        raise UserError(f"seeds = {config.seeds}: give at least one, none twice, none below 0")
     if config.seed:
-        raise UserError("seed: give --seeds, which each lever is trained with")
+        raise UserError("seed: give --seeds, with which each ablation is trained")
     if config.folds:
         check_folds(config, fold_folders(config.folds))
-    chosen, problems, recipe = [], {}, None
-    for name in LEVERS:  # the recipe is the first
-        if name != RECIPE and name not in (config.levers or LEVERS):
+    names, problems, baseline = [], {}, None
+    for name in ABLATIONS:  # the baseline comes first
+        if name != BASELINE and name not in (config.ablations or ABLATIONS):
             continue
         try:
-            wanted = _check(_settings(config, name, config.seeds[0]))
-            if wanted == recipe:
-                raise UserError("it is what the recipe does")
+            settings = _check(ablation_settings(config, name, config.seeds[0]))
+            if settings == baseline:
+                raise UserError("the baseline does this already")
         except UserError as error:
             problems[name] = " ".join(str(error).split())
         else:
-            chosen.append(name)
-            recipe = recipe or wanted
-    told = "\n  ".join(f"{name}: {problem}" for name, problem in problems.items())
-    if problems and (config.levers or RECIPE in problems):
-        raise UserError(f"these levers cannot work with the recipe:\n  {told}")
+            names.append(name)
+            baseline = baseline or settings
+    listing = "\n  ".join(f"{name}: {problem}" for name, problem in problems.items())
+    if problems and (config.ablations or BASELINE in problems):
+        raise UserError(f"these ablations cannot work with the baseline:\n  {listing}")
     if problems:
-        print(f"left out, as they cannot work with the recipe:\n  {told}")
-    return chosen
+        print(f"left out, as they cannot work with the baseline:\n  {listing}")
+    return names
 
 
 def _check(settings: CrossValidateConfig) -> CrossValidateConfig:
-    """The resolved settings of a lever, after a look for what would stop it, without training.
+    """The resolved settings of an ablation, checked for what would stop its training.
 
     Raises:
         UserError: something would.
     """
-    wanted = resolve(settings)
-    check_model(wanted)
-    if open_cache(wanted) is None and brought(wanted.inputs) == "rgb+flow":
+    from training.checks import check_model, resolve
+    from training.loaders import open_cache
+    from video.motion import Modality, require_opencv
+
+    settings = resolve(settings)
+    check_model(settings)
+    motion = Modality.parse(settings.modality).stored_motion
+    if open_cache(settings) is None and motion == "flow":
         require_opencv()
-    return wanted
+    return settings
 
 
-def _settings(config: AblateConfig, lever: str, seed: int) -> CrossValidateConfig:
-    names = [field.name for field in dataclasses.fields(CrossValidateConfig)]
-    recipe = {name: getattr(config, name) for name in names}
-    # Of folds the clips are checked once, by _chosen.
-    checked = config.check_clips and not config.folds
-    own = {"seed": seed, "check_clips": checked, "resume": ""}
-    return CrossValidateConfig(**{**recipe, **LEVERS[lever], **own})
+def ablation_settings(config: AblateConfig, name: str, seed: int) -> CrossValidateConfig:
+    """The baseline's settings, with the changes of one ablation."""
+    from evaluation.ablation import ABLATIONS
+
+    fields = [field.name for field in dataclasses.fields(CrossValidateConfig)]
+    baseline = {field: getattr(config, field) for field in fields}
+    # select_ablations has read the clips of the folds once.
+    check_clips = config.check_clips and not config.folds
+    own = {"seed": seed, "check_clips": check_clips, "resume": ""}
+    return CrossValidateConfig(**{**baseline, **ABLATIONS[name], **own})
 
 
-# What may differ between the starts of a study.
-_FREE = {"workers", "device", "seed", "run_dir", "resume", "check_clips", "features", "tensorboard"}
-
-
-def _hold_to_recipe(config: AblateConfig, folder: Path) -> None:
-    """Note the recipe in the folder, or compare with the one that is there."""
-    recipe = json.loads(json.dumps(dataclasses.asdict(_settings(config, RECIPE, 0))))
-    for name in ("data_root", "folds", "cache"):
-        recipe[name] = os.path.abspath(recipe[name]) if recipe[name] else ""
-    noted = folder / "recipe.json"
-    if not noted.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        write_json(noted, recipe)
-        return
-    before = json.loads(noted.read_text(encoding="utf-8"))
-    for field in dataclasses.fields(CrossValidateConfig):
-        was, now = before.get(field.name, field.default), recipe[field.name]
-        if was != now and field.name not in _FREE:
-            raise UserError(
-                f"{folder}: its runs had {field.name} {was!r}, not {now!r}: give the same "
-                "settings, or another --output"
-            )
-
-
-def _finished(place: Path, settings: CrossValidateConfig) -> bool:
-    """Whether a lever's run has been tested.
+def hold_to_baseline(config: AblateConfig, folder: Path) -> None:
+    """Write the baseline's settings into the folder, or compare them with those that are there.
 
     Raises:
-        UserError: it has been, with other settings: the lever has changed since.
+        UserError: the folder's runs had other settings.
     """
-    if not (place / "test_metrics.json").exists():  # written last of all
+    from evaluation.ablation import BASELINE
+
+    baseline = ablation_settings(config, BASELINE, 0)
+    paths = {name: getattr(baseline, name) for name in ("data_root", "folds", "cache")}
+    absolute = {name: os.path.abspath(path) for name, path in paths.items() if path}
+    baseline = dataclasses.replace(baseline, **absolute)
+    file = folder / "recipe.json"
+    if not file.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(file, dataclasses.asdict(baseline))
+        return
+    saved = from_dict(json.loads(file.read_text(encoding="utf-8")), CrossValidateConfig)
+    for name, before, value in differences(saved, baseline, ignore=_may_differ(config)):
+        raise UserError(
+            f"{folder}: its runs had {name} {before!r}, not {value!r}: give the same settings, or "
+            "another --output"
+        )
+
+
+def _may_differ(settings: CrossValidateConfig) -> list[str]:
+    """Names of the settings in which two runs of one ablation may differ."""
+    manifests = ["train_csv", "val_csv", "test_csv"] if settings.folds else []
+    return [*names_with("neutral", True), "seed", *manifests]
+
+
+def is_finished(run: Path, settings: CrossValidateConfig) -> bool:
+    """Whether the run of an ablation has been tested.
+
+    Raises:
+        UserError: it has been, with other settings: the ablation has changed since.
+    """
+    from training.checks import resolve
+
+    if not (run / "test_metrics.json").exists():  # written last
         return False
-    run = place / fold_folders(settings.folds)[0].name if settings.folds else place
-    saved = from_dict(json.loads((run / "config.json").read_text(encoding="utf-8")))
-    wanted = resolve(settings)
-    for field in dataclasses.fields(saved):
-        was, now = getattr(saved, field.name), getattr(wanted, field.name)
-        free = field.name in _FREE or (settings.folds and field.name.endswith("_csv"))
-        if was != now and not free:
-            raise UserError(
-                f"{place}: was trained with {field.name} {was!r}, by now {now!r}: delete it"
-            )
+    first = run / fold_folders(settings.folds)[0].name if settings.folds else run
+    saved = from_dict(json.loads((first / "config.json").read_text(encoding="utf-8")))
+    for name, before, value in differences(saved, resolve(settings), ignore=_may_differ(settings)):
+        raise UserError(f"{run}: was trained with {name} {before!r}, not {value!r}: delete it")
     return True
 
 
-def _place(folder: Path, lever: str, seed: int) -> Path:
-    slug = re.sub(r"\W+", "_", lever.replace("+", "plus")).strip("_")
+def _run_dir(folder: Path, ablation: str, seed: int) -> Path:
+    slug = re.sub(r"\W+", "_", ablation.replace("+", "plus")).strip("_")
     return folder / slug / f"seed{seed}"
 
 
-def _run(settings: CrossValidateConfig, place: Path) -> None:
+def _train(settings: CrossValidateConfig, run: Path) -> None:
     if settings.folds:
-        cross_validate(settings, place)
+        cross_validate(settings, run)
         return
+    from checkpoint import load_checkpoint
+    from train import train
+
     fields = {f.name: getattr(settings, f.name) for f in dataclasses.fields(TrainConfig)}
-    state = load_checkpoint(place, "last.pt") if (place / "last.pt").exists() else None
-    train(TrainConfig(**fields), state, place, "the same command again")
+    state = load_checkpoint(run, "last.pt") if (run / "last.pt").exists() else None
+    train(TrainConfig(**fields), state, run, "the same command again")
 
 
-def _read(place: Path) -> Predictions:
-    return read_predictions(place / "predictions.csv")[0]
+def _read(run: Path) -> "Predictions":
+    from evaluation.predictions import read_predictions
+
+    return read_predictions(run / "predictions.csv")[0]
 
 
-def _adjusted(place: Path, tau: float) -> Predictions:
-    """What the runs of a place say with their logits adjusted after training, fold by fold.
+def _adjusted(run: Path, tau: float) -> "Predictions":
+    """The predictions of a run with the logits adjusted after training, fold by fold.
 
-    `evaluate.py --adjust` does it to the logits; the log of the probabilities times the temperature
-    differs from them by a number a clip, which the softmax forgets. (Only of single looks: the mean
-    over several has no logits.)
+    `evaluate.py --logit-adjust-tau` does the same to the logits. The log probabilities times the
+    temperature differ from the logits by a constant per clip, which the softmax cancels. (This is
+    so for one view per clip only: a mean over several views has no logits.)
     """
-    folds = sorted(place.glob("fold*")) or [place]
+    import numpy as np
+
+    from checkpoint import load_checkpoint
+    from evaluation.calibration import Calibration
+    from evaluation.predictions import Predictions
+    from training.losses import log_prior
+
     parts = []
-    for fold in folds:
-        state = load_checkpoint(fold)
-        part = _read(fold)
-        temperature = Calibration.from_state(state.get("calibration")).temperature
-        logits = np.log(np.maximum(part.probabilities, 1e-300)) * temperature
-        logits = (logits - prior_shift(state["class_counts"], tau).numpy()) / temperature
+    for fold in sorted(run.glob("fold*")) or [run]:
+        state, predictions = load_checkpoint(fold), _read(fold)
+        temperature = Calibration.from_state_dict(state.get("calibration")).temperature
+        logits = np.log(np.maximum(predictions.probabilities, 1e-300)) * temperature
+        logits = (logits - log_prior(state["class_counts"], tau).numpy()) / temperature
         odds = np.exp(logits - logits.max(axis=1, keepdims=True))
-        parts.append(Predictions(part.rows, odds / odds.sum(axis=1, keepdims=True)))
+        parts.append(Predictions(predictions.rows, odds / odds.sum(axis=1, keepdims=True)))
     rows = [row for part in parts for row in part.rows]
     return Predictions(rows, np.concatenate([part.probabilities for part in parts]))
 
 
-def to_text(table: pd.DataFrame, seeds: Sequence[int], example: Predictions, run: Path) -> str:
-    """The table for people, as Markdown, and what it was made on by the word of a run."""
+def format_table(
+    table: "pd.DataFrame", seeds: Sequence[int], baseline: "Predictions", run: Path
+) -> str:
+    """The table as Markdown, with the data and the machine that it was measured on.
+
+    Args:
+        baseline: predictions of the baseline, and `run` the folder that they are from.
+    """
+    import pandas as pd
+
+    from evaluation.ablation import BASELINE, SCORES
+    from evaluation.bootstrap import format_interval
+
+    def with_interval(value: str, row: dict, column: str, pattern: str) -> str:
+        interval = [row[f"{column} low"], row[f"{column} high"]]
+        text = format_interval(interval, pattern, missing="")
+        return f"{value} ({text})" if text else value
+
     sessions = json.loads((run / "environment.json").read_text(encoding="utf-8"))["sessions"]
-    patients = len({patient for patient in example.units("patient") if patient is not None})
+    patients = {patient for patient in baseline.groups("patient") if patient is not None}
     rows = []
     for row in table.to_dict(orient="records"):
-        cells = {"lever": row["lever"]}
-        for score, title in TITLES.items():
-            low, high = row[f"{score} low"], row[f"{score} high"]
-            between = "" if np.isnan(low) else f" ({low:.3f} to {high:.3f})"
-            cells[title] = f"{row[score]:.3f} +- {row[f'{score} sd']:.3f}{between}"
-        for score, title in TITLES.items():
-            gap, low, high = (row[f"{score} gain{end}"] for end in ("", " low", " high"))
-            between = "" if np.isnan(low) else f" ({low:+.3f} to {high:+.3f})"
-            cells[f"{title} - recipe's"] = "-" if row["lever"] == RECIPE else f"{gap:+.3f}{between}"
+        cells = {"ablation": row["ablation"]}
+        for score, title in SCORES.items():
+            mean = f"{row[score]:.3f} +- {row[f'{score} sd']:.3f}"
+            cells[title] = with_interval(mean, row, score, ".3f")
+        for score, title in SCORES.items():
+            delta = with_interval(f"{row[f'{score} delta']:+.3f}", row, f"{score} delta", "+.3f")
+            cells[f"{title} - baseline"] = "-" if row["ablation"] == BASELINE else delta
         rows.append(cells)
     facts = {
         "seeds": ", ".join(map(str, seeds)),
-        "test clips": len(example),
-        "patients": patients or "unknown: the intervals take clips as independent",
+        "test clips": len(baseline),
+        "patients": len(patients) or "unknown: the intervals take clips as independent",
         "device": sessions[-1]["device"],
         "torch": sessions[-1]["torch"],
     }
     return to_markdown(pd.DataFrame(rows), facts)
 
 
-def put_section(path: Path, name: str, text: str) -> None:
-    """Put text into a Markdown file between two comments with a name; at its end if they are not
-    there yet."""
-    begin, end = f"<!-- ablate: {name} -->", f"<!-- end: {name} -->"
-    before = path.read_text(encoding="utf-8") if path.exists() else ""
-    section = f"{begin}\n{text.strip()}\n{end}"
-    if begin in before and end in before:
-        head, rest = before.split(begin, 1)
-        whole = head + section + rest.split(end, 1)[1]
-    else:
-        whole = f"{before.rstrip()}\n\n{section}\n".lstrip()
-    write_text(path, whole)
-
-
-@script
+@cli_main
 def main() -> None:
-    config = tyro.cli(AblateConfig, description=__doc__)
+    old_names = {**OLD_NAMES, "levers": "ablations"}
+    config = parse(AblateConfig, __doc__, None, old_names, OLD_VALUES, aliases=("model",))
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise UserError("ablate.py is one process: start it several times with other --output")
+        raise UserError("ablate.py is one process: start it several times, each with its --output")
     print(f"\n{ablate(config)}\nsaved in {config.output}")
 
 

@@ -1,9 +1,9 @@
-"""Checkpoints: plain dicts that `torch.load(weights_only=True)` accepts, complete or not there.
+"""Checkpoints: plain dicts that `torch.load(weights_only=True)` accepts, written atomically.
 
-A checkpoint holds everything that is needed to go on training or to rebuild the model: `model`,
+A checkpoint holds everything that is needed to continue training or to rebuild the model: `model`,
 `optimizer`, `scheduler`, `scaler`, `epoch`, `step`, `rng`, `best`, `history`, `config`, `classes`
-and `format_version`; with averaged weights, which are then the `model`, also those that are
-`trained` and `averaged_steps`. Loading one runs no code from it.
+and `format_version`. With averaged weights, which are then the `model`, it also holds the `trained`
+ones and `averaged_steps`. Loading a checkpoint runs no code from it.
 """
 
 import random
@@ -11,8 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
-from models import build_model_from_config
+from config import from_dict
+from models import build_model
 from utils.errors import UserError
 from utils.files import atomic, load_safely
 
@@ -20,7 +22,7 @@ FORMAT_VERSION = 1
 
 
 def save_checkpoint(path: str | Path, state: dict[str, Any]) -> None:
-    """Write a checkpoint whole; a kill at any moment leaves the old one or the new one."""
+    """Write a checkpoint; a kill at any moment leaves the old file or the new one."""
     with atomic(path) as unfinished:
         torch.save({**state, "format_version": FORMAT_VERSION}, unfinished)
 
@@ -47,15 +49,15 @@ def load_checkpoint(run_or_file: str | Path, name: str = "best.pt") -> dict[str,
     return state
 
 
-def build_from_checkpoint(state: dict[str, Any]) -> torch.nn.Module:
-    """The checkpoint's model with its weights, in eval mode."""
-    model = build_model_from_config(state["config"], len(state["classes"]))
+def rebuild_model(state: dict[str, Any]) -> nn.Module:
+    """The model of a checkpoint with its weights, in eval mode."""
+    model = build_model(from_dict(state["config"]), len(state["classes"]))
     model.load_state_dict(state["model"])
     return model.eval()
 
 
 def rng_state() -> dict[str, Any]:
-    """The random generators' states, in types that a safe load accepts."""
+    """The states of the random generators, in types that a safe load accepts."""
     return {
         "python": random.getstate(),
         "torch": torch.get_rng_state(),

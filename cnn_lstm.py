@@ -1,4 +1,4 @@
-"""CNN-LSTM: a 2D network sees each frame, an LSTM remembers.
+"""CNN-LSTM: a 2D CNN sees each frame, an LSTM remembers.
 
 Donahue et al., "Long-term Recurrent Convolutional Networks for Visual Recognition and Description",
 CVPR 2015, arXiv:1411.4389.
@@ -10,47 +10,47 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from modeling.backbones import BackboneName
-from modeling.frame_encoder import FrameModel, Fusion
-from video.motion import Inputs
+from modeling.frame_encoder import FrameEncoder
 
 
-class CNNLSTM(FrameModel):
+class CNNLSTM(FrameEncoder):
     """Features of every frame, an LSTM over them, its outputs pooled over time, a classifier.
 
     Args:
-        backbone, inputs, fusion, grid: see `FrameModel`.
+        num_classes: number of classes.
+        backbone, modality, fusion, spatial_pool: see `FrameEncoder`.
         lstm_hidden, lstm_layers, bidirectional: the LSTM. With 0 layers there is none, and the
-            frames' features themselves are pooled: few clips teach no LSTM (RESULTS.md).
-        temporal_pooling: how T outputs become one: their `mean`, the `last`, their `max`, a mean
-            weighted by a learnt softmax (`attention`), or their `statistics`: mean, standard
+            features of the frames themselves are pooled: an LSTM cannot be learnt from few clips
+            (docs/results).
+        temporal_pooling: how T outputs become one vector: their `mean`, the `last`, their `max`, a
+            mean weighted by a learnt softmax (`attention`), or their `statistics`: mean, standard
             deviation and mean absolute change from frame to frame, each standardised by its mean
             and deviation over the training clips.
-        dropout: before the classifier and between LSTM layers.
+        dropout: dropout before the classifier and between LSTM layers.
     """
 
     def __init__(
         self,
         num_classes: int = 7,
-        backbone: BackboneName = "resnet18",
-        inputs: Inputs = "rgb",
-        fusion: Fusion = "late",
-        grid: int = 1,
+        backbone: str = "resnet18",
+        modality: str = "rgb",
+        fusion: str = "late",
+        spatial_pool: int = 1,
         lstm_hidden: int = 512,
         lstm_layers: int = 1,
         bidirectional: bool = False,
         temporal_pooling: Literal["mean", "last", "max", "attention", "statistics"] = "mean",
         dropout: float = 0.0,
     ) -> None:
-        super().__init__(backbone, inputs, fusion, grid)
+        super().__init__(backbone, modality, fusion, spatial_pool)
         if temporal_pooling not in ("mean", "last", "max", "attention", "statistics"):
             raise ValueError(f"no temporal_pooling is called {temporal_pooling!r}")
         self.temporal_pooling = temporal_pooling
         self.lstm: nn.LSTM | None = None
-        width = self.width
+        width = self.num_features
         if lstm_layers:
             self.lstm = nn.LSTM(
-                self.width,
+                width,
                 lstm_hidden,
                 lstm_layers,
                 batch_first=True,
@@ -69,21 +69,21 @@ class CNNLSTM(FrameModel):
     def forward(self, clips: torch.Tensor) -> torch.Tensor:
         """`(B, T, C, H, W)` uint8 or float in [0, 1] to logits `(B, num_classes)`.
 
-        Or what `per_frame` made of them before, `(B, T, width)`; see frozen_features.py.
+        Or the output of `frame_features`, `(B, T, num_features)`; see training/feature_cache.py.
         """
-        return self.over_window(clips if clips.dim() == 3 else self.per_frame(clips))
+        return self.consensus(clips if clips.dim() == 3 else self.frame_features(clips))
 
-    def per_frame(self, clips: torch.Tensor) -> torch.Tensor:
-        """`(B, T, C, H, W)` to each frame's features, `(B, T, width)`: no other frame counts."""
-        return self.frame_features(clips).unflatten(0, clips.shape[:2])
+    def frame_features(self, clips: torch.Tensor) -> torch.Tensor:
+        """`(B, T, C, H, W)` to the features of each frame by itself, `(B, T, num_features)`."""
+        return self.forward_features(clips).unflatten(0, clips.shape[:2])
 
-    def over_window(self, features: torch.Tensor) -> torch.Tensor:
-        """The features of T frames `(B, T, width)` to logits `(B, num_classes)`."""
-        return self.conclude(self.lstm(features)[0] if self.lstm else features)
+    def consensus(self, features: torch.Tensor) -> torch.Tensor:
+        """The features of T frames, `(B, T, num_features)`, to logits `(B, num_classes)`."""
+        return self.classify(self.lstm(features)[0] if self.lstm else features)
 
-    def conclude(self, outputs: torch.Tensor) -> torch.Tensor:
-        """T outputs of the LSTM `(B, T, width)` to logits `(B, num_classes)`; or, without one, of
-        the backbone."""
+    def classify(self, outputs: torch.Tensor) -> torch.Tensor:
+        """T outputs of the LSTM (without one, of the backbone), `(B, T, width)`, to logits
+        `(B, num_classes)`."""
         return self.head(self.dropout(self.pool(outputs)))
 
     @property
@@ -92,8 +92,7 @@ class CNNLSTM(FrameModel):
         return self.lstm is None or not self.lstm.bidirectional
 
     def pool(self, x: torch.Tensor) -> torch.Tensor:
-        """The LSTM's outputs `(B, T, width)` as one vector a clip, `(B, width)`, of statistics
-        `(B, 3 * width)`."""
+        """`(B, T, width)` to one vector per clip, `(B, width)`; `(B, 3 * width)` for statistics."""
         if self.temporal_pooling == "mean":
             return x.mean(dim=1)
         if self.temporal_pooling == "max":
@@ -103,7 +102,7 @@ class CNNLSTM(FrameModel):
         if self.standardise is not None:
             return self.standardise(temporal_statistics(x))
         if self.lstm and self.lstm.bidirectional:
-            # The backward LSTM has seen the whole clip at frame 0; at the last, one frame only.
+            # The backward LSTM has seen the whole clip at frame 0, but only one frame at the last.
             forward, backward = x.chunk(2, dim=2)
             return torch.cat((forward[:, -1], backward[:, 0]), dim=1)
         return x[:, -1]
@@ -115,10 +114,12 @@ class CNNLSTM(FrameModel):
 
 
 class Standardise(nn.Module):
-    """`(B, width)` by mean and deviation: of the batch in training, of all batches later.
+    """Standardises `(B, width)`: by the batch's mean and deviation in training, later by those of
+    all batches.
 
-    A BatchNorm without weights, but that a batch of one clip, which has no deviation, is taken by
-    those of all batches; and that several processes do not wait for each other's statistics.
+    It is a BatchNorm without weights, with two differences: a batch of a single clip, which has no
+    deviation, is standardised by the running statistics, and several processes do not wait for each
+    other's statistics.
     """
 
     def __init__(self, width: int) -> None:
@@ -132,8 +133,8 @@ class Standardise(nn.Module):
 
 
 def temporal_statistics(x: torch.Tensor) -> torch.Tensor:
-    """`(B, T, width)` to mean, standard deviation (over T, not T - 1) and mean absolute change from
-    frame to frame, `(B, 3 * width)`; a single frame has neither of the last two: zeros."""
+    """`(B, T, width)` to `(B, 3 * width)`: mean, standard deviation (over T, not T - 1) and mean
+    absolute change from frame to frame; for a single frame the last two are zero."""
     changes = x.diff(dim=1).abs()
     change = changes.mean(dim=1) if x.shape[1] > 1 else torch.zeros_like(x[:, 0])
     # The root of a variance of exactly 0 (a still clip) would have no gradient.

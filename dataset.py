@@ -1,27 +1,26 @@
-"""Clips as tensors: `ClipsDataset`, its transforms, and batches that know what is missing."""
+"""Clips as tensors: `ClipsDataset`, its transforms, and batches."""
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
+from torch.nn import functional as F
 from torch.utils.data import Dataset
-from torchvision.transforms.v2 import functional as tv
 
 from clips.cache import ClipCache
-from clips.corruptions import Corruption, corrupt
 from clips.manifest import CLASSES, ClipRow, get_num_classes, read_manifest
-from clips.transforms import Augment, spatial_crops
-from modeling.frame_encoder import join_motion
+from clips.transforms import ClipAugment, Resize, spatial_crops
 from utils.errors import UserError
-from video.clip_reader import Sampling, read_clip, read_motion_clip
+from video.clip_reader import FrameSampler, Sampling, read_clip
 from video.container import ClipError
-from video.motion import Brought, require_opencv
+from video.motion import StoredMotion, require_opencv
 
 __all__ = [
     "CLASSES",
     "Batch",
     "ClipRow",
     "ClipsDataset",
+    "build_dataloaders",  # noqa: F822, see __getattr__
     "collate",
     "get_num_classes",
     "get_train_transform",
@@ -31,37 +30,44 @@ __all__ = [
 ]
 
 Transform = Callable[[torch.Tensor], torch.Tensor]
+Perturbation = Callable[[torch.Tensor, int], torch.Tensor]
+"""`(T, C, H, W)` and the index of the clip to a changed clip, always the same for that index"""
+
+get_train_transform = ClipAugment
+"""The transform of training clips; see `ClipAugment` for its strengths."""
+
+get_val_transform = Resize
+"""The transform of validation and test clips, without anything random."""
 
 
 class ClipsDataset(Dataset):
-    """The clips of a manifest: `dataset[i]` is `((T, C, H, W) uint8, label)`, RGB or with motion.
+    """The clips of a manifest: `dataset[i]` is `((T, C, H, W) uint8, label)`.
 
-    Args:
-        rows: what `read_manifest` returns.
-        n_frames: T.
-        size: H and W in pixels. The whole picture is squeezed into the square: nothing at the edge
-            of the view is cut off (instruments enter there, and PanoView and LocPanoView differ by
-            how much is in view), and every source, cache and stream is squeezed alike. Shapes are
-            distorted by the picture's aspect ratio, the same in training and testing.
-        sampling: which frames; see `sampling.sample_indices`.
-        strong: applied once to the whole clip before `transform`, also if that is deferred.
-        transform: applied once to the whole clip; see `get_train_transform`.
-        cache: where the clips are read instead of being decoded.
-        defer: only draw the transform's random numbers (it is an `Augment`) and return them beside
-            the clip, `(clip, label, draw)`, for a device that applies them to whole batches.
-        views: temporal views of each clip, for evaluation; above 1 a clip is `(V, T, C, H, W)`.
-        corruption: name and severity, see `corruptions.corrupt`; clip i is always corrupted alike.
-        shuffle_frames: put each clip's frames into a fixed random order: how much accuracy this
-            costs tells how much of it comes from motion. Measured motion stays with its frame.
-        inputs: see motion.py.
-        crops: spatial crops of each view, for evaluation; see `crops.spatial_crops`. Above 1 a clip
-            is `(V * crops, T, C, H, W)`, the crops of a view one after another.
+    Frames are squeezed into the square of `size` pixels: nothing at the edge of the view is cut off
+    (instruments enter there, and PanoView and LocPanoView differ by how much is in view). Every
+    source, cache and stream is squeezed alike, in training and in testing.
 
     An index may be a pair `(i, seed)`: sampling and transforms then draw from that seed alone, so
     that a clip comes out the same whatever the number of workers and wherever training resumed.
 
+    Args:
+        rows: clips, as returned by `read_manifest`.
+        n_frames: T.
+        size: H and W in pixels.
+        sampling: which frames; see `FrameSampler`.
+        transform: applied once to the whole clip; see `get_train_transform`.
+        views: temporal views per clip, for evaluation; above 1 a clip is `(V, T, C, H, W)`.
+        crops: spatial crops per view, for evaluation; see `spatial_crops`. Above 1 a clip is
+            `(V * crops, T, C, H, W)`, the crops of a view one after another.
+        cache: where the clips are read instead of being decoded.
+        motion: read this motion too: C is then 5 instead of 3; see video/motion.py.
+        pre_transform: applied once to the whole clip, before `transform`.
+        augment_on_device: only draw the parameters of `transform`, a `ClipAugment`, and return them
+            beside the clip, `(clip, label, params)`, for a device that augments whole batches.
+        perturbations: applied to each view, for robustness tests; see `training.loaders`.
+
     Raises:
-        UserError: flow is to be computed and OpenCV is not installed.
+        UserError: optical flow is to be computed and OpenCV is not installed.
         ClipError: on access to a clip that cannot be read. No other clip takes its place.
     """
 
@@ -73,32 +79,33 @@ class ClipsDataset(Dataset):
         sampling: Sampling = "uniform",
         transform: Transform | None = None,
         views: int = 1,
-        shuffle_frames: bool = False,
-        cache: ClipCache | None = None,
-        defer: bool = False,
-        corruption: tuple[Corruption, int] | None = None,
-        strong: Transform | None = None,
-        inputs: Brought = "rgb",
         crops: int = 1,
+        cache: ClipCache | None = None,
+        motion: StoredMotion | None = None,
+        pre_transform: Transform | None = None,
+        augment_on_device: bool = False,
+        perturbations: Sequence[Perturbation] = (),
     ) -> None:
-        if inputs == "rgb+flow" and cache is None:
+        if motion == "flow" and cache is None:
             require_opencv()
         self.rows = list(rows)
-        self.n_frames = n_frames
+        self.sampler = FrameSampler(n_frames, sampling, views)
         self.size = size
-        self.sampling = sampling
         self.transform = transform
-        self.views = views
-        self.shuffle_frames = shuffle_frames
-        self.cache = cache
-        self.defer = defer
-        self.corruption = corruption
-        self.strong = strong
-        self.inputs = inputs
         self.crops = crops
+        self.cache = cache
+        self.motion = motion
+        self.pre_transform = pre_transform
+        self.augment_on_device = augment_on_device
+        self.perturbations = perturbations
 
     def __len__(self) -> int:
         return len(self.rows)
+
+    @property
+    def num_views(self) -> int:
+        """How many times a model sees each clip: temporal views times spatial crops."""
+        return self.sampler.views * self.crops
 
     def __getitem__(self, index: int | tuple[int, int]) -> tuple:
         if isinstance(index, tuple):
@@ -108,117 +115,97 @@ class ClipsDataset(Dataset):
                 return self._item(index)
         return self._item(index)
 
+    def __getitems__(
+        self, indices: Sequence[int | tuple[int, int]]
+    ) -> list[tuple[int, tuple | str]]:
+        """What a DataLoader calls for a batch: `(i, item)` for each clip, or `(i, error message)`
+        for a clip that cannot be read."""
+        items: list[tuple[int, tuple | str]] = []
+        for index in indices:
+            number = index[0] if isinstance(index, tuple) else index
+            try:
+                items.append((number, self[index]))
+            except ClipError as error:
+                items.append((number, str(error)))
+        return items
+
     def _item(self, index: int) -> tuple:
         clip, label = self._read(index), self.rows[index].label
-        if self.strong is not None:
-            clip = self.strong(clip)
-        if self.defer:
-            return clip, label, self.transform.draw()
+        if self.pre_transform is not None:
+            clip = self.pre_transform(clip)
+        if self.augment_on_device:
+            return clip, label, self.transform.sample_params()
         if self.transform is not None:
-            views = clip.flatten(0, -4)  # all views of a clip are changed alike
-            clip = self.transform(views).view(*clip.shape[:-3], -1, self.size, self.size)
+            frames = clip.flatten(0, -4)  # all views of a clip are transformed alike
+            clip = self.transform(frames).view(*clip.shape[:-3], -1, self.size, self.size)
         if self.crops > 1:
-            views = clip if self.views > 1 else clip.unsqueeze(0)
+            views = clip if self.sampler.views > 1 else clip.unsqueeze(0)
             clip = torch.cat([spatial_crops(view, self.crops) for view in views])
         return clip, label
 
-    @property
-    def answers(self) -> int:
-        """How many times a model looks at each clip: views times crops."""
-        return self.views * self.crops
-
     def _read(self, index: int) -> torch.Tensor:
-        draws = torch.rand(self.n_frames).tolist() if self.sampling == "random" else None
-        path = self.rows[index].path
-        how = (self.n_frames, self.sampling)
-        field = None
-        if self.inputs != "rgb":
-            if self.cache:
-                frames, field = self.cache.read_motion(path, *how, draws, self.views)
-            else:
-                frames, field = read_motion_clip(
-                    path, *how, self.size, draws, self.views, self.inputs
-                )
-        elif self.cache:
-            frames = self.cache.read(path, *how, draws, self.views)
+        sampler, path = self.sampler, self.rows[index].path
+        random = sampler.sampling == "random"
+        offsets = torch.rand(sampler.n_frames).tolist() if random else None
+        if self.cache:
+            decoded = self.cache.read(path, sampler, offsets, self.motion)
         else:
-            frames = read_clip(path, *how, self.size, draws, self.views)
-        clip = torch.from_numpy(frames).permute(0, 3, 1, 2)  # (V*T, H, W, C) -> (V*T, C, H, W)
-        if field is not None:
-            clip = join_motion(clip, torch.from_numpy(field))
-        clip = clip.unflatten(0, (self.views, self.n_frames))  # (V, T, C, H, W)
-        if self.corruption:
-            clip = torch.stack([corrupt(view, *self.corruption, seed=index) for view in clip])
-        if self.shuffle_frames:
-            seed = torch.Generator().manual_seed(index)
-            clip = clip[:, torch.randperm(self.n_frames, generator=seed)]
-        return clip.contiguous() if self.views > 1 else clip[0].contiguous()
+            decoded = read_clip(path, sampler, self.size, offsets, self.motion)
+        clip = torch.from_numpy(decoded.rgb).permute(0, 3, 1, 2)  # (V*T, H, W, C) -> (V*T, C, H, W)
+        if decoded.motion is not None:
+            clip = concat_motion(clip, torch.from_numpy(decoded.motion))
+        clip = clip.unflatten(0, (sampler.views, sampler.n_frames))  # (V, T, C, H, W)
+        for perturb in self.perturbations:
+            clip = torch.stack([perturb(view, index) for view in clip])
+        return clip.contiguous() if sampler.views > 1 else clip[0].contiguous()
 
 
-get_train_transform = Augment
-"""The transform of training clips: see `augment.Augment` for its strengths."""
-
-
-def get_val_transform(size: int = 224) -> Transform:
-    """No randomness: `(T, C, H, W)` to `(T, C, size, size)`, unchanged if it has that size."""
-
-    def resized(clip: torch.Tensor) -> torch.Tensor:
-        # Clips of ClipsDataset come in this size from the decoder; others are resized here.
-        same = clip.shape[-2:] == (size, size)
-        return clip if same else tv.resize(clip, [size, size], antialias=True)
-
-    return resized
+def concat_motion(clip: torch.Tensor, field: torch.Tensor) -> torch.Tensor:
+    """`(T, 3, H, W)` uint8 frames and their `(T, 2, h, w)` uint8 motion field as `(T, 5, H, W)`."""
+    return torch.cat([clip, F.interpolate(field, clip.shape[-2:], mode="bilinear")], 1)
 
 
 class Batch(NamedTuple):
-    """Clips ready for the model, and what is missing from them."""
+    """Clips ready for the model, and the clips that are missing."""
 
     clips: torch.Tensor  # (B, T, C, H, W), or (B, V, T, C, H, W) with views
     labels: torch.Tensor  # (B,)
-    indices: torch.Tensor  # (B,) places in the data set
-    unreadable: list[str]  # a line for each clip that could not be read and is left out
-    draws: torch.Tensor | None = None  # (B, 9) where augmenting is left to the training step
+    indices: torch.Tensor  # (B,) indices into the data set
+    unreadable: list[str]  # an error message for each clip that could not be read
+    params: torch.Tensor | None = None  # (B, 9) where the device augments the batch
 
 
-class ReportingDataset(Dataset):
-    """A `ClipsDataset` for loaders: `(index, item)`; an unreadable clip's item is a line."""
-
-    def __init__(self, clips: ClipsDataset) -> None:
-        self.clips = clips
-
-    def __len__(self) -> int:
-        return len(self.clips)
-
-    def __getitem__(self, index: int | tuple[int, int]) -> tuple[int, tuple | str]:
-        number = index[0] if isinstance(index, tuple) else index
-        try:
-            return number, self.clips[index]
-        except ClipError as error:
-            return number, str(error)
-
-
-def require_readable(unreadable: Sequence[str], what: str) -> None:
-    """Raise a UserError that lists the unreadable clips, if there are any."""
-    if unreadable:
-        heading = (
-            f"{len(unreadable)} {what} clips cannot be read (mend them, take them out of the "
-            "manifest, or give --skip-unreadable):"
-        )
-        raise UserError("\n  ".join([heading, *unreadable]))
-
-
-def collate(samples: Sequence[tuple]) -> Batch:
-    """Stack the samples of a `ReportingDataset`. A batch may come out short, or empty."""
-    readable = [(number, *item) for number, item in samples if not isinstance(item, str)]
+def collate(samples: Sequence[tuple[int, tuple | str]]) -> Batch:
+    """Stack what `ClipsDataset.__getitems__` returns. A batch may come out short, or empty."""
+    readable = [(index, *item) for index, item in samples if not isinstance(item, str)]
     unreadable = [item for _, item in samples if isinstance(item, str)]
     if not readable:
-        nothing = torch.empty(0, dtype=torch.long)
-        return Batch(torch.empty(0), nothing, nothing, unreadable)
-    indices, clips, labels, *draws = zip(*readable, strict=True)
+        empty = torch.empty(0, dtype=torch.long)
+        return Batch(torch.empty(0), empty, empty, unreadable)
+    indices, clips, labels, *params = zip(*readable, strict=True)
     return Batch(
         clips=torch.stack(clips),
         labels=torch.tensor(labels, dtype=torch.long),
         indices=torch.tensor(indices, dtype=torch.long),
         unreadable=unreadable,
-        draws=torch.stack(draws[0]) if draws else None,
+        params=torch.stack(params[0]) if params else None,
     )
+
+
+def require_readable(unreadable: Sequence[str], description: str) -> None:
+    """Raise a UserError that lists the unreadable clips, if there are any."""
+    if unreadable:
+        heading = (
+            f"{len(unreadable)} {description} clips cannot be read (mend them, take them out of "
+            "the manifest, or give --skip-unreadable):"
+        )
+        raise UserError("\n  ".join([heading, *unreadable]))
+
+
+def __getattr__(name: str) -> Any:
+    """`from dataset import build_dataloaders` works too, although training.loaders defines it."""
+    if name == "build_dataloaders":
+        from training.loaders import build_dataloaders
+
+        return build_dataloaders
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

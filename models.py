@@ -1,21 +1,21 @@
-"""The models by name, and what is the same for all of them: groups, freezing, description.
+"""The models by name, and what is the same for all of them: building, freezing, counting.
 
-Every model lists its modules from stem to head once, in `stages()`; everything here works on that.
+Every model lists its modules from stem to head once, in `stages()`; freezing, layer-wise learning
+rates, gradient checkpointing and the summary work on that list.
 """
 
 import inspect
-from typing import Any
 
-import torch
 from torch import nn
 
 from cnn_lstm import CNNLSTM
+from config import TrainConfig
 from r2plus1d_resnet import R2Plus1DResNet18
 from tsm_resnet import TSM
 from utils.errors import UserError
 from vivit import ViViT
 
-MODELS = {"tsm": TSM, "cnn_lstm": CNNLSTM, "r2plus1d": R2Plus1DResNet18, "vivit": ViViT}
+MODELS = {"tsm_resnet": TSM, "r2plus1d": R2Plus1DResNet18, "cnnlstm": CNNLSTM, "vivit": ViViT}
 
 
 def model_options(name: str) -> set[str]:
@@ -23,47 +23,47 @@ def model_options(name: str) -> set[str]:
     return set(inspect.signature(MODELS[name]).parameters) - {"num_classes"}
 
 
-def build_model(name: str, num_classes: int, **options: Any) -> nn.Module:
-    """A model with random weights.
+def build_model(config: TrainConfig, num_classes: int = 7) -> nn.Module:
+    """The model that a config describes, with random weights.
+
+    It maps clips `(B, T, C, H, W)`, uint8 or float in [0, 1], to logits `(B, num_classes)`.
 
     Raises:
-        UserError: no such model, or it does not take an option.
+        UserError: there is no such model.
     """
-    if name not in MODELS:
-        raise UserError(f"no model is called {name!r}: choose from {', '.join(MODELS)}")
-    unknown = set(options) - model_options(name)
-    if unknown:
+    if config.model_name not in MODELS:
         raise UserError(
-            f"{name} has no setting {', '.join(sorted(unknown))}; it has "
-            f"{', '.join(sorted(model_options(name)))}"
+            f"no model is called {config.model_name!r}: choose from {', '.join(MODELS)}"
         )
-    return MODELS[name](num_classes, **options)
+    known = vars(config)
+    options = {name: known[name] for name in model_options(config.model_name) if name in known}
+    return MODELS[config.model_name](num_classes, **options)
 
 
-def freeze(model: nn.Module, up_to: str) -> None:
-    """Freeze the stages up to and including `up_to`: no gradients; see `hold_frozen` for the rest.
+def freeze(model: nn.Module, until: str) -> None:
+    """Freeze the stages up to and including `until`: no gradients; see also `keep_frozen_in_eval`.
 
     Raises:
-        UserError: no such stage, or nothing would be left to train.
+        UserError: there is no such stage, or nothing would be left to train.
     """
     names = list(model.stages())
-    if up_to not in names[:-1]:
-        raise UserError(f"cannot freeze up to {up_to!r}: choose from {', '.join(names[:-1])}")
+    if until not in names[:-1]:
+        raise UserError(f"cannot freeze until {until!r}: choose from {', '.join(names[:-1])}")
     for name, modules in model.stages().items():
         for module in modules:
             module.requires_grad_(False)
-        if name == up_to:
+        if name == until:
             return
 
 
-def hold_frozen(model: nn.Module, batchnorms: bool = False) -> None:
-    """Keep the BatchNorm statistics and the dropout of frozen stages still.
+def keep_frozen_in_eval(model: nn.Module, batchnorms: bool = False) -> None:
+    """Put frozen stages into eval mode: their BatchNorm statistics and dropout must stand still.
 
-    `model.train()` wakes them up: call this after it. Frozen weights behind moving statistics are
-    not frozen features.
+    Call it after `model.train()`, which wakes them up.
 
     Args:
-        batchnorms: also the statistics of stages that are trained; their weights go on learning.
+        batchnorms: also the statistics of the stages that are trained, but for the head; their
+            weights go on learning.
     """
     for name, modules in model.stages().items():
         frozen = not any(p.requires_grad for module in modules for p in module.parameters())
@@ -77,20 +77,14 @@ def hold_frozen(model: nn.Module, batchnorms: bool = False) -> None:
 _BATCHNORMS = (nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
 
-def describe(model: nn.Module) -> str:
-    """A line a stage: how many parameters, and whether they are trained."""
-    lines, total, trained = [], 0, 0
+def summary(model: nn.Module) -> str:
+    """One line per stage: the number of parameters, and whether they are trained."""
+    lines, total, total_trained = [], 0, 0
     for name, modules in model.stages().items():
         parameters = [p for module in modules for p in module.parameters()]
         count = sum(p.numel() for p in parameters)
-        learning = sum(p.numel() for p in parameters if p.requires_grad)
-        total, trained = total + count, trained + learning
-        lines.append(f"{name:>16} {count:12,d}{'' if learning else '  frozen'}")
-    lines.append(f"{'parameters':>16} {total:12,d}, trained {trained:,d}")
+        trained = sum(p.numel() for p in parameters if p.requires_grad)
+        total, total_trained = total + count, total_trained + trained
+        lines.append(f"{name:>16} {count:12,d}{'' if trained else '  frozen'}")
+    lines.append(f"{'parameters':>16} {total:12,d}, trained {total_trained:,d}")
     return "\n".join(lines)
-
-
-def build_model_from_config(config: dict[str, Any], num_classes: int) -> torch.nn.Module:
-    """The model that a `TrainConfig` (as a dict) describes, with random weights."""
-    options = {name: config[name] for name in model_options(config["model"]) if name in config}
-    return build_model(config["model"], num_classes, **options)

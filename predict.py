@@ -1,277 +1,355 @@
-"""What happens when in a whole operation, or right now.
+"""Predict an action timeline for whole videos, cameras and network streams.
 
-    python predict.py runs/20260101-120000_tsm operation.mp4        files, as many as you like
-    python predict.py RUN /data/operations                          all videos of a folder
-    python predict.py RUN 0 --serve                                 a camera, shown in the browser
-    python predict.py RUN rtsp://192.168.0.7/stream                 a network stream
-    cat operation.ts | python predict.py RUN -                      a pipe
+    python predict.py runs/20260101-120000_tsm_resnet operation.mp4   one or several files
+    python predict.py RUN /data/operations                            all videos of a folder
+    python predict.py RUN 0 --serve                                   a camera, on a live page
+    python predict.py RUN rtsp://192.168.0.7/stream                   a network stream
+    cat operation.ts | python predict.py RUN -                        a pipe
 
-For operation.mp4 the folder operation.mp4.timeline beside it gets timeline.csv, frames.csv,
-timeline.vtt (subtitles), timeline.png and timeline.html: open that one. Ctrl-C ends the work and
-writes what is known by then.
+The results of operation.mp4 are written into the folder operation.mp4.timeline beside it:
+timeline.csv, frames.csv, timeline.vtt (subtitles), timeline.png and timeline.html, a page to look
+through. Ctrl-C stops early and writes the results so far.
 """
 
+import importlib.util
 import math
 import sys
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
-from checkpoint import build_from_checkpoint, load_checkpoint
-from config import from_dict
-from evaluation.calibration import Calibration
-from timeline.live_source import LiveSource, is_live
-from timeline.output import output_folders, plot_timeline
-from timeline.predictor import Follower, Recipe, load_hook
-from timeline.segments import MARKS, Timeline, write_subtitles, write_timeline
-from timeline.sources import FileSource, PipeSource, Source
-from timeline.streaming import Memory, can_stream
-from utils.cli import script
-from utils.device import choose_device, choose_precision, describe_device
+from config import Precision
+from utils.cli import cli_main, parse
 from utils.errors import UserError
-from utils.files import remove_unfinished
-from utils.interrupt import Interrupt, Interrupted
-from utils.run_dir import command, printable, record_session
-from video.container import ClipError
-from video.motion import brought
-from web.live_server import LivePage
-from web.timeline_page import write_timeline_page
 
-VIDEOS = {".mp4", ".mkv", ".mov", ".avi", ".m4v", ".mpg", ".mpeg", ".ts", ".mts", ".m2ts", ".webm",
-          ".wmv", ".flv", ".ivf", ".3gp", ".ogv", ".vob", ".mxf", ".asf"}  # fmt: skip
+if TYPE_CHECKING:
+    import numpy as np
+
+    from timeline.segments import Timeline
+    from timeline.smoothing import SmoothingConfig
+    from timeline.sources import FrameSource
+    from timeline.streaming import OnlinePredictor
+
+# What imports torch and other large libraries is imported where it is needed: --help is fast.
+
+VIDEO_SUFFIXES = {".mp4", ".mkv", ".mov", ".avi", ".m4v", ".mpg", ".mpeg", ".ts", ".mts",
+                  ".m2ts", ".webm", ".wmv", ".flv", ".ivf", ".3gp", ".ogv", ".vob", ".mxf",
+                  ".asf"}  # fmt: skip
+
+OLD_NAMES = {
+    "give_up": "reconnect_timeout",
+    "minimum_seconds": "min_duration",
+    "rate": "fps",
+    "segment_seconds": "mean_duration",
+}
 
 
 @dataclass
 class PredictConfig:
-    """What to look at, and how."""
+    """Settings of predict.py."""
 
     run: Annotated[str, tyro.conf.Positional]
-    """a run folder (its best.pt) or a checkpoint file"""
-    inputs: Annotated[tuple[str, ...], tyro.conf.Positional]
-    """video files, folders of them, a camera's number, a stream's address, or - for a pipe"""
+    """run folder (its best.pt) or checkpoint file"""
+    sources: Annotated[tuple[str, ...], tyro.conf.Positional]
+    """video files, folders of videos, the number of a camera, the address of a stream, or - for a
+    pipe"""
     output: str = ""
-    """folder for the results (empty: beside each video; of live sources predictions/)"""
+    """folder for the results (empty: beside each video; for live sources predictions/)"""
 
     n_frames: int | None = None
-    """frames that an answer looks at (None: as in training)"""
-    rate: float | None = None
-    """frames a second that the model is shown (None: as in training)"""
+    """frames per prediction, T (None: as in training)"""
+    fps: float | None = None
+    """frames per second that the model is shown (None: as in training)"""
     stride: int | None = None
-    """frames from one window to the next, for models that cannot be streamed (None: a quarter of
-    n_frames); the others answer at every frame"""
-    memory: Memory = "window"
-    """what a CNN-LSTM remembers: the last n_frames frames, or its LSTM's state since the start"""
+    """frames from one window to the next for models that cannot be streamed (None: a quarter of
+    n_frames); the other models predict at every frame"""
 
     smoothing: Literal["auto", "viterbi", "causal", "none"] = "auto"
-    """viterbi looks at the whole video, causal at the past only (auto: causal for live sources)"""
-    segment_seconds: float = 10.0
-    """how long an action lasts, about"""
-    minimum_seconds: float = 1.0
-    """shorter segments are smoothed away"""
-    wanted_error: float | None = None
-    """share of wrong answers to keep by saying `uncertain` (None: as in training)"""
+    """viterbi uses the whole video, causal only the past (auto: causal for live sources)"""
+    mean_duration: float = 10.0
+    """expected mean duration of an action in seconds"""
+    min_duration: float = 1.0
+    """shortest duration of an action in seconds; shorter segments are smoothed away"""
+    target_error: float | None = None
+    """error rate among the answered frames that the threshold for `uncertain` aims at (None: as in
+    training)"""
     out_of_body: str = ""
-    """detector.py:function, your own: gets a frame (H, W, 3), uint8 RGB of the model's size, and
-    says whether it was taken outside the patient; such frames are marked, and shown to nobody"""
+    """detector.py:function, a function of your own that gets a frame (H, W, 3), uint8 RGB in the
+    size of the model's frames, and tells whether it was taken outside the patient; such frames are
+    marked and never shown"""
 
     serve: bool = False
-    """show what is going on in the browser"""
+    """show the newest frame and prediction on a live page in the browser"""
     host: str = "127.0.0.1"
-    """where the page can be reached: this machine alone, unless you change it"""
+    """address that the live page listens on (the default: only this machine can open it)"""
     port: int = 0
-    """of the page (0: any that is free)"""
-    give_up: float = 0.0
+    """port of the live page (0: any free one)"""
+    reconnect_timeout: float = 0.0
     """seconds after which a lost live stream is given up (0: never)"""
 
     device: str = "auto"
-    """auto, cpu, cuda, cuda:1, mps"""
-    amp: Literal["auto", "fp32", "bf16", "fp16"] = "fp32"
-    """precision of the forward pass"""
+    """device: auto, cpu, cuda, cuda:1, mps"""
+    precision: Precision = "fp32"
+    """precision of the forward pass: auto (what the device computes fast), fp32, bf16, fp16"""
 
 
-def make_recipe(config: PredictConfig) -> tuple[Recipe, dict[str, str]]:
-    """How all inputs are followed, and what is to be told about it.
+def check_settings(config: PredictConfig) -> None:
+    """Check what can be checked without the checkpoint.
 
     Raises:
-        UserError: settings that cannot work.
+        UserError: a number is out of range, or a package is missing.
     """
-    state = load_checkpoint(config.run)
-    training = from_dict(state["config"])
-    if brought(training.inputs) != "rgb":
-        raise UserError(
-            f"{config.run}: was trained with {training.inputs}, which is for clips only: "
-            "for whole videos train with inputs rgb or gradients"
-        )
-    for name in ("n_frames", "stride", "rate", "segment_seconds"):
+    for name in ("n_frames", "stride", "fps", "mean_duration"):
         value = getattr(config, name)
         if value is not None and not 0 < value < math.inf:
             raise UserError(f"{name} = {value}: must be a number above 0")
-    for name in ("minimum_seconds", "give_up"):
-        if not 0 <= getattr(config, name) < math.inf:
-            raise UserError(f"{name} = {getattr(config, name)}: must be 0 or more")
-    n_frames = config.n_frames or training.n_frames
-    if training.model == "vivit" and n_frames != training.n_frames:
-        raise UserError(f"n_frames = {n_frames}: this ViViT is made for {training.n_frames} frames")
-    rate = config.rate or state.get("frame_rate")
-    if not rate:
-        raise UserError(
-            f"{config.run}: does not know at which frame rate it was trained (an older checkpoint):"
-            " give --rate, the frames a second it saw, e.g. 16 frames of a clip of 1.2 s: 13.3"
-        )
-    classes = tuple(state["classes"])
-    if taken := set(classes) & set(MARKS):
-        raise UserError(f"a class is called {', '.join(taken)}, which means something else here")
-    calibration = Calibration.from_state(state.get("calibration"))
-    if config.wanted_error is not None:
-        if not 0 <= config.wanted_error <= 1 or not calibration.right:
-            raise UserError("--wanted-error must be from 0 to 1, and the run be calibrated")
-        calibration = calibration.with_wanted_error(config.wanted_error)
-    device = choose_device(config.device)
-    model = build_from_checkpoint(state)
-    if config.memory == "state" and not can_stream(model, "state"):
-        raise UserError("--memory state is for a CNN-LSTM that reads forward only")
-    recipe = Recipe(
-        model=model,
-        classes=classes,
-        n_frames=n_frames,
-        image_size=training.image_size,
-        rate=float(rate),
-        stride=config.stride or max(1, n_frames // 4),
-        memory=config.memory,
-        calibration=calibration,
-        smoothing=config.smoothing,
-        segment_seconds=config.segment_seconds,
-        minimum_seconds=config.minimum_seconds,
-        out_of_body=load_hook(config.out_of_body) if config.out_of_body else None,
-        device=device,
-        dtype=choose_precision(config.amp, device),
-    )
-    facts = {
-        "command": command(),
-        "model": f"{training.model}, {n_frames} frames at {rate:.3g} frames a second",
-        "computed on": f"{describe_device(device)}, {config.amp}",
-    }
-    return recipe, facts
+    for name in ("min_duration", "reconnect_timeout"):
+        value = getattr(config, name)
+        if not 0 <= value < math.inf:
+            raise UserError(f"{name} = {value}: must be 0 or more")
+    if config.serve and importlib.util.find_spec("aiohttp") is None:
+        raise UserError("--serve needs aiohttp: pip install -r requirements-optional.txt")
 
 
-def find_inputs(inputs: tuple[str, ...]) -> list[str | Path]:
-    """The inputs one by one: addresses and camera numbers as they are, folders as their videos.
+def find_sources(texts: tuple[str, ...]) -> list[str | Path]:
+    """The sources: files and the videos of folders as paths; cameras, addresses and - as text.
 
     Raises:
-        UserError: there are none; a name is neither file, folder, camera nor address.
+        UserError: there is none; a text is not a file, folder, camera or address.
     """
-    found: list[str | Path] = []
-    for text in inputs:
+    from timeline.live_source import is_live
+
+    sources: list[str | Path] = []
+    for text in texts:
         path = Path(text)
         if text == "-" or (is_live(text) and not path.exists()):
-            found.append(text)
+            sources.append(text)
         elif path.is_dir():
             videos = [
                 file
                 for file in sorted(path.rglob("*"))
-                if file.suffix.lower() in VIDEOS and file.is_file() and file.name[0] != "."
+                if file.suffix.lower() in VIDEO_SUFFIXES
+                and file.is_file()
+                and not file.name.startswith(".")
             ]
             if not videos:
-                raise UserError(f"{path}: no videos in this folder ({', '.join(sorted(VIDEOS))})")
-            found += videos
+                suffixes = ", ".join(sorted(VIDEO_SUFFIXES))
+                raise UserError(f"{path}: no videos in this folder ({suffixes})")
+            sources += videos
         elif path.exists():
-            found.append(path)
+            sources.append(path)
         else:
-            raise UserError(f"{text}: no such file, and neither a camera's number nor an address")
-    if not found:
-        raise UserError("nothing to look at: give a video file, a folder, a camera's number ...")
-    if len(found) > 1 and any(isinstance(one, str) for one in found):
-        raise UserError("a live source or a pipe goes alone: start one process for each")
-    return list({one if isinstance(one, str) else one.resolve(): one for one in found}.values())
+            raise UserError(f"{text}: no such file, and not the number of a camera or an address")
+    if not sources:
+        raise UserError("no source: give a video file, a folder, the number of a camera ...")
+    if len(sources) > 1 and any(isinstance(source, str) for source in sources):
+        raise UserError("a live source or a pipe must be the only source: start one process each")
+    unique = {s if isinstance(s, str) else s.resolve(): s for s in sources}
+    return list(unique.values())
 
 
-def open_source(name: str | Path, recipe: Recipe, config: PredictConfig) -> Source:
-    """The source that an input means."""
-    how = recipe.rate, recipe.image_size, config.serve
-    if isinstance(name, Path):
-        return FileSource(name, *how)
-    return PipeSource(*how) if name == "-" else LiveSource(name, *how, config.give_up)
+def build_predictor(
+    config: PredictConfig,
+) -> "tuple[OnlinePredictor, SmoothingConfig, dict[str, str]]":
+    """The model of a checkpoint, how its predictions are smoothed, and a description of both.
+
+    Raises:
+        UserError: the checkpoint or the settings do not suit whole videos.
+    """
+    from checkpoint import load_checkpoint, rebuild_model
+    from config import from_dict
+    from evaluation.calibration import Calibration
+    from timeline.segments import NON_CLASS_LABELS
+    from timeline.smoothing import SmoothingConfig
+    from timeline.streaming import OnlinePredictor
+    from utils.device import autocast_dtype, describe_device, get_device
+    from utils.run_dir import command
+    from video.motion import Modality
+
+    state = load_checkpoint(config.run)
+    training = from_dict(state["config"])
+    if Modality.parse(training.modality).stored_motion:
+        raise UserError(
+            f"{config.run}: was trained with modality {training.modality}, which only clips have: "
+            "for whole videos train with rgb or rgbdiff"
+        )
+    n_frames = config.n_frames or training.n_frames
+    if training.model_name == "vivit" and n_frames != training.n_frames:
+        raise UserError(f"n_frames = {n_frames}: this ViViT is made for {training.n_frames} frames")
+    fps = config.fps or state.get("frame_rate")
+    if not fps:
+        raise UserError(
+            f"{config.run}: does not say at which frame rate it was trained (an older checkpoint): "
+            "give --fps, the frames per second of the training clips (16 frames of a clip of 1.2 s "
+            "are 13.3)"
+        )
+    classes = tuple(state["classes"])
+    if reserved := set(classes) & set(NON_CLASS_LABELS):
+        raise UserError(f"a class is called {', '.join(reserved)}, which is reserved here")
+    calibration = Calibration.from_state_dict(state.get("calibration"))
+    if config.target_error is not None:
+        if not 0 <= config.target_error <= 1 or not calibration.correct:
+            raise UserError("--target-error must be from 0 to 1, and the run must be calibrated")
+        calibration = calibration.with_target_error(config.target_error)
+    device = get_device(config.device)
+    predictor = OnlinePredictor(
+        rebuild_model(state),
+        classes,
+        n_frames,
+        training.image_size,
+        float(fps),
+        config.stride or max(1, n_frames // 4),
+        device,
+        autocast_dtype(config.precision, device),
+        calibration.temperature,
+    )
+    smoothing = SmoothingConfig(
+        config.mean_duration,
+        config.min_duration,
+        predictor.window,
+        calibration.min_confidence,
+        config.smoothing,
+    )
+    metadata = {
+        "command": command(),
+        "model": f"{training.model_name}, {n_frames} frames at {fps:.3g} frames per second",
+        "computed on": f"{describe_device(device)}, {config.precision}",
+    }
+    return predictor, smoothing, metadata
+
+
+def open_source(
+    source: str | Path, predictor: "OnlinePredictor", config: PredictConfig
+) -> "FrameSource":
+    """The frames of a file, a pipe, a camera or a stream, as the model needs them."""
+    from timeline.live_source import LiveSource
+    from timeline.sources import FileSource, PipeSource
+
+    options = predictor.fps, predictor.image_size, config.serve
+    if isinstance(source, Path):
+        return FileSource(source, *options)
+    return (
+        PipeSource(*options)
+        if source == "-"
+        else LiveSource(source, *options, config.reconnect_timeout)
+    )
 
 
 def predict(
-    recipe: Recipe, config: PredictConfig, names: list[str | Path], facts: dict[str, str]
+    config: PredictConfig,
+    sources: list[str | Path],
+    predictor: "OnlinePredictor",
+    smoothing: "SmoothingConfig",
+    frame_filter: "Callable[[np.ndarray], bool] | None",
+    metadata: dict[str, str],
 ) -> list[str]:
-    """Follow the inputs one by one, and write what was seen.
+    """Predict the timeline of each source, and write its results.
 
     Returns:
-        What went wrong, a line for each input that could not be read.
+        One error message per source that could not be read.
 
     Raises:
-        Interrupted: after the results so far were written.
+        Interrupted: the process was asked to stop; the results so far are written.
     """
+    from timeline.output import output_folders
+    from timeline.predictor import VideoPredictor
+    from utils.device import describe_device
+    from utils.interrupt import Interrupt
+    from utils.run_dir import log_environment, sanitize
+    from video.container import ClipError
+
     failures = []
     interrupt = Interrupt()
-    folders = output_folders(names, config.output)
-    for number, (name, folder) in enumerate(zip(names, folders, strict=True), 1):
-        counted = f"{number}/{len(names)} " if len(names) > 1 else ""
+    folders = output_folders(sources, config.output)
+    for number, (source, folder) in enumerate(zip(sources, folders, strict=True), 1):
+        counter = f"{number}/{len(sources)} " if len(sources) > 1 else ""
         try:
-            source = open_source(name, recipe, config)
+            frames = open_source(source, predictor, config)
             with ExitStack() as stack:
-                show = None
+                on_update = None
                 if config.serve:
-                    page = LivePage(recipe.classes, source.name, config.host, config.port)
-                    show = stack.enter_context(page).show
+                    from web.live_server import LivePage
+
+                    page = LivePage(predictor.classes, frames.name, config.host, config.port)
+                    on_update = stack.enter_context(page).show
                     print(f"watch it at {page.address}", flush=True)
-                follower = stack.enter_context(Follower(source, recipe, folder, interrupt, show))
-                timeline = follower.follow(f"{counted}{printable(Path(source.name).name)}")
+                video = stack.enter_context(
+                    VideoPredictor(
+                        frames, predictor, smoothing, folder, frame_filter, interrupt, on_update
+                    )
+                )
+                timeline = video.run(f"{counter}{sanitize(Path(frames.name).name)}")
         except ClipError as error:
             failures.append(str(error))
             print(f"error: {error}", file=sys.stderr)
             continue
-        record_session(folder, describe_device(recipe.device))
-        write_outputs(folder, timeline, name if isinstance(name, Path) else None, facts)
-        print(_summary(timeline, follower.seconds, source.live, folder))
+        log_environment(folder, describe_device(predictor.device))
+        write_outputs(folder, timeline, source if isinstance(source, Path) else None, metadata)
+        print(_summary(timeline, video.seconds, frames.live, folder))
         interrupt.check()
     interrupt.restore()
     return failures
 
 
-def _summary(timeline: Timeline, seconds: float, live: bool, folder: Path) -> str:
-    """What was found, how fast, and where it is."""
-    times = {}
+def _summary(timeline: "Timeline", seconds: float, live: bool, folder: Path) -> str:
+    """Notes, the time of each label, the speed, and the page to open."""
+    from utils.run_dir import sanitize
+
+    durations: dict[str, float] = {}
     for segment in timeline.segments:
-        times[segment.label] = times.get(segment.label, 0.0) + segment.duration
-    longest = sorted(times.items(), key=lambda pair: -pair[1])
-    lines = [f"note: {note}" for note in timeline.notes]
-    lines += [f"{label:>16} {time:9.1f} s" for label, time in longest]
-    said = f"{len(timeline.segments)} segments in {timeline.duration:.1f} s of video"
+        durations[segment.label] = durations.get(segment.label, 0.0) + segment.duration
+    longest_first = sorted(durations.items(), key=lambda pair: -pair[1])
+    total = f"{len(timeline.segments)} segments in {timeline.duration:.1f} s of video"
     if not live:
-        said += f", {timeline.duration / max(seconds, 1e-9):.1f} times as fast as it plays"
-    lines.append(said)
-    return "\n".join([*lines, f"open {printable(str(folder / 'timeline.html'))}"])
+        total += f", {timeline.duration / max(seconds, 1e-9):.1f} times as fast as it plays"
+    return "\n".join(
+        [
+            *(f"note: {note}" for note in timeline.notes),
+            *(f"{label:>16} {duration:9.1f} s" for label, duration in longest_first),
+            total,
+            f"open {sanitize(str(folder / 'timeline.html'))}",
+        ]
+    )
 
 
 def write_outputs(
-    folder: Path, timeline: Timeline, video: Path | None, facts: dict[str, str]
+    folder: Path, timeline: "Timeline", video: Path | None, metadata: dict[str, str]
 ) -> None:
-    """Write timeline.csv, timeline.vtt, timeline.png and timeline.html; frames.csv is there."""
+    """Write timeline.csv, timeline.vtt, timeline.png and timeline.html beside frames.csv."""
+    from timeline.output import plot_timeline
+    from timeline.segments import write_subtitles, write_timeline
+    from utils.files import remove_unfinished
+    from web.timeline_page import write_timeline_page
+
     remove_unfinished(folder)
     write_timeline(folder / "timeline.csv", timeline.segments)
     write_subtitles(folder / "timeline.vtt", timeline.segments)
     plot_timeline(timeline, folder / "timeline.png")
-    write_timeline_page(folder / "timeline.html", timeline, video, facts)
+    write_timeline_page(folder / "timeline.html", timeline, video, metadata)
 
 
-@script
+@cli_main
 def main() -> None:
-    config = tyro.cli(PredictConfig, description=__doc__)
-    names = find_inputs(config.inputs)  # before the model: a misspelt name is told at once
-    recipe, facts = make_recipe(config)
+    config = parse(PredictConfig, __doc__, old_names=OLD_NAMES)
+    check_settings(config)
+    sources = find_sources(config.sources)  # before the model: a misspelt name is found at once
+
+    from timeline.predictor import load_frame_filter
+    from utils.interrupt import Interrupted
+
+    frame_filter = load_frame_filter(config.out_of_body) if config.out_of_body else None
+    predictor, smoothing, metadata = build_predictor(config)
     try:
-        failures = predict(recipe, config, names, facts)
+        failures = predict(config, sources, predictor, smoothing, frame_filter, metadata)
     except Interrupted:
-        print("interrupted: what was known by then is written", file=sys.stderr)
+        print("interrupted: the results so far are written", file=sys.stderr)
         sys.exit(130)
     if failures:
-        raise UserError(f"{len(failures)} of {len(names)} videos could not be read (told above)")
+        raise UserError(f"{len(failures)} of {len(sources)} videos could not be read (see above)")
 
 
 if __name__ == "__main__":

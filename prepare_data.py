@@ -1,10 +1,10 @@
-"""The work before training.
+"""Check, split and cache a data set before training.
 
-python prepare_data.py audit /data/SLAM                          do the splits share patients?
-python prepare_data.py check /data/SLAM                          can every file be read?
-python prepare_data.py split /data/SLAM --output splits          new splits that share none
-python prepare_data.py split /data/SLAM --output folds --folds 5
-python prepare_data.py cache /data/SLAM --output cache224        read clips fast in training
+python prepare_data.py audit /data/SLAM                            do splits share patients?
+python prepare_data.py check /data/SLAM                            can every file be read?
+python prepare_data.py split /data/SLAM --output splits            new splits by patient
+python prepare_data.py split /data/SLAM --output folds --folds 5   for cross_validate.py
+python prepare_data.py cache /data/SLAM --output cache224          faster reading in training
 """
 
 import sys
@@ -12,72 +12,84 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
-import pandas as pd
 import tyro
 
 from clips.audit import AuditConfig, audit
 from clips.build_cache import CacheConfig, fill_cache
 from clips.clip_table import read_clips
 from clips.split import SplitConfig, split
-from utils.cli import script
+from utils.cli import cli_main, parse_subcommand
 from utils.errors import UserError
 from utils.files import write_text
 from utils.workers import in_parallel
 from video.decoder import check_video
+
+# Earlier names of settings and values.
+OLD_NAMES = {
+    "workers": "num_workers",
+    "alike_bits": "max_hamming_distance",
+    "inputs": "modality",
+    "per_segment": "frames_per_segment",
+}
+OLD_VALUES = {"modality": {"rgb+vectors": "rgb+mv"}}
 
 
 @dataclass
 class CheckConfig:
     """Decode every frame of every clip and list the bad files.
 
-    Ends with exit code 1 if there are any.
+    The exit code is 1 if there are any.
     """
 
     sources: tyro.conf.Positional[tuple[str, ...]]
     """manifests, folders that hold train.csv, val.csv and test.csv, or folders of videos"""
     data_root: str = ""
-    """folder of the clips (empty: each manifest's own)"""
-    output: str = "bad_clips.csv"
-    """where the list goes: path, reason"""
-    workers: int = 2
-    """processes that decode"""
+    """folder of the clips (empty: the folder of each manifest)"""
+    output: str = "runs/bad_clips.csv"
+    """CSV for the list of bad files: path, reason"""
+    num_workers: int = 2
+    """number of processes that decode"""
 
 
 def check(config: CheckConfig) -> int:
-    """Decode everything and write the list. Returns the exit code: 1 if a file is bad.
+    """Decode all clips and write the list of bad ones. Returns the exit code: 1 if a file is bad.
 
     Raises:
         UserError: there is nothing to check.
     """
-    if config.workers < 0:
-        raise UserError(f"workers = {config.workers}: must be at least 0")
+    import pandas as pd  # not above: --help does without it
+
+    if config.num_workers < 0:
+        raise UserError(f"num_workers = {config.num_workers}: must be at least 0")
     clips = read_clips(config.sources, config.data_root)
     Path(config.output).parent.mkdir(parents=True, exist_ok=True)
-    missing = clips[clips["place"].isna()]
+    missing = clips[clips["file"].isna()]
     bad = [(path, "no such file") for path in missing["path"]]
-    places = list(dict.fromkeys(clips["place"].dropna()))
-    for place, problem in in_parallel(check_video, places, config.workers, "decoding"):
+    files = list(dict.fromkeys(clips["file"].dropna()))
+    for file, problem in in_parallel(check_video, files, config.num_workers, "decoding"):
         if problem:
-            bad.append((str(place), problem))
+            bad.append((str(file), problem))
     table = pd.DataFrame(bad, columns=["path", "reason"])
     write_text(config.output, table.to_csv(index=False))
-    print(f"{len(places) + len(missing):,} files, {len(bad):,} of them bad: {config.output}")
+    print(f"{len(files) + len(missing):,} files, {len(bad):,} of them bad: {config.output}")
     for reason, count in Counter(reason for _, reason in bad).most_common(10):
         print(f"  {count:,}: {reason}")
     return int(bool(bad))
 
 
-@script
+COMMANDS = {
+    "audit": (AuditConfig, audit),
+    "check": (CheckConfig, check),
+    "split": (SplitConfig, split),
+    "cache": (CacheConfig, fill_cache),
+}
+
+
+@cli_main
 def main() -> None:
-    commands = {
-        "audit": AuditConfig,
-        "check": CheckConfig,
-        "split": SplitConfig,
-        "cache": CacheConfig,
-    }
-    work = {AuditConfig: audit, CheckConfig: check, SplitConfig: split, CacheConfig: fill_cache}
-    config = tyro.extras.subcommand_cli_from_dict(commands, description=__doc__)
-    sys.exit(work[type(config)](config))
+    configs = {name: config for name, (config, _) in COMMANDS.items()}
+    config = parse_subcommand(configs, __doc__, OLD_NAMES, OLD_VALUES)
+    sys.exit(dict(COMMANDS.values())[type(config)](config))
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
-"""Train a clip classifier, pick the best epoch on validation, test that one.
+"""Train a clip classifier, choose the best epoch on validation clips, test that one.
 
-    python train.py                                              the demo data, a few minutes
-    python train.py --data-root /data/SLAM --model cnn_lstm      your own data
-    python train.py --resume runs/20260101-120000_cnn_lstm       go on where it stopped
-    torchrun --nproc-per-node=4 train.py --data-root /data/SLAM  several GPUs
+    python train.py                                                  the demo data, a few minutes
+    python train.py --data-root /data/SLAM --model-name cnnlstm      your own data
+    python train.py --resume runs/20260101-120000_cnnlstm            continue where it stopped
+    torchrun --nproc-per-node=4 train.py --data-root /data/SLAM      several GPUs
 
 Settings are the fields of TrainConfig in config.py: edit them there or give them as flags.
 """
@@ -19,35 +19,33 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import tyro
 from torch import nn
 from torch.utils.data import DataLoader
 
-from checkpoint import build_from_checkpoint, load_checkpoint, save_checkpoint
+from checkpoint import load_checkpoint, rebuild_model, save_checkpoint
 from clips.manifest import patient_overlap
-from config import TrainConfig, from_dict
+from config import OLD_NAMES, OLD_VALUES, TrainConfig, from_dict
 from evaluation.calibration import Calibration, calibrate
-from evaluation.plots import plot_curves
 from evaluation.predictions import Predictions
-from evaluation.results import headline_scores, write_results
-from modeling.layers import recompute_stages
+from modeling.layers import enable_gradient_checkpointing
 from modeling.weights import load_weights
-from models import build_model_from_config, freeze
-from training.checks import check_cache, check_clips, refuse_changes, resolve
+from models import build_model, freeze
+from training.checks import check_cache, check_clips, refuse_changes, require_frozen, resolve
 from training.engine import evaluate, train_one_epoch
-from training.feature_cache import over_features, require_frozen, without_backbone
+from training.feature_cache import feature_loader, head_only
 from training.loaders import batches_per_epoch, build_dataloaders
-from training.log import epoch_line, introduction, start_log, write_history
-from training.losses import double_correction
-from training.state import Training
+from training.log import epoch_line, run_header, start_log, write_history
+from training.losses import Criterion, warn_double_balancing
+from training.optim import ModelEma, cosine_with_warmup, param_groups
+from training.state import Progress, TrainState
 from utils import distributed
-from utils.cli import script
-from utils.device import choose_device, choose_precision, describe_device, suit_device
-from utils.errors import UserError
+from utils.cli import cli_main, parse
+from utils.device import autocast_dtype, describe_device, get_device, prepare_model
+from utils.errors import ResultWarning, UserError, format_warning
 from utils.files import remove_unfinished, write_json
 from utils.interrupt import Interrupt, Interrupted
-from utils.run_dir import new_run_folder, record_session
-from video.clip_reader import seen_frame_rate
+from utils.run_dir import log_environment, new_run_dir
+from video.clip_reader import FrameSampler, effective_fps
 
 log = logging.getLogger(__name__)
 
@@ -58,155 +56,193 @@ def train(
     folder: Path | None = None,
     resume_command: str = "",
 ) -> Path:
-    """Train, pick the best epoch, calibrate it, test it. Returns the run folder.
+    """Train, choose the best epoch, calibrate it, test it. Returns the run folder.
 
     Args:
-        config: see TrainConfig.
-        resume_from: the state of last.pt, to go on from it.
+        config: settings; see TrainConfig.
+        resume_from: the content of last.pt, to continue from it.
         folder: the run folder (None: a new one below config.run_dir).
-        resume_command: what a person is told to run after an interruption (empty: this script).
+        resume_command: what to run after an interruption, for the log (empty: this script).
 
     Raises:
         SystemExit: interrupted; the run is saved.
     """
     config = resolve(config)
-    device = distributed.start(choose_device(config.device))
-    first = distributed.rank() == 0
+    device = distributed.init(get_device(config.device))
+    dtype = autocast_dtype(config.precision, device)
+    is_main = distributed.rank() == 0
     start_log(None)
-    if not first:
+    if not is_main:
         logging.disable()
-    folder = Path(config.resume) if config.resume else folder
-    train_loader, val_loader, test_loader, num_classes = build_dataloaders(config)
 
-    torch.manual_seed(config.seed)
-    model = build_model_from_config(dataclasses.asdict(config), num_classes)
-    # The first process's weights are everybody's: DistributedDataParallel sends them round.
-    loaded = load_weights(model, config.weights) if first and not resume_from else ""
-    if config.freeze_to:
-        freeze(model, config.freeze_to)
-    if config.gradient_checkpointing:
-        recompute_stages(model)
-    suit_device(model, device, choose_precision(config.amp, device))
-    counts = Counter(row.label for row in train_loader.dataset.clips.rows)
+    # data
+    loaders = build_dataloaders(config)
+    train_loader, val_loader, test_loader, num_classes = loaders
+    splits = {"train": train_loader, "val": val_loader, "test": test_loader}
+    rows = {name: loader.dataset.rows for name, loader in splits.items()}
+    counts = Counter(row.label for row in rows["train"])
     class_counts = [counts[label] for label in range(num_classes)]
-    run = Training(config, model, device, batches_per_epoch(train_loader), class_counts)
+
+    # model
+    torch.manual_seed(config.seed)
+    model = build_model(config, num_classes)
+    # Only process 0 loads weights: DistributedDataParallel sends them to the others.
+    loaded = load_weights(model, config.weights) if is_main and not resume_from else ""
+    if config.freeze_until:
+        freeze(model, config.freeze_until)
+    if config.gradient_checkpointing:
+        enable_gradient_checkpointing(model)
+    prepare_model(model, device, dtype)
+
+    # optimizer
+    batches = batches_per_epoch(train_loader)
+    steps_per_epoch = math.ceil(batches / config.gradient_accumulation_steps)
+    optimizer = torch.optim.AdamW(
+        param_groups(model, config.learning_rate, config.weight_decay, config.layer_decay),
+        lr=config.learning_rate,
+        fused=device.type in ("cpu", "cuda"),  # one kernel instead of ten
+    )
+    warmup_steps = int(config.warmup_epochs * steps_per_epoch)
+    scheduler = cosine_with_warmup(optimizer, config.epochs * steps_per_epoch, warmup_steps)
+    # Only fp16 needs scaled gradients; a disabled scaler does nothing.
+    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+    criterion = Criterion(config, class_counts, device)
+    ema = ModelEma(model, config.ema_decay) if config.ema_decay else None
+    progress = Progress(batches)
+    state = TrainState(config, model, optimizer, scheduler, scaler, ema, progress, class_counts)
     if resume_from:
-        run.load_state(resume_from)
+        state.load_state_dict(resume_from)
     else:
         torch.manual_seed(config.seed + distributed.rank())
-    loaders = (train_loader, val_loader, test_loader)
-    if config.features:
+
+    # checks, before anything is written
+    if config.feature_cache:
         require_frozen(model)
-    check_cache([loader.dataset.clips for loader in loaders])
+    check_cache([loader.dataset for loader in splits.values()])
     if config.check_clips and config.data_root and not resume_from:
         check_clips({"validation": val_loader, "test": test_loader}, config.skip_unreadable)
 
-    folder = Path(distributed.from_first(_run_folder(config, folder) if first else None))
-    if first:
+    # run folder and log
+    folder = Path(config.resume) if config.resume else folder
+    folder = Path(distributed.broadcast_object(_run_dir(config, folder) if is_main else None))
+    if is_main:
         start_log(folder)
-        record_session(folder, describe_device(device))
+        log_environment(folder, describe_device(device))
         remove_unfinished(folder)
-    splits = {
-        name: loader.dataset.clips.rows
-        for name, loader in (("train", train_loader), ("val", val_loader), ("test", test_loader))
-    }
-    warnings = patient_overlap(splits) + double_correction(config)
-    log.info(introduction(run, splits))
+    warnings = patient_overlap(rows) + warn_double_balancing(config)
+    log.info(run_header(config, model, rows, device, dtype))
     for warning in warnings:
-        log.warning(warning)
-    log.info(f"resumed at epoch {run.epoch + 1}, batch {run.step + 1}" if resume_from else loaded)
-    if config.features:
+        log.warning(format_warning(warning))
+    resumed = f"resumed at epoch {progress.epoch + 1}, batch {progress.step + 1}"
+    log.info(resumed if resume_from else loaded)
+
+    if config.feature_cache:
         train_loader, val_loader, test_loader = (
-            over_features(loader, model, config, device) for loader in loaders
+            feature_loader(loader, model, config, device) for loader in splits.values()
         )
-    parallel = _parallel(model, device)
+    ddp_model = _wrap_ddp(model, device)
     if config.compile:
-        model.compile()  # in place: the checkpoint's keys stay clean
+        model.compile()  # in place, so that the keys of the checkpoint stay the same
+
+    # loop
     interrupt = Interrupt()
-    run.save(folder)  # from here on there is a checkpoint to resume from, whatever happens
+    state.save(folder)  # from here on there is a checkpoint to resume from, whatever happens
     try:
-        train_epochs(run, parallel, train_loader, val_loader, folder, interrupt)
-        calibrate_best(run, val_loader, folder, interrupt)
-        test(run, test_loader, folder, interrupt, warnings)
+        train_epochs(
+            state, criterion, train_loader, val_loader, device, ddp_model, folder, interrupt
+        )
+        calibrate_best(state, val_loader, device, folder, interrupt)
+        final_test(state, test_loader, device, folder, interrupt, warnings)
     except Interrupted:
-        run.save(folder)
-        resume = ["python", "train.py", "--resume", str(folder)]
-        log.info(f"\ninterrupted: to go on, run\n  {resume_command or shlex.join(resume)}")
-        raise SystemExit(128 + (interrupt.number or signal.SIGTERM)) from None
+        state.save(folder)
+        command = shlex.join(["python", "train.py", "--resume", str(folder)])
+        log.info(f"\ninterrupted: to continue, run\n  {resume_command or command}")
+        raise SystemExit(128 + (interrupt.signal or signal.SIGTERM)) from None
     finally:
         interrupt.restore()
-        distributed.stop()
+        distributed.cleanup()
     return folder
 
 
 def train_epochs(
-    run: Training,
-    parallel: nn.Module,
+    state: TrainState,
+    criterion: Criterion,
     train_loader: DataLoader,
     val_loader: DataLoader,
+    device: torch.device,
+    ddp_model: nn.Module | None,
     folder: Path,
     interrupt: Interrupt,
 ) -> None:
-    """The epochs that are left: train, validate, keep the best, save.
+    """Train the remaining epochs: train, validate, keep the best epoch, save.
 
     Raises:
         Interrupted: in the middle of an epoch, or at its end.
     """
-    config = run.config
-    first = distributed.rank() == 0
-    writer = _tensorboard(folder) if config.tensorboard and first else None
-    drawn = -math.inf
-    while run.epoch < config.epochs and not _out_of_patience(run):
-        began = time.perf_counter()
-        train_one_epoch(run, parallel, train_loader, interrupt)
-        model, dtype = run.tested, run.dtype
-        if config.features:  # the head alone, and no Normalize that would cast what is fp32
-            model, dtype = without_backbone(model), torch.float32
-        predictions = evaluate(
-            model,
-            val_loader,
-            run.device,
-            dtype,
-            "validation",
-            config.skip_unreadable,
-            interrupt,
+    config, progress = state.config, state.progress
+    is_main = distributed.rank() == 0
+    writer = _tensorboard_writer(folder) if config.tensorboard and is_main else None
+    last_drawn = -math.inf
+    while progress.epoch < config.epochs and not _out_of_patience(state):
+        start = time.perf_counter()
+        train_one_epoch(
+            state.model,
+            criterion,
+            state.optimizer,
+            state.scheduler,
+            state.scaler,
+            train_loader,
+            device,
+            config,
+            progress,
+            state.ema,
+            ddp_model,
+            interrupt.check,
         )
-        loss, right, clips = distributed.total(run.totals)
-        summary = headline_scores(predictions)
-        run.epoch, run.step = run.epoch + 1, 0
-        run.totals = [0.0, 0.0, 0.0]
+        model, dtype = state.eval_model, autocast_dtype(config.precision, device)
+        if config.feature_cache:  # features are fp32, and no Normalize casts them
+            model, dtype = head_only(model), torch.float32
+        skip = config.skip_unreadable
+        predictions = evaluate(model, val_loader, device, dtype, "validation", skip, interrupt)
+        scores = predictions.summary()
+
+        loss, correct, clips = distributed.all_reduce_sum(progress.running_sums)
+        progress.end_epoch()
         row = {
-            "epoch": run.epoch,
+            "epoch": progress.epoch,
             "train_loss": loss / max(1, clips),
-            "train_accuracy": right / max(1, clips),
-            "val_loss": summary["loss"],
-            "val_accuracy": summary["accuracy"],
-            "val_balanced_accuracy": summary["balanced_accuracy"],
-            "val_macro_f1": summary["macro_f1"],
-            "learning_rate": run.optimizer.param_groups[-1]["lr"],
-            "seconds": round(time.perf_counter() - began, 2),
+            "train_accuracy": correct / max(1, clips),
+            "val_loss": scores["loss"],
+            "val_accuracy": scores["accuracy"],
+            "val_balanced_accuracy": scores["balanced_accuracy"],
+            "val_macro_f1": scores["macro_f1"],
+            "learning_rate": state.optimizer.param_groups[-1]["lr"],
+            "seconds": round(time.perf_counter() - start, 2),
         }
-        run.history.append(row)
-        better = not run.best or _goodness(row, config) > _goodness(run.best, config)
+        state.history.append(row)
+        better = not state.best or _score(row, config) > _score(state.best, config)
         if better:
-            run.best = row
+            state.best = row
         log.info(epoch_line(row, config, better))
-        if first:
+        if is_main:
             if better:
-                save_checkpoint(folder / "best.pt", run.model_state())
-            write_history(folder / "metrics.csv", run.history)
-            over = run.epoch == config.epochs or _out_of_patience(run)
-            if over or time.monotonic() > drawn + 10:  # drawing takes as long as a short epoch
-                plot_curves(run.history, run.best["epoch"], folder / "curves.png")
-                drawn = time.monotonic()
+                save_checkpoint(folder / "best.pt", state.model_state_dict())
+            write_history(folder / "metrics.csv", state.history)
+            ended = progress.epoch == config.epochs or _out_of_patience(state)
+            if ended or time.monotonic() > last_drawn + 10:  # drawing takes as long as an epoch
+                _draw_curves(state, folder)
+                last_drawn = time.monotonic()
         if writer:
             for name, value in row.items():
-                writer.add_scalar(name, value, run.epoch)
+                writer.add_scalar(name, value, progress.epoch)
             writer.flush()
-        run.save(folder)
-    if run.epoch < config.epochs:
-        log.info(f"stopped: none of {config.patience} epochs was better than {run.best['epoch']}")
-    unreadable = set().union(*distributed.gather(run.unreadable))
+        state.save(folder)
+    if progress.epoch < config.epochs:
+        log.info(
+            f"stopped: none of {config.early_stopping_patience} epochs was better than epoch "
+            f"{state.best['epoch']}"
+        )
+    unreadable = set().union(*distributed.all_gather(progress.unreadable))
     if unreadable:
         listing = "\n  ".join(sorted(unreadable))
         log.warning(
@@ -214,112 +250,142 @@ def train_epochs(
         )
 
 
-def calibrate_best(run: Training, loader: DataLoader, folder: Path, interrupt: Interrupt) -> None:
-    """Fit the best epoch's temperature and threshold on validation, into its checkpoint; with them
-    goes the frame rate of the clips, which predict.py shows it whole videos at.
+def calibrate_best(
+    state: TrainState, loader: DataLoader, device: torch.device, folder: Path, interrupt: Interrupt
+) -> None:
+    """Fit temperature and threshold of the best epoch on the validation clips, into its checkpoint.
+
+    The frame rate of the clips goes there too: predict.py shows the model whole videos at that
+    rate.
 
     Raises:
         Interrupted: before the end.
     """
-    state = load_checkpoint(folder)
-    predictions = _evaluate_best(run, state, loader, "validation", interrupt)
-    # Untempered: a run that is resumed after this point was calibrated already.
-    fitted = calibrate(predictions.labels, predictions.untempered, run.config.wanted_error)
+    config, best = state.config, load_checkpoint(folder)
+    predictions = _evaluate_best(best, loader, device, "validation", config, interrupt)
+    # Uncalibrated, because a run that is resumed after this point has been calibrated already.
+    fitted = calibrate(predictions.labels, predictions.uncalibrated, config.target_error)
     if distributed.rank() == 0:
-        config, paths = run.config, [row.path for row in loader.dataset.clips.rows]
-        rate = seen_frame_rate(paths, config.n_frames, config.eval_sampling)
-        fitted = {"calibration": fitted.state(), "frame_rate": rate}
-        fitted["class_counts"] = run.class_counts  # runs of earlier versions have none yet
-        save_checkpoint(folder / "best.pt", {**state, **fitted})
-    distributed.from_first(None)  # the others wait until it is written
+        paths = [row.path for row in loader.dataset.rows]
+        sampler = FrameSampler(config.n_frames, config.eval_sampling)
+        best["calibration"] = fitted.state_dict()
+        best["frame_rate"] = effective_fps(paths, sampler)
+        best["class_counts"] = state.class_counts  # runs of earlier versions have none yet
+        save_checkpoint(folder / "best.pt", best)
+    distributed.broadcast_object()  # the other processes wait until it is written
 
 
-def test(
-    run: Training, loader: DataLoader, folder: Path, interrupt: Interrupt, warnings: list[str]
+def final_test(
+    state: TrainState,
+    loader: DataLoader,
+    device: torch.device,
+    folder: Path,
+    interrupt: Interrupt,
+    warnings: list[ResultWarning],
 ) -> None:
     """Test the best epoch and write the results with the warnings.
 
     Raises:
         Interrupted: before the end.
     """
-    state = load_checkpoint(folder)
-    predictions = _evaluate_best(run, state, loader, "test", interrupt)
+    from evaluation.results import format_results, write_results
+
+    config, best = state.config, load_checkpoint(folder)
+    predictions = _evaluate_best(best, loader, device, "test", config, interrupt)
     if distributed.rank() == 0:
-        config = run.config
-        facts = {
+        metadata = {
             "checkpoint": str((folder / "best.pt").absolute()),
-            "epoch": state["epoch"],
+            "epoch": best["epoch"],
             "split": "test",
             "views": config.test_views,
             "crops": config.test_crops,
             "warnings": warnings,
         }
-        calibration = Calibration.from_state(state["calibration"])
-        table = write_results(predictions, config.classes, folder, [calibration], facts)
-        last = config.select_by == "last"
-        chosen = "the last" if last else f"the best by validation {config.select_by}"
-        log.info(f"\ntest of epoch {state['epoch']}, {chosen}:")
-        log.info(f"{table}\n\nrun folder: {folder}")
+        calibration = Calibration.from_state_dict(best["calibration"])
+        results = write_results(predictions, config.classes, folder, [calibration], metadata)
+        last = config.monitor == "last"
+        chosen = "the last" if last else f"the best by validation {config.monitor}"
+        log.info(f"\ntest of epoch {best['epoch']}, {chosen}:")
+        log.info(f"{format_results(results)}\n\nrun folder: {folder}")
 
 
 def _evaluate_best(
-    run: Training, state: dict[str, Any], loader: DataLoader, split: str, interrupt: Interrupt
+    best: dict[str, Any],
+    loader: DataLoader,
+    device: torch.device,
+    split: str,
+    config: TrainConfig,
+    interrupt: Interrupt,
 ) -> Predictions:
-    """What the best epoch says, in fp32 as in evaluate.py, tempered if it is calibrated."""
+    """The predictions of the best epoch, in fp32 as in evaluate.py, calibrated if it is."""
     return evaluate(
-        build_from_checkpoint(state),
+        rebuild_model(best),
         loader,
-        run.device,
+        device,
         torch.float32,
         split,
-        run.config.skip_unreadable,
+        config.skip_unreadable,
         interrupt,
-        Calibration.from_state(state.get("calibration")).temperature,
+        Calibration.from_state_dict(best.get("calibration")).temperature,
     )
 
 
-def _parallel(model: nn.Module, device: torch.device) -> nn.Module:
-    """The model as torchrun's processes train it together; alone, the model itself."""
+def _wrap_ddp(model: nn.Module, device: torch.device) -> nn.Module | None:
+    """The model as torchrun's processes train it together; None for a single process."""
     if distributed.world_size() == 1:
-        return model
+        return None
     if device.type == "cuda":
         nn.SyncBatchNorm.convert_sync_batchnorm(model)
         return nn.parallel.DistributedDataParallel(model, device_ids=[device.index])
     return nn.parallel.DistributedDataParallel(model)
 
 
-def _goodness(row: dict[str, Any], config: TrainConfig) -> float:
-    if config.select_by == "last":
+def _score(row: dict[str, Any], config: TrainConfig) -> float:
+    """What the best epoch has most of."""
+    if config.monitor == "last":
         return row["epoch"]
-    value = row[f"val_{config.select_by}"]
-    return -value if config.select_by == "loss" else value
+    value = row[f"val_{config.monitor}"]
+    return -value if config.monitor == "loss" else value
 
 
-def _out_of_patience(run: Training) -> bool:
-    waited = run.epoch - run.best["epoch"] if run.best else 0
-    return bool(run.config.patience) and waited >= run.config.patience
+def _out_of_patience(state: TrainState) -> bool:
+    patience = state.config.early_stopping_patience
+    waited = state.progress.epoch - state.best["epoch"] if state.best else 0
+    return bool(patience) and waited >= patience
 
 
-def _run_folder(config: TrainConfig, folder: Path | None) -> str:
+def _run_dir(config: TrainConfig, folder: Path | None) -> str:
     """The given folder or a new one, with the settings in it."""
-    folder = folder or new_run_folder(config.run_dir, config.model)
+    folder = folder or new_run_dir(config.run_dir, config.model_name)
     folder.mkdir(parents=True, exist_ok=True)
     if not (folder / "config.json").exists():
         write_json(folder / "config.json", dataclasses.asdict(config))
     return str(folder)
 
 
-def _tensorboard(folder: Path) -> Any:
+def _draw_curves(state: TrainState, folder: Path) -> None:
+    from evaluation.plots import plot_curves  # importing matplotlib takes longer than an epoch
+
+    plot_curves(state.history, state.best["epoch"], folder / "curves.png")
+
+
+def _tensorboard_writer(folder: Path) -> Any:
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
-        raise UserError("--tensorboard needs a package: pip install tensorboard") from None
+        raise UserError(
+            "--tensorboard needs a package: pip install -r requirements-optional.txt"
+        ) from None
     return SummaryWriter(folder)
 
 
 def read_settings() -> tuple[TrainConfig, dict[str, Any] | None]:
-    """The settings of the command line, and with --resume the state to go on from."""
-    config = tyro.cli(TrainConfig, description=__doc__)
+    """The settings of the command line, and with --resume the state to continue from."""
+
+    def parse_with(default: TrainConfig | None = None) -> TrainConfig:
+        return parse(TrainConfig, __doc__, default, OLD_NAMES, OLD_VALUES, aliases=("model",))
+
+    config = parse_with()
     if not config.resume:
         return config, None
     run = Path(config.resume)
@@ -327,13 +393,12 @@ def read_settings() -> tuple[TrainConfig, dict[str, Any] | None]:
         run = run.parent
     state = load_checkpoint(run, "last.pt")
     saved = dataclasses.replace(from_dict(state["config"]), resume=str(run))
-    config = tyro.cli(TrainConfig, default=saved, description=__doc__)
-    config = dataclasses.replace(config, resume=str(run))
+    config = dataclasses.replace(parse_with(saved), resume=str(run))
     refuse_changes(saved, config)
     return config, state
 
 
-@script
+@cli_main
 def main() -> None:
     train(*read_settings())
 

@@ -1,26 +1,25 @@
-"""TSM: a 2D network that sees motion by shifting channels in time.
+"""TSM: a 2D CNN that sees motion because channels are shifted in time.
 
 Lin, Gan and Han, "TSM: Temporal Shift Module for Efficient Video Understanding", ICCV 2019,
 arXiv:1811.08383.
 """
 
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
 from torch import nn
 
-from modeling.backbones import BackboneName
-from modeling.frame_encoder import FrameModel, Fusion
-from video.motion import Inputs
+from modeling.frame_encoder import FrameEncoder
 
 
 def temporal_shift(x: torch.Tensor, n_frames: int, shift_div: int = 8) -> torch.Tensor:
     """Shift 1/shift_div of the channels from the next frame and as many from the previous one.
 
     `(B * T, C, H, W)` to the same shape. The first C // shift_div channels of frame t become those
-    of frame t + 1, the second C // shift_div those of frame t - 1, the others stay; where there is
-    no such frame they are zero (section 3.2 of the paper; bidirectional). Frames never cross from
-    one clip into another.
+    of frame t + 1, the second C // shift_div those of frame t - 1, and the others stay; where there
+    is no such frame they are zero (section 3.2 of the paper; bidirectional). Frames never cross
+    from one clip into another.
     """
     fold = x.shape[1] // shift_div
     x = x.unflatten(0, (-1, n_frames))  # (B, T, C, H, W)
@@ -32,112 +31,133 @@ def temporal_shift(x: torch.Tensor, n_frames: int, shift_div: int = 8) -> torch.
 
 
 def causal_shift(
-    x: torch.Tensor, n_frames: int, shift_div: int = 8, before: torch.Tensor | None = None
+    x: torch.Tensor, n_frames: int, shift_div: int = 8, buffer: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Shift 1/shift_div of the channels from the previous frame, none from the next.
 
     `(B * T, C, H, W)` to the same shape: the first C // shift_div channels of frame t become those
-    of frame t - 1 (the paper's section 4, online models), those of the first frame `before`.
+    of frame t - 1 (section 4 of the paper, online models), those of the first frame `buffer`.
 
     Args:
-        before: `(B, C // shift_div, H, W)`, those channels of the frame before the first one; None:
-            there is none, they are zero.
+        buffer: `(B, C // shift_div, H, W)`, those channels of the frame before the first one; None:
+            there is no such frame, they are zero.
 
     Returns:
-        The shifted features, and `before` for the frames that come next.
+        The shifted features, and the buffer for the frames that follow.
     """
     fold = x.shape[1] // shift_div
     x = x.unflatten(0, (-1, n_frames))  # (B, T, C, H, W)
     out = x.clone()
     out[:, 1:, :fold] = x[:, :-1, :fold]
-    out[:, 0, :fold] = 0 if before is None else before
-    # A clone: a view would hold on to the whole of x.
+    out[:, 0, :fold] = 0 if buffer is None else buffer
+    # A clone, because a view would hold on to the whole of x.
     return out.flatten(0, 1), x[:, -1, :fold].clone()
 
 
-class TSM(FrameModel):
-    """A ResNet-18, or another backbone, over the frames, temporal shifts inside, logits averaged
-    over time.
+@dataclass
+class _ShiftContext:
+    """What the shifts of one forward pass need to know."""
+
+    n_frames: int
+    buffers: list[torch.Tensor] | None = None
+    """causal, at inference: the buffers of the frames before, in the order of the shifts"""
+    carried: torch.Tensor | None = None
+    """causal, in training: `(B, 1, 1, 1)` bool, whether a clip begins with another one's end"""
+    new_buffers: list[torch.Tensor] = field(default_factory=list)
+
+
+class TSM(FrameEncoder):
+    """A 2D CNN with temporal shifts over the frames; their logits are averaged.
 
     Args:
-        backbone, inputs, fusion: see `FrameModel`.
-        shift_place: `blockres` shifts the input of the first convolution inside every residual
-            branch and leaves the identity path alone, so that no frame loses what it saw itself
-            (the paper's released recipe); `stage` shifts the features before each of the layers,
-            as the project that this one follows did.
-        shift_div: 1/shift_div of the channels shift each way.
+        num_classes: number of classes.
+        backbone, modality, fusion: see `FrameEncoder`.
+        shift_place: `blockres` shifts the input of the first convolution of every residual branch
+            and leaves the identity path alone, so that no frame loses its own content (as in the
+            paper's code); `stage` shifts the input of each of the network's layers, as the project
+            that this one follows did.
+        shift_div: 1/shift_div of the channels are shifted each way.
         shift_mode: `bidirectional`, or `causal`: from the past only, so that the model can follow a
-            stream (see stream.py).
-        carry_past: causal, in training: probability that a clip's past is not nothing but the end
-            of another clip of the batch. In a stream there always is a past: a model that has only
-            seen clips begin with nothing before them makes poor use of it (RESULTS.md).
-        dropout: before the classifier.
+            stream (timeline/streaming.py).
+        shift_buffer_prob: causal, in training: probability that the shift buffer of a clip holds
+            the end of another clip of the batch. In a stream the buffer is never empty: a model
+            that has only seen clips with empty buffers makes poor use of it (docs/results).
+        dropout: dropout before the classifier.
     """
 
     def __init__(
         self,
         num_classes: int = 7,
-        backbone: BackboneName = "resnet18",
-        inputs: Inputs = "rgb",
-        fusion: Fusion = "late",
+        backbone: str = "resnet18",
+        modality: str = "rgb",
+        fusion: str = "late",
         shift_place: Literal["blockres", "stage"] = "blockres",
         shift_div: int = 8,
         shift_mode: Literal["bidirectional", "causal"] = "bidirectional",
-        carry_past: float = 0.5,
+        shift_buffer_prob: float = 0.5,
         dropout: float = 0.0,
     ) -> None:
-        super().__init__(backbone, inputs, fusion)
+        super().__init__(backbone, modality, fusion)
         if shift_mode not in ("bidirectional", "causal"):
             raise ValueError(f"shift_mode must be bidirectional or causal, not {shift_mode!r}")
         if shift_place not in ("blockres", "stage"):
             raise ValueError(f"shift_place must be blockres or stage, not {shift_place!r}")
-        self.shift_place = shift_place
         self.shift_div = shift_div
         self.shift_mode = shift_mode
-        self.carry_past = carry_past
-        self.head = nn.Linear(self.width, num_classes)
+        self.shift_buffer_prob = shift_buffer_prob
+        self.head = nn.Linear(self.num_features, num_classes)
         self.dropout = nn.Dropout(dropout)
+        self._context = _ShiftContext(n_frames=1)
+        for net in self.backbones():
+            layers = [stage[0] for name, stage in net.stages().items() if name.startswith("layer")]
+            for module in net.residual_branches() if shift_place == "blockres" else layers:
+                module.register_forward_pre_hook(self._shift)
+
+    def _shift(self, module: nn.Module, inputs: tuple[torch.Tensor]) -> torch.Tensor:
+        """Forward pre-hook: shift the input of a module."""
+        (x,), context = inputs, self._context
+        if self.shift_mode == "bidirectional":
+            return temporal_shift(x, context.n_frames, self.shift_div)
+        buffer = context.buffers[len(context.new_buffers)] if context.buffers else None
+        if context.carried is not None:
+            # (B, fold, H, W): the last frame of the clip before in the batch
+            ends = x[context.n_frames - 1 :: context.n_frames, : x.shape[1] // self.shift_div]
+            buffer = ends.detach().roll(1, dims=0) * context.carried
+        x, new_buffer = causal_shift(x, context.n_frames, self.shift_div, buffer)
+        if not self.training:
+            context.new_buffers.append(new_buffer)
+        return x
 
     def forward(self, clips: torch.Tensor) -> torch.Tensor:
         """`(B, T, C, H, W)` uint8 or float in [0, 1] to logits `(B, num_classes)`."""
-        return self.over_window(self.per_frame(clips)[0])
+        return self.consensus(self.frame_logits(clips)[0])
 
-    def per_frame(
-        self, clips: torch.Tensor, memory: list[torch.Tensor] | None = None
+    def frame_logits(
+        self, clips: torch.Tensor, buffers: list[torch.Tensor] | None = None
     ) -> tuple[torch.Tensor, list[torch.Tensor]]:
-        """`(B, T, C, H, W)` to each frame's logits, `(B, T, num_classes)`.
+        """`(B, T, C, H, W)` to the logits of each frame, `(B, T, num_classes)`, and shift buffers.
 
         Args:
-            memory: of a causal model, what this method returned for the frames just before.
+            buffers: for a causal model, what this method returned for the frames just before.
         """
         n_frames = clips.shape[1]
-        kept: list[torch.Tensor] = []  # by the shifts, in their order
         carried = None
-        if self.training and self.causal and not memory:
-            carried = torch.rand(len(clips), 1, 1, 1, device=clips.device) < self.carry_past
-
-        def shift(x: torch.Tensor) -> torch.Tensor:
-            if self.shift_mode == "bidirectional":
-                return temporal_shift(x, n_frames, self.shift_div)
-            before = memory[len(kept)] if memory else None
-            if carried is not None:
-                ends = x[n_frames - 1 :: n_frames, : x.shape[1] // self.shift_div]  # (B, fold, ...)
-                before = ends.detach().roll(1, dims=0) * carried
-            x, after = causal_shift(x, n_frames, self.shift_div, before)
-            kept.append(after)
-            return x
-
-        x = self.frame_features(clips, shift, self.shift_place)  # (B * T, width)
+        if self.training and self.causal and not buffers:
+            carried = torch.rand(len(clips), 1, 1, 1, device=clips.device) < self.shift_buffer_prob
+        # It stays after this call: with gradient checkpointing the backward pass shifts again.
+        self._context = context = _ShiftContext(n_frames, buffers, carried)
+        x = self.forward_features(clips)  # (B * T, num_features)
         logits = self.head(self.dropout(x))  # (B * T, num_classes)
-        return logits.unflatten(0, (-1, n_frames)), kept
+        new_buffers, context.buffers, context.new_buffers = context.new_buffers, None, []
+        return logits.unflatten(0, (-1, n_frames)), new_buffers
 
-    def over_window(self, logits: torch.Tensor) -> torch.Tensor:
-        """The logits of T frames `(B, T, num_classes)` as one answer, `(B, num_classes)`."""
+    def consensus(self, logits: torch.Tensor) -> torch.Tensor:
+        """The logits of T frames, `(B, T, num_classes)`, as those of a clip, `(B, num_classes)`."""
         return logits.mean(dim=1)
 
     @property
     def causal(self) -> bool:
-        """Whether no frame's logits depend on later frames."""
+        """Whether the logits of a frame do not depend on later frames."""
         return self.shift_mode == "causal"
 
     def stages(self) -> dict[str, list[nn.Module]]:

@@ -7,17 +7,17 @@ factorised encoder.
 import torch
 from torch import nn
 from torch.nn import functional as F
-from torchvision.ops import stochastic_depth
 
-from modeling.layers import IMAGENET_MEAN_STD, Normalize, run_stage
+from modeling.layers import IMAGENET_MEAN_STD, Normalize, checkpointed
 from utils.errors import UserError
 
 
 class Block(nn.Module):
     """A pre-norm transformer block: attention, then an MLP four times as wide.
 
-    Each of the two is left out of a whole clip with probability `drop_path`, in training; where it
-    stays it counts 1 / (1 - drop_path) times, so that the expected output is that of eval mode.
+    In training each of the two branches is skipped with probability `drop_path`, for a whole clip
+    at a time; where it is kept it is scaled by 1 / (1 - drop_path), so that the expected output is
+    that of eval mode.
     """
 
     def __init__(
@@ -40,21 +40,22 @@ class Block(nn.Module):
             nn.Dropout(dropout),
         )
 
-    def forward(self, x: torch.Tensor, rows_a_clip: int = 1) -> torch.Tensor:
-        """`(N, tokens, dim)` to the same shape; `rows_a_clip` neighbours in N are of one clip."""
-        x = x + self._drop(self._attention(self.attention_norm(x)), rows_a_clip)
-        return x + self._drop(self.mlp(self.mlp_norm(x)), rows_a_clip)
+    def forward(self, x: torch.Tensor, rows_per_clip: int = 1) -> torch.Tensor:
+        """`(N, tokens, dim)` to the same shape; every `rows_per_clip` rows belong to one clip."""
+        x = x + self._drop(self._attention(self.attention_norm(x)), rows_per_clip)
+        return x + self._drop(self.mlp(self.mlp_norm(x)), rows_per_clip)
 
-    def _drop(self, branch: torch.Tensor, rows_a_clip: int) -> torch.Tensor:
+    def _drop(self, branch: torch.Tensor, rows_per_clip: int) -> torch.Tensor:
         if not (self.training and self.drop_path):
             return branch
-        branch = branch.unflatten(0, (-1, rows_a_clip))  # (B, T, tokens, dim): one draw a clip
-        return stochastic_depth(branch, self.drop_path, "row").flatten(0, 1)
+        kept = 1 - self.drop_path
+        mask = branch.new_empty(len(branch) // rows_per_clip, 1, 1).bernoulli_(kept) / kept
+        return branch * mask.repeat_interleave(rows_per_clip, 0)  # one draw per clip
 
     def _attention(self, x: torch.Tensor) -> torch.Tensor:
         qkv = self.qkv(x).unflatten(2, (3, self.heads, -1))  # (N, tokens, 3, heads, dim_head)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # 3 x (N, heads, tokens, dim_head)
-        # The functional form knows nothing of eval mode: there it must be told not to drop.
+        # The functional form does not know about eval mode.
         dropout = self.dropout if self.training else 0.0
         x = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout)
         x = self.out(x.transpose(1, 2).flatten(2))  # (N, heads, tokens, dim_head) -> (N, tokens, -)
@@ -146,11 +147,11 @@ class ViViT(nn.Module):
         """`(B, T, C, H, W)` uint8 or float in [0, 1] to logits `(B, num_classes)`."""
         x = self.embedding(self.normalize(clips)).flatten(0, 1)  # (B * T, 1 + patches, dim)
         for block in self.spatial:
-            x = run_stage([block], block, x, clips.shape[1])
+            x = checkpointed([block], block, x, clips.shape[1])
         x = self.spatial_norm(x[:, 0]).unflatten(0, clips.shape[:2])  # (B, T, dim)
         x = torch.cat((self.clip_token[0].expand(len(x), -1, -1), x), dim=1)  # (B, 1 + T, dim)
         for block in self.temporal:
-            x = run_stage([block], block, x)
+            x = checkpointed([block], block, x)
         return self.head(self.temporal_norm(x[:, 0]))
 
     def stages(self) -> dict[str, list[nn.Module]]:

@@ -1,7 +1,7 @@
 """Other ways to do what this project does, for comparison in the benchmarks only.
 
 The naive ones are what a first version of a training script does. The libraries are optional
-(requirements-bench.txt): `decoders()` lists what works here.
+(requirements-dev.txt): `decoders()` lists what works here.
 """
 
 import importlib
@@ -22,50 +22,50 @@ from torchvision.transforms import functional as tv
 
 from clips.manifest import ClipRow
 from utils.errors import first_line
-from video.clip_reader import sample_indices
+from video.clip_reader import FrameSampler
 
 Decoder = Callable[[Path, int, int], np.ndarray]
-"""(path, n_frames, size) to the clip's frames, `(n_frames, size, size, 3)` uint8"""
+"""path, n_frames and size to the frames of the clip, `(n_frames, size, size, 3)` uint8"""
 
 
 def decode_naively(path: Path, n_frames: int, size: int) -> np.ndarray:
-    """PyAV: decode all frames, convert all to RGB, resize the wanted ones with PIL."""
+    """PyAV: decode all frames, convert all to RGB, resize the sampled ones with PIL."""
     with av.open(str(path)) as container:
         frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
-    wanted = sample_indices(len(frames), n_frames)
-    return np.stack([np.asarray(Image.fromarray(frames[i]).resize((size, size))) for i in wanted])
+    images = [Image.fromarray(frames[i]) for i in FrameSampler(n_frames).indices(len(frames))]
+    return np.stack([np.asarray(image.resize((size, size))) for image in images])
 
 
 def decode_with_decord(path: Path, n_frames: int, size: int) -> np.ndarray:
-    """decord on one thread, frames resized by the reader."""
+    """decord on one thread; the reader resizes the frames."""
     from decord import VideoReader
 
     reader = VideoReader(str(path), width=size, height=size, num_threads=1)
-    return reader.get_batch(sample_indices(len(reader), n_frames)).asnumpy()
+    return reader.get_batch(FrameSampler(n_frames).indices(len(reader))).asnumpy()
 
 
 def decode_with_torchcodec(path: Path, n_frames: int, size: int) -> np.ndarray:
-    """torchcodec on one thread, exact seeking, frames resized by the decoder."""
+    """torchcodec on one thread with exact seeking; the decoder resizes the frames."""
     from torchcodec.decoders import VideoDecoder
     from torchcodec.transforms import Resize
 
     decoder = VideoDecoder(str(path), num_ffmpeg_threads=1, transforms=[Resize((size, size))])
-    clip = decoder.get_frames_at(sample_indices(len(decoder), n_frames)).data  # (T, C, H, W)
+    clip = decoder.get_frames_at(FrameSampler(n_frames).indices(len(decoder))).data  # (T, C, H, W)
     return clip.permute(0, 2, 3, 1).numpy()
 
 
 def decode_with_opencv(path: Path, n_frames: int, size: int) -> np.ndarray:
-    """OpenCV: grab all frames, retrieve and resize the wanted ones."""
+    """OpenCV: grab all frames, retrieve and resize the sampled ones."""
     import cv2
 
     cv2.setNumThreads(1)
     capture = cv2.VideoCapture(str(path), cv2.CAP_FFMPEG, [cv2.CAP_PROP_N_THREADS, 1])
     count = int(capture.get(cv2.CAP_PROP_FRAME_COUNT))
-    wanted, frames = set(sample_indices(count, n_frames)), []
-    for number in range(count):
+    indices, frames = set(FrameSampler(n_frames).indices(count)), []
+    for index in range(count):
         if not capture.grab():
             break
-        if number in wanted:
+        if index in indices:
             _, frame = capture.retrieve()
             frame = cv2.resize(frame, (size, size), interpolation=cv2.INTER_AREA)
             frames.append(cv2.cvtColor(frame, cv2.COLOR_BGR2RGB))
@@ -84,12 +84,12 @@ def decoders() -> dict[str, Decoder]:
 
 
 def _imports(module: str) -> bool:
-    """Whether a module can be imported; if it is installed and cannot, that is told."""
+    """Whether a module can be imported; prints why if it is installed but cannot."""
     try:
         importlib.import_module(module)
     except ModuleNotFoundError:
         return False
-    except Exception as error:  # torchcodec needs FFmpeg's libraries from the system
+    except Exception as error:  # torchcodec needs the FFmpeg libraries of the system
         print(f"{module} is left out, it cannot be imported: {first_line(error)}", file=sys.stderr)
         return False
     return True
@@ -98,7 +98,7 @@ def _imports(module: str) -> bool:
 def onnxruntime_session(
     model: nn.Module, clips: torch.Tensor
 ) -> Callable[[torch.Tensor], torch.Tensor]:
-    """The model exported to ONNX for batches like `clips`, run by onnxruntime on all cores."""
+    """The model as onnxruntime runs it, with as many threads as torch, on batches like `clips`."""
     import onnxruntime
 
     with tempfile.TemporaryDirectory() as folder:
@@ -113,9 +113,10 @@ def onnxruntime_session(
 
 
 class NaiveClips(Dataset):
-    """Clips as a first version of a training script reads them: `((T, 3, H, W) float, label)`.
+    """Clips as a naive training script reads them: `((T, 3, H, W) float, label)`.
 
-    All frames decoded and converted, PIL transforms frame by frame, floats out of the worker.
+    All frames are decoded and converted, PIL transforms one frame after the other, and the worker
+    returns floats.
     """
 
     def __init__(self, rows: Sequence[ClipRow], n_frames: int, size: int) -> None:
@@ -142,7 +143,7 @@ def train_naively(
     optimizer: torch.optim.Optimizer,
     device: torch.device,
 ) -> None:
-    """One epoch in fp32, contiguous weights, nothing else."""
+    """Train one epoch in fp32 with contiguous weights."""
     model.train()
     for clips, labels in batches:
         loss = F.cross_entropy(model(clips.to(device)), labels.to(device), label_smoothing=0.1)
@@ -162,13 +163,13 @@ def augment_each_frame(
     saturation: float,
     hue: float,
 ) -> np.ndarray:
-    """Flip, rotation, colour jitter and affine on each frame with PIL, `(T, H, W, 3)` to the same.
+    """Flip, rotate, jitter and shift each frame with PIL, `(T, H, W, 3)` to the same.
 
-    All frames with the same numbers; drawing anew for each frame, as a naive chain does, would only
-    add to its time.
+    The parameters are the same for all frames. Drawing them per frame, as naive scripts do, would
+    take more time.
     """
     bilinear = InterpolationMode.BILINEAR
-    out = []
+    augmented = []
     for frame in frames:
         image = tv.hflip(Image.fromarray(frame))
         image = tv.rotate(image, angle, bilinear)
@@ -177,5 +178,5 @@ def augment_each_frame(
         image = tv.adjust_saturation(image, saturation)
         image = tv.adjust_hue(image, hue)
         image = tv.affine(image, 0.0, list(translate), scale, [0.0], bilinear)
-        out.append(np.asarray(image))
-    return np.stack(out)
+        augmented.append(np.asarray(image))
+    return np.stack(augmented)

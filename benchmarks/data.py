@@ -1,12 +1,12 @@
-"""How fast clips reach the model: decoding, the cache, augmentation, training, memory.
+"""Times how clips reach the model: decoding, the cache, augmentation, training, memory.
 
-    python -m benchmarks.data                             all of it, 20 minutes on two CPU cores
+    python -m benchmarks.data                             all tables, 20 minutes on two CPU cores
     python -m benchmarks.data --what decode --repeats 9 --source real.mp4
-    python -m benchmarks.data --what training --device cuda --model tsm --workers 12
+    python -m benchmarks.data --what training --device cuda --model-name tsm_resnet --num-workers 12
 
-Each table compares ways to do the same thing, timed in turn in one run; times are medians. Peers
-that are installed (pip install -r requirements-bench.txt) are timed too. The videos are written for
-the occasion, from a moving rendered scene or from the frames of a real video; H.264 with B-frames.
+Each table compares several ways to do the same thing, which take turns; times are medians. Other
+libraries are timed too if they are installed (pip install -r requirements-dev.txt). The videos are
+H.264 with B-frames, written from a moving rendered scene or from the frames of a real video.
 """
 
 import tempfile
@@ -17,20 +17,19 @@ from typing import Any, Literal
 import numpy as np
 import pandas as pd
 import torch
-import tyro
 from torchvision.transforms import v2
 
 from benchmarks import epoch_time
 from benchmarks.baselines import augment_each_frame, decoders
 from benchmarks.epoch_time import EpochConfig
-from benchmarks.timing import conditions, interleave, report
+from benchmarks.timing import environment, interleave, report
 from benchmarks.videos import write_benchmark_video
 from clips.cache import CacheSettings, ClipCache
-from clips.transforms import Augment
-from utils.cli import script
-from utils.device import choose_device
+from clips.transforms import ClipAugment
+from utils.cli import cli_main, parse
+from utils.device import get_device
 from utils.errors import UserError
-from video.clip_reader import read_clip
+from video.clip_reader import FrameSampler, read_clip
 from video.decoder import read_frames
 
 What = Literal["decode", "cache", "augment", "training", "memory"]
@@ -41,21 +40,26 @@ class BenchmarkConfig(EpochConfig):
     """What to time, and how often."""
 
     what: tuple[What, ...] = ("decode", "cache", "augment", "training", "memory")
-    """which tables"""
+    """tables to make"""
     output: str = "runs/benchmarks"
     """folder for the tables"""
 
 
-# (height, frames, longest distance of keyframes)
-VIDEOS = [(360, 30, 250), (360, 100, 25), (720, 100, 250), (720, 250, 25), (1080, 100, 25)]
-
-VIDEOS += [(1080, 250, 250)]
+# height, number of frames, largest distance between keyframes
+VIDEOS = [
+    (360, 30, 250),
+    (360, 100, 25),
+    (720, 100, 250),
+    (720, 250, 25),
+    (1080, 100, 25),
+    (1080, 250, 250),
+]
 
 CACHED_VIDEOS = [(720, 30, 250), (720, 100, 250), (720, 250, 250)]
 
 
 def time_decoding(config: BenchmarkConfig, folder: Path) -> pd.DataFrame:
-    """16 evenly spaced frames of 224 px, one process: our milliseconds, the others as multiples.
+    """Time decoding 16 evenly spaced frames of 224 px in one process, here and in other libraries.
 
     Raises:
         RuntimeError: a frame differs from what decoding everything gives.
@@ -68,7 +72,7 @@ def time_decoding(config: BenchmarkConfig, folder: Path) -> pd.DataFrame:
     rows = []
     for name, path in paths.items():
         calls = {
-            "this project": lambda path=path: read_clip(path),
+            "this project": lambda path=path: read_clip(path).rgb,
             "decoding all": lambda path=path: _decode_all(path),
             **{
                 peer: lambda path=path, decode=decode: decode(path, 16, 224)
@@ -88,20 +92,22 @@ def time_decoding(config: BenchmarkConfig, folder: Path) -> pd.DataFrame:
 
 
 def _decode_all(path: Path) -> np.ndarray:
-    # Counting no further than some number switches the short cut off.
-    choose = lambda count: [int((i + 0.5) * count / 16) for i in range(16)]  # noqa: E731
-    return read_frames(path, choose, 224, stop_after=10**9)
+    # With `stop_after` every frame is decoded, not only those that are needed.
+    return read_frames(path, FrameSampler().indices, 224, stop_after=10**9)
 
 
 def time_cache(config: BenchmarkConfig, folder: Path) -> pd.DataFrame:
-    """Reading 16 frames from the cache against decoding them from 720p."""
+    """Time reading 16 frames from the cache against decoding them from 720p."""
     cache = ClipCache.create(folder / "cache", folder, CacheSettings())
     rows = []
     for height, count, group in CACHED_VIDEOS:
         clip = folder / f"cached_{count}.mp4"
         write_benchmark_video(clip, height, count, group, config.source)
         size, _ = cache.write(clip)
-        calls = {"decode": lambda c=clip: read_clip(c), "read": lambda c=clip: cache.read(c)}
+        calls = {
+            "decode": lambda c=clip: read_clip(c).rgb,
+            "read": lambda c=clip: cache.read(c).rgb,
+        }
         seconds = {
             n: np.median(s) for n, s in interleave(calls, config.repeats, in_a_row=3).items()
         }
@@ -122,9 +128,9 @@ def time_cache(config: BenchmarkConfig, folder: Path) -> pd.DataFrame:
 
 
 def time_augmentation(config: BenchmarkConfig, folder: Path) -> pd.DataFrame:
-    """Flip, rotation, affine, colours with hue on 16 x 224 x 224, one thread as in a worker."""
+    """Time flip, rotation, affine and colours on 16 x 224 x 224, on one thread as in a worker."""
     write_benchmark_video(folder / "augment.mp4", 360, 30, 250, config.source)
-    frames = read_clip(folder / "augment.mp4")  # (T, H, W, 3)
+    frames = read_clip(folder / "augment.mp4").rgb  # (T, H, W, 3)
     clip = torch.from_numpy(frames).permute(0, 3, 1, 2).contiguous()  # (T, 3, H, W)
     chain = v2.Compose(
         [
@@ -136,19 +142,19 @@ def time_augmentation(config: BenchmarkConfig, folder: Path) -> pd.DataFrame:
             ),
         ]
     )
-    ours = Augment()
+    augment = ClipAugment()
     calls = {
-        "PIL, frame by frame": lambda: augment_each_frame(
+        "PIL, per frame": lambda: augment_each_frame(
             frames, 7.0, (5, -4), 1.07, 1.1, 0.9, 1.15, 0.01
         ),
         "torchvision v2 on the clip": lambda: chain(clip),
-        "this project": lambda: ours(clip),
+        "this project": lambda: augment(clip),
     }
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     times = interleave(calls, config.repeats, warmup=3, in_a_row=5)
     torch.set_num_threads(threads)
-    slowest = np.median(times["PIL, frame by frame"])
+    slowest = np.median(times["PIL, per frame"])
     return pd.DataFrame(
         {
             "chain": name,
@@ -168,22 +174,24 @@ TABLES: dict[What, Any] = {
 }
 
 
-@script
+@cli_main
 def main() -> None:
-    config = tyro.cli(BenchmarkConfig, description=__doc__)
+    config = parse(
+        BenchmarkConfig, __doc__, old_names={"model": "model_name", "workers": "num_workers"}
+    )
     for name in ("repeats", "clips", "batch_size", "image_size", "epochs"):
         if getattr(config, name) < 1:
             raise UserError(f"{name} = {getattr(config, name)}: must be at least 1")
     if config.source and not Path(config.source).is_file():
         raise UserError(f"{config.source}: no such file")
-    device = choose_device(config.device)
+    device = get_device(config.device)
     for what in config.what:
         with tempfile.TemporaryDirectory() as folder:
             table = TABLES[what](config, Path(folder))
         packages = ("decord", "torchcodec", "opencv-python-headless") if what == "decode" else ()
         source = Path(config.source).name if config.source else "rendered"
-        where = conditions(device, packages, n=config.repeats, source=source)
-        report(what, table, where, config.output)
+        conditions = environment(device, packages, n=config.repeats, source=source)
+        report(what, table, conditions, config.output)
 
 
 if __name__ == "__main__":

@@ -1,17 +1,19 @@
-"""Training end to end for benchmarks/data.py: clips a second, time spent waiting, memory."""
+"""Times whole epochs of training for benchmarks/data.py: clips/s, waiting for clips, memory."""
 
 import csv
+import math
 import multiprocessing
 import resource
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import pandas as pd
 import torch
+from torch import nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
@@ -22,57 +24,58 @@ from clips.cache import CacheSettings, ClipCache
 from clips.manifest import CLASSES, read_manifest
 from config import TrainConfig
 from dataset import Batch
-from models import build_model, build_model_from_config
+from models import build_model
 from training.checks import resolve
 from training.engine import train_one_epoch
 from training.loaders import batches_per_epoch, build_dataloaders
-from training.state import Training
-from utils.device import choose_device, choose_precision, suit_device
-from utils.interrupt import Interrupt
+from training.losses import Criterion
+from training.optim import cosine_with_warmup, param_groups
+from training.state import Progress
+from utils.device import autocast_dtype, get_device, prepare_model
 
 
 @dataclass
 class EpochConfig:
-    """What to train in order to time it."""
+    """What to train, and how often."""
 
     repeats: int = 5
-    """times that everything is timed"""
+    """timed rounds"""
     source: str = ""
-    """a video whose frames the benchmark's videos are made of (empty: a rendered scene)"""
-    model: Literal["tsm", "cnn_lstm", "r2plus1d", "vivit"] = "cnn_lstm"
-    """training, memory: which model"""
+    """video whose frames are used for the benchmark's videos (empty: a rendered scene)"""
+    model_name: Literal["tsm_resnet", "cnnlstm", "r2plus1d", "vivit"] = "cnnlstm"
+    """training, memory: model to train"""
     clips: int = 24
-    """training, memory: clips an epoch"""
+    """training, memory: clips per epoch"""
     batch_size: int = 4
-    """training, memory: clips a batch"""
+    """training, memory: clips per batch"""
     image_size: int = 224
-    """training, memory: pixels of a side"""
-    workers: int = 2
+    """training, memory: height and width of the frames in pixels"""
+    num_workers: int = 2
     """training, memory: processes that read clips"""
     epochs: int = 20
-    """memory: epochs"""
+    """memory: number of epochs"""
     device: str = "cpu"
-    """training, memory: auto, cpu, cuda, cuda:1, mps"""
+    """training, memory: device, as in train.py"""
 
 
-DISTINCT = 6  # videos that are encoded; the others are copies
+DISTINCT = 6  # number of videos that are encoded; the others are copies
 
 HEIGHT, FRAMES = 720, 100  # 4 s
 
 
 def time_training(config: EpochConfig, folder: Path) -> pd.DataFrame:
-    """Whole epochs from 720p files: as a first script does it, decoding, and from the cache."""
+    """Time epochs from 720p files: as a naive script trains, with decoding, and with the cache."""
     _write_data(config, folder, HEIGHT, FRAMES)
-    device = choose_device(config.device)
+    device = get_device(config.device)
     naive = _naive_epoch(config, folder, device)
     decoding, cached = _Epoch(config, folder), _Epoch(config, folder, cache=True)
     calls = {"naive": naive, "decoding": decoding, "from the cache": cached}
     times = interleave(calls, config.repeats, device)
     slowest = sorted(times["naive"])[config.repeats // 2]
     names = {
-        "naive": "naive: decode and convert all, PIL frame by frame, fp32",
-        "decoding": f"train.py, decoding ({decoding.run.dtype})",
-        "from the cache": f"train.py, from the cache ({cached.run.dtype})",
+        "naive": "naive: decode and convert all frames, PIL per frame, fp32",
+        "decoding": f"train.py, decoding ({decoding.dtype})",
+        "from the cache": f"train.py, from the cache ({cached.dtype})",
     }
     rows = []
     for name, seconds in times.items():
@@ -81,7 +84,7 @@ def time_training(config: EpochConfig, folder: Path) -> pd.DataFrame:
         rows.append(
             {
                 "training": names[name],
-                "model": config.model,
+                "model": config.model_name,
                 "clips/s": config.clips / median,
                 "faster (x)": slowest / median,
                 "waiting for clips (%)": 100 * epoch.waited / epoch.total
@@ -93,19 +96,19 @@ def time_training(config: EpochConfig, folder: Path) -> pd.DataFrame:
 
 
 def watch_memory(config: EpochConfig, folder: Path) -> pd.DataFrame:
-    """Memory of the training process and of all its workers after each of many epochs, in MB."""
-    # In a process of its own: workers are forked, and keep the memory that their parent had then.
+    """Measure the memory of the training process and of its workers after each epoch, in MB."""
+    # In another process: workers are forked and keep the memory that their parent had at that time.
     arguments = (config, folder, HEIGHT, FRAMES)
     writer = multiprocessing.get_context("spawn").Process(target=_write_data, args=arguments)
     writer.start()
     writer.join()
-    epoch = _Epoch(config, folder, cache=True)
+    train_epoch = _Epoch(config, folder, cache=True)
     rows = []
-    for number in tqdm(range(1, config.epochs + 1), "watching memory", unit="epoch", leave=False):
-        epoch()
+    for epoch in tqdm(range(1, config.epochs + 1), "measuring memory", unit="epoch", leave=False):
+        train_epoch()
         rows.append(
             {
-                "epoch": f"{number}",
+                "epoch": f"{epoch}",
                 "training process (MB)": _resident("self"),
                 "its workers (MB)": sum(map(_resident, _children())),
                 "peak of the training process (MB)": resource.getrusage(
@@ -119,40 +122,37 @@ def watch_memory(config: EpochConfig, folder: Path) -> pd.DataFrame:
 
 
 class _Epoch:
-    """Calling it trains one epoch with train.py's own loaders, loop and defaults."""
+    """Trains one epoch per call, with the loaders, the loop and the defaults of train.py."""
 
     def __init__(self, config: EpochConfig, folder: Path, cache: bool = False) -> None:
-        self.config = resolve(
+        settings = resolve(
             TrainConfig(
                 data_root=str(folder),
                 cache=str(folder / "cache") if cache else "",
-                model=config.model,
+                model_name=config.model_name,
                 weights="none",
                 image_size=config.image_size,
                 batch_size=config.batch_size,
-                workers=config.workers,
+                num_workers=config.num_workers,
                 device=config.device,
                 epochs=1000,
             )
         )
-        device = choose_device(config.device)
-        self.loader, *_, num_classes = build_dataloaders(self.config)
-        model = build_model_from_config(vars(self.config), num_classes)
-        suit_device(model, device, choose_precision(self.config.amp, device))
-        self.run = Training(self.config, model, device, batches_per_epoch(self.loader))
-        self.interrupt = Interrupt()
-        self.interrupt.restore()
+        device = get_device(config.device)
+        self.dtype = autocast_dtype(settings.precision, device)
+        self.loader, *_, num_classes = build_dataloaders(settings)
+        model = build_model(settings, num_classes)
+        self.train = epoch_trainer(settings, model, batches_per_epoch(self.loader), device)
         self.waited = self.total = 0.0
 
     def __call__(self) -> None:
-        began = time.perf_counter()
-        train_one_epoch(self.run, self.run.model, _Watched(self), self.interrupt)
-        self.total += time.perf_counter() - began
-        self.run.epoch, self.run.step = self.run.epoch + 1, 0
+        start = time.perf_counter()
+        self.train(_WatchedLoader(self))
+        self.total += time.perf_counter() - start
 
 
-class _Watched:
-    """A loader that adds up how long the training waits for it."""
+class _WatchedLoader:
+    """A train loader that adds up the seconds for which the training waits for batches."""
 
     def __init__(self, epoch: _Epoch) -> None:
         self.epoch = epoch
@@ -163,25 +163,56 @@ class _Watched:
     def __iter__(self) -> Iterator[Batch]:
         batches = iter(self.epoch.loader)
         while True:
-            began = time.perf_counter()
+            start = time.perf_counter()
             batch = next(batches, None)
-            self.epoch.waited += time.perf_counter() - began
+            self.epoch.waited += time.perf_counter() - start
             if batch is None:
                 return
             yield batch
 
 
-def _naive_epoch(config: EpochConfig, folder: Path, device: torch.device) -> Any:
-    options = {"n_frames": 16, "image_size": config.image_size} if config.model == "vivit" else {}
-    model = build_model(config.model, len(CLASSES), **options).to(device)
+def epoch_trainer(
+    config: TrainConfig, model: nn.Module, batches: int, device: torch.device
+) -> Callable[[DataLoader], None]:
+    """A call that trains a model for one epoch on a loader, as train.py does.
+
+    Args:
+        config: a resolved config; its loss needs no class counts.
+        batches: number of batches per epoch.
+    """
+    dtype = autocast_dtype(config.precision, device)
+    prepare_model(model, device, dtype)
+    optimizer = torch.optim.AdamW(
+        param_groups(model, config.learning_rate, config.weight_decay, config.layer_decay),
+        lr=config.learning_rate,
+        fused=device.type in ("cpu", "cuda"),
+    )
+    steps = math.ceil(batches / config.gradient_accumulation_steps)
+    warmup_steps = int(config.warmup_epochs * steps)
+    scheduler = cosine_with_warmup(optimizer, config.epochs * steps, warmup_steps)
+    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+    criterion, progress = Criterion(config, device=device), Progress(batches)
+
+    def train(loader: DataLoader) -> None:
+        train_one_epoch(
+            model, criterion, optimizer, scheduler, scaler, loader, device, config, progress
+        )
+        progress.end_epoch()
+
+    return train
+
+
+def _naive_epoch(config: EpochConfig, folder: Path, device: torch.device) -> Callable[[], None]:
+    settings = TrainConfig(model_name=config.model_name, n_frames=16, image_size=config.image_size)
+    model = build_model(settings, len(CLASSES)).to(device)
     clips = NaiveClips(read_manifest(folder / "train.csv"), 16, config.image_size)
-    loader = DataLoader(clips, config.batch_size, shuffle=True, num_workers=config.workers)
+    loader = DataLoader(clips, config.batch_size, shuffle=True, num_workers=config.num_workers)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
     return lambda: train_naively(model, loader, optimizer, device)
 
 
 def _write_data(config: EpochConfig, folder: Path, height: int, frames: int) -> None:
-    """Clips, their manifests and their cache."""
+    """Write clips, their manifests and their cache."""
     cache = ClipCache.create(folder / "cache", folder, CacheSettings(image_size=config.image_size))
     (folder / "clips").mkdir()
     splits = {"train": config.clips, "val": 1, "test": 1}
@@ -189,15 +220,15 @@ def _write_data(config: EpochConfig, folder: Path, height: int, frames: int) -> 
         with open(folder / f"{split}.csv", "w", newline="", encoding="utf-8") as file:
             writer = csv.writer(file)
             writer.writerow(["path", "label"])
-            for number in range(max(count, len(CLASSES)) if split == "train" else count):
-                clip = folder / "clips" / f"{split}_{number}.mp4"
-                first = folder / "clips" / f"train_{number % DISTINCT}.mp4"
+            for index in range(max(count, len(CLASSES)) if split == "train" else count):
+                clip = folder / "clips" / f"{split}_{index}.mp4"
+                first = folder / "clips" / f"train_{index % DISTINCT}.mp4"
                 if first.exists():
                     shutil.copy(first, clip)
                 else:
-                    write_benchmark_video(clip, height, frames, 250, config.source, seed=number)
+                    write_benchmark_video(clip, height, frames, 250, config.source, seed=index)
                 cache.write(clip)
-                writer.writerow([clip.name, CLASSES[number % len(CLASSES)]])
+                writer.writerow([clip.name, CLASSES[index % len(CLASSES)]])
 
 
 def _children() -> list[str]:
@@ -206,7 +237,7 @@ def _children() -> list[str]:
 
 
 def _resident(process: str) -> float:
-    """Memory of a process in MB: its own share of pages that several have (Linux)."""
+    """Memory of a process in MB; shared pages are divided among their processes (Linux)."""
     for line in Path(f"/proc/{process}/smaps_rollup").read_text().splitlines():
         if line.startswith("Pss:"):
             return int(line.split()[1]) * 1024 / 1e6

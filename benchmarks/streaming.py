@@ -1,4 +1,4 @@
-"""What streaming saves, and whether it keeps up with a camera; see benchmark_latency.py."""
+"""Compares streaming with whole windows, and times live prediction; see benchmark_latency.py."""
 
 import contextlib
 import itertools
@@ -15,13 +15,13 @@ from torch import nn
 from benchmarks.timing import interleave, random_clips
 from benchmarks.videos import write_benchmark_video
 from modeling.inference import pack_convolutions, prepare_for_inference
-from models import build_model
-from timeline.prefetch import ReadAhead
-from timeline.sources import FileSource, Picture
+from models import MODELS
+from timeline.prefetch import Prefetcher
+from timeline.sources import FileSource, Frame
 from timeline.streaming import Streamer
 
-STREAMED = {"tsm": {"shift_mode": "causal"}, "cnn_lstm": {}}
-"""the models that can be streamed, and what they must be built with"""
+STREAMED = {"tsm_resnet": {"shift_mode": "causal"}, "cnnlstm": {}}
+"""the models that can be streamed, and their options for it"""
 
 
 def compare_streaming(
@@ -32,31 +32,31 @@ def compare_streaming(
     device: torch.device,
     dtype: torch.dtype,
 ) -> pd.DataFrame:
-    """An answer at every frame: a step of the stream against the whole window anew.
+    """Time a prediction at every frame: one step of the stream, or the whole window again.
 
-    All four take turns: see `benchmarking.interleave`. Models only, from frames in the device's
-    memory.
+    All take turns: see `timing.interleave`. Only the models are timed, from frames in the memory of
+    the device.
     """
     calls = {}
     window = random_clips(1, n_frames, image_size, device)
     for name in names:
-        model = _model(name)
-        whole = prepare_for_inference(model, device, dtype)
-        pack_convolutions(whole)  # as a Streamer does
+        model = _build(name)
+        prepared = prepare_for_inference(model, device, dtype)
+        pack_convolutions(prepared)  # as a Streamer does
         streamer = Streamer(model, n_frames, device=device, dtype=dtype)
         for _ in range(n_frames):
-            streamer.push(window[:, 0])  # full from the first timed call on
-        calls[f"{name} window"] = lambda whole=whole: _answer(whole, window)
-        calls[f"{name} stream"] = lambda streamer=streamer: streamer.push(window[:, 0])
+            streamer.step(window[:, 0])  # the window is full from the first timed call on
+        calls[f"{name} window"] = lambda model=prepared: _predict(model, window)
+        calls[f"{name} stream"] = lambda streamer=streamer: streamer.step(window[:, 0])
     seconds = interleave(calls, repeats, device, in_a_row=3)
     rows = []
     for name in names:
-        window_ms, stream_ms = (1000 * seconds[f"{name} {way}"] for way in ("window", "stream"))
+        window_ms, stream_ms = (1000 * seconds[f"{name} {kind}"] for kind in ("window", "stream"))
         low, ratio, high = np.percentile(window_ms / stream_ms, (25, 50, 75))
         rows.append(
             {
                 "Model": name,
-                "Window anew (ms/frame)": np.median(window_ms),
+                "Whole window (ms/frame)": np.median(window_ms),
                 "Stream (ms/frame)": np.median(stream_ms),
                 "Times faster": ratio,
                 "Quartiles": f"{low:.1f} to {high:.1f}",
@@ -74,42 +74,43 @@ def measure_live(
     dtype: torch.dtype,
     source: str = "",
 ) -> pd.DataFrame:
-    """Every frame of a 1280 x 720 H.264 video from its packets to the answer, in one thread; and
-    how many a second with the decoding in a thread of its own.
+    """Time every frame of a 1280 x 720 H.264 video from its packets to the prediction.
 
-    The models take turns, a second of video each.
+    The times per frame are those of one thread; the models take turns, one second of video each.
+    The last throughput is that with a second thread that decodes.
 
     Args:
-        source: a video whose pictures are used; empty: a rendered scene.
+        frames: number of frames of the video.
+        source: video whose frames are used (empty: a rendered scene).
     """
     with tempfile.TemporaryDirectory() as folder:
         video = Path(folder) / "live.mp4"
         write_benchmark_video(video, 720, frames, group=50, source=source)
 
         def start(name: str) -> tuple[Streamer, FileSource]:
-            streamer = Streamer(_model(name), n_frames, device=device, dtype=dtype)
-            return streamer, FileSource(video, 1000.0, image_size)  # every frame
+            streamer = Streamer(_build(name), n_frames, device=device, dtype=dtype)
+            return streamer, FileSource(video, 1000.0, image_size)  # 1000 fps: every frame
 
-        clocks = {name: _live(*start(name)) for name in names}
+        runs = {name: _time_frames(*start(name)) for name in names}
         seconds: dict[str, list[float]] = {name: [] for name in names}
         memory: dict[str, list[float]] = {name: [] for name in names}
-        while any(len(taken) < frames for taken in seconds.values()):
-            for name, clock in clocks.items():
-                seconds[name] += itertools.islice(clock, 25)
+        while any(len(times) < frames for times in seconds.values()):
+            for name, times in runs.items():
+                seconds[name] += itertools.islice(times, 25)
                 memory[name].append(_resident_memory())
-        ahead = {name: _ahead(*start(name)) for name in names}
+        prefetched = {name: _prefetched_fps(*start(name)) for name in names}
     rows = []
     for name in names:
-        taken = 1000 * np.array(seconds[name][n_frames:])  # without the first ones, while it fills
-        p50, p99 = np.percentile(taken, (50, 99))
+        milliseconds = 1000 * np.array(seconds[name][n_frames:])  # from the first full window on
+        p50, p99 = np.percentile(milliseconds, (50, 99))
         rows.append(
             {
                 "Model": name,
                 "p50 (ms/frame)": p50,
                 "p99 (ms/frame)": p99,
-                "Frames a second": 1000 / taken.mean(),
-                "Decoding ahead (frames a second)": ahead[name],
-                "Frames": len(taken),
+                "Frames per second": 1000 / milliseconds.mean(),
+                "With prefetch (frames per second)": prefetched[name],
+                "Frames": len(milliseconds),
                 "Memory after a quarter (MB)": memory[name][len(memory[name]) // 4],
                 "Memory at the end (MB)": memory[name][-1],
             }
@@ -117,45 +118,46 @@ def measure_live(
     return pd.DataFrame(rows)
 
 
-def _live(streamer: Streamer, source: FileSource) -> Iterator[float]:
-    """Seconds from asking for the next frame to its answer."""
-    pictures = iter(source)
+def _time_frames(streamer: Streamer, source: FileSource) -> Iterator[float]:
+    """Yield the seconds from asking for each frame to its prediction."""
+    frames = iter(source)
     while True:
         began = time.perf_counter()
-        picture = next(pictures, None)
-        if picture is None:
+        frame = next(frames, None)
+        if frame is None:
             return
-        _push(streamer, picture)
+        _step(streamer, frame)
         yield time.perf_counter() - began
 
 
-def _ahead(streamer: Streamer, source: FileSource) -> float:
-    """Frames a second with the decoding in a thread of its own, as predict.py has it."""
+def _prefetched_fps(streamer: Streamer, source: FileSource) -> float:
+    """Frames per second with a thread that decodes, as in predict.py."""
     began, count = time.perf_counter(), 0
-    with ReadAhead(source) as ahead:
-        while pictures := ahead.take(1):
-            _push(streamer, pictures[0])
-            count += 1
+    with Prefetcher(source) as prefetcher:
+        while (frames := prefetcher.get(1)) is not None:
+            for frame in frames:
+                _step(streamer, frame)
+                count += 1
     return count / (time.perf_counter() - began)
 
 
-def _push(streamer: Streamer, picture: Picture) -> None:
-    frame = torch.from_numpy(picture.image).permute(2, 0, 1)  # (H, W, C) -> (C, H, W)
-    streamer.push(frame[None])
+def _step(streamer: Streamer, frame: Frame) -> None:
+    image = torch.from_numpy(frame.image).permute(2, 0, 1)  # (H, W, C) -> (C, H, W)
+    streamer.step(image[None])
 
 
-def _model(name: str) -> nn.Module:
+def _build(name: str) -> nn.Module:
     torch.manual_seed(0)
-    return build_model(name, 7, **STREAMED[name]).eval()
+    return MODELS[name](7, **STREAMED[name]).eval()
 
 
 @torch.inference_mode()
-def _answer(model: nn.Module, window: torch.Tensor) -> torch.Tensor:
+def _predict(model: nn.Module, window: torch.Tensor) -> torch.Tensor:
     return model(window).cpu().double().softmax(dim=-1)
 
 
 def _resident_memory() -> float:
-    """Of this process, MB; nan where the system does not say."""
+    """Memory of this process in MB; NaN where the system does not report it."""
     with contextlib.suppress(OSError):
         status = Path("/proc/self/status").read_text()
         return int(status.split("VmRSS:")[1].split()[0]) * 1024 / 1e6

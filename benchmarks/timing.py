@@ -1,4 +1,4 @@
-"""What the benchmark scripts share: fair timing, tables, and what the numbers depend on."""
+"""Timing, memory and tables of the benchmarks, with the conditions of each measurement."""
 
 import contextlib
 import json
@@ -29,7 +29,7 @@ CPU = torch.device("cpu")
 
 
 def time_calls(call: Call, repeats: int, device: torch.device) -> np.ndarray:
-    """Seconds of each call, `(repeats,)`; the device's queue is empty before and after each."""
+    """Seconds of each call, `(repeats,)`; before and after each, the device finishes its work."""
     return np.array([_seconds(call, device) for _ in range(repeats)])
 
 
@@ -40,10 +40,14 @@ def interleave(
     warmup: int = 1,
     in_a_row: int = 1,
 ) -> dict[str, np.ndarray]:
-    """Seconds of each call by name, `(repeats,)` each: all of them once, then all again, and so on.
+    """Seconds of each call by name, `(repeats,)` each. In every round all calls are made in turn.
 
-    Whatever else the machine does then slows all alike, and their ratios mean something. Short
-    calls are made `in_a_row` times each turn, and their mean is what counts for the turn.
+    Other programs on the machine then slow all calls down alike, which keeps their ratios
+    meaningful.
+
+    Args:
+        warmup: calls of each before anything is timed.
+        in_a_row: calls per turn, of which the mean is taken; above 1 for short calls.
     """
     for call in calls.values():
         for _ in range(warmup):
@@ -71,11 +75,11 @@ def _synchronize(device: torch.device) -> None:
 
 
 def run_isolated(function: Callable[..., Any], *arguments: Any) -> Any:
-    """`function(*arguments)` in a fresh process, since allocator and peak memory belong to one.
+    """`function(*arguments)` in a new process, which has its own allocator and peak memory.
 
     Raises:
-        MemoryError: the memory did not suffice: the process was killed for it, or was told so.
-        Exception: whatever the function raises.
+        MemoryError: there was not enough memory, or the process was killed for that reason.
+        Exception: any error that the function raises.
     """
     context = multiprocessing.get_context("spawn")
     receiver, sender = context.Pipe(duplex=False)
@@ -84,7 +88,7 @@ def run_isolated(function: Callable[..., Any], *arguments: Any) -> Any:
     sender.close()
     try:
         result = receiver.recv()
-    except EOFError:  # the process ended without an answer
+    except EOFError:  # the process ended without a result
         process.join()
         if process.exitcode == -signal.SIGKILL:  # by the kernel, where memory is short
             raise MemoryError("the process was killed: out of memory") from None
@@ -103,17 +107,21 @@ def _send_result(sender: Connection, function: Callable[..., Any], arguments: Se
         sender.send(error)
 
 
-def forget_peak_memory(device: torch.device) -> None:
-    """Begin anew to watch for the most memory."""
+def reset_peak_memory(device: torch.device) -> None:
+    """Forget the peak memory so far."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     else:
-        with contextlib.suppress(OSError):  # Linux alone can forget a process's peak
+        with contextlib.suppress(OSError):  # only Linux can reset the peak of a process
             Path("/proc/self/clear_refs").write_text("5")
 
 
 def peak_memory(device: torch.device) -> float | None:
-    """Most memory since `forget_peak_memory`, MB: of the GPU, or of this whole process."""
+    """Peak memory since `reset_peak_memory` in MB: of the GPU, or of this whole process.
+
+    Returns:
+        None where the system does not report it.
+    """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e6
     with contextlib.suppress(OSError):
@@ -123,18 +131,18 @@ def peak_memory(device: torch.device) -> float | None:
 
 
 def random_clips(
-    clips: int, n_frames: int, image_size: int, device: torch.device, channels: int = 3
+    batch_size: int, n_frames: int, image_size: int, device: torch.device, channels: int = 3
 ) -> torch.Tensor:
-    """A batch to time a model with: uint8 noise `(clips, n_frames, channels, image_size,
-    image_size)`."""
-    shape = (clips, n_frames, channels, image_size, image_size)
+    """A batch of uint8 noise, `(batch_size, n_frames, channels, image_size, image_size)`."""
+    shape = (batch_size, n_frames, channels, image_size, image_size)
     return torch.randint(0, 256, shape, dtype=torch.uint8, device=device)
 
 
-def published_speed(seconds: np.ndarray, batch_size: int) -> dict[str, float]:
-    """The published columns, from the seconds of batches `(repeats,)`.
+def throughput_columns(seconds: np.ndarray, batch_size: int) -> dict[str, float]:
+    """The published columns, from the seconds per batch, `(repeats,)`.
 
-    Latency is a batch's mean time divided by its clips: throughput, not what one clip waits.
+    The latency is the mean time of a batch divided by its number of clips. It measures throughput,
+    not how long the prediction for a single clip takes.
     """
     return {
         "Mean Batch Time (s)": float(seconds.mean()),
@@ -143,11 +151,18 @@ def published_speed(seconds: np.ndarray, batch_size: int) -> dict[str, float]:
     }
 
 
-def conditions(device: torch.device, packages: Sequence[str] = (), **facts: Any) -> dict[str, Any]:
-    """Everything that the numbers depend on besides the code."""
+def environment(
+    device: torch.device, packages: Sequence[str] = (), **conditions: Any
+) -> dict[str, Any]:
+    """The conditions of a measurement: hardware, versions of packages, command.
+
+    Args:
+        packages: further packages whose versions are listed.
+        conditions: further conditions, such as the batch size.
+    """
     return {
         "device": describe_device(device),
-        **facts,
+        **conditions,
         "allocator": describe_allocator(),
         **{name: _version(name) for name in ("torch", "torchvision", "av", *packages)},
         "python": platform.python_version(),
@@ -157,9 +172,9 @@ def conditions(device: torch.device, packages: Sequence[str] = (), **facts: Any)
 
 
 def describe_allocator() -> str:
-    """Which memory the C library keeps, for tables of measurements."""
+    """Whether the C library keeps freed memory, for tables of measurements."""
     if keep_freed_memory():
-        return "malloc keeps freed memory (allocator.py)"
+        return "malloc keeps freed memory (utils/allocator.py)"
     return f"the system's default ({SWITCH}={os.environ.get(SWITCH, '')})"
 
 
@@ -173,16 +188,21 @@ def _version(name: str) -> str:
 def report(
     name: str,
     table: pd.DataFrame,
-    facts: Mapping[str, Any],
+    conditions: Mapping[str, Any],
     folder: str | Path,
     formats: Mapping[str, str] | None = None,
 ) -> None:
-    """Print a table, write `name`.csv, .md and .json into a folder, and print one JSON line."""
-    text = to_markdown(table, facts, formats)
+    """Print a table, write `name`.csv, .md and .json into a folder, and print the JSON in one line.
+
+    Args:
+        conditions: output of `environment`.
+        formats: see `utils.files.to_markdown`.
+    """
+    text = to_markdown(table, conditions, formats)
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     records = json.loads(table.to_json(orient="records", double_precision=9))
-    result = {"conditions": dict(facts), "rows": records}
+    result = {"conditions": dict(conditions), "rows": records}
     write_text(folder / f"{name}.csv", table.to_csv(index=False))
     write_text(folder / f"{name}.md", text)
     write_json(folder / f"{name}.json", result)

@@ -1,7 +1,7 @@
-"""Keeping every clip as small JPEGs: `prepare_data.py cache`.
+"""Fill a cache with every clip as small JPEGs: `prepare_data.py cache`.
 
-Stopped at any moment, it goes on where it was when started again; clips that changed, that could
-not be read, or that were cached with other settings are done anew. One at a time may fill a cache.
+Interrupted at any moment, it continues when started again; clips that changed, that could not be
+read, or that were cached with other settings are cached again. Only one process may fill a cache.
 """
 
 import dataclasses
@@ -21,7 +21,7 @@ from utils.files import remove_unfinished
 from utils.workers import in_parallel
 from video.motion import require_opencv
 
-SAMPLE = 8  # clips that are done first, to tell how large the cache will be
+N_SAMPLES = 8  # clips that are cached first, to estimate the size of the cache
 
 
 @dataclass(frozen=True)
@@ -34,8 +34,8 @@ class CacheConfig(CacheSettings):
     """folder of the cache"""
     manifests: tuple[str, ...] = ("train.csv", "val.csv", "test.csv")
     """manifests below data_root, or paths of their own"""
-    workers: int = 2
-    """processes that decode"""
+    num_workers: int = 2
+    """number of processes that decode"""
 
 
 def fill_cache(config: CacheConfig) -> int:
@@ -46,45 +46,45 @@ def fill_cache(config: CacheConfig) -> int:
     """
     _check(config)
     root = Path(config.data_root)
-    places = [root / name if (root / name).exists() else Path(name) for name in config.manifests]
-    clips = list(dict.fromkeys(clip for place in places for clip in read_paths(place, root)))
-    fields = [field.name for field in dataclasses.fields(CacheSettings)]
-    settings = CacheSettings(**{name: getattr(config, name) for name in fields})
+    manifests = [root / name if (root / name).exists() else Path(name) for name in config.manifests]
+    clips = list(dict.fromkeys(clip for path in manifests for clip in read_paths(path, root)))
+    names = [field.name for field in dataclasses.fields(CacheSettings)]
+    settings = CacheSettings(**{name: getattr(config, name) for name in names})
     cache = ClipCache.create(config.output, root, settings)
     for folder in cache.folder.glob("???"):
         remove_unfinished(folder)
-    bar = tqdm(clips, "looking into the cache", leave=False, delay=1)
-    todo = [clip for clip in bar if cache.problem(clip, unreadable=True)]
+    bar = tqdm(clips, "checking the cache", leave=False, delay=1)
+    todo = [clip for clip in bar if cache.check(clip, unreadable=True)]
     print(f"{len(clips):,} clips, {len(clips) - len(todo):,} of them cached already")
-    unreadable = _write(cache, todo, config.workers) if todo else []
+    unreadable = _write(cache, todo, config.num_workers) if todo else []
     print(f"done: {cache.folder}")
     if unreadable:
         print("\n  ".join([f"{len(unreadable)} clips cannot be read:", *unreadable]))
     return 0
 
 
-def _write(cache: ClipCache, clips: Sequence[Path], workers: int) -> list[str]:
-    """Write some clips to see how large they get and how long they take, then the others.
+def _write(cache: ClipCache, clips: Sequence[Path], num_workers: int) -> list[str]:
+    """Write a few clips to estimate size and time, then the others.
 
     Returns:
         A line for each clip that cannot be read.
     """
-    sample = clips[:: max(1, len(clips) // SAMPLE)][:SAMPLE]
-    began = time.perf_counter()
-    written = [(clip, *cache.write(clip)) for clip in sample]
-    share = len(clips) / len(sample)
-    size = share * sum(size for _, size, _ in written)
-    minutes = share * (time.perf_counter() - began) / max(1, workers) / 60
+    samples = clips[:: max(1, len(clips) // N_SAMPLES)][:N_SAMPLES]
+    start = time.perf_counter()
+    written = [(clip, *cache.write(clip)) for clip in samples]
+    factor = len(clips) / len(samples)
+    size = factor * sum(size for _, size, _ in written)
+    minutes = factor * (time.perf_counter() - start) / max(1, num_workers) / 60
     free = shutil.disk_usage(cache.folder).free
     print(
         f"to write: {len(clips):,} clips, about {size / 1e9:.2f} GB of {free / 1e9:,.0f} GB free, "
-        f"about {minutes:,.0f} min with {workers} workers (by {len(sample)} of them)"
+        f"about {minutes:,.0f} min with {num_workers} workers (estimated from {len(samples)} clips)"
     )
     if size > free:
         raise UserError(f"{cache.folder}: the disk is too small: {free / 1e9:.1f} GB are free")
-    done = set(sample)
+    done = set(samples)
     others = [clip for clip in clips if clip not in done]
-    for clip, (size, error) in in_parallel(cache.write, others, workers, "caching"):
+    for clip, (size, error) in in_parallel(cache.write, others, num_workers, "caching"):
         written.append((clip, size, error))
     print(f"written: {sum(size for _, size, _ in written) / 1e9:.2f} GB")
     return [f"{clip}: {error}" for clip, _, error in written if error]
@@ -94,9 +94,11 @@ def _check(config: CacheConfig) -> None:
     for name, low, high in (("n_frames", 1, 1024), ("image_size", 16, 4096), ("quality", 20, 100)):
         if not low <= getattr(config, name) <= high:
             raise UserError(f"{name} = {getattr(config, name)}: must be from {low} to {high}")
-    if config.per_segment < 1 or config.per_segment % 2 == 0:
-        raise UserError(f"per_segment = {config.per_segment}: must be odd (1, 3, 5 ...)")
-    if config.inputs == "rgb+flow":
+    if config.frames_per_segment < 1 or config.frames_per_segment % 2 == 0:
+        raise UserError(
+            f"frames_per_segment = {config.frames_per_segment}: must be odd (1, 3, 5 ...)"
+        )
+    if config.motion == "flow":
         require_opencv()
-    if config.workers < 0:
-        raise UserError(f"workers = {config.workers}: must be at least 0")
+    if config.num_workers < 0:
+        raise UserError(f"num_workers = {config.num_workers}: must be at least 0")

@@ -1,13 +1,14 @@
-"""Clips kept as small JPEGs: reading one takes milliseconds, whatever it takes to decode its video.
+"""Clips kept as small JPEGs: reading one takes milliseconds, whatever its video takes to decode.
 
-A cache is a folder with `cache.json` (its settings) and one file a clip, named by a hash of the
-clip's path below the data's root, in 4096 folders: no folder gets long, and no name gives a patient
-away. `prepare_data.py cache` writes it; training reads it where TrainConfig.cache names the folder.
+A cache is a folder with `cache.json` (its settings) and one file per clip, named by a hash of the
+clip's path below the data's root, in 4096 folders: no folder gets long, and no name tells who the
+patient is. `prepare_data.py cache` fills it; training reads it where TrainConfig.cache names it.
 
-A file holds all frames of a short clip. Of a long one it holds the middles of `per_segment` equal
-parts of each of the clip's `n_frames` segments: uniform sampling finds its frames, random sampling
-still has `per_segment` to choose from in each segment. JPEG loses a little (see RESULTS.md).
-Motion, if the settings name it, is kept beside each frame exactly: 0.2 to 4 kB for 224 px.
+A file holds all frames of a short clip. Of a long clip it holds the middles of `frames_per_segment`
+equal parts of each of the clip's `n_frames` segments: uniform sampling finds its frames, and random
+sampling can still choose among `frames_per_segment` in each segment. JPEG loses a little (see
+docs/results/data.md). Motion, if the settings name it, is kept beside each frame without loss: 0.2
+to 4 kB for 224 px.
 """
 
 import hashlib
@@ -19,51 +20,56 @@ import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Literal
 
 import numpy as np
-from PIL import Image
 
 from utils.errors import UserError
 from utils.files import atomic, write_json
-from video.clip_reader import Sampling, clip_indices, read_with_motion, sample_indices
+from video.clip_reader import DecodedClip, FrameSampler, read_frames_and_motion
 from video.container import ClipError
-from video.motion import Brought, grid_side
+from video.motion import Modality, StoredMotion, grid_side
 
 FORMAT = 1
-
 _MAGIC = b"clipjpg\n"
-
 _BYTES_PER_PIXEL = 250_000 / (16 * 224 * 224)  # at most, on average over a clip
-
 _LOWEST_QUALITY = 20
+
+# Settings and values under their earlier names, as caches of earlier versions hold them.
+_OLD_NAMES = {"per_segment": "frames_per_segment", "inputs": "modality"}
+_OLD_VALUES = {"rgb+vectors": "rgb+mv"}
 
 
 @dataclass(frozen=True)
 class CacheSettings:
-    """What a cache's clips look like."""
+    """What the clips of a cache look like."""
 
     n_frames: int = 16
-    """T of the trainings that will read it"""
+    """frames per clip, T, of the trainings that will read the cache"""
     image_size: int = 224
-    """pixels of a side"""
+    """height and width of the frames in pixels"""
     quality: int = 92
-    """of the JPEGs; lowered for a clip that would take more than 250 kB per 16 frames of 224 px"""
-    per_segment: int = 5
-    """frames kept in each of the T segments of a long clip; odd: the middle must be one of them"""
-    inputs: Brought = "rgb"
-    """what is kept beside the picture; rgb is enough for rgb+gradients"""
+    """quality of the JPEGs; lowered for clips over 250 kB per 16 frames of 224 px"""
+    frames_per_segment: int = 5
+    """frames kept in each of the T segments of a long clip; odd, because the middle must be kept"""
+    modality: Literal["rgb", "rgb+flow", "rgb+mv"] = "rgb"
+    """what is kept; rgb is enough for training with rgbdiff or rgb+rgbdiff"""
+
+    @property
+    def motion(self) -> StoredMotion | None:
+        """The motion that is kept beside each frame."""
+        return Modality.parse(self.modality).stored_motion
 
 
-class Stale(Exception):
-    """A clip's file in the cache is damaged or no longer right."""
+class StaleCacheEntry(Exception):
+    """The cache's file of a clip is damaged or no longer right."""
 
 
 class ClipCache:
     """A folder of cached clips.
 
     Args:
-        folder: of the cache.
+        folder: folder of the cache.
         root: the data's root, which the clips' paths are relative to; data and cache may move.
 
     Raises:
@@ -83,7 +89,7 @@ class ClipCache:
             raise UserError(
                 f"{self.folder}: a cache of another version of this project: make it anew"
             )
-        self.settings = CacheSettings(**content)
+        self.settings = CacheSettings(**_renamed(content))
 
     @classmethod
     def create(cls, folder: str | Path, root: str | Path, settings: CacheSettings) -> "ClipCache":
@@ -92,8 +98,8 @@ class ClipCache:
         write_json(Path(folder) / "cache.json", {"format": FORMAT, **asdict(settings)})
         return cls(folder, root)
 
-    def place(self, clip: Path) -> Path:
-        """The file of a clip."""
+    def path(self, clip: Path) -> Path:
+        """The cache's file of a clip."""
         relative = os.path.relpath(clip, self.root).replace(os.sep, "/")
         name = hashlib.sha256(relative.encode("utf-8", "surrogateescape")).hexdigest()
         return self.folder / name[:3] / f"{name[3:27]}.clip"
@@ -104,157 +110,142 @@ class ClipCache:
         A clip that cannot be read is kept as such: reading it from the cache gives the same error.
 
         Returns:
-            The bytes of its file, and why it cannot be read if that is so.
+            The size of its file in bytes, and the error if the clip cannot be read.
         """
-        facts = {"source": _fingerprint(clip), "settings": asdict(self.settings)}
+        header: dict[str, Any] = {"source": _fingerprint(clip), "settings": asdict(self.settings)}
+        jpegs, motion = [], []
         try:
-            numbers, count, frames, fields = self._frames(clip)
-            jpegs = _encode(frames, self.settings.quality)
-            facts |= {"count": count, "numbers": numbers, "lengths": [len(jpeg) for jpeg in jpegs]}
-            motion = [zlib.compress(field.tobytes()) for field in fields]
-            facts |= {"motion": [len(field) for field in motion]} if motion else {}
+            indices, count, decoded = self._decode(clip)
+            jpegs = _encode(decoded.rgb, self.settings.quality)
+            header |= {"count": count, "numbers": indices, "lengths": [len(j) for j in jpegs]}
+            if decoded.motion is not None:
+                motion = [zlib.compress(field.tobytes()) for field in decoded.motion]
+                header |= {"motion": [len(field) for field in motion]}
         except ClipError as error:
-            jpegs, motion, facts = [], [], {**facts, "error": error.reason}
-        header = json.dumps(facts).encode()
-        content = b"".join([_MAGIC, struct.pack("<I", len(header)), header, *jpegs, *motion])
-        place = self.place(clip)
-        place.parent.mkdir(exist_ok=True)
-        with atomic(place) as unfinished:
+            header |= {"error": error.reason}
+        encoded = json.dumps(header).encode()
+        content = b"".join([_MAGIC, struct.pack("<I", len(encoded)), encoded, *jpegs, *motion])
+        path = self.path(clip)
+        path.parent.mkdir(exist_ok=True)
+        with atomic(path) as unfinished:
             unfinished.write_bytes(content)
-        return len(content), facts.get("error")
+        return len(content), header.get("error")
 
-    def _frames(self, clip: Path) -> tuple[list[int], int, np.ndarray, np.ndarray | tuple[()]]:
-        """The numbers of the frames to keep, of how many, the frames, and their motion, if any."""
+    def _decode(self, clip: Path) -> tuple[list[int], int, DecodedClip]:
+        """The numbers of the frames to keep, how many frames there are, and the kept frames."""
         counts = []
+        sampler = FrameSampler(self.settings.n_frames, views=self.settings.frames_per_segment)
 
         def choose(count: int) -> list[int]:
             counts.append(count)
-            n, views = self.settings.n_frames, self.settings.per_segment
-            if count <= n * views:
+            if count <= sampler.n_frames * sampler.views:
                 return list(range(count))
-            kept = (sample_indices(count, n, "uniform", view=(k, views)) for k in range(views))
-            return sorted({number for view in kept for number in view})
+            return sorted(set(sampler.indices(count)))
 
-        size, inputs = self.settings.image_size, self.settings.inputs
-        frames, fields = read_with_motion(clip, choose, size, inputs)
-        return choose(counts[-1]), counts[-1], frames, () if fields is None else fields
+        size, motion = self.settings.image_size, self.settings.motion
+        decoded = read_frames_and_motion(clip, choose, size, motion)
+        return choose(counts[-1]), counts[-1], decoded
 
-    def problem(self, clip: Path, unreadable: bool = False) -> str | None:
+    def check(self, clip: Path, unreadable: bool = False) -> str | None:
         """Why a clip must be cached (again) before it can be read from here, or None.
 
-        That its video could not be read is a problem only if `unreadable` says so.
+        Args:
+            unreadable: also report clips whose video could not be read.
         """
         try:
-            with open(self.place(clip), "rb") as file:
-                facts = self._header(file, clip)
-            if unreadable and "error" in facts:
+            with open(self.path(clip), "rb") as file:
+                header = self._read_header(file, clip)
+            if unreadable and "error" in header:
                 return "could not be read"
         except FileNotFoundError:
             return "not in the cache"
-        except (OSError, Stale) as error:
+        except (OSError, StaleCacheEntry) as error:
             return str(error)
         return None
 
-    def _header(self, file: BinaryIO, clip: Path) -> dict[str, Any]:
-        """What the file of a clip says about itself.
+    def _read_header(self, file: BinaryIO, clip: Path) -> dict[str, Any]:
+        """The description at the start of a clip's file.
 
         Raises:
-            Stale: it is damaged, or not of this clip as it is now.
+            StaleCacheEntry: the file is damaged, or not of this clip as it is now.
         """
         try:
             if file.read(len(_MAGIC)) != _MAGIC:
                 raise ValueError
             (length,) = struct.unpack("<I", file.read(4))
-            facts = json.loads(file.read(length))
-            lengths = facts.get("lengths", []) + facts.get("motion", [])
+            header = json.loads(file.read(length))
+            lengths = header.get("lengths", []) + header.get("motion", [])
             if file.tell() + sum(lengths) != os.fstat(file.fileno()).st_size:
                 raise ValueError
         except (ValueError, struct.error):
-            raise Stale("damaged in the cache") from None
-        # Files from before there was motion do not name their inputs.
-        if {"inputs": "rgb", **facts["settings"]} != asdict(self.settings):
-            raise Stale("cached with other settings")
-        if facts["source"] != _fingerprint(clip):
-            raise Stale("changed since it was cached")
-        return facts
+            raise StaleCacheEntry("damaged in the cache") from None
+        # The first caches held no motion and do not name their modality.
+        if {"modality": "rgb", **_renamed(header["settings"])} != asdict(self.settings):
+            raise StaleCacheEntry("cached with other settings")
+        if header["source"] != _fingerprint(clip):
+            raise StaleCacheEntry("changed since it was cached")
+        return header
 
     def read(
         self,
         clip: Path,
-        n_frames: int = 16,
-        sampling: Sampling = "uniform",
-        draws: Sequence[float] | None = None,
-        views: int = 1,
-    ) -> np.ndarray:
-        """The frames that `video.read_clip` gives, `(views * n_frames, size, size, 3)` uint8 RGB.
+        sampler: FrameSampler | None = None,
+        offsets: Sequence[float] | None = None,
+        motion: StoredMotion | None = None,
+    ) -> DecodedClip:
+        """The frames that `read_clip` gives, and their motion, which the cache must hold.
 
-        Of a long clip random sampling takes, in each segment, the kept frame nearest to the draw.
+        Of a long clip random sampling takes, in each segment, the kept frame nearest to the offset.
 
         Raises:
             ClipError: the clip is not in the cache, changed since, cannot be read, or the wanted
                 frames of a long clip are not among those kept.
         """
-        return self._read(clip, n_frames, sampling, draws, views, motion=False)[0]
-
-    def read_motion(
-        self,
-        clip: Path,
-        n_frames: int = 16,
-        sampling: Sampling = "uniform",
-        draws: Sequence[float] | None = None,
-        views: int = 1,
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """`read`, and the frames' motion, `(views * n_frames, 2, h, w)` uint8, see motion.py.
-
-        The cache's settings must name it.
-        """
-        return self._read(clip, n_frames, sampling, draws, views, motion=True)
-
-    def _read(
-        self,
-        clip: Path,
-        n_frames: int,
-        sampling: Sampling,
-        draws: Sequence[float] | None,
-        views: int,
-        motion: bool,
-    ) -> tuple[np.ndarray, np.ndarray | None]:
+        sampler = sampler or FrameSampler()
         hint = "run prepare_data.py cache again"
         try:
-            with open(self.place(clip), "rb") as file:
-                facts = self._header(file, clip)
-                if "error" in facts:
-                    raise ClipError(clip, facts["error"])
-                kept = {number: place for place, number in enumerate(facts["numbers"])}
-                whole = len(kept) == facts["count"]
-                if draws is not None and not whole:
-                    parts = self.settings.per_segment
-                    draws = [(int(draw * parts) + 0.5) / parts for draw in draws]
-                wanted = clip_indices(facts["count"], n_frames, sampling, draws, views)
-                if not kept.keys() >= set(wanted):
+            with open(self.path(clip), "rb") as file:
+                header = self._read_header(file, clip)
+                if "error" in header:
+                    raise ClipError(clip, header["error"])
+                position = {index: k for k, index in enumerate(header["numbers"])}
+                if offsets is not None and len(position) < header["count"]:
+                    parts = self.settings.frames_per_segment
+                    offsets = [(int(offset * parts) + 0.5) / parts for offset in offsets]
+                wanted = sampler.indices(header["count"], offsets)
+                if not position.keys() >= set(wanted):
                     raise ClipError(
                         clip,
-                        f"the cache keeps {len(kept)} of {facts['count']} frames, not all that are "
-                        f"wanted ({sampling} sampling, {n_frames} frames, {views} views)",
+                        f"the cache keeps {len(position)} of {header['count']} frames, but not all "
+                        f"wanted ones ({sampler.sampling} sampling, {sampler.n_frames} frames, "
+                        f"{sampler.views} views)",
                     )
-                places = {kept[number] for number in wanted}
-                pictures = _decode(file, facts["lengths"], places)
-                fields = _inflate(file, facts["motion"], places) if motion else {}
+                positions = {position[index] for index in wanted}
+                frames = _read_jpegs(file, header["lengths"], positions)
+                fields = _read_motion(file, header["motion"], positions) if motion else {}
         except FileNotFoundError:
             raise ClipError(clip, f"not in the cache: {hint}") from None
-        except (OSError, zlib.error, Stale) as error:  # PIL's errors are OSErrors too
+        except (OSError, zlib.error, StaleCacheEntry) as error:  # PIL's errors are OSErrors too
             raise ClipError(clip, f"{error}: {hint}") from None
-        order = [kept[number] for number in wanted]
-        frames = np.stack([pictures[place] for place in order])  # (V * T, H, W, 3)
+        order = [position[index] for index in wanted]
+        rgb = np.stack([frames[k] for k in order])  # (V * T, H, W, 3)
         if not motion:
-            return frames, None
+            return DecodedClip(rgb)
         side = grid_side(self.settings.image_size)
-        stacked = np.stack([np.frombuffer(fields[place], np.uint8) for place in order])
-        return frames, stacked.reshape(-1, 2, side, side)
+        codes = np.stack([np.frombuffer(fields[k], np.uint8) for k in order])
+        return DecodedClip(rgb, codes.reshape(-1, 2, side, side))
+
+
+def _renamed(settings: dict[str, Any]) -> dict[str, Any]:
+    """Settings of an earlier version under today's names."""
+    values = {_OLD_NAMES.get(name, name): value for name, value in settings.items()}
+    if "modality" in values:
+        values["modality"] = _OLD_VALUES.get(values["modality"], values["modality"])
+    return values
 
 
 def _fingerprint(clip: Path) -> list[int]:
-    """Size and time of change: a file with the same ones is taken for the same file."""
+    """Size and modification time: a file with the same ones is taken for the same file."""
     try:
         status = os.stat(clip)
     except OSError:
@@ -263,7 +254,9 @@ def _fingerprint(clip: Path) -> list[int]:
 
 
 def _encode(frames: np.ndarray, quality: int) -> list[bytes]:
-    """`(N, H, W, 3)` uint8 RGB as JPEGs, none too large on average."""
+    """`(N, H, W, 3)` uint8 RGB as JPEGs that are not too large on average."""
+    from PIL import Image  # not above: --help does without it
+
     limit = _BYTES_PER_PIXEL * frames[..., 0].size
     while True:
         jpegs = []
@@ -276,26 +269,31 @@ def _encode(frames: np.ndarray, quality: int) -> list[bytes]:
         quality = max(_LOWEST_QUALITY, quality - 8)
 
 
-def _decode(file: BinaryIO, lengths: Sequence[int], places: set[int]) -> dict[int, np.ndarray]:
-    """The pictures at some places of a file that stands at the first one."""
-    pictures = {}
-    for place, content in _pieces(file, lengths, places):
-        with Image.open(io.BytesIO(content), formats=["jpeg"]) as picture:
-            pictures[place] = np.asarray(picture)
-    return pictures
+def _read_jpegs(
+    file: BinaryIO, lengths: Sequence[int], positions: set[int]
+) -> dict[int, np.ndarray]:
+    """The frames at some positions, from a file that is open at the first one."""
+    from PIL import Image  # not above: --help does without it
+
+    frames = {}
+    for position, content in _read_pieces(file, lengths, positions):
+        with Image.open(io.BytesIO(content), formats=["jpeg"]) as image:
+            frames[position] = np.asarray(image)
+    return frames
 
 
-def _inflate(file: BinaryIO, lengths: Sequence[int], places: set[int]) -> dict[int, bytes]:
-    """The motion at some places of a file that stands behind its last picture."""
-    return {place: zlib.decompress(piece) for place, piece in _pieces(file, lengths, places)}
+def _read_motion(file: BinaryIO, lengths: Sequence[int], positions: set[int]) -> dict[int, bytes]:
+    """The motion at some positions, from a file that is open behind its last frame."""
+    pieces = _read_pieces(file, lengths, positions)
+    return {position: zlib.decompress(piece) for position, piece in pieces}
 
 
-def _pieces(
-    file: BinaryIO, lengths: Sequence[int], places: set[int]
+def _read_pieces(
+    file: BinaryIO, lengths: Sequence[int], positions: set[int]
 ) -> Iterator[tuple[int, bytes]]:
-    """What stands at some places of a file; at the end it stands behind the last place."""
-    for place, length in enumerate(lengths):
-        if place in places:
-            yield place, file.read(length)
+    """The content at some positions; afterwards the file is open behind the last position."""
+    for position, length in enumerate(lengths):
+        if position in positions:
+            yield position, file.read(length)
         else:
             file.seek(length, os.SEEK_CUR)

@@ -1,18 +1,19 @@
-"""All clips that somebody points at, as one table, whether their files are there or not.
+"""Load all clips of manifests and folders into one DataFrame, whether or not their files exist.
 
-For the work on a data set as a whole (prepare_data.py); training reads manifest.py's rows.
+prepare_data.py uses it; training reads manifests with manifest.py.
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import pandas as pd
-
-from clips.manifest import CLASSES, locate, match_class
-from clips.manifest_formats import Record, is_video, name_facts, read_records
+from clips.manifest import CLASSES, parse_label, resolve_path
+from clips.manifest_formats import Record, is_video, parse_slam_filename, read_records
 from utils.errors import UserError
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 SPLIT_FILES = ("train.csv", "val.csv", "test.csv")
 
@@ -21,107 +22,111 @@ NO_LABEL = "(no label)"
 
 def read_clips(
     sources: Sequence[str | Path], data_root: str = "", patient_pattern: str = ""
-) -> pd.DataFrame:
+) -> "pd.DataFrame":
     """The clips of manifests and folders.
 
     Args:
-        sources: manifests; folders that hold train.csv, val.csv or test.csv; folders of videos,
-            whose labels are then SLAM's in the file names, or else the names of the clips' folders.
-        data_root: what the manifests' paths are relative to (empty: each one's own folder).
-        patient_pattern: a regular expression, searched in each path as it is written; what its
-            first group (or all of it) finds is the patient.
+        sources: manifests; folders that hold train.csv, val.csv or test.csv; or folders of videos,
+            whose labels are those in SLAM's file names, or else the names of the folders.
+        data_root: folder that the paths in the manifests are relative to (empty: the folder of each
+            manifest).
+        patient_pattern: regular expression that is searched in each path as it is written; the
+            patient is its first group, or the whole match if it has no group.
 
     Returns:
-        A row a clip: manifest, line, path (as written), place (the file, None if it is not there),
-        split (of the column, else the manifest's name), label (SLAM's other names joined), patient,
-        video, action.
+        One row per clip with the columns manifest, line, path (as it is written), file (the Path,
+        None if it does not exist), split (that of the row, else the name of the manifest), label
+        (SLAM's aliases replaced), patient, video and action.
 
     Raises:
-        UserError: a source cannot be read or lists nothing; the pattern is none.
+        UserError: a source cannot be read or lists no clip, or the pattern is not valid.
     """
-    places = [place for source in sources for place in _files(Path(source))]
-    places = list({place.resolve(): place for place in places}.values())  # each once
-    if not places:
+    import pandas as pd  # not above: --help does without it
+
+    manifests = [path for source in sources for path in _manifests(Path(source))]
+    manifests = list({path.resolve(): path for path in manifests}.values())  # each one once
+    if not manifests:
         raise UserError("name a manifest (a CSV of clips) or a folder")
-    find_patient = _finder(patient_pattern)
+    find_patient = _patient_finder(patient_pattern)
     rows, problems = [], []
-    for place, split in zip(places, _split_names(places), strict=True):
-        records, found = _folder_records(place) if place.is_dir() else read_records(place)
-        problems += found or ([] if records else [f"{place}: lists no clip"])
-        root = Path(data_root or (place if place.is_dir() else place.parent))
+    for path, split in zip(manifests, _split_names(manifests), strict=True):
+        records, new_problems = _folder_records(path) if path.is_dir() else read_records(path)
+        problems += new_problems or ([] if records else [f"{path}: lists no clip"])
+        root = Path(data_root or (path if path.is_dir() else path.parent))
         for record in records:
-            row = _row(record, place, root, split)
+            row = _row(record, path, root, split)
             rows.append(row | {"patient": find_patient(record.path) or row["patient"]})
     if problems:
-        raise UserError("\n  ".join(["the manifests need mending:", *problems]))
-    return _join_aliases(pd.DataFrame(rows).astype(object))
+        raise UserError("\n  ".join(["the manifests have problems:", *problems]))
+    return _replace_aliases(pd.DataFrame(rows).astype(object))
 
 
-def splits_of(clips: pd.DataFrame) -> list[str]:
-    """The splits in their usual order."""
+def splits_of(clips: "pd.DataFrame") -> list[str]:
+    """The names of the splits: train, val, test, then others in the order of the table."""
     usual = ["train", "val", "test"]
-    found = list(dict.fromkeys(clips["split"]))
-    return sorted(found, key=lambda name: usual.index(name) if name in usual else len(usual))
+    names = list(dict.fromkeys(clips["split"]))
+    return sorted(names, key=lambda name: usual.index(name) if name in usual else len(usual))
 
 
 def _row(record: Record, manifest: Path, root: Path, split: str) -> dict[str, Any]:
-    """Only in this table may a file name stand in for a missing label: nothing is trained on it."""
+    """A row of the table. A missing label is taken from the file name: nothing is trained on it."""
     return {
         **record._asdict(),
         "manifest": str(manifest),
-        "place": locate(record.path, root),
+        "file": resolve_path(record.path, root),
         "split": record.split or split,
-        "label": record.label or name_facts(record.path).get("label", NO_LABEL),
+        "label": record.label or parse_slam_filename(record.path).get("label", NO_LABEL),
     }
 
 
-def _join_aliases(clips: pd.DataFrame) -> pd.DataFrame:
-    """SLAM's other names of its classes as one, if all classes are SLAM's."""
-    known = {label: match_class(label, CLASSES) for label in clips["label"].unique()}
-    if any(number is None or label.isdigit() for label, number in known.items()):
-        return clips  # another data set's classes keep their names
-    return clips.assign(label=clips["label"].map(lambda label: CLASSES[known[label]]))
+def _replace_aliases(clips: "pd.DataFrame") -> "pd.DataFrame":
+    """The table with one name per class, if all labels are classes of SLAM or their aliases."""
+    numbers = {label: parse_label(label, CLASSES) for label in clips["label"].unique()}
+    if any(number is None or label.isdigit() for label, number in numbers.items()):
+        return clips  # the classes of another data set keep their names
+    return clips.assign(label=clips["label"].map(lambda label: CLASSES[numbers[label]]))
 
 
-def _files(source: Path) -> list[Path]:
-    """The manifests that a source means, or the folder of videos itself."""
+def _manifests(source: Path) -> list[Path]:
+    """The manifests in a source; the source itself if it is a manifest or a folder of videos."""
     if not source.is_dir():
         return [source]
     return [source / name for name in SPLIT_FILES if (source / name).is_file()] or [source]
 
 
 def _folder_records(folder: Path) -> tuple[list[Record], list[str]]:
+    """The videos in a folder as rows of a manifest, and the problems with it."""
     videos = sorted(path for path in folder.rglob("*") if is_video(path.name) and path.is_file())
     records = []
     for number, video in enumerate(videos, 1):
         path = video.relative_to(folder).as_posix()
-        if not path.isprintable():  # control characters, bytes that are no UTF-8: no CSV holds them
+        if not path.isprintable():  # a CSV cannot hold control characters and invalid UTF-8
             return [], [f"{folder}: rename {path!r}: a manifest cannot hold that name"]
-        named = name_facts(path)
-        label = named.pop("label", video.parent.name if video.parent != folder else None)
-        records.append(Record(number, path, label, **named))
+        slam = parse_slam_filename(path)
+        label = slam.pop("label", video.parent.name if video.parent != folder else None)
+        records.append(Record(number, path, label, **slam))
     return records, [] if records else [f"{folder}: holds neither train.csv nor any video"]
 
 
-def _finder(pattern: str) -> Any:
-    """A function from a path to the patient that the pattern finds in it."""
+def _patient_finder(pattern: str) -> Callable[[str], str | None]:
+    """A function that returns the patient in a path, or None."""
     try:
         compiled = re.compile(pattern)
     except re.error as error:
         raise UserError(f"patient_pattern {pattern!r} is no regular expression: {error}") from None
 
     def find(path: str) -> str | None:
-        found = compiled.search(path) if pattern else None
-        return found and (found[1] if compiled.groups else found[0])
+        match = compiled.search(path) if pattern else None
+        return match and match[1 if compiled.groups else 0]
 
     return find
 
 
 def _split_names(manifests: Sequence[Path]) -> list[str]:
-    """What each manifest's split is called: its name, with its folders' as far as names repeat."""
-    paths = [place.absolute().with_suffix("").parts for place in manifests]
-    for length in range(1, max(map(len, paths)) + 1):
-        names = ["/".join(parts[-length:]) for parts in paths]
+    """The name of each manifest's split: its file name, after as many folders as make it unique."""
+    all_parts = [path.absolute().with_suffix("").parts for path in manifests]
+    for length in range(1, max(map(len, all_parts)) + 1):
+        names = ["/".join(parts[-length:]) for parts in all_parts]
         if len(set(names)) == len(names):
             break
     return names

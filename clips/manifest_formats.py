@@ -1,4 +1,4 @@
-"""The layouts that a manifest may have, and what each says of its clips; see manifest.py."""
+"""Parses the layouts that a manifest may have; manifest.py describes them."""
 
 import csv
 import re
@@ -14,15 +14,22 @@ _VIDEO_NAME = re.compile(r"\.(mp4|avi|mov|mkv|webm|m4v|mpe?g|ts|wmv|flv|3gp|ogv|
 
 _PATH_COLUMNS = ("path", "loop_path")  # the second is the name in SLAM's looped_clips.csv
 
-# A column called `phase` names a split only if it holds nothing but these: elsewhere a phase is a
-# phase of the operation. A column called `split` always does.
-_SPLITS = {"train": "train", "training": "train", "test": "test", "testing": "test"}
-
-_SPLITS |= dict.fromkeys(("val", "valid", "validation", "dev"), "val")
+# Names of splits. A column called `split` may hold any names. A column called `phase` is a column
+# of splits only if it holds nothing but these; otherwise it holds phases of the operation.
+_SPLITS = {
+    "train": "train",
+    "training": "train",
+    "val": "val",
+    "valid": "val",
+    "validation": "val",
+    "dev": "val",
+    "test": "test",
+    "testing": "test",
+}
 
 
 class Record(NamedTuple):
-    """A row of a manifest: text as it stands there, nothing looked up yet."""
+    """A row of a manifest, as text: no file and no label has been looked up yet."""
 
     line: int
     path: str
@@ -30,38 +37,39 @@ class Record(NamedTuple):
     patient: str | None = None
     video: str | None = None
     action: str | None = None
-    """the source action: SLAM cuts one long action into several clips, its parts"""
+    """the source action; SLAM cuts one long action into several clips"""
     split: str | None = None
-    """train, val, test, or what else a column of the manifest says"""
+    """train, val, test, or another name in the manifest's column of splits"""
 
 
 def is_video(name: str) -> bool:
-    """Whether a file's name ends like a video's."""
+    """Whether a file name has the extension of a video."""
     return bool(_VIDEO_NAME.search(name.strip()))
 
 
-def name_facts(path: str) -> dict[str, str]:
-    """What SLAM's naming tells of a clip: patient, video, action and label; else nothing.
+def parse_slam_filename(path: str) -> dict[str, str]:
+    """Patient, video, action and label in a file name of SLAM; empty for other file names.
 
-    Video and action are numbered anew within a patient, so their names start with the patient's.
+    SLAM numbers videos per patient and actions per video. So their names here begin with the name
+    of the patient.
     """
-    named = _SLAM_NAME.search(PurePosixPath(path.replace("\\", "/")).name)
-    if not named:
+    match = _SLAM_NAME.search(PurePosixPath(path.replace("\\", "/")).name)
+    if not match:
         return {}
-    video = f"{named['patient']}_V{named['video']}"
+    video = f"{match['patient']}_V{match['video']}"
     return {
-        "patient": named["patient"],
+        "patient": match["patient"],
         "video": video,
-        "action": f"{video}_C{named['action']}",
-        "label": named["label"],
+        "action": f"{video}_C{match['action']}",
+        "label": match["label"],
     }
 
 
 def read_records(manifest: Path) -> tuple[list[Record], list[str]]:
     """The rows of a manifest in any layout, and the problems with it.
 
-    A row without a patient, video or action of its own has those that its file name tells; a label
-    is never taken from there (see `clip_table.py` for the one exception).
+    A row without patient, video or action gets those of its file name. The label is not taken from
+    the file name (see clip_table.py for the one exception).
     """
     try:
         lines = manifest.read_text(encoding="utf-8-sig").splitlines()
@@ -76,24 +84,27 @@ def read_records(manifest: Path) -> tuple[list[Record], list[str]]:
         if cells is None:
             problem = f"{manifest}, line {number}: neither 'path,label' nor SLAM's columns"
             return records, [problem]
-        named = name_facts(cells["path"])
-        patient = cells.get("patient") or named.get("patient")
-        video = _within(patient, cells.get("video")) or named.get("video")
-        action = _within(video or patient, cells.get("action")) or named.get("action")
+        slam = parse_slam_filename(cells["path"])
+        patient = cells.get("patient") or slam.get("patient")
+        video = _qualified(patient, cells.get("video")) or slam.get("video")
+        action = _qualified(video or patient, cells.get("action")) or slam.get("action")
         label, split = cells.get("label") or None, cells.get("split")
         records.append(Record(number, cells["path"], label, patient, video, action, split))
     return records, []
 
 
-def _within(owner: str | None, name: str | None) -> str | None:
-    """A video's or action's name with its owner's: two patients' first videos are two."""
+def _qualified(owner: str | None, name: str | None) -> str | None:
+    """The name of a video or action after that of its owner.
+
+    So the first videos of two patients have different names.
+    """
     if not owner or not name or name.startswith(f"{owner}_"):
         return name or None
     return f"{owner}_{name}"
 
 
 def _rows(lines: Sequence[str]) -> Iterator[tuple[int, dict[str, str] | None]]:
-    """(line number, columns) of each clip; None for a line of no known layout."""
+    """(line number, columns) of each clip; the columns are None if the layout is unknown."""
     numbered = [(n, line) for n, line in enumerate(lines, 1) if line.strip()]
     if not numbered:
         return
@@ -107,25 +118,25 @@ def _rows(lines: Sequence[str]) -> Iterator[tuple[int, dict[str, str] | None]]:
         for number, cells in table[1:]:
             row = dict(zip(header, (cell.strip() for cell in cells), strict=False))
             row["path"] = row.get(path, "")
-            said = row.get(split) or "(none)" if split else None
-            row["split"] = said and _SPLITS.get(said.lower(), said)
-            whole = row["path"] and ("label" in row or "label" not in header)
-            yield number, row if whole else None
-    elif len(first) >= 3:  # SLAM: index, path, label; with or without a header of whatever names
+            name = row.get(split) or "(none)" if split else None
+            row["split"] = name and _SPLITS.get(name.lower(), name)
+            complete = row["path"] and ("label" in row or "label" not in header)
+            yield number, row if complete else None
+    elif len(first) >= 3:  # SLAM: index, path, label; with or without a header
         for number, cells in table[not is_video(first[1]) :]:
             known = len(cells) >= 3 and is_video(cells[1])
             yield number, {"path": cells[1].strip(), "label": cells[2].strip()} if known else None
     else:
         for number, line in numbered:
-            # From the right: the path may hold spaces and commas, the label may not.
+            # The label is matched at the end of the line: the path may hold spaces and commas.
             parts = re.match(r"\s*(.+?)\s*[,;\t ]\s*([^\s,;]+)\s*$", line)
             yield number, {"path": parts[1].strip('"'), "label": parts[2]} if parts else None
 
 
 def _split_column(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str | None:
-    """The column that says which split a clip is in, if there is one."""
+    """The column that holds the split of each clip, if there is one."""
     if "split" in header:
         return "split"
-    place = header.index("phase") if "phase" in header else len(header)
-    values = {row[place].strip().lower() for row in rows if len(row) > place} - {""}
+    column = header.index("phase") if "phase" in header else len(header)
+    values = {row[column].strip().lower() for row in rows if len(row) > column} - {""}
     return "phase" if values and values <= _SPLITS.keys() else None

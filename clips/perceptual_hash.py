@@ -1,75 +1,75 @@
-"""Telling whether two clips are the same: to the byte, or to the eye."""
+"""Duplicate clips: identical files by SHA-256, near-duplicates by a perceptual hash."""
 
 import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
-from scipy.fft import dctn
-from scipy.sparse import coo_array
-from scipy.sparse.csgraph import connected_components
 
-from clips.image_filters import LUMA
-from video.clip_reader import read_clip
+from video.clip_reader import FrameSampler, read_clip
+from video.container import LUMA
 
-FRAMES = 3
-
-BITS = 64  # a frame
-
-_SIDE = 32  # pixels that a frame is shrunk to
-
-_FLAT = 4.0  # grey levels: a frame that varies less (black, white) looks like any other
-
+N_FRAMES = 3
+BITS = 64  # per frame
+_SIDE = 32  # pixels; frames are shrunk to this size
+_MIN_DEVIATION = 4.0  # grey levels; flatter frames (black, white) would all have similar hashes
 _CHUNK = 1024
 
 
-def content_hash(path: Path) -> str:
+def sha256_file(path: Path) -> str:
     """The SHA-256 of a file."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def look(path: Path) -> np.ndarray | None:
-    """What a clip looks like: a perceptual hash of three frames, `(3 * 64,)` bool.
+def perceptual_hash(path: Path) -> np.ndarray | None:
+    """A perceptual hash of three frames of a clip, `(3 * 64,)` bool.
 
-    Raises:
-        ClipError: it cannot be read.
+    For each frame, the 64 lowest frequencies (DCT-II of 32 x 32 grey pixels, without the mean) are
+    compared with their median: the "pHash" of Zauner, "Implementation and Benchmarking of
+    Perceptual Image Hash Functions" (2010). Recoding, scaling and brightness change few bits.
 
     Returns:
-        None where a frame is all of one grey, and so has no look. Otherwise the signs of a frame's
-        64 lowest frequencies (DCT-II of 32 x 32 grey pixels, without the mean) against their
-        median: the "pHash" of Zauner, "Implementation and Benchmarking of Perceptual Image Hash
-        Functions" (2010). Recoding, scaling and brightness change few of them.
+        None if a frame is almost uniform, because then the hash would mean nothing.
+
+    Raises:
+        ClipError: the clip cannot be read.
     """
-    frames = read_clip(path, FRAMES, "uniform", 128)  # (3, 128, 128, 3)
+    from PIL import Image  # these are not above: --help does without them
+    from scipy.fft import dctn
+
+    frames = read_clip(path, FrameSampler(N_FRAMES), 128).rgb  # (3, 128, 128, 3)
     hashes = []
     for grey in (frames @ np.array(LUMA)).astype(np.uint8):
         small = np.asarray(Image.fromarray(grey).resize((_SIDE, _SIDE)), float)
-        if small.std() < _FLAT:
+        if small.std() < _MIN_DEVIATION:
             return None
         low = dctn(small, norm="ortho")[:9, :9].ravel()[1 : BITS + 1]
         hashes.append(low > np.median(low))
     return np.concatenate(hashes)
 
 
-def alike(looks: Sequence[np.ndarray | None], bits: int) -> np.ndarray:
-    """Groups of clips that look alike: `(N,)` numbers, -1 for clips without a look.
+def duplicate_groups(hashes: Sequence[np.ndarray | None], max_distance: int) -> np.ndarray:
+    """Groups of near-duplicates: `(N,)` group numbers, -1 for clips without a hash.
 
-    Two clips are alike if at most `bits` of their 192 bits differ; what is alike to one of a group
-    belongs to the group.
+    Two clips are near-duplicates if at most `max_distance` of their 192 bits differ. A group holds
+    all clips that are connected through pairs of near-duplicates.
     """
-    known = [number for number, one in enumerate(looks) if one is not None]
-    groups = np.full(len(looks), -1)
+    from scipy.sparse import coo_array
+    from scipy.sparse.csgraph import connected_components
+
+    known = [index for index, bits in enumerate(hashes) if bits is not None]
+    groups = np.full(len(hashes), -1)
     if not known:
         return groups
-    signs = np.stack([looks[number] for number in known]).astype(np.float32) * 2 - 1
-    least = signs.shape[1] - 2 * bits  # the product of two rows is 192 - 2 * differing bits
+    signs = np.stack([hashes[index] for index in known]).astype(np.float32) * 2 - 1
+    # The product of two rows is 192 - 2 * the number of bits that differ.
+    min_product = signs.shape[1] - 2 * max_distance
     pairs = []
     for start in range(0, len(signs), _CHUNK):
-        near = np.argwhere(signs[start : start + _CHUNK] @ signs.T >= least)
+        near = np.argwhere(signs[start : start + _CHUNK] @ signs.T >= min_product)
         pairs.append(near + np.array((start, 0)))
-    one, other = np.concatenate(pairs).T
-    graph = coo_array((np.ones(len(one), bool), (one, other)), shape=(len(signs),) * 2)
+    first, second = np.concatenate(pairs).T
+    graph = coo_array((np.ones(len(first), bool), (first, second)), shape=(len(signs),) * 2)
     groups[known] = connected_components(graph, directed=False)[1]
     return groups

@@ -1,37 +1,42 @@
-"""The embedded demo data: seven rendered actions laid out exactly like SLAM.
+"""The demo data: rendered clips of seven actions, in the layout of the SLAM data set.
 
-    python -m demo.data data/demo          render the data set (train.py does it by itself)
+    python -m demo.data data/demo          render the demo data (train.py does it when it is needed)
 
-`clips/<patient>/Clip_P###_V###_C#_<Action>_part#.mp4`, 30 frames at 25 fps, and train.csv, val.csv
-and test.csv with SLAM's columns (index, path below clips/, label). No patient is in two splits, and
-the classes are unequally frequent, as in life.
+`clips/<patient>/Clip_P###_V###_C#_<Action>_part#.mp4` are clips of 30 frames at 25 frames per
+second; train.csv, val.csv and test.csv have SLAM's columns (index, path below clips/, label). No
+patient is in two splits, and the classes have unequal numbers of clips, as in real data.
 """
 
 import csv
+import functools
 import glob
+import itertools
 import json
 import os
 import shutil
-import threading
+import signal
+import sys
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from dataclasses import dataclass
-from multiprocessing import get_context, parent_process
+from multiprocessing import get_context
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
-import tyro
-from tqdm import tqdm
 
 from clips.manifest import CLASSES
-from demo.scene import make_patient, render_clip
-from utils.cli import script
+from demo.scene import Patient, make_patient, make_tissue, render_clip
+from utils.allocator import keep_freed_memory
 from utils.errors import UserError
+from utils.workers import exit_with_parent
 from video.encoder import write_video
 
-VERSION = 2  # raise it when the pictures change: older renderings are then made anew
+VERSION = 2  # raise it when the pixels change: older renderings are then made anew
 
-MARKER = "demo.json"  # says that a folder is ours, and complete
+MARKER = "demo.json"  # the file that a folder of demo data holds when it is complete
 
 PATIENTS = {"train": 12, "val": 4, "test": 6}
 
@@ -51,7 +56,7 @@ _LABEL = {"Suturing": "Needle"}
 
 @dataclass(frozen=True)
 class Clip:
-    """One clip to render; the numbers seed it."""
+    """One clip to render; its random seed is made of the numbers."""
 
     split: str
     patient: int
@@ -62,7 +67,7 @@ class Clip:
 
     @property
     def path(self) -> str:
-        """Below clips/, as in SLAM."""
+        """The path below clips/, as in SLAM."""
         name = self.action
         if name == "Suturing":
             name = ("NeedleIn", "NeedleOut")[self.action_number % 2]
@@ -77,52 +82,53 @@ def render_demo(
     patients: dict[str, int] | None = None,
     clips_per_patient: dict[str, int] | None = None,
     seed: int = 0,
-    workers: int | None = None,
+    num_workers: int | None = None,
 ) -> Path:
-    """Render the demo data into `root`, unless it is there already. Returns `root`.
+    """Render the demo data into `root`, unless it is there already. Returns the absolute path.
 
-    The clips are made in a hidden folder beside `root`, which gets its name when it is complete:
-    whatever interrupts the rendering, a `root` that exists is whole. Processes that render the same
-    `root` at the same time do so twice, and the first one's folder stays.
+    The clips are written to a hidden folder beside `root`, which is renamed to `root` when it is
+    complete: whatever interrupts the rendering, a `root` that exists is complete. If several
+    processes render the same `root` at the same time, each does all of the work, and the folder of
+    the first one stays.
 
     Args:
         patients: number of patients in train, val and test.
-        clips_per_patient: number of clips of each class for each patient.
-        workers: processes that render (None: one a core, at most 8).
+        clips_per_patient: number of clips of each class per patient.
+        num_workers: number of processes that render (None: one per core, at most 8).
 
     Raises:
-        UserError: `root` holds something else; it is left as it is.
+        UserError: `root` holds something else, which is left as it is; or a process was killed.
     """
-    root = Path(root).resolve()  # "." has no name to put a hidden folder beside, a link no room
-    recipe = {
+    root = Path(root).resolve()  # "." has no name, and beside a link there may be no space
+    settings = {
         "version": VERSION,
         "seed": seed,
         "patients": patients or PATIENTS,
         "clips_per_patient": clips_per_patient or CLIPS_PER_PATIENT,
     }
-    if _recipe_of(root) == recipe:
+    if _read_settings(root) == settings:
         return root
     _refuse_foreign(root)
-    clips = list(plan_clips(recipe["patients"], recipe["clips_per_patient"]))
+    clips = list(plan_clips(settings["patients"], settings["clips_per_patient"]))
     _remove_leftovers(root)
     unfinished = _hidden(root, os.getpid())
     try:
-        _render_all(clips, unfinished / "clips", seed, workers)
-        for split in recipe["patients"]:
+        _render_all(clips, unfinished / "clips", seed, num_workers)
+        for split in settings["patients"]:
             _write_csv(unfinished / f"{split}.csv", [c for c in clips if c.split == split])
-        (unfinished / MARKER).write_text(json.dumps(recipe))
-        _replace(root, unfinished, recipe)
+        (unfinished / MARKER).write_text(json.dumps(settings))
+        _replace(root, unfinished, settings)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
     return root
 
 
 def plan_clips(patients: dict[str, int], clips_per_patient: dict[str, int]) -> Iterator[Clip]:
-    """All clips of the data set. A source action gives two parts, as SLAM's give several."""
+    """All clips of the data set. Most source actions give two parts; SLAM's give several."""
     number = 0
     for split, count in patients.items():
         for _ in range(count):
-            number += 7  # SLAM's patients are not numbered in a row either
+            number += 7  # as in SLAM, the patients are not numbered 1, 2, 3
             action_number = 0
             for action in CLASSES:
                 for i in range(clips_per_patient[action]):
@@ -135,120 +141,157 @@ def plan_clips(patients: dict[str, int], clips_per_patient: dict[str, int]) -> I
 def render(clip: Clip, seed: int = 0) -> np.ndarray:
     """The frames of a clip, `(30, 96, 128, 3)` uint8; the same on every call."""
 
-    def rng(*numbers: int) -> np.random.Generator:
-        return np.random.default_rng([seed, clip.patient, *numbers])
-
-    patient = make_patient(rng())
-    scene = rng(clip.action_number)
-    return render_clip(clip.action, patient, scene, rng(clip.action_number, clip.part))
+    patient, tissue = _patient_and_tissue(seed, clip.patient, clip.action_number)
+    rng = np.random.default_rng([seed, clip.patient, clip.action_number, clip.part])
+    return render_clip(clip.action, patient, tissue, rng)
 
 
-def _recipe_of(root: Path) -> dict | None:
-    """What the demo data in a folder was made from; None where there is none of ours."""
+@functools.lru_cache(maxsize=1)  # the parts of a source action are rendered one after the other
+def _patient_and_tissue(
+    seed: int, patient_number: int, action_number: int
+) -> tuple[Patient, np.ndarray]:
+    patient = make_patient(np.random.default_rng([seed, patient_number]))
+    rng = np.random.default_rng([seed, patient_number, action_number])
+    return patient, make_tissue(patient, rng)
+
+
+def _read_settings(root: Path) -> dict | None:
+    """The settings that the demo data in a folder was rendered with; None if it holds none."""
     try:
-        recipe = json.loads((root / MARKER).read_text())
+        settings = json.loads((root / MARKER).read_text())
     except (OSError, ValueError):
         return None
-    # Somebody else's demo.json must not make their folder ours to replace.
-    ours = isinstance(recipe, dict) and {"version", "seed", "clips_per_patient"} <= recipe.keys()
-    return recipe if ours else None
+    # A demo.json of another program does not make its folder ours to replace.
+    names = {"version", "seed", "clips_per_patient"}
+    return settings if isinstance(settings, dict) and names <= settings.keys() else None
 
 
 def _refuse_foreign(root: Path) -> None:
-    if not root.exists() or _recipe_of(root) is not None:
+    if not root.exists() or _read_settings(root) is not None:
         return
     if not root.is_dir() or any(root.iterdir()):
-        raise UserError(f"{root} is to hold the demo data but holds something else: move it away")
+        raise UserError(
+            f"{root}: the demo data is to be rendered there, but it holds something else: move it "
+            "away"
+        )
 
 
-def _hidden(root: Path, process: int | str) -> Path:
-    return root.with_name(f".{root.name}.{process}.unfinished")
+def _hidden(root: Path, process_id: int | str) -> Path:
+    return root.with_name(f".{root.name}.{process_id}.unfinished")
 
 
 def _remove_leftovers(root: Path) -> None:
-    """Delete what renderings that were killed left beside `root`, but not one that goes on."""
+    """Delete the hidden folders of killed processes, but not those of processes that still run."""
     for leftover in root.parent.glob(_hidden(Path(glob.escape(str(root))), "*").name):
-        process = leftover.name.split(".")[-2]
-        if not (process.isdecimal() and _alive(int(process))):
+        process_id = leftover.name.split(".")[-2]
+        if not (process_id.isdecimal() and _is_running(int(process_id))):
             shutil.rmtree(leftover, ignore_errors=True)
 
 
-def _alive(process: int) -> bool:
-    if process == os.getpid():
-        return False  # an earlier process of the same number: this one has just begun
+def _is_running(process_id: int) -> bool:
+    """Whether another process has this number."""
+    if process_id == os.getpid():
+        return False  # an earlier process had the same number: this one has only begun
     if os.name != "posix":
-        return True  # os.kill would end it there; better a leftover too many
+        return True  # os.kill would end the process there; better one leftover too many
     try:
-        os.kill(process, 0)
+        os.kill(process_id, 0)
     except ProcessLookupError:
         return False
-    except OSError:  # there, but another user's
+    except OSError:  # it is another user's process
         return True
     return True
 
 
-def _replace(root: Path, finished: Path, recipe: dict) -> None:
-    """Give the finished folder its name, unless another process was faster."""
-    if _recipe_of(root) == recipe:
+def _replace(root: Path, finished: Path, settings: dict) -> None:
+    """Rename the finished folder to `root`, unless another process was faster."""
+    if _read_settings(root) == settings:
         return
     _refuse_foreign(root)
-    if root.exists():  # ours, of another recipe, or empty
-        # Renamed first: a folder half deleted would still have the marker of a whole one.
+    if root.exists():  # demo data of other settings, or an empty folder
+        # It is renamed first: a folder that is half deleted would still hold the marker.
         old = _hidden(root, f"old.{os.getpid()}")
         os.replace(root, old)
         shutil.rmtree(old)
     os.replace(finished, root)
 
 
-def _render_one(clip: Clip, folder: Path, seed: int) -> None:
-    path = folder / clip.path
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_video(path, render(clip, seed))
+def _render_all(clips: Sequence[Clip], folder: Path, seed: int, num_workers: int | None) -> None:
+    from tqdm import tqdm  # not above: the worker processes import numpy and av alone
+
+    num_workers = num_workers or min(os.cpu_count() or 1, 8)
+    groups = itertools.groupby(clips, lambda clip: (clip.patient, clip.action_number))
+    # Processes are spawned: a fork would copy the locks of the threads that the caller has started.
+    pool = ProcessPoolExecutor(num_workers, get_context("spawn"), _start_worker)
+    try:
+        with _hidden_main():
+            jobs = [pool.submit(_render_files, list(group), folder, seed) for _, group in groups]
+        with tqdm(total=len(clips), desc="rendering demo clips", unit="clip", leave=False) as bar:
+            for job in as_completed(jobs):
+                bar.update(job.result())
+    except BrokenProcessPool:
+        raise UserError(
+            "rendering the demo data: a process was killed, probably because memory ran out: free "
+            "some memory and start again"
+        ) from None
+    finally:  # after an error, such as a full disk, the other clips are not needed
+        pool.shutdown(cancel_futures=True)
 
 
-def _render_all(clips: Sequence[Clip], folder: Path, seed: int, workers: int | None) -> None:
-    workers = workers or min(os.cpu_count() or 1, 8)
-    # Fresh processes: a fork would copy whatever threads the caller has started.
-    spawn = get_context("spawn")
-    with ProcessPoolExecutor(workers, mp_context=spawn, initializer=_end_with_parent) as pool:
-        jobs = [pool.submit(_render_one, clip, folder, seed) for clip in clips]
-        try:
-            for job in tqdm(jobs, "rendering demo clips", unit="clip", leave=False):
-                job.result()
-        finally:  # after an error, a full disk say, the clips still waiting are not worth it
-            pool.shutdown(cancel_futures=True)
+def _render_files(clips: Sequence[Clip], folder: Path, seed: int) -> int:
+    """Render clips into files, in a worker process. Returns the number of clips."""
+    for clip in clips:
+        path = folder / clip.path
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_video(path, render(clip, seed))
+    return len(clips)
 
 
-def _end_with_parent() -> None:
-    """In a worker: stop when the main process is killed, instead of waiting for it for ever."""
+@contextmanager
+def _hidden_main() -> Iterator[None]:
+    """Hide the main script from the processes that are spawned meanwhile.
 
-    def watch() -> None:
-        parent_process().join()
-        os._exit(1)
+    A spawned process imports the main script again, and with train.py it would import PyTorch,
+    which takes longer than rendering 50 clips.
+    """
+    main = sys.modules["__main__"]
+    sys.modules["__main__"] = ModuleType("__main__")
+    try:
+        yield
+    finally:
+        sys.modules["__main__"] = main
 
-    threading.Thread(target=watch, daemon=True).start()
+
+def _start_worker() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the main process handles Ctrl-C
+    keep_freed_memory()
+    exit_with_parent()
 
 
 def _write_csv(path: Path, clips: Sequence[Clip]) -> None:
     with open(path, "w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(["", "path", "label"])
-        for number, clip in enumerate(clips):
-            writer.writerow([number, clip.path, _LABEL.get(clip.action, clip.action)])
+        for index, clip in enumerate(clips):
+            writer.writerow([index, clip.path, _LABEL.get(clip.action, clip.action)])
 
 
-@dataclass
-class DemoConfig:
-    """Where the demo data goes."""
-
-    root: tyro.conf.Positional[Path] = Path("data/demo")
-    """folder of the demo data"""
-
-
-@script
 def main() -> None:
-    config = tyro.cli(DemoConfig, description=__doc__)
-    print(render_demo(config.root))
+    import tyro
+
+    # Not the function above: worker processes look functions up in `demo.data`, not in `__main__`.
+    from demo.data import render_demo
+    from utils.cli import cli_main
+
+    def run(root: tyro.conf.Positional[Path] = Path("data/demo")) -> None:
+        """Render the demo data.
+
+        Args:
+            root: folder of the demo data
+        """
+        print(render_demo(root))
+
+    cli_main(lambda: tyro.cli(run, description=__doc__))()
 
 
 if __name__ == "__main__":

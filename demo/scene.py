@@ -1,17 +1,20 @@
-"""Draws laparoscope-like clips in which motion, not any single picture, tells the action.
+"""Draws laparoscope-like clips in which motion, and no single frame, tells the action.
 
 Every clip shows the same things: tissue through a round endoscope, an instrument with two jaws, a
-pool of blood, the rim of a port. What differs is how they move, and for the telling movements the
-backward version belongs to another action or to none:
+pool of blood, the rim of a port. The actions differ in how these move, and most of the movements
+that tell an action belong to another action, or to none, when they are played backwards:
 
-- AbdominalEntry: the camera pushes in through the port, the rim passes outwards;
-- PanoView: the camera draws back, the rim closes in;
+- AbdominalEntry: the camera pushes in through the port, and the rim passes outwards;
+- PanoView: the camera draws back, and the rim closes in;
 - LocPanoView: the camera wanders over the tissue at one distance;
 - UseClipper: the jaws close (elsewhere they open, or rest);
 - HookCut: strokes along the shaft, slow in and fast out, and smoke that gathers (elsewhere it
   clears, or there is none);
-- Suturing: the tip goes round in circles;
+- Suturing: the tip of the instrument goes round in circles;
 - Suction: the blood sinks (elsewhere it rises, or stands).
+
+Images are arrays of planes, `(3, H, W)` float32, from 0 to 255: numpy computes them several times
+faster than pixels of three values.
 """
 
 import math
@@ -21,14 +24,12 @@ import numpy as np
 
 HEIGHT, WIDTH, FRAMES = 96, 128, 30
 
-_Y, _X = np.mgrid[0:HEIGHT, 0:WIDTH].astype(np.float32)
-
-_TEXTURE = 320  # pixels of a side of the tissue, much more than one view shows
+TEXTURE_SIZE = 320  # height and width of the tissue in pixels, much more than one view shows
 
 
 @dataclass(frozen=True)
 class Patient:
-    """The looks that all clips of a patient share."""
+    """The appearance that all clips of a patient share."""
 
     tissue: tuple[float, float, float]
     roughness: float
@@ -39,7 +40,7 @@ class Patient:
 
 
 def make_patient(rng: np.random.Generator) -> Patient:
-    """A patient with random looks."""
+    """A patient with a random appearance."""
     pink, yellow = rng.uniform(0.75, 1.0), rng.uniform(0.0, 1.0)
     return Patient(
         tissue=(205 * pink, (82 + 40 * yellow) * pink, (80 - 10 * yellow) * pink),
@@ -51,34 +52,90 @@ def make_patient(rng: np.random.Generator) -> Patient:
     )
 
 
+def make_tissue(patient: Patient, rng: np.random.Generator) -> np.ndarray:
+    """The texture of the tissue: folds of several sizes, vessels, wet highlights.
+
+    Returns:
+        `(3, 320, 320)` float64, in which the frames are interpolated.
+    """
+    folds = np.zeros((TEXTURE_SIZE, TEXTURE_SIZE), np.float32)
+    for cells, weight in ((5, 0.5), (11, 0.35), (27, 0.3), (60, 0.22)):
+        folds += weight * _enlarge(rng.normal(0, 1, (cells + 2, cells + 2)))
+    texture = _colour(*patient.tissue) * (1 + 0.22 * patient.roughness * folds)
+    pixels = texture.reshape(3, -1)  # a view of the texture
+    y, x = np.mgrid[0:TEXTURE_SIZE, 0:TEXTURE_SIZE].astype(np.float32)
+    for _ in range(7):  # vessels
+        slope = float(rng.uniform(-1, 1))
+        start, bend = float(rng.uniform(0, TEXTURE_SIZE)), rng.uniform(6, 20)
+        path = bend * np.sin(x[0] / rng.uniform(18, 45) + rng.uniform(0, 6)).astype(np.float32)
+        distance = np.abs((y - start) - slope * (x - TEXTURE_SIZE / 2) - path)
+        distance /= math.hypot(1, slope)
+        cover = (np.clip(1.6 * rng.uniform(0.8, 2.2) - distance, 0, 1) * 0.55).ravel()
+        covered = np.flatnonzero(cover)  # few pixels
+        part = pixels[:, covered]
+        _blend(part, cover[covered], _colour(125, 25, 30)[..., 0])
+        pixels[:, covered] = part
+    wet = np.clip((_enlarge(rng.normal(0, 1, (62, 62))) - 1.3) * 2, 0, 1)
+    _blend(texture, wet, 245)
+    return texture.astype(np.float64)
+
+
 def render_clip(
-    action: str, patient: Patient, scene: np.random.Generator, motion: np.random.Generator
+    action: str, patient: Patient, tissue: np.ndarray, rng: np.random.Generator
 ) -> np.ndarray:
     """A clip of an action, `(30, 96, 128, 3)` uint8.
 
     Args:
-        action: a name of `manifest.CLASSES`.
-        scene: draws the tissue; parts of one source action share it.
-        motion: draws everything that moves.
+        action: a name of `clips.manifest.CLASSES`.
+        tissue: output of `make_tissue`; the parts of one source action share it.
+        rng: draws everything that moves.
     """
-    tissue = _tissue(patient, scene)
-    move = _movement(action, patient, motion)
-    frames = [_frame(patient, tissue, *(track[t] for track in move)) for t in range(FRAMES)]
-    noise = motion.normal(0, 3, (FRAMES, HEIGHT, WIDTH, 1)).astype(np.float32)
-    return np.clip(np.stack(frames) + noise, 0, 255).astype(np.uint8)
+    tracks = _movement(action, patient, rng)
+    view = _View(patient)
+    frames = np.zeros((FRAMES, 3, HEIGHT, WIDTH), np.float32)
+    for t in range(FRAMES):
+        frames[t, ..., view.columns] = _frame(
+            patient, view, tissue, *(track[t] for track in tracks)
+        )
+    noise = rng.normal(0, 3, (FRAMES, HEIGHT, WIDTH, 1)).astype(np.float32)
+    frames += noise.transpose(0, 3, 1, 2)
+    clip = np.clip(frames, 0, 255, out=frames).astype(np.uint8)  # (T, 3, H, W)
+    return np.ascontiguousarray(clip.transpose(0, 2, 3, 1))  # (T, H, W, 3)
+
+
+class _View:
+    """What all frames of a patient's clips share. W is the width of the endoscope's round view.
+
+    Attributes:
+        columns: the columns of the frame in which the view is.
+        x, y: `(H, W)` coordinates of the pixels, from the centre of the image.
+        distance: distance of the pixels from the centre.
+        waves: height of the waves of the blood's surface.
+        light: brightness of the pixels; 0 outside the view.
+    """
+
+    def __init__(self, patient: Patient) -> None:
+        reach = math.ceil(patient.view_radius)
+        self.columns = slice(WIDTH // 2 - reach, WIDTH // 2 + reach)
+        self.y, self.x = np.mgrid[-HEIGHT // 2 : HEIGHT // 2, -reach:reach].astype(np.float32)
+        self.distance = np.hypot(self.x, self.y)
+        self.waves = 1.5 * np.sin(self.x / 14)
+        light = float(patient.brightness) * (1.12 - 0.55 * (self.distance / 64) ** 2)
+        inside = np.clip(float(patient.view_radius) - self.distance, 0, 1)
+        self.light = np.clip(light * inside, 0, None)
 
 
 def _movement(action: str, patient: Patient, rng: np.random.Generator) -> tuple[np.ndarray, ...]:
-    """Tracks over time: camera (x, y, zoom, angle), rim radius, tip and root (x, y), jaws, blood
-    level, smoke."""
+    """Tracks over time, `(30, ...)`: camera (x, y, zoom, angle), radius of the rim, tip and root of
+    the instrument (x, y), jaws, blood level, smoke."""
     t = np.linspace(0, 1, FRAMES)
     ease = t**2 * (3 - 2 * t) * 0.4 + t * 0.6
 
     def ramp(low: float, high: float) -> np.ndarray:
         return low + (high - low) * ease
 
-    # What every clip has: a camera held by a hand, a resting tip, jaws and blood that may move the
-    # untelling way, the rim out of sight or at rest.
+    # In every clip: a camera held by a hand, a resting tip, jaws and blood that may move in the
+    # direction that tells no action, and a rim that is out of sight or at rest.
     camera = np.zeros((FRAMES, 4))
     camera[:, :2] = rng.uniform(-40, 40, 2)
     camera[:, :2] += np.cumsum(rng.normal(0, patient.tremor, (FRAMES, 2)), axis=0)
@@ -106,7 +163,7 @@ def _movement(action: str, patient: Patient, rng: np.random.Generator) -> tuple[
         heading = heading + np.cumsum(rng.normal(0, 0.06, FRAMES))
         steps = rng.uniform(3.5, 5.0) * np.stack([np.cos(heading), np.sin(heading)], axis=1)
         camera[:, :2] += np.cumsum(steps, axis=0) - steps.sum(axis=0) / 2
-        # A look closer and back: what the entry and the panorama do in one go, a little, both ways.
+        # The camera goes a little closer and back: what entry and panorama do in one direction.
         swing = np.cos(2 * np.pi * (t * rng.uniform(1.3, 1.8) + rng.random()))
         rim = rng.uniform(43, 47) + rng.uniform(8, 11) * swing
         camera[:, 2] *= 1 + 0.25 * swing
@@ -129,27 +186,9 @@ def _movement(action: str, patient: Patient, rng: np.random.Generator) -> tuple[
     return camera, rim, tip, root, jaws, blood, smoke
 
 
-def _tissue(patient: Patient, rng: np.random.Generator) -> np.ndarray:
-    """Tissue, `(320, 320, 3)` float: folds of several sizes, vessels, wet highlights."""
-    folds = np.zeros((_TEXTURE, _TEXTURE), np.float32)
-    for cells, weight in ((5, 0.5), (11, 0.35), (27, 0.3), (60, 0.22)):
-        folds += weight * _enlarge(rng.normal(0, 1, (cells + 2, cells + 2)))
-    colour = (
-        np.array(patient.tissue, np.float32) * (1 + 0.22 * patient.roughness * folds)[..., None]
-    )
-    y, x = np.mgrid[0:_TEXTURE, 0:_TEXTURE].astype(np.float32)
-    for _ in range(7):  # vessels
-        a, b, c = float(rng.uniform(-1, 1)), float(rng.uniform(0, _TEXTURE)), rng.uniform(6, 20)
-        bend = c * np.sin(x[0] / rng.uniform(18, 45) + rng.uniform(0, 6)).astype(np.float32)
-        across = np.abs((y - b) - a * (x - _TEXTURE / 2) - bend) / math.hypot(1, a)
-        depth = np.clip(1.6 * rng.uniform(0.8, 2.2) - across, 0, 1)[..., None] * 0.55
-        colour = colour * (1 - depth) + np.array([125, 25, 30], np.float32) * depth
-    wet = np.clip((_enlarge(rng.normal(0, 1, (62, 62))) - 1.3) * 2, 0, 1)[..., None]
-    return colour * (1 - wet) + 245 * wet
-
-
 def _frame(
     patient: Patient,
+    view: _View,
     tissue: np.ndarray,
     camera: np.ndarray,
     rim: float,
@@ -159,77 +198,117 @@ def _frame(
     blood: float,
     smoke: float,
 ) -> np.ndarray:
-    """One picture, `(96, 128, 3)` float: tissue, blood, instrument, smoke, rim, light."""
-    x, y = _X - WIDTH / 2, _Y - HEIGHT / 2
-    distance = np.hypot(x, y)
-    # Python floats from here on: numpy's would turn the pictures into float64, twice as slow.
+    """The view in one frame, `(3, H, W)` float32: tissue, blood, instrument, smoke, rim, light.
+
+    Things are drawn only where they can be seen; everywhere else their cover is 0.
+    """
+    x, y, distance = view.x, view.y, view.distance
+    # Python floats from here on: numpy's would turn the images into float64, twice as slow.
     cx, cy, zoom, angle = camera.tolist()
     cos, sin = math.cos(angle) / zoom, math.sin(angle) / zoom
     rim, jaws, blood, smoke = float(rim), float(jaws), float(blood), float(smoke)
-    picture = _sample(tissue, cos * x - sin * y + cx, sin * x + cos * y + cy)
+    image = _sample(tissue, cos * x - sin * y + cx, sin * x + cos * y + cy)
 
-    surface = y - blood - 1.5 * np.sin(x / 14)
-    pool = np.clip(surface, 0, 1)[..., None] * 0.8
-    picture = picture * (1 - pool) + np.array([96, 12, 16], np.float32) * pool
-    gleam = np.clip(1.6 - np.abs(surface), 0, 1)[..., None] * 0.6
-    picture = picture * (1 - gleam) + np.array([215, 120, 115], np.float32) * gleam
+    top = max(0, int(blood + HEIGHT / 2) - 4)  # the first row of the gleam, which is 9 rows high
+    if top < HEIGHT:
+        surface = y[top:] - blood - view.waves[top:]
+        _blend(image[:, top:], np.clip(surface, 0, 1) * 0.8, _colour(96, 12, 16))
+        gleam = np.clip(1.6 - np.abs(surface[:9]), 0, 1) * 0.6
+        _blend(image[:, top : top + 9], gleam, _colour(215, 120, 115))
 
     along = (tip - root) / np.hypot(*(tip - root))
-    shaft, offset = _stroke(x, y, root, tip, 7.0)
+    box, cover, offset = _stroke(view, root, tip, 7.0)
     shine = float(patient.steel) * (0.55 + 0.6 * np.exp(-(((offset + 2) / 3) ** 2)))
-    picture = picture * (1 - shaft) + shine * shaft
+    _blend(image[box], cover, shine)
     for turn in (-jaws, jaws):
         c, s = np.cos(turn), np.sin(turn)
         end = tip + 28 * np.array([c * along[0] - s * along[1], s * along[0] + c * along[1]])
-        jaw, _ = _stroke(x, y, tip, end, 3.5)
-        picture = picture * (1 - jaw) + (patient.steel + 45) * jaw
+        box, cover, _ = _stroke(view, tip, end, 3.5)
+        _blend(image[box], cover, patient.steel + 45)
 
     if smoke:
         away = np.hypot(x - float(tip[0]), y - float(tip[1]) + 12 * smoke)
-        puff = (0.85 * smoke * np.exp(-((away / (10 + 30 * smoke)) ** 2)))[..., None]
-        picture = picture * (1 - puff) + np.array([205, 205, 210], np.float32) * puff
+        puff = 0.85 * smoke * np.exp(-((away / (10 + 30 * smoke)) ** 2))
+        _blend(image, puff, _colour(205, 205, 210))
 
-    wall = np.clip((distance - rim) / 2, 0, 1)[..., None] * 0.85
-    ring = np.clip(3 - np.abs(distance - rim), 0, 1)[..., None] * 0.7
-    picture = picture * (1 - wall) + np.array([52, 40, 38], np.float32) * wall
-    picture = picture * (1 - ring) + np.array([150, 140, 135], np.float32) * ring
+    if rim - 3 < patient.view_radius:
+        _blend(image, np.clip((distance - rim) / 2, 0, 1) * 0.85, _colour(52, 40, 38))
+        ring = np.clip(3 - np.abs(distance - rim), 0, 1) * 0.7
+        _blend(image, ring, _colour(150, 140, 135))
 
-    light = float(patient.brightness) * (1.12 - 0.55 * (distance / 64) ** 2)
-    view = np.clip(float(patient.view_radius) - distance, 0, 1)
-    return picture * np.clip(light * view, 0, None)[..., None]
+    image *= view.light
+    return image
+
+
+def _colour(red: float, green: float, blue: float) -> np.ndarray:
+    """A colour as `(3, 1, 1)` float32."""
+    return np.array([red, green, blue], np.float32)[:, None, None]
+
+
+def _blend(image: np.ndarray, cover: np.ndarray, colour: np.ndarray | float) -> None:
+    """Paint a colour over the planes of an image, in place, where `cover` is above 0."""
+    image *= 1 - cover
+    image += colour * cover
 
 
 def _stroke(
-    x: np.ndarray, y: np.ndarray, start: np.ndarray, end: np.ndarray, half_width: float
-) -> tuple[np.ndarray, np.ndarray]:
-    """Cover `(H, W, 1)` of a thick line, and the signed distance from its axis."""
-    (x0, y0), (dx, dy) = start.tolist(), (end - start).tolist()
+    view: _View, start: np.ndarray, end: np.ndarray, half_width: float
+) -> tuple[tuple[slice, ...], np.ndarray, np.ndarray]:
+    """A thick line: the box of an image that holds it, its cover in the box, and the signed
+    distance of the box's pixels from its axis."""
+    (x0, y0), (x1, y1), (dx, dy) = start.tolist(), end.tolist(), (end - start).tolist()
     length = math.hypot(dx, dy)
-    x, y = x - x0, y - y0
-    place = np.clip((x * dx + y * dy) / length**2, 0, 1)
-    away = np.hypot(x - place * dx, y - place * dy)
-    side = (x * dy - y * dx) / length
-    return np.clip(half_width - away, 0, 1)[..., None], side[..., None]
+    box = (
+        slice(None),
+        _pixels(min(y0, y1) - half_width, max(y0, y1) + half_width, view.x.shape[0]),
+        _pixels(min(x0, x1) - half_width, max(x0, x1) + half_width, view.x.shape[1]),
+    )
+    x, y = view.x[box[1:]] - x0, view.y[box[1:]] - y0
+    fraction = np.clip((x * dx + y * dy) / length**2, 0, 1)
+    away = np.hypot(x - fraction * dx, y - fraction * dy)
+    offset = (x * dy - y * dx) / length
+    return box, np.clip(half_width - away, 0, 1), offset
+
+
+def _pixels(low: float, high: float, size: int) -> slice:
+    """The pixels from `low` to `high`, coordinates from the centre, on an axis of `size` pixels."""
+    first, last = math.floor(low + size / 2), math.ceil(high + size / 2)
+    return slice(min(max(0, first), size), max(0, last + 1))
 
 
 def _sample(image: np.ndarray, x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """Bilinear samples of an image around its centre; the edge goes on for ever."""
-    x = np.clip(x + image.shape[1] / 2, 0, image.shape[1] - 1.001)
-    y = np.clip(y + image.shape[0] / 2, 0, image.shape[0] - 1.001)
+    """Bilinear samples of an image, `(3, H, W)`, around its centre; the edge goes on for ever.
+
+    Args:
+        x, y: `(h, w)` positions; the samples are `(3, h, w)`.
+    """
+    height, width = image.shape[1:]
+    x = np.clip(x + width / 2, 0, width - 1.001)
+    y = np.clip(y + height / 2, 0, height - 1.001)
     left, top = x.astype(np.int32), y.astype(np.int32)
-    u, v = (x - left)[..., None], (y - top)[..., None]
-    upper = image[top, left] * (1 - u) + image[top, left + 1] * u
-    lower = image[top + 1, left] * (1 - u) + image[top + 1, left + 1] * u
-    return (upper * (1 - v) + lower * v).astype(np.float32)
+    u, v = x - left, y - top
+    corner = top * np.intp(width) + left
+    pixels = image.reshape(3, -1)
+    upper = _lerp(pixels.take(corner, axis=1), pixels.take(corner + 1, axis=1), u)
+    corner += width
+    lower = _lerp(pixels.take(corner, axis=1), pixels.take(corner + 1, axis=1), u)
+    return _lerp(upper, lower, v).astype(np.float32)
 
 
-def _enlarge(coarse: np.ndarray) -> np.ndarray:
-    """Coarse noise as a smooth picture of the tissue's size."""
-    cells = coarse.shape[0] - 1.001
-    place = np.linspace(0, cells, _TEXTURE)
-    whole = place.astype(int)
-    part = place - whole
+def _lerp(first: np.ndarray, second: np.ndarray, weight: np.ndarray) -> np.ndarray:
+    """The mean of two arrays, with the weight of the second one; it overwrites both."""
+    first *= 1 - weight
+    second *= weight
+    first += second
+    return first
+
+
+def _enlarge(noise: np.ndarray) -> np.ndarray:
+    """Coarse noise, `(n, n)`, as a smooth image of the texture's size, float32."""
+    position = np.linspace(0, noise.shape[0] - 1.001, TEXTURE_SIZE)
+    cell = position.astype(int)
+    part = position - cell
     part = part * part * (3 - 2 * part)
-    rows = coarse[whole] * (1 - part)[:, None] + coarse[whole + 1] * part[:, None]
-    columns = rows[:, whole] * (1 - part) + rows[:, whole + 1] * part
+    rows = noise[cell] * (1 - part)[:, None] + noise[cell + 1] * part[:, None]
+    columns = rows.take(cell, axis=1) * (1 - part) + rows.take(cell + 1, axis=1) * part
     return columns.astype(np.float32)

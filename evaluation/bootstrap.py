@@ -1,26 +1,28 @@
-"""95 % intervals by resampling: patients first, then their clips.
+"""95 % intervals by the cluster bootstrap: patients are resampled first, then their clips.
 
 Clips of one patient resemble each other, so a thousand clips of ten patients are closer to ten
-observations than to a thousand. Resampling single clips overlooks that, and its intervals come out
+observations than to a thousand. Resampling single clips overlooks that, and its intervals are
 several times too narrow (Reinke et al., arXiv:2511.03769); both kinds are reported side by side.
 """
 
 from collections.abc import Iterator
 
 import numpy as np
-from scipy import special
 
-from evaluation.metrics import brier_scores, log_losses, scores
+from evaluation.metrics import brier_scores, per_sample_nll, scores
 
-DRAWS = 5000
-
+N_RESAMPLES = 5000
 LEVEL = 0.95
+_CHUNK = 2**24  # weights in memory at a time
 
-_CHUNK = 2**24  # weights held at a time
+Interval = list[float] | None
+"""low and high; None where there is no interval"""
 
 
-def patient_weights(patients: np.ndarray, draws: int, seed: int = 0) -> Iterator[np.ndarray]:
-    """How often each clip is in each resample, `(n, N)` at a time, `draws` rows in all.
+def cluster_bootstrap_weights(
+    patients: np.ndarray, n_resamples: int, seed: int = 0
+) -> Iterator[np.ndarray]:
+    """How often each clip is in each resample, `(n, N)` at a time, `n_resamples` rows in all.
 
     As many patients as there are, drawn with replacement; for each drawn patient as many of his
     clips as there are, drawn with replacement.
@@ -29,33 +31,33 @@ def patient_weights(patients: np.ndarray, draws: int, seed: int = 0) -> Iterator
         patients: `(N,)` names; a clip of an unknown patient (None) counts as a patient by itself.
     """
     rng = np.random.default_rng(seed)
-    members = patient_clips(patients)
-    for rows in _rows(draws, len(patients)):
-        times = rng.multinomial(len(members), [1 / len(members)] * len(members), rows)
+    clusters = patient_clips(patients)
+    for rows in _chunks(n_resamples, len(patients)):
+        times = rng.multinomial(len(clusters), [1 / len(clusters)] * len(clusters), rows)
         weights = np.empty((rows, len(patients)))
-        for clips, often in zip(members, times.T, strict=True):
+        for clips, count in zip(clusters, times.T, strict=True):
             # m independent resamples of n clips are one of m * n clips.
-            weights[:, clips] = rng.multinomial(often * len(clips), [1 / len(clips)] * len(clips))
+            weights[:, clips] = rng.multinomial(count * len(clips), [1 / len(clips)] * len(clips))
         yield weights
 
 
-def clip_weights(clips: int, draws: int, seed: int = 0) -> Iterator[np.ndarray]:
-    """As `patient_weights`, resampling single clips as if they were independent."""
+def iid_bootstrap_weights(clips: int, n_resamples: int, seed: int = 0) -> Iterator[np.ndarray]:
+    """As `cluster_bootstrap_weights`, resampling single clips as if they were independent."""
     rng = np.random.default_rng(seed)
-    for rows in _rows(draws, clips):
+    for rows in _chunks(n_resamples, clips):
         yield rng.multinomial(clips, [1 / clips] * clips, rows).astype(float)
 
 
 def patient_clips(patients: np.ndarray) -> list[np.ndarray]:
-    """The places of each patient's clips; a clip of an unknown patient stands alone."""
+    """The indices of each patient's clips; a clip of an unknown patient is a group by itself."""
     groups: dict[object, list[int]] = {}
-    for place, patient in enumerate(patients):
-        groups.setdefault(place if patient is None else str(patient), []).append(place)
+    for index, patient in enumerate(patients):
+        groups.setdefault(index if patient is None else str(patient), []).append(index)
     return [np.array(clips) for clips in groups.values()]
 
 
-def independent_units(patients: np.ndarray) -> int:
-    """How many independent observations the clips are; 0 if nothing is known of that."""
+def n_clusters(patients: np.ndarray) -> int:
+    """The number of independent observations; 0 if no patient is known."""
     known = any(patient is not None for patient in patients)
     return len(patient_clips(patients)) if known else 0
 
@@ -63,48 +65,64 @@ def independent_units(patients: np.ndarray) -> int:
 def resampled_scores(
     weights: Iterator[np.ndarray], labels: np.ndarray, probabilities: np.ndarray
 ) -> dict[str, np.ndarray]:
-    """`metrics.scores`, Brier score and negative log-likelihood of each resample, `(draws,)`."""
+    """`metrics.scores`, Brier score and negative log-likelihood of each resample,
+    `(n_resamples,)`."""
     n, num_classes = probabilities.shape
     cells = np.zeros((n, num_classes**2))
     cells[np.arange(n), labels * num_classes + probabilities.argmax(axis=1)] = 1
     losses = {
         "brier": brier_scores(labels, probabilities),
-        "nll": log_losses(labels, probabilities),
+        "nll": per_sample_nll(labels, probabilities),
     }
     parts = []
-    for chosen in weights:
-        matrices = (chosen @ cells).reshape(-1, num_classes, num_classes)
-        total = chosen.sum(axis=1)
-        means = {name: chosen @ values / total for name, values in losses.items()}
+    for chunk in weights:
+        matrices = (chunk @ cells).reshape(-1, num_classes, num_classes)
+        total = chunk.sum(axis=1)
+        means = {name: chunk @ values / total for name, values in losses.items()}
         parts.append({**scores(matrices), **means})
     return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
 
-def interval(values: np.ndarray, units: int, level: float = LEVEL) -> list[float] | None:
-    """The interval that resampled values give, for `units` independent observations.
+def confidence_interval(values: np.ndarray, n: int, level: float = LEVEL) -> Interval:
+    """The interval of resampled values, for `n` independent observations.
 
-    Percentiles, spread for small numbers of units as Hesterberg, "What Teachers Should Know About
-    the Bootstrap", arXiv:1411.5279, recommends ("expanded percentile"): plain ones are too narrow
-    by the factor sqrt((n - 1) / n) and by the difference between the normal and Student's t.
+    Percentiles, spread for small n as Hesterberg, "What Teachers Should Know About the Bootstrap",
+    arXiv:1411.5279, recommends ("expanded percentile"): plain ones are too narrow by the factor
+    sqrt((n - 1) / n) and by the difference between the normal and Student's t.
 
     Returns:
-        Low and high; None for fewer than two units, which tell nothing of how units differ.
+        Low and high; None for fewer than two observations, which do not show how they differ.
     """
-    if units < 2:
+    from scipy import special  # takes half a second to import
+
+    if n < 2:
         return None
-    spread = special.stdtrit(units - 1, (1 + level) / 2) * np.sqrt(units / (units - 1))
+    spread = special.stdtrit(n - 1, (1 + level) / 2) * np.sqrt(n / (n - 1))
     tail = special.ndtr(-spread)
     low, high = np.quantile(values, [tail, 1 - tail])
     return [float(low), float(high)]
 
 
-def intervals(
+def format_interval(interval: Interval, pattern: str = ".3f", missing: str = "-") -> str:
+    """An interval as `0.519 to 0.717`.
+
+    Args:
+        pattern: format of both numbers, e.g. `+.3f`.
+        missing: what is shown without an interval.
+    """
+    if interval is None or np.isnan(interval).any():
+        return missing
+    low, high = interval
+    return f"{low:{pattern}} to {high:{pattern}}"
+
+
+def score_intervals(
     labels: np.ndarray,
     probabilities: np.ndarray,
     patients: np.ndarray,
-    draws: int = DRAWS,
+    n_resamples: int = N_RESAMPLES,
     seed: int = 0,
-) -> dict[str, dict[str, list[float] | None]]:
+) -> dict[str, dict[str, Interval]]:
     """95 % intervals of the scores.
 
     Returns:
@@ -114,56 +132,58 @@ def intervals(
     n = len(labels)
     order = canonical_order(labels, probabilities, patients)
     labels, probabilities, patients = labels[order], probabilities[order], patients[order]
-    resamples = {
-        "patients": (patient_weights(patients, draws, seed), independent_units(patients)),
-        "clips": (clip_weights(n, draws, seed), n),
+    kinds = {
+        "patients": (cluster_bootstrap_weights(patients, n_resamples, seed), n_clusters(patients)),
+        "clips": (iid_bootstrap_weights(n, n_resamples, seed), n),
     }
-    found: dict[str, dict[str, list[float] | None]] = {}
-    for kind, (weights, units) in resamples.items():
+    intervals: dict[str, dict[str, Interval]] = {}
+    for kind, (weights, count) in kinds.items():
         for name, values in resampled_scores(weights, labels, probabilities).items():
-            found.setdefault(name, {})[kind] = interval(values, units)
-    return found
+            intervals.setdefault(name, {})[kind] = confidence_interval(values, count)
+    return intervals
 
 
-def difference(
+def paired_difference(
     labels: np.ndarray,
-    one: np.ndarray,
-    other: np.ndarray,
+    first: np.ndarray,
+    second: np.ndarray,
     patients: np.ndarray,
-    draws: int = DRAWS,
+    n_resamples: int = N_RESAMPLES,
     seed: int = 0,
-) -> dict[str, list[float] | None]:
-    """95 % intervals of what model `one` scores above model `other` on the same clips.
+) -> dict[str, Interval]:
+    """95 % intervals of the scores of a first model minus those of a second one, on the same clips.
 
     Both are scored on the same resamples, so that what patients have in common cancels out.
 
     Args:
-        one, other: their probabilities, `(N, num_classes)`.
+        first, second: probabilities of the two models, `(N, num_classes)`.
     """
-    both = np.concatenate((one + other, abs(one - other)), axis=1)  # the same if they change places
+    both = np.concatenate((first + second, abs(first - second)), axis=1)  # symmetric in the two
     order = canonical_order(labels, both, patients)
-    labels, one, other, patients = labels[order], one[order], other[order], patients[order]
-    units = len(patient_clips(patients))
+    labels, first, second, patients = labels[order], first[order], second[order], patients[order]
+    n = len(patient_clips(patients))
     values = [
-        resampled_scores(patient_weights(patients, draws, seed), labels, probabilities)
-        for probabilities in (one, other)
+        resampled_scores(
+            cluster_bootstrap_weights(patients, n_resamples, seed), labels, probabilities
+        )
+        for probabilities in (first, second)
     ]
-    return {name: interval(values[0][name] - values[1][name], units) for name in values[0]}
+    return {name: confidence_interval(values[0][name] - values[1][name], n) for name in values[0]}
 
 
 def canonical_order(labels: np.ndarray, values: np.ndarray, patients: np.ndarray) -> np.ndarray:
-    """An order of the clips, `(N,)` places, that does not depend on the one they come in.
+    """An order of the clips, `(N,)` indices, that does not depend on the order they come in.
 
-    The same results then have the same intervals wherever they are worked out.
+    The same results then have the same intervals wherever they are computed.
 
     Args:
-        values: `(N, K)` numbers that tell clips of one patient and class apart.
+        values: `(N, K)` numbers that distinguish the clips of one patient and class.
     """
     names = np.array([str(patient or "") for patient in patients])
     return np.lexsort((*values.T, labels, names))
 
 
-def _rows(draws: int, clips: int) -> Iterator[int]:
+def _chunks(n_resamples: int, clips: int) -> Iterator[int]:
     most = max(1, _CHUNK // max(1, clips))
-    for start in range(0, draws, most):
-        yield min(most, draws - start)
+    for start in range(0, n_resamples, most):
+        yield min(most, n_resamples - start)

@@ -1,80 +1,90 @@
-"""Confidence that means something, and when to say `uncertain`.
+"""Temperature scaling and a confidence threshold for abstaining.
 
-Both are fitted on the validation clips at the end of training and stored in the checkpoint:
-a temperature that all logits are divided by, and the confidence below which there is no answer.
+Both are fitted on the validation clips at the end of training and stored in the checkpoint: a
+temperature that all logits are divided by, and the confidence below which a clip is called
+`uncertain`.
 """
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
-from scipy import optimize
 
 from evaluation.metrics import risk_coverage
 
-_LOWEST, _HIGHEST = 0.05, 20.0  # of temperatures
+_MIN_TEMPERATURE, _MAX_TEMPERATURE = 0.05, 20.0
+
+# Earlier names of what a checkpoint holds.
+_OLD_NAMES = {"wanted_error": "target_error", "right": "correct"}
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """What a checkpoint knows of its confidence."""
+    """The calibration of a checkpoint."""
 
     temperature: float = 1.0
-    """logits are divided by it before the softmax"""
-    wanted_error: float | None = None
-    """share of wrong answers that the threshold is to keep; None: nothing was fitted"""
+    """the logits are divided by it before the softmax"""
+    target_error: float | None = None
+    """error rate among the answered clips that the threshold aims at; None: nothing was fitted"""
     threshold: float | None = 0.0
-    """lowest confidence that is answered; None: no threshold keeps the wanted error, so none is"""
+    """lowest confidence that is answered; None: no threshold reaches the target error, and every
+    clip is uncertain"""
     confidence: tuple[float, ...] = ()
-    """of each validation clip, tempered; what another threshold can be chosen from"""
-    right: tuple[bool, ...] = ()
-    """whether the model was right about each of them"""
+    """calibrated confidence of each validation clip, from which another threshold can be chosen"""
+    correct: tuple[bool, ...] = ()
+    """whether the prediction for each validation clip was correct"""
 
     @property
-    def lowest_answered(self) -> float:
+    def min_confidence(self) -> float:
         """The threshold as a number: infinity where nothing is answered."""
         return np.inf if self.threshold is None else self.threshold
 
-    def with_wanted_error(self, wanted_error: float) -> "Calibration":
+    def with_target_error(self, target_error: float) -> "Calibration":
         """The same with the threshold for another error rate."""
-        confidence, right = np.array(self.confidence), np.array(self.right, bool)
-        threshold = choose_threshold(confidence, right, wanted_error)
-        return Calibration(self.temperature, wanted_error, threshold, self.confidence, self.right)
+        confidence, correct = np.array(self.confidence), np.array(self.correct, bool)
+        threshold = choose_threshold(confidence, correct, target_error)
+        return Calibration(self.temperature, target_error, threshold, self.confidence, self.correct)
 
-    def state(self) -> dict[str, Any]:
+    def state_dict(self) -> dict[str, Any]:
         """As a checkpoint holds it: plain numbers and lists."""
-        return {**asdict(self), "confidence": list(self.confidence), "right": list(self.right)}
+        return {
+            **asdict(self),
+            "confidence": list(self.confidence),
+            "correct": list(self.correct),
+        }
 
     @classmethod
-    def from_state(cls, state: dict[str, Any] | None) -> "Calibration":
-        """The calibration of a checkpoint; an older one has none: all is answered, untempered."""
+    def from_state_dict(cls, state: Mapping[str, Any] | None) -> "Calibration":
+        """The calibration of a checkpoint. One without any answers every clip, at temperature 1."""
         if not state:
             return cls()
-        lists = {name: tuple(state[name]) for name in ("confidence", "right")}
-        return cls(**{**state, **lists})
+        values = {_OLD_NAMES.get(name, name): value for name, value in state.items()}
+        lists = {name: tuple(values[name]) for name in ("confidence", "correct")}
+        return cls(**{**values, **lists})
 
 
-def calibrate(labels: np.ndarray, probabilities: np.ndarray, wanted_error: float) -> Calibration:
+def calibrate(labels: np.ndarray, probabilities: np.ndarray, target_error: float) -> Calibration:
     """Fit temperature and threshold on validation clips.
 
     Args:
         labels: `(N,)` true classes.
-        probabilities: `(N, num_classes)`, untempered.
-        wanted_error: see `choose_threshold`.
+        probabilities: `(N, num_classes)`, uncalibrated.
+        target_error: see `choose_threshold`.
     """
     temperature = fit_temperature(labels, probabilities)
-    tempered = temper(probabilities, temperature)
-    right = tempered.argmax(axis=1) == labels
+    calibrated = apply_temperature(probabilities, temperature)
+    correct = calibrated.argmax(axis=1) == labels
     fitted = Calibration(
         temperature,
-        confidence=tuple(map(float, tempered.max(axis=1))),
-        right=tuple(map(bool, right)),
+        confidence=tuple(map(float, calibrated.max(axis=1))),
+        correct=tuple(map(bool, correct)),
     )
-    return fitted.with_wanted_error(wanted_error)
+    return fitted.with_target_error(target_error)
 
 
-def temper(probabilities: np.ndarray, temperature: float | np.ndarray) -> np.ndarray:
-    """The probabilities if the logits had been divided by `temperature`, one for all or `(N,)`."""
+def apply_temperature(probabilities: np.ndarray, temperature: float | np.ndarray) -> np.ndarray:
+    """The probabilities if the logits were divided by `temperature`, one for all or `(N,)`."""
     powers = np.log(np.maximum(probabilities, 1e-300)) / np.reshape(temperature, (-1, 1))
     powers = np.exp(powers - powers.max(axis=1, keepdims=True))
     return powers / powers.sum(axis=1, keepdims=True)
@@ -83,10 +93,12 @@ def temper(probabilities: np.ndarray, temperature: float | np.ndarray) -> np.nda
 def fit_temperature(labels: np.ndarray, probabilities: np.ndarray) -> float:
     """The temperature with the lowest negative log-likelihood (Guo et al., arXiv:1706.04599).
 
-    A model that is right about all of the few validation clips would get temperature zero, and then
+    A model that is correct on all of the few validation clips would get temperature zero, and then
     be certain of everything. So the targets are not quite 0 and 1: as in Platt, "Probabilistic
     Outputs for Support Vector Machines" (1999), the true class of N clips gets 1 - 1/(N + 2).
     """
+    from scipy import optimize  # takes half a second to import
+
     n, num_classes = probabilities.shape
     logits = np.log(np.maximum(probabilities, 1e-300))
     doubt = 1 / (n + 2)
@@ -99,31 +111,35 @@ def fit_temperature(labels: np.ndarray, probabilities: np.ndarray) -> float:
         normalizer = top + np.log(np.exp(scaled - top).sum(axis=1, keepdims=True))
         return float((targets * (normalizer - scaled)).sum() / n)
 
-    bounds = (np.log(_LOWEST), np.log(_HIGHEST))
-    found = optimize.minimize_scalar(loss, bounds=bounds, method="bounded")
-    return float(np.exp(found.x))
+    bounds = (np.log(_MIN_TEMPERATURE), np.log(_MAX_TEMPERATURE))
+    result = optimize.minimize_scalar(loss, bounds=bounds, method="bounded")
+    return float(np.exp(result.x))
 
 
 def choose_threshold(
-    confidence: np.ndarray, right: np.ndarray, wanted_error: float
+    confidence: np.ndarray, correct: np.ndarray, target_error: float
 ) -> float | None:
-    """The threshold that answers most while at most `wanted_error` of the answers are wrong.
+    """The threshold that answers most clips while at most `target_error` of the answers are wrong.
 
-    The share of wrong ones among n answers is taken as (wrong + 1) / (n + 2), Laplace's rule of
-    succession: that the one surest clip was right does not promise an error of zero. It holds on
-    these clips; others, of other patients above all, may be answered worse: look at the test.
+    The error rate of n answers is estimated as (wrong + 1) / (n + 2), Laplace's rule of succession:
+    that the single most confident clip was correct does not promise an error of zero. The estimate
+    holds for these clips; others, above all of other patients, may be answered worse: see the test.
+
+    Args:
+        confidence: `(N,)`.
+        correct: `(N,)` bool.
 
     Returns:
         The threshold, midway to the next lower confidence, so that rounding changes nothing; None
         if there is no such threshold.
     """
-    coverage, risk = risk_coverage(confidence, right)
+    coverage, risk = risk_coverage(confidence, correct)
     answered = np.round(coverage * len(confidence))
     expected = (risk * answered + 1) / (answered + 2)
     ordered = np.sort(confidence)[::-1]
-    # All clips of one confidence are answered or none: only the last of equals can be the limit.
+    # Clips of equal confidence are answered together: only the last of them can be the limit.
     last = np.append(ordered[:-1] > ordered[1:], True) if len(ordered) else np.array([], bool)
-    possible = np.flatnonzero(last & (expected <= wanted_error + 1e-12))
+    possible = np.flatnonzero(last & (expected <= target_error + 1e-12))
     if not len(possible):
         return None
     lowest, *lower = ordered[possible[-1] :]

@@ -1,19 +1,21 @@
-"""What the numbers mean: scores, averages over patients, calibration, abstention.
+"""Classification, calibration and selective-prediction metrics.
 
 A class without a clip in the split has no recall: it is NaN and left out of the averages, which say
-over how many classes they go. (A zero in its place would punish the model for the split, and a one
+how many classes they cover. (A zero in its place would punish the model for the split, and a one
 would flatter it.) A class that has clips but is never predicted has precision and F1 zero.
 
-Everywhere `labels` are `(N,)` true classes, `probabilities` `(N, num_classes)`, `confidence` the
-highest probability of each clip and `right` whether the class that has it is the true one.
-bootstrap.py puts intervals around the scores.
+Throughout, `labels` are `(N,)` true classes, `probabilities` `(N, num_classes)`, `confidence` the
+highest probability of each clip, and `correct` whether the class with that probability is the true
+one. bootstrap.py computes intervals for the scores.
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import pandas as pd
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 ECE_BINS = 15  # as in Guo et al., arXiv:1706.04599
 
@@ -51,11 +53,13 @@ def per_class(
     classes: Sequence[str],
     labels: np.ndarray | None = None,
     patients: np.ndarray | None = None,
-) -> pd.DataFrame:
-    """Precision, recall and F1 of each class, and how many clips, of how many patients, it has.
+) -> "pd.DataFrame":
+    """Precision, recall and F1 of each class, and its number of clips and patients.
 
-    The column `patients` is there where `labels` and `patients` (None: unknown) are given.
+    The column `patients` is there if `labels` and `patients` (None: unknown) are given.
     """
+    import pandas as pd  # takes half a second to import
+
     hits = np.diag(matrix).astype(float)
     support = matrix.sum(axis=1)
     predicted = matrix.sum(axis=0)
@@ -69,8 +73,8 @@ def per_class(
     table = {name: np.where(present, values, np.nan) for name, values in table.items()}
     table["clips"] = support
     if patients is not None:
-        known = [{p for p in patients[labels == number] if p} for number in range(len(classes))]
-        table["patients"] = np.array([len(those) for those in known])
+        known = [{p for p in patients[labels == label] if p} for label in range(len(classes))]
+        table["patients"] = np.array([len(names) for names in known])
     return pd.DataFrame(table, index=pd.Index(list(classes), name="class"))
 
 
@@ -78,50 +82,50 @@ def summarize(matrix: np.ndarray) -> dict[str, Any]:
     """The headline numbers of a confusion matrix.
 
     Returns:
-        `scores`; chance_accuracy, what always answering the split's largest class would give;
-        classes_present, how many the averages go over; clips.
+        `scores`; `majority_baseline`, the accuracy of always predicting the largest class of the
+        split; `classes_present`, the number of classes that the averages cover; `clips`.
     """
     support = matrix.sum(axis=1)
     return {
         **{name: float(value) for name, value in scores(matrix).items()},
-        "chance_accuracy": float(support.max() / support.sum()),
+        "majority_baseline": float(support.max() / support.sum()),
         "classes_present": int((support > 0).sum()),
         "clips": int(support.sum()),
     }
 
 
-def averaged_over(
-    units: np.ndarray, labels: np.ndarray, predicted: np.ndarray, num_classes: int
+def grouped_scores(
+    groups: np.ndarray, labels: np.ndarray, y_pred: np.ndarray, num_classes: int
 ) -> dict[str, float]:
-    """`scores` of each unit (a patient or a video), averaged: every unit counts the same.
+    """`scores` of each group (a patient or a video), averaged: every group counts the same.
 
     Args:
-        units: `(N,)` names; clips whose unit is unknown (None) are left out.
+        groups: `(N,)` names; clips whose group is unknown (None) are left out.
 
     Returns:
-        The averages, how many units they go over (`units`), and the accuracy of the worst one.
-        Empty if no unit is known.
+        The averages, the number of groups (`groups`), and the accuracy of the worst group. Empty if
+        no group is known.
     """
-    names = sorted({unit for unit in units if unit is not None})
+    names = sorted({group for group in groups if group is not None})
     if not names:
         return {}
     matrices = [
-        confusion_matrix(labels[units == name], predicted[units == name], num_classes)
+        confusion_matrix(labels[groups == name], y_pred[groups == name], num_classes)
         for name in names
     ]
     table = scores(np.stack(matrices))
     averages = {name: float(values.mean()) for name, values in table.items()}
-    return {**averages, "worst_accuracy": float(table["accuracy"].min()), "units": len(names)}
+    return {**averages, "worst_accuracy": float(table["accuracy"].min()), "groups": len(names)}
 
 
-def vote(
+def average_by_action(
     actions: np.ndarray, labels: np.ndarray, probabilities: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """One answer for each source action: the mean of its parts' probabilities.
+    """One prediction per source action: the mean of the probabilities of its parts.
 
     Args:
-        actions: `(N,)` names; parts of unknown action (None) are left out. Parts of one name but
-            with different labels are different actions.
+        actions: `(N,)` names; parts of an unknown action (None) are left out. Parts with the same
+            name but different labels are different actions.
 
     Returns:
         The labels `(A,)` and probabilities `(A, num_classes)` of the actions.
@@ -129,14 +133,14 @@ def vote(
     known = np.array([action is not None for action in actions], bool)
     keys = [(a, int(label)) for a, label in zip(actions[known], labels[known], strict=True)]
     order = {key: number for number, key in enumerate(dict.fromkeys(keys))}
-    places = np.array([order[key] for key in keys], int)
+    numbers = np.array([order[key] for key in keys], int)
     sums = np.zeros((len(order), probabilities.shape[1]))
-    np.add.at(sums, places, probabilities[known])
-    parts = np.bincount(places, minlength=len(order))[:, None]
+    np.add.at(sums, numbers, probabilities[known])
+    parts = np.bincount(numbers, minlength=len(order))[:, None]
     return np.array([label for _, label in order], int), sums / np.maximum(parts, 1)
 
 
-def log_losses(labels: np.ndarray, probabilities: np.ndarray) -> np.ndarray:
+def per_sample_nll(labels: np.ndarray, probabilities: np.ndarray) -> np.ndarray:
     """The negative log-likelihood of each clip's true class, `(N,)`, in nats; at most 27.6."""
     likelihood = probabilities[np.arange(len(labels)), labels]
     return -np.log(np.maximum(likelihood, 1e-12))
@@ -151,61 +155,70 @@ def brier_scores(labels: np.ndarray, probabilities: np.ndarray) -> np.ndarray:
     return ((probabilities - truth) ** 2).sum(axis=1)
 
 
-def reliability(confidence: np.ndarray, right: np.ndarray, bins: int = ECE_BINS) -> pd.DataFrame:
+def confidence_bins(confidence: np.ndarray, bins: int = ECE_BINS) -> np.ndarray:
+    """`(N,)` the number of the bin (low, high] that each confidence lies in."""
+    return np.clip(np.ceil(confidence * bins).astype(int) - 1, 0, bins - 1)
+
+
+def calibration_curve(
+    confidence: np.ndarray, correct: np.ndarray, bins: int = ECE_BINS
+) -> "pd.DataFrame":
     """Confidence against accuracy in equally wide bins of confidence; empty bins are left out.
 
     Returns:
-        A row a bin: `confidence` and `accuracy` (means), `clips`.
+        One row per bin: `confidence` and `accuracy` (means), `clips`.
     """
-    place = np.clip(np.ceil(confidence * bins).astype(int) - 1, 0, bins - 1)  # (low, high] each
-    table = pd.DataFrame({"confidence": confidence, "accuracy": right.astype(float), "bin": place})
-    groups = table.groupby("bin")
+    table = {"confidence": confidence, "accuracy": correct.astype(float)}
+    import pandas as pd
+
+    groups = pd.DataFrame(table | {"bin": confidence_bins(confidence, bins)}).groupby("bin")
     return groups.mean().assign(clips=groups.size())
 
 
 def expected_calibration_error(
-    confidence: np.ndarray, right: np.ndarray, bins: int = ECE_BINS
+    confidence: np.ndarray, correct: np.ndarray, bins: int = ECE_BINS
 ) -> float:
     """The mean distance of accuracy from confidence over the bins, weighted by their clips.
 
     Guo et al., "On Calibration of Modern Neural Networks", ICML 2017, arXiv:1706.04599.
     """
-    table = reliability(confidence, right, bins)
+    table = calibration_curve(confidence, correct, bins)
     gaps = (table["accuracy"] - table["confidence"]).abs()
     return float((gaps * table["clips"]).sum() / table["clips"].sum())
 
 
-def risk_coverage(confidence: np.ndarray, right: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """How wrong the most confident clips are, the others unanswered.
+def risk_coverage(confidence: np.ndarray, correct: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The error rate (risk) if only the most confident clips are answered, for each number of them.
 
-    Clips of equal confidence are in no order: each of them counts with their mean error.
+    Clips of equal confidence have no order: each of them counts with their mean error.
 
     Returns:
-        coverage `(N,)`, 1/N to 1, and risk `(N,)`, the share of wrong answers among the answered.
+        coverage `(N,)`, 1/N to 1, and risk `(N,)`, the fraction of wrong answers.
     """
     count = np.arange(1, len(confidence) + 1)
     _, group = np.unique(-confidence, return_inverse=True)  # 0: the most confident ones
-    wrong = np.bincount(group, weights=~right) / np.bincount(group)
+    wrong = np.bincount(group, weights=~correct) / np.bincount(group)
     return count / len(count), np.cumsum(wrong[np.sort(group)]) / count
 
 
-def area_under_risk_coverage(confidence: np.ndarray, right: np.ndarray) -> float:
+def area_under_risk_coverage(confidence: np.ndarray, correct: np.ndarray) -> float:
     """The mean risk over all coverages; lower is better.
 
     Geifman et al., "Bias-Reduced Uncertainty Estimation for Deep Neural Classifiers", ICLR 2019,
     arXiv:1805.08206.
     """
-    return float(risk_coverage(confidence, right)[1].mean())
+    return float(risk_coverage(confidence, correct)[1].mean())
 
 
-def selective(
-    confidence: np.ndarray, right: np.ndarray, thresholds: np.ndarray | float
+def selective_risk(
+    confidence: np.ndarray, correct: np.ndarray, thresholds: np.ndarray | float
 ) -> dict[str, float | None]:
-    """How much is answered at a threshold of confidence, and how much of that is wrong.
+    """The fraction of clips that is answered at a confidence threshold (`coverage`), and the
+    fraction of wrong answers among them (`error`).
 
     Args:
-        thresholds: the lowest confidence that is answered, one for all clips or `(N,)`.
+        thresholds: lowest confidence that is answered, one for all clips or `(N,)`.
     """
     answered = confidence >= thresholds
-    error = float((~right[answered]).mean()) if answered.any() else None
+    error = float((~correct[answered]).mean()) if answered.any() else None
     return {"coverage": float(answered.mean()), "error": error}

@@ -1,12 +1,14 @@
-"""What a model said of a split's clips, in memory and as predictions.csv."""
+"""The predictions of a model for a split, in memory and as predictions.csv."""
 
+import csv
+import io
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-import pandas as pd
 
 from clips.manifest import UNCERTAIN, ClipRow
 from evaluation import metrics
@@ -16,110 +18,143 @@ from utils.files import write_text
 
 @dataclass
 class Predictions:
-    """What a model said of the clips of a split, in the split's order."""
+    """The predictions for the clips of a split, in the split's order."""
 
     rows: Sequence[ClipRow]
-    """(N,) the clips, with their true classes"""
+    """`(N,)` the clips, with their true classes"""
     probabilities: np.ndarray
-    """(N, num_classes), averaged over views"""
+    """`(N, num_classes)`, averaged over views"""
     unreadable: list[str] = field(default_factory=list)
-    """a line for each clip of the split that is missing from the above"""
-    untempered: np.ndarray | None = None
-    """(N, num_classes), the probabilities without the temperature, if they are known"""
+    """an error message for each clip of the split that could not be read and is missing here"""
+    uncalibrated: np.ndarray | None = None
+    """`(N, num_classes)`, the probabilities without the temperature, if they are known"""
 
     def __len__(self) -> int:
         return len(self.rows)
 
     @cached_property
     def labels(self) -> np.ndarray:
-        """(N,) true classes"""
+        """`(N,)` true classes."""
         return np.array([row.label for row in self.rows], int)
 
     @cached_property
-    def predicted(self) -> np.ndarray:
-        """(N,) the classes with the highest probability"""
+    def y_pred(self) -> np.ndarray:
+        """`(N,)` classes with the highest probability."""
         return self.probabilities.argmax(axis=1)
 
     @cached_property
     def confidence(self) -> np.ndarray:
-        """(N,) their probability"""
+        """`(N,)` probabilities of these classes."""
         return self.probabilities.max(axis=1)
 
     @cached_property
-    def right(self) -> np.ndarray:
-        """(N,) whether they are the true ones"""
-        return self.predicted == self.labels
+    def correct(self) -> np.ndarray:
+        """`(N,)` whether they are the true classes."""
+        return self.y_pred == self.labels
 
     @cached_property
     def confusion(self) -> np.ndarray:
-        """(num_classes, num_classes) counts, see `metrics.confusion_matrix`"""
-        return metrics.confusion_matrix(self.labels, self.predicted, self.probabilities.shape[1])
+        """`(num_classes, num_classes)` counts, see `metrics.confusion_matrix`."""
+        return metrics.confusion_matrix(self.labels, self.y_pred, self.probabilities.shape[1])
 
     @cached_property
     def scores(self) -> dict[str, float]:
-        """accuracy, balanced accuracy and macro-F1, see `metrics.scores`"""
+        """Accuracy, balanced accuracy and macro-F1, see `metrics.scores`."""
         return {name: float(value) for name, value in metrics.scores(self.confusion).items()}
 
     @property
     def loss(self) -> float:
-        """mean negative log-likelihood of the true classes"""
-        return float(metrics.log_losses(self.labels, self.probabilities).mean())
+        """Mean negative log-likelihood of the true classes."""
+        return float(metrics.per_sample_nll(self.labels, self.probabilities).mean())
 
-    def units(self, kind: str) -> np.ndarray:
-        """(N,) each clip's `patient`, `video` or `action`, None where it is unknown"""
-        units = np.empty(len(self.rows), object)
-        units[:] = [getattr(row, kind) for row in self.rows]
-        return units
+    def summary(self) -> dict[str, Any]:
+        """`metrics.summarize`, the loss, and the number of missing clips."""
+        counts = {"loss": self.loss, "unreadable_clips": len(self.unreadable)}
+        return {**metrics.summarize(self.confusion), **counts}
+
+    def groups(self, kind: str) -> np.ndarray:
+        """`(N,)` each clip's `patient`, `video` or `action`, None where it is unknown."""
+        groups = np.empty(len(self.rows), object)
+        groups[:] = [getattr(row, kind) for row in self.rows]
+        return groups
+
+
+_GROUPS = ("patient", "video", "action")
 
 
 def write_predictions(
-    path: Path, predictions: Predictions, classes: Sequence[str], thresholds: np.ndarray | float
+    path: str | Path,
+    predictions: Predictions,
+    classes: Sequence[str],
+    thresholds: np.ndarray | float,
+    folds: Sequence[str] = (),
 ) -> None:
-    """Write a row a clip: path, truth, prediction, answer, whose clip it is, all probabilities.
+    """Write one row per clip: path, fold if given, label, prediction, decision, patient, video,
+    action, all probabilities.
 
-    The answer is the prediction, or `uncertain` below the threshold (one for all, or `(N,)`).
+    The decision is the prediction, or `uncertain` below the threshold (one for all, or `(N,)`).
     """
-    names = np.array(classes, object)
-    said = names[predictions.predicted]
-    table = pd.DataFrame(
-        {
-            "path": [str(row.path) for row in predictions.rows],
-            "label": names[predictions.labels],
-            "prediction": said,
-            "answer": np.where(predictions.confidence >= thresholds, said, UNCERTAIN),
-            **{kind: predictions.units(kind) for kind in ("patient", "video", "action")},
-        }
+    decided = predictions.confidence >= thresholds
+    file = io.StringIO(newline="")
+    writer = csv.writer(file, lineterminator="\n")
+    fold_column = ["fold"] if folds else []
+    probability_columns = [f"p_{name}" for name in classes]
+    writer.writerow(
+        ["path", *fold_column, "label", "prediction", "decision", *_GROUPS, *probability_columns]
     )
-    columns = [f"p_{name}" for name in classes]
-    probabilities = pd.DataFrame(predictions.probabilities, columns=columns)
-    listing = pd.concat([table, probabilities], axis=1)
-    write_text(path, listing.to_csv(index=False, float_format="%.9g"))
+    for i, row in enumerate(predictions.rows):
+        prediction = classes[predictions.y_pred[i]]
+        decision = prediction if decided[i] else UNCERTAIN
+        writer.writerow(
+            [
+                row.path,
+                *folds[i : i + 1],
+                classes[row.label],
+                prediction,
+                decision,
+                *(getattr(row, name) for name in _GROUPS),
+                *(f"{probability:.9g}" for probability in predictions.probabilities[i]),
+            ]
+        )
+    write_text(path, file.getvalue())
 
 
-def read_predictions(path: Path) -> tuple[Predictions, list[str]]:
-    """Read a predictions.csv back, with the names of its classes.
+def read_predictions(path: Path) -> tuple[Predictions, list[str], np.ndarray]:
+    """Read a predictions.csv.
+
+    Returns:
+        The predictions, the names of the classes, and for each clip, `(N,)`, whether a decision was
+        made (its confidence reached the threshold).
 
     Raises:
-        UserError: there is none, or it is not one of ours.
+        UserError: there is no such file, or it is not a predictions.csv.
     """
     try:
-        # As text: a patient called 058, or NA, must stay what it is.
-        table = pd.read_csv(path, dtype=str, keep_default_na=False, index_col=False)
-        columns = [name for name in table.columns if name.startswith("p_")]
+        with open(path, newline="", encoding="utf-8") as file:
+            reader = csv.DictReader(file)
+            columns = [name for name in reader.fieldnames if name.startswith("p_")]
+            table = list(reader)
         classes = [name.removeprefix("p_") for name in columns]
-        probabilities = table[columns].to_numpy(float)
-        units = table[["patient", "video", "action"]].itertuples(index=False)
-        labels = [classes.index(name) for name in table["label"]]
-        paths = map(Path, table["path"])
+        numbers = [[float(row[name]) for name in columns] for row in table]
+        probabilities = np.array(numbers).reshape(len(table), len(columns))
+        rows = [
+            ClipRow(
+                Path(row["path"]),
+                classes.index(row["label"]),
+                *(row[name] or None for name in _GROUPS),
+            )
+            for row in table
+        ]
+        # The column was called `answer` in earlier versions, and before that there was none.
+        decided = [
+            row.get("decision", row.get("answer", row["prediction"])) == row["prediction"]
+            for row in table
+        ]
     except FileNotFoundError:
         raise UserError(f"{path}: no such file (finish the training, or run evaluate.py)") from None
-    except (KeyError, ValueError, OSError, pd.errors.ParserError):
+    except (KeyError, ValueError, TypeError, OSError, csv.Error):
         raise UserError(f"{path}: not a predictions.csv of this version: evaluate again") from None
-    possible = ((probabilities >= 0) & (probabilities <= 1)).all()  # NaN is not
-    if not len(table) or not classes or not possible:
+    valid = ((probabilities >= 0) & (probabilities <= 1)).all()  # NaN is not
+    if not rows or not classes or not valid:
         raise UserError(f"{path}: holds no predictions, or impossible ones: evaluate again")
-    rows = [
-        ClipRow(place, label, *(name or None for name in names))
-        for place, label, names in zip(paths, labels, units, strict=True)
-    ]
-    return Predictions(rows, probabilities), classes
+    return Predictions(rows, probabilities), classes, np.array(decided, bool)

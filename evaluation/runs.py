@@ -1,124 +1,127 @@
-"""Runs that were tested on the same clips: what compare.py compares."""
+"""Reading run folders: what training, evaluate.py and cross_validate.py leave there."""
 
 import json
 import os
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from torch import nn
 
-from checkpoint import build_from_checkpoint, load_checkpoint
 from clips.manifest import ClipRow
+from config import TrainConfig, from_dict
 from evaluation.predictions import Predictions, read_predictions
+from evaluation.results import read_results
 from utils.errors import UserError
 
 
-@dataclass
+@dataclass(frozen=True)
 class Run:
-    """A model and what it said of the test clips."""
+    """The results of a test, and the training run that they belong to."""
 
     folder: Path
+    """folder of the results: a run, an evaluation or a cross-validation"""
+    home: Path
+    """folder of the training run (`folder` itself, unless evaluate.py wrote it)"""
+    results: Mapping[str, Any]
+    """test_metrics.json, empty if there is none"""
     predictions: Predictions
-    """sorted by path and label: no result depends on a file's order"""
-    classes: list[str]
-    facts: dict[str, Any]
-    """the folder's test_metrics.json, empty if there is none"""
-    model: nn.Module
-    config: dict[str, Any]
-    """the settings of its training"""
-    folds: int
-    """how many models the predictions are of"""
-    label: str = ""
-    """what it is called in the results"""
+    classes: Sequence[str]
+    decided: np.ndarray
+    """`(N,)` whether the confidence of each clip reached the threshold"""
+    config: TrainConfig | None
+    """the settings of the training, None if config.json is not there"""
 
     @property
-    def views(self) -> int:
-        """Clips that the model saw for each clip that it was tested on."""
-        return int(self.facts.get("views") or 1) * int(self.facts.get("crops") or 1)
+    def folds(self) -> int:
+        """How many models the predictions come from."""
+        return max(1, len(self.results.get("folds", ())))
 
     @property
-    def clips(self) -> list[tuple[str, int]]:
-        """What each clip is known by."""
-        return [_identity(row) for row in self.predictions.rows]
+    def num_views(self) -> int:
+        """How many times the model saw each clip in the test."""
+        return int(self.results.get("views") or 1) * int(self.results.get("crops") or 1)
+
+    @property
+    def clip_keys(self) -> list[tuple[str, int]]:
+        """What identifies each clip: its absolute path and its label."""
+        return [_clip_key(row) for row in self.predictions.rows]
+
+    def load_state(self) -> dict[str, Any]:
+        """The best checkpoint of the run, of a cross-validation that of fold 1.
+
+        Raises:
+            UserError: there is none.
+        """
+        from checkpoint import load_checkpoint  # imports torch
+
+        checkpoint = Path(self.results.get("checkpoint") or self.folder)
+        for path in (self.home, self.home / "fold1", checkpoint, checkpoint.parent):
+            if (path / "best.pt").is_file():
+                return load_checkpoint(path)
+        raise UserError(
+            f"{self.folder}: no best.pt in it, in its fold1 or in the folder above: give a run "
+            "folder, a folder of evaluate.py in one, or a folder of a cross-validation"
+        )
 
 
-def read_run(folder: Path) -> Run:
+def read_run(folder: str | Path) -> Run:
     """Read a run, an evaluation or a cross-validation.
 
     Raises:
-        UserError: something is missing or damaged.
+        UserError: the predictions are missing, or something is damaged.
     """
-    predictions, classes = read_predictions(folder / "predictions.csv")
-    order = sorted(range(len(predictions)), key=lambda n: _identity(predictions.rows[n]))
-    rows = [predictions.rows[n] for n in order]
-    facts = _read_facts(folder / "test_metrics.json")
-    checkpoint = Path(facts.get("checkpoint") or folder)  # evaluate.py's results may be anywhere
-    places = (folder, folder / "fold1", checkpoint, checkpoint.parent, folder.resolve().parent)
-    place = next((place for place in places if (place / "best.pt").is_file()), None)
-    if place is None:
-        raise UserError(
-            f"{folder}: no best.pt in it, in its fold1 or in the folder above: give a run folder, "
-            "a folder of evaluate.py in one, or a folder of a cross-validation"
-        )
-    state = load_checkpoint(place)
-    return Run(
-        folder,
-        Predictions(rows, predictions.probabilities[order]),
-        classes,
-        facts,
-        build_from_checkpoint(state),
-        state["config"],
-        len(list(folder.glob("fold*/best.pt"))) if place.name == "fold1" else 1,
-    )
+    folder = Path(folder)
+    predictions, classes, decided = read_predictions(folder / "predictions.csv")
+    results = read_results(folder / "test_metrics.json")
+    home = _home(folder, results)
+    settings = read_json(home / "config.json")
+    config = from_dict(settings) if settings else None
+    return Run(folder, home, results, predictions, classes, decided, config)
 
 
 def read_runs(folders: Sequence[str]) -> list[Run]:
-    """Read the runs to compare and give them labels.
+    """Read runs that were tested on the same clips, sorted by clip.
 
     Raises:
         UserError: one of them cannot be read, or they cannot be compared.
     """
     if len({Path(folder).resolve() for folder in folders}) < max(2, len(folders)):
         raise UserError("give two runs at least, each once")
-    runs = [read_run(Path(folder)) for folder in folders]
-    for other in runs[1:]:
-        require_same_test(runs[0], other)
-    models = [run.config["model"] for run in runs]
-    labels = label_runs(models, [run.folder.resolve() for run in runs])
-    for run, label in zip(runs, labels, strict=True):
-        run.label = label
+    runs = [_sorted_by_clip(read_run(folder)) for folder in folders]
+    for run in runs[1:]:
+        check_same_test_set(runs[0], run)
     return runs
 
 
-def require_same_test(one: Run, other: Run) -> None:
+def check_same_test_set(first: Run, second: Run) -> None:
     """Refuse runs that were tested on different clips or classes.
 
     Raises:
         UserError: with the numbers of clips, and the remedy.
     """
-    if one.classes != other.classes:
+    if first.classes != second.classes:
         raise UserError(
-            f"{one.folder} has the classes {', '.join(map(repr, one.classes))}, but {other.folder} "
-            f"has {', '.join(map(repr, other.classes))}: compare runs that were trained with the "
-            "same --classes in the same order"
+            f"{first.folder} has the classes {', '.join(map(repr, first.classes))}, but "
+            f"{second.folder} has {', '.join(map(repr, second.classes))}: compare runs that were "
+            "trained with the same --classes in the same order"
         )
-    here, there = Counter(one.clips), Counter(other.clips)
-    if here != there:
+    clips, others = Counter(first.clip_keys), Counter(second.clip_keys)
+    if clips != others:
         raise UserError(
-            f"{one.folder} and {other.folder} were tested on different clips (path and label): "
-            f"{(here - there).total()} only in the first, {(there - here).total()} only in the "
+            f"{first.folder} and {second.folder} were tested on different clips (path and label): "
+            f"{(clips - others).total()} only in the first, {(others - clips).total()} only in the "
             "second, {} in both: test both on the same manifest (python evaluate.py RUN --csv "
-            "MANIFEST) and compare the folders that it makes".format((here & there).total())
+            "MANIFEST) and compare the folders that it makes".format((clips & others).total())
         )
 
 
-def label_runs(models: Sequence[str], folders: Sequence[Path]) -> list[str]:
-    """The models' names; runs of the same model have as much of their folder's path as they need.
+def run_labels(models: Sequence[str], folders: Sequence[Path]) -> list[str]:
+    """A label per run: the model's name, and for several runs of a model as much of the folder's
+    path as distinguishes them.
 
     Args:
         folders: absolute, no two the same.
@@ -133,21 +136,50 @@ def label_runs(models: Sequence[str], folders: Sequence[Path]) -> list[str]:
     return labels
 
 
-def known_patients(runs: Sequence[Run]) -> np.ndarray:
-    """`(N,)` each clip's patient, None where unknown, by the run that knows the most."""
-    found = [run.predictions.units("patient") for run in runs]
-    return max(found, key=lambda patients: sum(patient is not None for patient in patients))
+def patients_of(runs: Sequence[Run]) -> np.ndarray:
+    """`(N,)` the patient of each clip or None, from the run that knows most patients."""
+    patients = [run.predictions.groups("patient") for run in runs]
+    return max(patients, key=lambda names: sum(name is not None for name in names))
 
 
-def _identity(row: ClipRow) -> tuple[str, int]:
-    """A clip's path, wherever it was given relative to, and its label."""
-    return os.path.abspath(row.path), row.label
+def read_json(path: Path) -> dict[str, Any]:
+    """The content of a JSON file of this project; empty if there is no file.
 
-
-def _read_facts(path: Path) -> dict[str, Any]:
+    Raises:
+        UserError: it is damaged.
+    """
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return {}
-    except ValueError:
-        raise UserError(f"{path}: is damaged: evaluate again") from None
+    except ValueError as error:
+        raise UserError(f"{path}: not JSON: {error}") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: not one of this project's files")
+    return content
+
+
+def _home(folder: Path, results: Mapping[str, Any]) -> Path:
+    """The folder of the run that results belong to: evaluate.py writes into another one."""
+    if (folder / "config.json").exists():
+        return folder
+    checkpoint = Path(results.get("checkpoint") or folder)
+    for path in (checkpoint, checkpoint.parent, folder.resolve().parent):
+        if (path / "config.json").exists():
+            return path
+    return folder
+
+
+def _sorted_by_clip(run: Run) -> Run:
+    """The same run with its clips in an order that does not depend on a file's order."""
+    keys = run.clip_keys
+    order = sorted(range(len(keys)), key=lambda i: keys[i])
+    rows = [run.predictions.rows[i] for i in order]
+    predictions = Predictions(rows, run.predictions.probabilities[order])
+    return Run(
+        run.folder, run.home, run.results, predictions, run.classes, run.decided[order], run.config
+    )
+
+
+def _clip_key(row: ClipRow) -> tuple[str, int]:
+    return os.path.abspath(row.path), row.label

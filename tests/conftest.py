@@ -1,29 +1,31 @@
 """The fixtures that tests share; plain functions and constants are in helpers.py."""
 
+import fcntl
 import inspect
+import io
 import os
 import shutil
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from helpers import CHROMIUM, Ended, Mistake, make_data, only_run, run_script, train_flags
+from helpers import CHROMIUM, Ended, Mistake, make_data, only_run, train_flags
 
 from utils.allocator import SWITCH
 
-# The tests run in as many processes as there are cores (pyproject.toml): one thread for each, and
-# for each script that they start.
+# The tests run in as many processes as there are cores (pyproject.toml), so each process and each
+# script that it starts gets one thread.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")
 def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Three classes, 6 + 3 + 3 clips a class, read-only."""
+    """Three classes with 6 + 3 + 3 clips each; read-only."""
     root = tmp_path_factory.mktemp("tiny data")  # a path with a space, on purpose
     return make_data(root, ("dark", "grey", "light"), {"train": 6, "val": 3, "test": 3})
 
@@ -38,18 +40,32 @@ def real() -> Path:
 
 
 @pytest.fixture(scope="session")
-def trained(
-    tiny_data: Path, tmp_path_factory: pytest.TempPathFactory
-) -> tuple[Path, subprocess.CompletedProcess]:
-    """The run of `train_flags` that nobody disturbed, and what it printed."""
-    folder = tmp_path_factory.mktemp("trained")
-    done = run_script("train.py", *train_flags(tiny_data), cwd=folder)
-    return only_run(folder), done
+def trained(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """The uninterrupted training run of `train_flags`, and what it printed; read-only.
+
+    The processes of a test session share it: the first one that needs it trains it.
+    """
+    from train import main
+
+    shared = tmp_path_factory.getbasetemp()
+    shared = shared.parent if "PYTEST_XDIST_WORKER" in os.environ else shared
+    folder, output = shared / "trained", shared / "trained.txt"
+    with open(shared / "trained.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not output.exists():
+            folder.mkdir()
+            with pytest.MonkeyPatch.context() as patch, redirect_stdout(io.StringIO()) as stdout:
+                patch.chdir(folder)
+                patch.setenv(SWITCH, "default")
+                patch.setattr(sys, "argv", ["train.py", *train_flags(tiny_data)])
+                main()
+            output.write_text(stdout.getvalue())
+    return only_run(folder), output.read_text()
 
 
 @pytest.fixture
 def run_main(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> Callable:
-    """Call a script's `main` in this process: as `run_script`, which takes seconds to start one."""
+    """Call a script's `main` in this process; `run_script` takes seconds to start another one."""
 
     def call(main: Callable[[], None], *arguments: object, cwd: Path, code: int = 0) -> Ended:
         monkeypatch.chdir(cwd)
@@ -71,6 +87,13 @@ def run_main(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> 
 
 
 @pytest.fixture
+def no_figures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Training in this process draws nothing, which takes longer than training a tiny model."""
+    monkeypatch.setattr("train._draw_curves", lambda *_: None)
+    monkeypatch.setattr("evaluation.plots.plot_confusion", lambda *_: None)
+
+
+@pytest.fixture
 def mistake(run_main: Callable) -> Callable:
     """Call a script's `main` in this process with wrong arguments."""
 
@@ -81,16 +104,13 @@ def mistake(run_main: Callable) -> Callable:
     return call
 
 
-# All texts whose contrast with what is behind them is below 4.5 (WCAG 2, AA).
-
-
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
     """Headless Chromium, or a skipped test."""
     sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
     chromium = shutil.which("chromium")
     if not chromium:
-        pytest.skip("chromium is not installed: the page was not looked at in a browser")
+        pytest.skip("chromium is not installed: the page was not opened in a browser")
     with sync_api.sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=chromium, args=CHROMIUM)
         yield browser

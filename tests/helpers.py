@@ -1,9 +1,15 @@
-"""What the tests share: tiny clips, tiny manifests, scripts run as subprocesses, real files."""
+"""What the tests share: tiny clips, manifests, models and training runs, and started scripts."""
 
+import atexit
 import csv
+import math
+import multiprocessing
 import os
 import subprocess
 import sys
+import traceback
+from collections.abc import Callable, Sequence
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import NamedTuple
 
@@ -11,9 +17,17 @@ import numpy as np
 import pandas as pd
 import torch
 from torch import nn
+from torch.utils.data import DataLoader
 from torchvision.transforms.v2 import functional as tv
 
+from config import TrainConfig
 from modeling.frame_encoder import decode_motion
+from models import MODELS
+from training.checks import resolve
+from training.engine import train_one_epoch
+from training.losses import Criterion
+from training.optim import ModelEma, cosine_with_warmup, param_groups
+from training.state import Progress, TrainState
 from tsm_resnet import TSM
 from video.encoder import write_video
 
@@ -34,7 +48,7 @@ def make_clip(path: Path, brightness: int, frames: int = 20, size: int = 32, see
 def make_data(
     root: Path, classes: tuple[str, ...], clips: dict[str, int], frames: int = 20
 ) -> Path:
-    """Manifests with `clips[split]` tiny clips a class; each split has patients of its own."""
+    """Manifests with `clips[split]` tiny clips per class; each split has patients of its own."""
     for split, count in clips.items():
         with open(root / f"{split}.csv", "w", newline="", encoding="utf-8") as file:
             writer = csv.writer(file)
@@ -52,8 +66,8 @@ def make_data(
 # fmt: off
 TINY_FLAGS = [  # ViViT is the smallest of the models: a quarter of TSM's time for a step
     "--classes", "dark", "grey", "light", "--weights", "none", "--image-size", "32",
-    "--model", "vivit", "--n-frames", "4", "--batch-size", "6", "--learning-rate", "1e-3",
-    "--workers", "0", "--amp", "fp32", "--device", "cpu",
+    "--model-name", "vivit", "--n-frames", "4", "--batch-size", "6", "--learning-rate", "1e-3",
+    "--num-workers", "0", "--precision", "fp32", "--device", "cpu",
 ]
 # fmt: on
 
@@ -78,10 +92,105 @@ def run_script(
     return done
 
 
+_FORKSERVER = multiprocessing.get_context("forkserver")
+_FORKSERVER.set_forkserver_preload(["train"])  # once, instead of in each of the processes
+
+
+def start_training(folder: Path, *arguments: object, **environment: str) -> BaseProcess:
+    """Run train.py in a process and process group of its own, which signals can disturb.
+
+    Its output goes to out.txt in the folder.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    process = _FORKSERVER.Process(
+        target=_train_in, args=(folder, list(map(str, arguments)), environment)
+    )
+    process.start()
+    return process
+
+
+def _train_in(folder: Path, arguments: Sequence[str], environment: dict[str, str]) -> None:
+    from train import main
+
+    os.environ.update(environment)
+    os.setsid()
+    os.chdir(folder)
+    multiprocessing.set_start_method("fork", force=True)  # of loaders' workers, as in a script
+    torch.set_num_threads(1)
+    # It stays open until the end, because multiprocessing flushes it.
+    output = open("out.txt", "a", buffering=1)  # noqa: SIM115
+    sys.argv, sys.stdout, sys.stderr = ["train.py", *arguments], output, output
+    try:
+        main()
+    except Exception:
+        traceback.print_exc()
+        raise
+    finally:
+        atexit._run_exitfuncs()  # a process of multiprocessing ends without
+
+
 def train_flags(data: Path, *more: object) -> list[str]:
-    """Of a tiny training of four epochs."""
+    """The flags of a tiny training run of four epochs."""
     own = ["--data-root", str(data), "--epochs", "4", "--dropout", "0.2"]
     return [*own, *TINY_FLAGS, *map(str, more)]
+
+
+def tiny_config(data: Path, **settings: object) -> TrainConfig:
+    """A resolved config for `tiny_data`: a ViViT on the CPU, three batches per epoch."""
+    tiny = {"data_root": str(data), "classes": ("dark", "grey", "light"), "weights": "none"}
+    tiny |= {"model_name": "vivit", "n_frames": 4, "image_size": 32, "batch_size": 6}
+    tiny |= {"num_workers": 0, "precision": "fp32", "device": "cpu"}
+    return resolve(TrainConfig(**{**tiny, **settings}))
+
+
+def make_model(name: str, num_classes: int = 7, **options: object) -> nn.Module:
+    """A model with options of its constructor, also with those that no setting has."""
+    return MODELS[name](num_classes, **options)
+
+
+def make_state(
+    config: TrainConfig, model: nn.Module, batches: int = 3, class_counts: Sequence[int] = ()
+) -> TrainState:
+    """The state of a training run on the CPU, made as in train.py.
+
+    Args:
+        batches: number of batches per epoch.
+    """
+    rate = config.learning_rate
+    groups = param_groups(model, rate, config.weight_decay, config.layer_decay)
+    optimizer = torch.optim.AdamW(groups, lr=rate, fused=True)
+    steps = math.ceil(batches / config.gradient_accumulation_steps)
+    scheduler = cosine_with_warmup(
+        optimizer, config.epochs * steps, int(config.warmup_epochs * steps)
+    )
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    ema = ModelEma(model, config.ema_decay) if config.ema_decay else None
+    progress = Progress(batches)
+    return TrainState(config, model, optimizer, scheduler, scaler, ema, progress, class_counts)
+
+
+def train_epoch(
+    state: TrainState, loader: DataLoader, check_interrupt: Callable[[], None] = lambda: None
+) -> None:
+    """Train on what is left of the epoch; it is not counted as finished."""
+    train_one_epoch(
+        state.model,
+        Criterion(state.config, state.class_counts),
+        state.optimizer,
+        state.scheduler,
+        state.scaler,
+        loader,
+        torch.device("cpu"),
+        state.config,
+        state.progress,
+        state.ema,
+        check_interrupt=check_interrupt,
+    )
+
+
+def same_tensors(first: dict, second: dict) -> bool:
+    """Whether two state dicts hold the same values, bit for bit."""
+    return first.keys() == second.keys() and all(torch.equal(first[k], second[k]) for k in first)
 
 
 def only_run(folder: Path) -> Path:
@@ -102,12 +211,13 @@ class Ended(NamedTuple):
 
 
 class Mistake(NamedTuple):
-    """How a script ended that could not do what it was told."""
+    """How a script ended that was given wrong arguments."""
 
     code: int
     stderr: str
 
 
+# Flags of the headless browser in the tests of pages.
 CHROMIUM = (
     "--no-sandbox",
     "--disable-gpu",
@@ -119,6 +229,7 @@ CHROMIUM = (
 )
 
 
+# Names of classes and patients that break pages that are not escaped.
 HOSTILE = (
     "<script>alert(1)</script>",
     '"><img src=x onerror=alert(1)>',
@@ -130,6 +241,8 @@ HOSTILE = (
 )
 
 
+# JavaScript: the number of texts of a page, and those whose contrast with what is behind them is
+# below 4.5 (WCAG 2, level AA).
 PALE_TEXTS = """() => {
   const parse = text => {
     const n = text.match(/[\\d.]+/g).map(Number);
@@ -167,7 +280,7 @@ SIDE = 96
 
 
 def scene(height: int, width: int) -> np.ndarray:
-    """A still, large picture with details at several scales, `(height, width, 3)` uint8."""
+    """A still, large image with details at several scales, `(height, width, 3)` uint8."""
     generator = torch.Generator().manual_seed(0)
     total = torch.zeros(3, height, width)
     for cells in (16, 8, 4):
@@ -178,7 +291,7 @@ def scene(height: int, width: int) -> np.ndarray:
 
 
 def pan(right: int, down: int, frames: int = 12, height: int = SIDE, width: int = SIDE):
-    """Frames whose content moves by so many pixels a frame."""
+    """Frames whose content moves by this many pixels per frame."""
     still = scene(height + abs(down) * frames, width + abs(right) * frames)
     tops = [(frames - 1 - t if down > 0 else t) * abs(down) for t in range(frames)]
     lefts = [(frames - 1 - t if right > 0 else t) * abs(right) for t in range(frames)]
@@ -201,7 +314,7 @@ def clips(*shape: int, seed: int = 0) -> torch.Tensor:
 
 
 def lively(**options: object) -> TSM:
-    """A random model in eval mode, its BatchNorm statistics those of some clips.
+    """A random TSM in eval mode whose BatchNorm statistics are those of some clips.
 
     With fresh statistics the signal fades or explodes: all models would give the same logits.
     """

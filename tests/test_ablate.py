@@ -12,73 +12,78 @@ from helpers import TINY_FLAGS
 
 import ablate
 import evaluate
-from ablate import AblateConfig, put_section
+from ablate import AblateConfig
 from checkpoint import load_checkpoint
 from config import TrainConfig
-from evaluation.ablation import ADJUSTED, LEVERS
+from evaluation.ablation import ABLATIONS, POST_HOC
 from evaluation.predictions import read_predictions
 from training.checks import resolve
 from utils.errors import UserError
 
 FLAGS = [
-    *TINY_FLAGS, "--model", "cnn_lstm", "--lstm-hidden", 4, "--freeze-to", "layer4",
-    "--epochs", 1, "--seeds", 0, 1, "--tau", 0,
+    *TINY_FLAGS, "--model-name", "cnnlstm", "--lstm-hidden", 4, "--freeze-until", "layer4",
+    "--epochs", 1, "--seeds", 0, 1, "--sampler-tau", 0,
 ]  # fmt: skip
 
 
 def flags(data: Path, folder: Path, *more: object) -> list[object]:
     store = folder / "features"
-    return [*FLAGS, "--data-root", data, "--features", store, "--output", folder / "study", *more]
+    return [
+        *FLAGS,
+        "--data-root",
+        data,
+        "--feature-cache",
+        store,
+        "--output",
+        folder / "study",
+        *more,
+    ]
 
 
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("train.plot_curves", lambda *_: None)
+    monkeypatch.setattr("evaluation.plots.plot_curves", lambda *_: None)
 
 
-@pytest.mark.parametrize("lever", LEVERS)
-def test_every_lever_is_a_recipe_that_can_work(lever: str) -> None:
-    model = "vivit" if "drop_path" in LEVERS[lever] else "cnn_lstm"
-    base = TrainConfig(model=model)
-    resolve(dataclasses.replace(base, **LEVERS[lever]))
+@pytest.mark.parametrize("ablation", ABLATIONS)
+def test_every_ablation_can_work(ablation: str) -> None:
+    model = "vivit" if "drop_path" in ABLATIONS[ablation] else "cnnlstm"
+    base = TrainConfig(model_name=model)
+    resolve(dataclasses.replace(base, **ABLATIONS[ablation]))
     known = {field.name for field in dataclasses.fields(TrainConfig)}
-    assert set(LEVERS[lever]) <= known
+    assert set(ABLATIONS[ablation]) <= known
 
 
 @pytest.mark.usefixtures("quick")
 def test_trains_what_is_left_and_writes_the_table(
     tiny_data: Path, tmp_path: Path, run_main: Callable
 ) -> None:
-    results = tmp_path / "RESULTS.md"
-    results.write_text("# Results\n\nabove\n")
-    levers = ["--levers", "label smoothing", "--into", results, "--name", "tiny"]
-    run_main(ablate.main, *flags(tiny_data, tmp_path, *levers), cwd=tmp_path)
+    chosen = ["--ablations", "label smoothing"]
+    run_main(ablate.main, *flags(tiny_data, tmp_path, *chosen), cwd=tmp_path)
     study = tmp_path / "study"
     runs = sorted(path.parent for path in study.glob("*/*/test_metrics.json"))
     assert [str(run.relative_to(study)) for run in runs] == [
-        "label_smoothing/seed0", "label_smoothing/seed1", "recipe/seed0", "recipe/seed1",
+        "baseline/seed0", "baseline/seed1", "label_smoothing/seed0", "label_smoothing/seed1",
     ]  # fmt: skip
     seeds = [load_checkpoint(run)["config"]["seed"] for run in runs]
     assert seeds == [0, 1, 0, 1]
     table = pd.read_csv(study / "study.csv")
-    assert table["lever"].tolist() == ["recipe", "label smoothing", *ADJUSTED]
-    scores = [read_predictions(run / "predictions.csv")[0].scores["macro_f1"] for run in runs[2:]]
+    assert table["ablation"].tolist() == ["baseline", "label smoothing", *POST_HOC]
+    scores = [read_predictions(run / "predictions.csv")[0].scores["macro_f1"] for run in runs[:2]]
     assert table["macro_f1"][0] == pytest.approx(np.mean(scores))
     # Balanced classes: adjusting changes nothing.
-    assert table["macro_f1 gain"][2:].tolist() == [0, 0]
-    text = results.read_text()
-    assert text.startswith("# Results\n\nabove\n")
-    assert text.count("<!-- ablate: tiny -->") == text.count("<!-- end: tiny -->") == 1
-    assert f"| recipe | {table['accuracy'][0]:.3f} +-" in text
+    assert table["macro_f1 delta"][2:].tolist() == [0, 0]
+    text = (study / "study.md").read_text()
+    assert f"| baseline | {table['accuracy'][0]:.3f} +-" in text
     assert (study / "study.png").stat().st_size > 10_000
 
     before = {run: (run / "best.pt").stat().st_mtime_ns for run in runs}
     (runs[0] / "test_metrics.json").unlink()  # as if it had been killed in its test
-    run_main(ablate.main, *flags(tiny_data, tmp_path, *levers), cwd=tmp_path)
+    run_main(ablate.main, *flags(tiny_data, tmp_path, *chosen), cwd=tmp_path)
     after = {run: (run / "best.pt").stat().st_mtime_ns for run in runs}
     assert {run for run in runs if after[run] != before[run]} <= {runs[0]}
     assert (runs[0] / "test_metrics.json").exists()
-    assert results.read_text() == text
+    assert (study / "study.md").read_text() == text
 
 
 @pytest.mark.usefixtures("quick")
@@ -94,15 +99,15 @@ def test_adjusting_afterwards_is_evaluates(
         table["path"] = [str(tiny_data / "clips" / path) for path in table["path"]]
         table.to_csv(uneven / f"{split}.csv", index=False)
     run_main(
-        ablate.main, *flags(uneven, tmp_path, "--levers", "recipe", "--seeds", 0), cwd=tmp_path
+        ablate.main, *flags(uneven, tmp_path, "--ablations", "baseline", "--seeds", 0), cwd=tmp_path
     )
-    run = tmp_path / "study" / "recipe" / "seed0"
-    run_main(evaluate.main, run, "--adjust", 1, "--workers", 0, cwd=tmp_path)
-    wanted, _ = read_predictions(run / "evaluate_test_adjust1" / "predictions.csv")
+    run = tmp_path / "study" / "baseline" / "seed0"
+    run_main(evaluate.main, run, "--logit-adjust-tau", 1, "--num-workers", 0, cwd=tmp_path)
+    wanted, *_ = read_predictions(run / "evaluate_test_adjusted1" / "predictions.csv")
     found = ablate._adjusted(run, 1.0)
     assert [row.path for row in found.rows] == [row.path for row in wanted.rows]
     np.testing.assert_allclose(found.probabilities, wanted.probabilities, atol=1e-3)
-    plain, _ = read_predictions(run / "predictions.csv")
+    plain, *_ = read_predictions(run / "predictions.csv")
     assert abs(plain.probabilities - wanted.probabilities).max() > 0.01
 
 
@@ -114,55 +119,43 @@ def test_mistakes_are_told_before_any_training(
         assert code == 2
         return stderr
 
-    monkeypatch.setattr("ablate._run", lambda *_: pytest.fail("it trained"))
-    assert "no lever is called 'magic'" in told("--levers", "magic")
+    monkeypatch.setattr("ablate._train", lambda *_: pytest.fail("it trained"))
+    assert "no ablation is called 'magic'" in told("--ablations", "magic")
     assert "seed: give --seeds" in told("--seed", 5)
-    said = told("--levers", "cutmix", "focal loss", "ResNet-50", "--weights", "none")
-    assert "cutmix: these settings cannot work: cutmix cuts pictures" in said
+    said = told("--ablations", "cutmix", "focal loss", "ResNet-50", "--weights", "none")
+    assert "cutmix: these settings cannot work: cutmix_alpha cuts pixels" in said
     assert "focal loss" not in said
-    assert "LSTM: it is what the recipe does" in told("--levers", "LSTM")
+    assert "LSTM: the baseline does this already" in told("--ablations", "LSTM")
     assert "none twice" in told("--seeds", 1, 1)
-    said = told("--levers", "focal loss", "--label-smoothing", 0.05)
+    said = told("--ablations", "focal loss", "--label-smoothing", 0.05)
     assert "focal loss: these settings cannot work: label_smoothing is a setting of loss" in said
     study = tmp_path / "study"
     study.mkdir()
     config = AblateConfig(data_root=str(tiny_data), classes=("dark", "grey", "light"))
-    ablate._hold_to_recipe(config, study)
+    ablate.hold_to_baseline(config, study)
     recipe = json.loads((study / "recipe.json").read_text())
     (study / "recipe.json").write_text(json.dumps({**recipe, "lstm_hidden": 77}))
     with pytest.raises(UserError, match=r"its runs had lstm_hidden 77, not 512"):
-        ablate._hold_to_recipe(config, study)
-    del recipe["ema"]  # of a version that had none: as good as its default
+        ablate.hold_to_baseline(config, study)
+    del recipe["ema_decay"]  # of a version that had none: as good as its default
     (study / "recipe.json").write_text(json.dumps(recipe))
-    ablate._hold_to_recipe(config, study)
-    with pytest.raises(UserError, match=r"its runs had ema 0\.0, not 0\.9"):
-        ablate._hold_to_recipe(dataclasses.replace(config, ema=0.9), study)
+    ablate.hold_to_baseline(config, study)
+    with pytest.raises(UserError, match=r"its runs had ema_decay 0\.0, not 0\.9"):
+        ablate.hold_to_baseline(dataclasses.replace(config, ema_decay=0.9), study)
 
 
-def test_a_lever_that_changed_is_not_taken_for_done(
+def test_an_ablation_that_changed_is_not_taken_for_done(
     tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = AblateConfig(data_root=str(tiny_data), classes=("dark", "grey", "light"))
     place = tmp_path / "mixup" / "seed0"
     place.mkdir(parents=True)
-    settings = ablate._settings(config, "mixup", 0)
-    assert not ablate._finished(place, settings)
+    settings = ablate.ablation_settings(config, "mixup", 0)
+    assert not ablate.is_finished(place, settings)
     (place / "test_metrics.json").write_text("{}")
     (place / "config.json").write_text(json.dumps(dataclasses.asdict(resolve(settings))))
-    assert ablate._finished(place, settings)
-    assert ablate._finished(place, dataclasses.replace(settings, workers=7))
-    monkeypatch.setitem(LEVERS, "mixup", {"mixup": 0.4})
-    with pytest.raises(UserError, match=r"was trained with mixup 0\.2, by now 0\.4"):
-        ablate._finished(place, ablate._settings(config, "mixup", 0))
-
-
-def test_a_section_is_put_in_once_and_replaced(tmp_path: Path) -> None:
-    path = tmp_path / "file.md"
-    put_section(path, "a", "one")
-    put_section(path, "b", "two")
-    path.write_text(path.read_text() + "\nafter\n")
-    put_section(path, "a", "three\nlines")
-    assert path.read_text() == (
-        "<!-- ablate: a -->\nthree\nlines\n<!-- end: a -->\n\n"
-        "<!-- ablate: b -->\ntwo\n<!-- end: b -->\n\nafter\n"
-    )
+    assert ablate.is_finished(place, settings)
+    assert ablate.is_finished(place, dataclasses.replace(settings, num_workers=7))
+    monkeypatch.setitem(ABLATIONS, "mixup", {"mixup_alpha": 0.4})
+    with pytest.raises(UserError, match=r"was trained with mixup_alpha 0\.2, not 0\.4"):
+        ablate.is_finished(place, ablate.ablation_settings(config, "mixup", 0))

@@ -1,6 +1,8 @@
 """benchmark_latency.py: what it counts is checked by hand; how fast things are is not tested."""
 
 import json
+import subprocess
+import sys
 import tempfile
 from importlib.util import find_spec
 from pathlib import Path
@@ -8,16 +10,15 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import torch
-from helpers import TINY_FLAGS, make_clip, run_script
+from helpers import ROOT, TINY_FLAGS, make_clip, make_model, run_script
 from torch import nn
 
-from benchmark_latency import BenchmarkConfig, Subject, count_gflops, main
+from benchmark_latency import BenchmarkConfig, ModelSpec, count_gflops, main
 from benchmark_latency import measure as measure_speed
 from benchmarks import speedups
 from benchmarks.speedups import Job, measure
 from benchmarks.timing import time_calls
 from cnn_lstm import CNNLSTM
-from models import build_model
 from train import main as train_main
 from utils.allocator import SWITCH
 from utils.errors import UserError
@@ -38,7 +39,7 @@ def test_flops_of_a_layer_by_hand() -> None:
 
 @pytest.mark.parametrize(("layers", "bidirectional"), [(1, False), (2, False), (2, True)])
 def test_lstm_has_its_own_term(layers: int, bidirectional: bool) -> None:
-    """PyTorch's counter sees it as nothing."""
+    """PyTorch's counter counts nothing for it."""
 
     class OnlyLSTM(nn.Module):
         def __init__(self) -> None:
@@ -54,13 +55,28 @@ def test_lstm_has_its_own_term(layers: int, bidirectional: bool) -> None:
 
 
 def test_gflops_of_the_published_sizes() -> None:
-    """ResNet-18 at 224 px is 3.63 GFLOPs a frame (2 x MAC); R(2+1)D-18 at 16 x 112 px 81.0."""
+    """ResNet-18 at 224 px is 3.63 GFLOPs per frame (2 x MAC); R(2+1)D-18 at 16 x 112 px 81.0."""
     clip = torch.zeros(1, 1, 3, 224, 224, dtype=torch.uint8)
-    assert count_gflops(build_model("tsm", 7).eval(), clip) == pytest.approx(3.63, abs=0.01)
-    lstm = count_gflops(CNNLSTM().eval(), clip) - count_gflops(build_model("tsm", 7).eval(), clip)
+    assert count_gflops(make_model("tsm_resnet").eval(), clip) == pytest.approx(3.63, abs=0.01)
+    lstm = count_gflops(CNNLSTM().eval(), clip) - count_gflops(
+        make_model("tsm_resnet").eval(), clip
+    )
     assert lstm * 16 == pytest.approx(0.067, abs=0.001)
     clip = torch.zeros(1, 16, 3, 112, 112, dtype=torch.uint8)
-    assert count_gflops(build_model("r2plus1d", 7).eval(), clip) == pytest.approx(81.0, abs=0.1)
+    assert count_gflops(make_model("r2plus1d").eval(), clip) == pytest.approx(81.0, abs=0.1)
+
+
+def test_help_is_light() -> None:
+    code = (
+        "import sys, benchmark_latency as script\n"
+        "sys.argv = ['benchmark_latency.py', '--help']\n"
+        "try:\n    script.main()\n"
+        "except SystemExit:\n    pass\n"
+        "assert not {'torch', 'torchvision', 'pandas', 'matplotlib', 'PIL'} & sys.modules.keys()"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "--model-names" in done.stdout
 
 
 def test_every_repeat_is_timed() -> None:
@@ -75,7 +91,7 @@ def test_script(tiny_data: Path, tmp_path: Path, run_main) -> None:
     run = next((tmp_path / "runs").iterdir())
     done = run_script(
         "benchmark_latency.py",
-        *("--models", "cnn_lstm", "vivit@48", run),
+        *("--model-names", "cnnlstm", "vivit@48", run),
         *("--image-size", 32, "--n-frames", 4, "--batch-size", 2, "--repeats", 2, "--warmup", 1),
         cwd=tmp_path,
     )
@@ -97,27 +113,28 @@ def test_script(tiny_data: Path, tmp_path: Path, run_main) -> None:
     assert markdown in done.stdout
 
 
-@pytest.mark.parametrize("inputs", ["rgb+vectors", "gradients"])
-def test_models_of_motion_are_timed(inputs: str) -> None:
-    """From the file on: also the motion is read."""
-    model = build_model("cnn_lstm", 3, inputs=inputs).eval()
-    item = Subject(inputs, model, 4, 32, {})
+@pytest.mark.parametrize("modality", ["rgb+mv", "rgbdiff"])
+def test_models_of_motion_are_timed(modality: str) -> None:
+    """From the file on, which includes reading the motion."""
+    model = make_model("cnnlstm", 3, modality=modality).eval()
+    spec = ModelSpec(modality, model, 4, 32, {})
     config = BenchmarkConfig(batch_size=2, repeats=2, warmup=1)
     with tempfile.TemporaryDirectory() as folder:
         video = make_clip(Path(folder) / "clip.mp4", 200)
-        row = measure_speed(item, video, config, torch.device("cpu"), torch.float32)
+        row = measure_speed(spec, video, config, torch.device("cpu"), torch.float32)
     assert row["Params (M)"] == pytest.approx(sum(p.numel() for p in model.parameters()) / 1e6)
-    one = count_gflops(model, torch.zeros(1, 4, model.channels, 32, 32, dtype=torch.uint8))
-    assert row["GFLOPs"] == pytest.approx(one, rel=0.01)
+    gflops = count_gflops(model, torch.zeros(1, 4, model.channels, 32, 32, dtype=torch.uint8))
+    assert row["GFLOPs"] == pytest.approx(gflops, rel=0.01)
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--models", "resnet"], "'resnet' is neither a model"),
-        (["--models", "tsm@big"], "after the @ stands the image size"),
+        (["--model-names", "resnet"], "'resnet' is neither a model"),
+        (["--model-names", "tsm_resnet@big"], "after the @ comes the image size"),
+        (["--models", "vivit"], "--models is now called --model-names"),
         (["--repeats", "0"], "repeats = 0: must be at least 1"),
-        (["--models", "vivit@50"], "must be a multiple"),
+        (["--model-names", "vivit@50"], "must be a multiple"),
     ],
 )
 def test_mistakes_are_one_line(arguments: list[str], message: str, tmp_path, mistake) -> None:
@@ -126,10 +143,10 @@ def test_mistakes_are_one_line(arguments: list[str], message: str, tmp_path, mis
     assert message in stderr
 
 
-def test_training_is_compared_way_by_way(monkeypatch) -> None:
+def test_variants_of_training_are_compared(monkeypatch) -> None:
     monkeypatch.setattr(speedups, "_measure_isolated", measure)  # in this process
-    table = speedups.compare("training", [("tsm", 32)], 2, 2, 1, "cpu")
-    assert table["way"].tolist() == ["eager fp32"] * 2 + ["train.py"] * 2
+    table = speedups.compare("training", [("tsm_resnet", 32)], 2, 2, 1, "cpu")
+    assert table["variant"].tolist() == ["eager fp32"] * 2 + ["train.py"] * 2
     assert table["malloc"].tolist() == ["default", "kept"] * 2
     speed = table["ms/clip"]
     assert table["x"].tolist() == pytest.approx((speed.iloc[0] / speed).tolist())
@@ -147,9 +164,9 @@ def test_a_measurement_is_a_process_of_its_own(monkeypatch) -> None:
         speedups._measure_isolated(Job("training", "train.py", "kept", "none", 1, 2, 32, 1, "cpu"))
 
 
-def test_all_ways_answer_alike() -> None:
-    def logits(way: str) -> torch.Tensor:
-        job = Job("inference", way, "default", "cnn_lstm", 2, 3, 32, 1, "cpu")
+def test_all_variants_give_the_same_logits() -> None:
+    def logits(variant: str) -> torch.Tensor:
+        job = Job("inference", variant, "default", "cnnlstm", 2, 3, 32, 1, "cpu")
         result = measure(job)
         assert result["seconds"] > 0
         return torch.tensor(result["logits"])

@@ -42,7 +42,7 @@ def test_model_equals_the_loop(layers: int, bidirectional: bool, pooling: str) -
         lstm_hidden=12, lstm_layers=layers, bidirectional=bidirectional, temporal_pooling=pooling
     )
     x = clips(2, 3, 3, 32, 32)
-    # A frame at a time: batched features would hide a mix-up of clips and frames.
+    # One frame at a time: features of a batch would hide a confusion of clips and frames.
     features = [[model.backbone(model.normalize(x[b : b + 1, t])) for t in range(3)]
                 for b in range(2)]  # fmt: skip
     out = torch.stack([torch.cat(frames) for frames in features])  # (B, T, 512)
@@ -97,7 +97,9 @@ def test_a_forward_lstm_is_causal_and_a_bidirectional_one_is_not() -> None:
     for bidirectional in (False, True):
         model = build(bidirectional=bidirectional, lstm_hidden=32)
         assert model.causal is not bidirectional
-        changed = (model.lstm(model.per_frame(other))[0] - model.lstm(model.per_frame(x))[0]).abs()
+        changed = (
+            model.lstm(model.frame_features(other))[0] - model.lstm(model.frame_features(x))[0]
+        ).abs()
         changed = changed.amax(dim=2)[0]  # (T,)
         assert (changed[4:] > 1e-4).all()
         assert bool((changed[:4] < 1e-6).all()) is not bidirectional
@@ -148,9 +150,9 @@ def test_without_an_lstm_the_features_are_pooled() -> None:
 
 
 @torch.no_grad()
-def test_a_grid_widens_what_the_lstm_reads() -> None:
-    model = build(grid=2, lstm_hidden=8)
+def test_spatial_pool_widens_what_the_lstm_reads() -> None:
+    model = build(spatial_pool=2, lstm_hidden=8)
     x = clips(1, 2, 3, 64, 64)
     assert model.lstm.input_size == 2048
-    wanted = model.backbone.embed(model.normalize(x)[0], grid=2)
-    torch.testing.assert_close(model.per_frame(x)[0], wanted, atol=1e-5, rtol=1e-4)
+    wanted = model.backbone(model.normalize(x)[0])
+    torch.testing.assert_close(model.frame_features(x)[0], wanted, atol=1e-5, rtol=1e-4)

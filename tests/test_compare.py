@@ -19,13 +19,14 @@ from checkpoint import save_checkpoint
 from clips.manifest import ClipRow
 from compare import pareto_front
 from config import TrainConfig
-from evaluation import bootstrap, metrics
+from evaluation import metrics
+from evaluation.bootstrap import paired_difference, score_intervals
 from evaluation.calibration import Calibration
 from evaluation.plots import plot_tradeoff
 from evaluation.predictions import Predictions, write_predictions
 from evaluation.results import write_results
-from evaluation.runs import label_runs
-from models import build_model_from_config
+from evaluation.runs import run_labels
+from models import build_model
 from utils.allocator import SWITCH
 from utils.files import write_json
 
@@ -57,16 +58,16 @@ def predict(clips: list[ClipRow], errors: float, seed: int) -> Predictions:
     return Predictions(clips, probabilities)
 
 
-def save_model(folder: Path, depth: int = 1, image_size: int = 32) -> None:
-    """A best.pt of a ViViT that is small enough to be built in no time."""
-    settings = dataclasses.asdict(
-        TrainConfig(model="vivit", classes=CLASSES, n_frames=2, image_size=image_size)
-    )
-    settings |= {"dim": 8, "depth": depth, "heads": 1, "dim_head": 8}
-    model = build_model_from_config(settings, len(CLASSES))
+def save_model(folder: Path, image_size: int = 32) -> None:
+    """A best.pt of a ViViT, the smallest of the models."""
+    config = TrainConfig(model_name="vivit", classes=CLASSES, n_frames=2, image_size=image_size)
+    model = build_model(config, len(CLASSES))
     state = {"model": model.state_dict(), "epoch": 1, "best": {}, "history": []}
     folder.mkdir(parents=True, exist_ok=True)
-    save_checkpoint(folder / "best.pt", {**state, "config": settings, "classes": list(CLASSES)})
+    save_checkpoint(
+        folder / "best.pt",
+        {**state, "config": dataclasses.asdict(config), "classes": list(CLASSES)},
+    )
 
 
 def write_test(
@@ -85,10 +86,9 @@ def save_run(
     folder: Path,
     predictions: Predictions,
     classes: tuple[str, ...] = CLASSES,
-    depth: int = 1,
     facts: dict | None = None,
 ) -> Path:
-    save_model(folder, depth)
+    save_model(folder)
     write_test(folder, predictions, classes, facts)
     return folder
 
@@ -98,7 +98,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Path]:
     """A bad run, a good one and one in between; read-only."""
     root = tmp_path_factory.mktemp("compared")
     for seed, name in enumerate(ERRORS):
-        save_model(root / name, depth=seed + 1)
+        save_model(root / name)
         write_results(predict(rows(), ERRORS[name], seed), CLASSES, root / name, [Calibration()])
     return tuple(root / name for name in ERRORS)
 
@@ -112,7 +112,7 @@ def call(tmp_path: Path, monkeypatch, capsys) -> Callable[..., tuple[pd.DataFram
     def run(*arguments: object) -> tuple[pd.DataFrame, str]:
         monkeypatch.setattr(sys, "argv", ["compare.py", *map(str, arguments), "--device", "cpu"])
         compare.main()
-        return pd.read_csv("comparison/comparison.csv"), capsys.readouterr().out
+        return pd.read_csv("runs/comparison/comparison.csv"), capsys.readouterr().out
 
     return run
 
@@ -125,7 +125,7 @@ def fails(call, capsys) -> Callable[..., str]:
         with pytest.raises(SystemExit) as caught:
             call(*arguments, "--no-speed")
         assert caught.value.code == 2
-        assert not Path("comparison").exists()
+        assert not Path("runs/comparison").exists()
         message = capsys.readouterr().err
         assert message.count("\n") == 1
         return message
@@ -137,7 +137,7 @@ def test_numbers_are_those_of_metrics_and_bootstrap(runs, call) -> None:
     table, _ = call(*runs, "--no-speed")
     said = [predict(rows(), share, seed) for seed, share in enumerate(ERRORS.values())]
     order = sorted(range(60), key=lambda n: str(rows()[n].path))
-    labels, patients = (array[order] for array in (said[0].labels, said[0].units("patient")))
+    labels, patients = (array[order] for array in (said[0].labels, said[0].groups("patient")))
     probabilities = [one.probabilities[order] for one in said]
     for n, column in enumerate(("accuracy", "macro_f1")):
         summaries = [metrics.summarize(one.confusion)[column] for one in said]
@@ -145,14 +145,16 @@ def test_numbers_are_those_of_metrics_and_bootstrap(runs, call) -> None:
         gaps = [summaries[1] - value for value in summaries]
         assert table[COLUMNS[2 + n]].tolist() == pytest.approx(gaps, abs=1e-15)
         for place, one in enumerate(probabilities):
-            expected = bootstrap.intervals(labels, one, patients)[column]["patients"]
+            expected = score_intervals(labels, one, patients)[column]["patients"]
             found = table.loc[place, [f"{COLUMNS[n]} low", f"{COLUMNS[n]} high"]].tolist()
             assert found == pytest.approx(expected, abs=1e-12)
-            expected = bootstrap.difference(labels, probabilities[1], one, patients)[column]
+            expected = paired_difference(labels, probabilities[1], one, patients)[column]
             found = table.loc[place, [f"{COLUMNS[2 + n]} low", f"{COLUMNS[2 + n]} high"]].tolist()
             assert found == pytest.approx(expected, abs=1e-12)
     assert table["Macro F1: best - this low"][0] > 0  # far behind: not by chance
-    assert table["Params (M)"].is_monotonic_increasing  # depths 1, 2 and 3
+    config = TrainConfig(model_name="vivit", n_frames=2, image_size=32)
+    parameters = sum(p.numel() for p in build_model(config, 3).parameters())
+    assert table["Params (M)"].tolist() == [parameters / 1e6] * 3
 
 
 def test_differences_are_paired(runs, call, tmp_path: Path) -> None:
@@ -192,7 +194,7 @@ def test_best_by_another_score(call, tmp_path: Path) -> None:
     ("patients", "message", "intervals"),
     [
         ((None,), "treat clips as independent and are too narrow", True),
-        (("Seacole",), "One patient does not tell how patients differ", False),
+        (("Seacole",), "One patient does not show how patients differ", False),
         (("Seacole", None, "Barton", "Cavell"), "12 clips of unknown patients", True),
     ],
 )
@@ -217,19 +219,23 @@ def test_patients_that_only_one_run_knows(call, runs, tmp_path: Path) -> None:
 
 def test_evaluation_and_cross_validation(call, runs, tmp_path: Path) -> None:
     folder = tmp_path / "run"
-    save_model(folder, depth=3)
-    facts = {"views": 3, "shuffle_frames": True, "warnings": ["Nightingale is in two splits"]}
+    save_model(folder, image_size=48)
+    facts = {
+        "views": 3,
+        "shuffle_frames": True,
+        "warnings": [{"kind": "leakage", "text": "Nightingale is in two splits"}],
+    }
     predictions = predict(rows(), 0.2, 4)
     write_test(folder / "evaluate_test", predictions, facts=facts)
     for fold in (1, 2):
-        save_model(tmp_path / f"cv/fold{fold}", depth=2)
-    write_test(tmp_path / "cv", predict(rows(), 0.2, 5))
+        save_model(tmp_path / f"cv/fold{fold}")
+    write_test(tmp_path / "cv", predict(rows(), 0.2, 5), facts={"folds": [{}, {}]})
     arguments = [folder / "evaluate_test", tmp_path / "cv", "--repeats", 1, "--batch-size", 2]
     table, text = call(*arguments)
     assert table["Model"].tolist() == ["vivit (evaluate_test)", "vivit (cv)"]
     assert table["Params (M)"][0] > table["Params (M)"][1]
     assert table["Views"].tolist() == [3, 1]
-    assert "vivit (evaluate_test): 3 looks at each clip, all of them timed" in text
+    assert "vivit (evaluate_test): 3 views of each clip, all of them timed" in text
     assert "vivit (evaluate_test): was tested on shuffled frames" in text
     assert "vivit (cv): scores of 2 models" in text
     assert "Nightingale" not in text
@@ -277,7 +283,7 @@ def test_settings_that_cannot_work(runs, fails) -> None:
 
 def test_without_speed_there_is_no_picture(runs, call) -> None:
     table, text = call(*runs, "--no-speed")
-    assert {path.name for path in Path("comparison").iterdir()} == {
+    assert {path.name for path in Path("runs/comparison").iterdir()} == {
         "comparison.csv",
         "comparison.md",
     }
@@ -287,12 +293,14 @@ def test_without_speed_there_is_no_picture(runs, call) -> None:
 
 def test_labels_tell_runs_apart() -> None:
     folders = [Path(name) for name in ("/a/x", "/a/y/test", "/a/z/test", "/b/x", "/c/new\nline")]
-    assert label_runs(["vivit", "tsm", "tsm", "tsm", "tsm"], folders) == [
+    assert run_labels(
+        ["vivit", "tsm_resnet", "tsm_resnet", "tsm_resnet", "tsm_resnet"], folders
+    ) == [
         "vivit",
-        "tsm (y/test)",
-        "tsm (z/test)",
-        "tsm (x)",
-        "tsm (new line)",
+        "tsm_resnet (y/test)",
+        "tsm_resnet (z/test)",
+        "tsm_resnet (x)",
+        "tsm_resnet (new line)",
     ]
 
 
@@ -350,7 +358,7 @@ def test_script(runs, tmp_path: Path) -> None:
         assert part in header
     assert "2 rounds in turn" in header
     assert "throughput at batch 8" in text
-    assert "intervals of a difference is for that difference by itself" in text
+    assert "intervals of a difference is for that difference alone" in text
     everything = done.stdout + done.stderr + (tmp_path / "out/comparison.csv").read_text()
     assert not any(name in everything for name in PATIENTS)
     assert json.loads((runs[0] / "test_metrics.json").read_text())["patients"] == 5
@@ -359,7 +367,7 @@ def test_script(runs, tmp_path: Path) -> None:
 def test_a_busy_machine_is_told(runs, call, monkeypatch) -> None:
     for seconds, told in (([1.0, 1.1, 0.9], False), ([1.0, 1.0, 4.0], True)):
         times = {"0": np.ones(3), "1": np.array(seconds)}
-        monkeypatch.setattr(compare, "interleave", lambda *_, times=times: times)
+        monkeypatch.setattr("benchmarks.timing.interleave", lambda *_, times=times: times)
         table, text = call(*runs[:2], "--batch-size", 2)
         assert ("UNSTEADY" in text) == told
         assert table["Median (ms/clip)"].tolist() == [500, 500]

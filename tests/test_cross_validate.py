@@ -77,12 +77,12 @@ def test_pooled_numbers_are_those_of_all_predictions(finished) -> None:
     assert found["patients"] == 6
     assert found["split"] == "out of 3 folds"
     thresholds = {
-        name: Calibration.from_state(load_checkpoint(run / name)["calibration"]).lowest_answered
+        name: Calibration.from_state_dict(load_checkpoint(run / name)["calibration"]).min_confidence
         for name in ("fold1", "fold2", "fold3")
     }
     confidence = table[[f"p_{name}" for name in CLASSES]].max(axis=1)
     answered = confidence >= table["fold"].map(thresholds)
-    assert ((table["answer"] != "uncertain") == answered).all()
+    assert ((table["decision"] != "uncertain") == answered).all()
     assert found["selective"]["coverage"] == pytest.approx(answered.mean())
     assert "all clips, each tested by the model that did not see it" in said
 
@@ -175,7 +175,7 @@ def test_folds_are_taken_in_order(tmp_path: Path) -> None:
         (["--data-root", "."], "folds = '': holds no fold1"),
         (["--folds", "nowhere", "--data-root", "."], "folds = 'nowhere': holds no fold1"),
         (["--folds", "{folds}"], "data_root: name the folder of the clips"),
-        (["--folds", "{folds}", "--data-root", "."], "fold1: the manifests need mending"),
+        (["--folds", "{folds}", "--data-root", "."], "fold1: the manifests have problems"),
         (["--folds", "{folds}", "--data-root", "{data}", "--epochs", "0"], "epochs = 0"),
         (["--resume", "nowhere"], "nowhere/config.json: not the settings"),
         (["--resume", "{run}", "--epochs", "7"], "epochs is 2, not 7"),

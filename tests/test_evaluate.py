@@ -3,22 +3,23 @@
 import json
 import shutil
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
-from helpers import TINY_FLAGS, run_script
+from helpers import run_script
 from torch import nn
 from torch.utils.data import DataLoader
 
 from checkpoint import load_checkpoint
+from clips.corruptions import CORRUPTIONS
 from clips.manifest import ClipRow, read_manifest
-from dataset import ClipsDataset, ReportingDataset, collate
-from evaluate import main
-from evaluation.calibration import Calibration, temper
+from dataset import ClipsDataset, collate
+from evaluate import CorruptionName, main
+from evaluation.calibration import Calibration, apply_temperature
 from evaluation.predictions import Predictions
-from predict import PredictConfig, make_recipe
 from training.engine import evaluate
 from utils.errors import UserError
 
@@ -36,26 +37,23 @@ class Brightness(nn.Module):
 
 
 @pytest.fixture(scope="module")
-def run(tiny_data: Path, tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("evaluated")
-    run_script("train.py", "--data-root", tiny_data, *TINY_FLAGS, "--epochs", 2, cwd=folder)
-    return next((folder / "runs").iterdir())
+def run(trained, tmp_path_factory) -> Path:
+    """A run folder of this file's own, because evaluate.py writes into it."""
+    return Path(shutil.copytree(trained[0], tmp_path_factory.mktemp("evaluated") / "run"))
 
 
 def test_the_checkpoint_is_ready_for_whole_videos(run: Path) -> None:
     """predict.py finds the clips' frame rate in it (4 frames of 0.8 s), and the calibration."""
-    assert load_checkpoint(run)["frame_rate"] == pytest.approx(5.0)
-    recipe, _ = make_recipe(PredictConfig(str(run), ()))
-    assert recipe.rate == pytest.approx(5.0)
-    assert recipe.calibration.wanted_error == 0.1
-    other, _ = make_recipe(PredictConfig(str(run), (), wanted_error=1.0))
-    assert other.calibration.wanted_error == 1.0
-    assert other.calibration.lowest_answered < recipe.calibration.lowest_answered
+    state = load_checkpoint(run)
+    assert state["frame_rate"] == pytest.approx(5.0)
+    calibration = Calibration.from_state_dict(state["calibration"])
+    assert calibration.target_error == 0.1
+    assert calibration.with_target_error(1.0).min_confidence < calibration.min_confidence
 
 
 def loader(data: Path, batch_size: int, views: int = 1) -> DataLoader:
     rows = read_manifest(data / "test.csv", classes=CLASSES)
-    clips = ReportingDataset(ClipsDataset(rows, 4, 32, views=views))
+    clips = ClipsDataset(rows, 4, 32, views=views)
     return DataLoader(clips, batch_size, collate_fn=collate)
 
 
@@ -82,7 +80,7 @@ def test_loss_is_the_mean_negative_log_likelihood() -> None:
     rows = [ClipRow(Path("a"), 0), ClipRow(Path("b"), 1)]
     predictions = Predictions(rows, probabilities)
     assert predictions.loss == pytest.approx(-(np.log(0.5) + np.log(0.75)) / 2)
-    assert predictions.predicted.tolist() == [0, 1]
+    assert predictions.y_pred.tolist() == [0, 1]
 
 
 def test_model_is_left_in_eval_mode_without_gradients(tiny_data: Path) -> None:
@@ -97,7 +95,7 @@ def test_model_is_left_in_eval_mode_without_gradients(tiny_data: Path) -> None:
 
 def test_evaluating_again_gives_the_numbers_of_training(run: Path, tmp_path, run_main) -> None:
     trained = json.loads((run / "test_metrics.json").read_text())
-    more = ("--workers", 0, "--output", tmp_path / "a")
+    more = ("--num-workers", 0, "--output", tmp_path / "a")
     for evaluate_again in (  # a run folder and a checkpoint file mean the same
         lambda: run_script("evaluate.py", run, *more, cwd=tmp_path),
         lambda: run_main(main, run / "best.pt", *more, cwd=tmp_path),
@@ -117,7 +115,7 @@ def test_evaluating_again_gives_the_numbers_of_training(run: Path, tmp_path, run
 
 
 def test_other_splits_views_and_shuffled_frames(run: Path, tmp_path: Path, run_main) -> None:
-    arguments = [main, run, "--workers", 0]
+    arguments = [main, run, "--num-workers", 0]
     done = run_main(*arguments, "--split", "val", "--views", 2, "--shuffle-frames", cwd=tmp_path)
     folder = run / "evaluate_val_views2_shuffled"
     assert str(folder) in done.stdout
@@ -132,17 +130,17 @@ def test_own_csv_in_another_place(run: Path, tiny_data: Path, tmp_path: Path, ru
     table = pd.read_csv(tiny_data / "val.csv").iloc[[0, 4, 8]]
     table.to_csv(tmp_path / "moved" / "three.csv", index=False)
     csv = tmp_path / "moved" / "three.csv"
-    run_main(main, run, "--csv", csv, "--workers", 0, cwd=tmp_path)
+    run_main(main, run, "--csv", csv, "--num-workers", 0, cwd=tmp_path)
     predictions = pd.read_csv(run / "evaluate_three/predictions.csv")
     assert [Path(path).is_relative_to(tmp_path) for path in predictions["path"]] == [True] * 3
     moved = tmp_path / "moved"
     for split in ("train", "val", "test"):
         shutil.copy(tiny_data / f"{split}.csv", moved)
-    run_main(main, run, "--data-root", moved, "--workers", 0, cwd=tmp_path)
+    run_main(main, run, "--data-root", moved, "--num-workers", 0, cwd=tmp_path)
 
 
-def test_corruptions_and_another_wanted_error(run: Path, tmp_path: Path, run_main) -> None:
-    arguments = [main, run, "--workers", 0, "--wanted-error", 0.5, "--output", "hard"]
+def test_corruptions_and_another_target_error(run: Path, tmp_path: Path, run_main) -> None:
+    arguments = [main, run, "--num-workers", 0, "--target-error", 0.5, "--output", "hard"]
     done = run_main(*arguments, "--corruptions", "low_light", "frame_drop", cwd=tmp_path)
     assert "mean corruption accuracy" in done.stdout
     found = json.loads((tmp_path / "hard/robustness.json").read_text())
@@ -152,24 +150,24 @@ def test_corruptions_and_another_wanted_error(run: Path, tmp_path: Path, run_mai
     table = pd.read_csv(tmp_path / "hard/robustness.csv")
     assert table[["corruption", "severity"]].duplicated().sum() == 0
     assert len(table) == 10
-    fitted = Calibration.from_state(load_checkpoint(run)["calibration"])
-    expected = fitted.with_wanted_error(0.5)
+    fitted = Calibration.from_state_dict(load_checkpoint(run)["calibration"])
+    expected = fitted.with_target_error(0.5)
     assert tested["selective"]["threshold"] == expected.threshold
     assert tested["calibration"]["temperature"] == fitted.temperature != 1
     answers = pd.read_csv(tmp_path / "hard/predictions.csv")
     confidence = answers[["p_dark", "p_grey", "p_light"]].max(axis=1)
-    assert ((answers["answer"] == "uncertain") == (confidence < expected.lowest_answered)).all()
+    assert ((answers["decision"] == "uncertain") == (confidence < expected.min_confidence)).all()
     session = json.loads((tmp_path / "hard/environment.json").read_text())["sessions"][0]
     assert session["command"].startswith("python evaluate.py")
-    assert "--wanted-error 0.5" in session["command"]
+    assert "--target-error 0.5" in session["command"]
 
 
 def test_probabilities_are_tempered_and_the_raw_ones_kept(tiny_data: Path) -> None:
     cpu = torch.device("cpu")
     plain = evaluate(Brightness(), loader(tiny_data, 4), cpu)
     cool = evaluate(Brightness(), loader(tiny_data, 4), cpu, temperature=0.5)
-    assert np.allclose(cool.probabilities, temper(plain.probabilities, 0.5), atol=1e-7)
-    assert np.allclose(cool.untempered, plain.probabilities)
+    assert np.allclose(cool.probabilities, apply_temperature(plain.probabilities, 0.5), atol=1e-7)
+    assert np.allclose(cool.uncalibrated, plain.probabilities)
     # Views are tempered one by one, before they are averaged.
     rows = read_manifest(tiny_data / "test.csv", classes=CLASSES)
     clips = ClipsDataset(rows, 4, 32, views=3)
@@ -184,7 +182,7 @@ def test_patients_of_the_training_in_another_manifest_are_told(
     table = pd.read_csv(tiny_data / "test.csv")
     table["patient"] = ["train0" if n % 3 else "new" for n in range(len(table))]
     table.to_csv(tiny_data / "seen.csv", index=False)
-    arguments = (main, run, "--csv", tiny_data / "seen.csv", "--workers", 0)
+    arguments = (main, run, "--csv", tiny_data / "seen.csv", "--num-workers", 0)
     done = run_main(*arguments, "--output", tmp_path / "seen", cwd=tmp_path)
     (tiny_data / "seen.csv").unlink()
     assert "LEAKAGE: 1 of 2 patients of seen are also in the training's train" in done.stdout
@@ -194,7 +192,7 @@ def test_patients_of_the_training_in_another_manifest_are_told(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["{run}", "--wanted-error", "2"], "wanted_error = 2.0: must be from 0 to 1"),
+        (["{run}", "--target-error", "2"], "target_error = 2.0: must be from 0 to 1"),
         (["nowhere"], "nowhere: no such checkpoint"),
         (["{csv}"], "is damaged or holds no weights"),
         (["{foreign}"], "not a checkpoint of this project"),
@@ -235,9 +233,31 @@ def test_nothing_readable_is_an_error(tmp_path: Path, tiny_data: Path) -> None:
         row._replace(path=tmp_path / "none.mp4")
         for row in read_manifest(tiny_data / "test.csv", classes=CLASSES)
     ]
-    clips = ReportingDataset(ClipsDataset(rows, 4, 32))
+    clips = ClipsDataset(rows, 4, 32)
     broken = DataLoader(clips, 4, collate_fn=collate)
     with pytest.raises(UserError, match="9 test clips cannot be read"):
         evaluate(Brightness(), broken, torch.device("cpu"))
     with pytest.raises(UserError, match="none of the test clips"):
         evaluate(Brightness(), broken, torch.device("cpu"), skip_unreadable=True)
+
+
+def test_corruptions_of_the_command_line_are_those_that_exist() -> None:
+    assert get_args(CorruptionName) == tuple(CORRUPTIONS)
+
+
+def test_timelines_are_evaluated_without_a_model(tmp_path: Path, run_main, mistake) -> None:
+    (tmp_path / "truth.csv").write_text("start,end,label\n0,10,cut\n10,20,suture\n")
+    (tmp_path / "said.csv").write_text("start,end,label\n0,12,cut\n12,20,suture\n")
+    arguments = ["timeline", tmp_path / "truth.csv", tmp_path / "said.csv"]
+    done = run_main(main, *arguments, "--relaxed", 3, "--output", "scores", cwd=tmp_path)
+    assert "boundaries relaxed by 3 s" in done.stdout
+    results = json.loads((tmp_path / "scores/timeline_metrics.json").read_text())
+    assert results["pooled"]["accuracy"] == pytest.approx(0.9)
+    assert results["pooled"]["relaxed_accuracy"] == pytest.approx(1.0)
+    _, stderr = mistake(main, "--timeline", "a.csv", "b.csv", cwd=tmp_path)
+    assert "python evaluate.py timeline TRUTH PREDICTION" in stderr
+
+
+def test_an_earlier_flag_names_the_new_one(tmp_path: Path, mistake) -> None:
+    _, stderr = mistake(main, "run", "--adjust", "1", cwd=tmp_path)
+    assert stderr == "error: --adjust is now called --logit-adjust-tau\n"

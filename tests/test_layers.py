@@ -1,19 +1,22 @@
-"""The floors of the project: imports go downwards only, without circles."""
+"""The floors of the project: imports go downwards, without circles, and `--help` imports little."""
 
 import ast
+import json
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 from helpers import ROOT
 
-# From the ground up. What stands on one floor may not import its neighbours.
+# From the bottom up. The modules and folders of one floor do not import each other.
 FLOORS = [
     {"utils"},
     {"video"},
     {"modeling"},
     {"clips", "tsm_resnet", "cnn_lstm", "r2plus1d_resnet", "vivit"},
-    {"models", "config", "dataset"},
+    {"config", "dataset"},
+    {"models"},
     {"checkpoint"},
     {"evaluation"},
     {"timeline"},
@@ -25,7 +28,7 @@ FLOORS = [
     {"ablate"},
 ]
 FLOOR_OF = {name: floor for floor, names in enumerate(FLOORS) for name in names}
-# A name that people import from where they expect it, although it is defined above.
+# A name that people import from where they expect it, although a higher floor defines it.
 ALLOWED = {("dataset", "training.loaders")}
 # Scripts may call train.train, and nothing else of another script.
 SCRIPTS = set().union(*FLOORS[-3:])
@@ -42,17 +45,17 @@ MODULES = modules()
 
 def imports(path: Path) -> set[str]:
     """The project's modules that a file imports, anywhere in it."""
-    found = set()
+    names_found = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
+            names_found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:
             names = {f"{node.module}.{alias.name}" for alias in node.names}
-            found |= names & MODULES.keys() or {node.module}
-    return {name for name in found if name.split(".")[0] in FLOOR_OF}
+            names_found |= names & MODULES.keys() or {node.module}
+    return {name for name in names_found if name.split(".")[0] in FLOOR_OF}
 
 
-IMPORTS = {name: imports(path) for name, path in MODULES.items()}
+IMPORTS = {name: imports(path) - {name} for name, path in MODULES.items()}
 
 
 def test_every_module_has_a_floor() -> None:
@@ -88,7 +91,7 @@ def test_there_are_no_circles() -> None:
     assert not [name for name in MODULES if name in reached(name, set())]
 
 
-def test_the_root_can_be_taken_in_at_a_look() -> None:
+def test_the_root_has_few_entries() -> None:
     listed = subprocess.run(
         ["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=False
     )
@@ -97,3 +100,62 @@ def test_the_root_can_be_taken_in_at_a_look() -> None:
     entries = {line.split("/")[0] for line in listed.stdout.splitlines()}
     assert len(entries) <= 40
     assert len([name for name in entries if name.endswith(".py")]) <= 20
+
+
+# What no script needs for `--help`; those that train or predict may import torch.
+HEAVY = ("torchvision", "matplotlib", "scipy", "sklearn", "aiohttp", "pandas", "jinja2", "timm")
+LIGHT_SCRIPTS = ("prepare_data", "compare", "report", "evaluate")
+OTHER_SCRIPTS = ("train", "predict", "cross_validate", "ablate", "benchmark_latency")
+
+# Each script runs in a fork of one process, which has imported tyro alone.
+HELP = """
+import contextlib, importlib, io, json, os, sys
+import tyro
+root, *scripts = sys.argv[1:]
+sys.path.insert(0, root)
+for script in scripts:
+    if os.fork():
+        os.wait()
+        continue
+    sys.argv = [f"{script}.py", "--help"]
+    code, text = "no exit", io.StringIO()
+    try:
+        with contextlib.redirect_stdout(text):
+            importlib.import_module(script).main()
+    except SystemExit as end:
+        code = end.code
+    except Exception as error:
+        code = repr(error)
+    names = sorted({name.split(".")[0] for name in sys.modules})
+    code = code or ("" if f"{script}.py" in text.getvalue() else "no help")
+    print(json.dumps([script, code, names]), flush=True)
+    os._exit(0)
+"""
+
+
+@pytest.fixture(scope="module")
+def help_imports() -> dict[str, set[str]]:
+    """The top-level modules that each script has imported when it has printed its help."""
+    done = subprocess.run(
+        [sys.executable, "-c", HELP, str(ROOT), *LIGHT_SCRIPTS, *OTHER_SCRIPTS],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    results = [json.loads(line) for line in done.stdout.splitlines()]
+    failed = {script: {f"failed: {code}"} for script, code, *_ in results if code}
+    return {script: set(names) for script, _, names in results} | failed
+
+
+@pytest.mark.parametrize("script", [*LIGHT_SCRIPTS, *OTHER_SCRIPTS])
+def test_help_imports_no_heavy_library(script: str, help_imports: dict[str, set[str]]) -> None:
+    names = help_imports[script]
+    assert len(names) > 10, names  # otherwise it failed
+    assert names & set(HEAVY) == set()
+
+
+@pytest.mark.parametrize("script", LIGHT_SCRIPTS)
+def test_scripts_that_compute_without_torch_start_without(
+    script: str, help_imports: dict[str, set[str]]
+) -> None:
+    assert help_imports[script] & {"torch", "PIL"} == set()

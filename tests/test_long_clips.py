@@ -5,14 +5,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from helpers import make_model
 from torch import nn
 
 from clips.cache import CacheSettings, ClipCache
 from clips.manifest import ClipRow
 from dataset import ClipsDataset
 from modeling.weights import load_weights
-from models import MODELS, build_model
-from video.clip_reader import read_clip, sample_indices
+from models import MODELS
+from video.clip_reader import FrameSampler, read_clip
 from video.encoder import write_video
 from vivit import ViViT
 
@@ -22,10 +23,10 @@ VIVIT = {"image_size": 16, "patch_size": 8, "dim": 24, "depth": 1, "dim_head": 8
 @pytest.mark.parametrize("n_frames", [32, 64])
 @pytest.mark.parametrize("name", MODELS)
 def test_every_model_learns_from_them(name: str, n_frames: int) -> None:
-    """Every frame counts: the gradient of the answer reaches the pixels of each."""
+    """Every frame counts: the gradient of the logits reaches the pixels of each frame."""
     torch.manual_seed(0)
     options = {**VIVIT, "n_frames": n_frames} if name == "vivit" else {}
-    model = build_model(name, 7, **options).train()
+    model = make_model(name, 7, **options).train()
     clips = torch.rand(1, n_frames, 3, 16, 16, requires_grad=True)
     logits = model(clips)
     assert logits.shape == (1, 7)
@@ -36,10 +37,10 @@ def test_every_model_learns_from_them(name: str, n_frames: int) -> None:
 
 @pytest.mark.parametrize("frames", [20, 90])
 @pytest.mark.parametrize("n_frames", [32, 64])
-def test_decoded_and_cached_clips_have_the_frames_that_sampling_says(
+def test_decoded_and_cached_clips_have_the_sampled_frames(
     n_frames: int, frames: int, tmp_path: Path
 ) -> None:
-    """Short ones repeat their last frame, whatever the sampling and wherever they are read."""
+    """Short clips repeat their last frame, whatever the sampling and wherever they are read."""
     clip = tmp_path / "data" / "clip.mp4"
     clip.parent.mkdir()
     levels = 30 + 2 * np.arange(frames, dtype=np.uint8).reshape(-1, 1, 1, 1)
@@ -47,27 +48,27 @@ def test_decoded_and_cached_clips_have_the_frames_that_sampling_says(
     settings = CacheSettings(n_frames=n_frames, image_size=64)
     cache = ClipCache.create(tmp_path / "cache", tmp_path / "data", settings)
     cache.write(clip)
-    whole = read_clip(clip, frames, "first", 64)  # (frames, H, W, C)
+    whole = read_clip(clip, FrameSampler(frames, "first"), 64).rgb  # (frames, H, W, C)
     for sampling in ("uniform", "random"):
         read = {
-            name: ClipsDataset([ClipRow(clip, 0)], n_frames, 64, sampling, cache=place)[0, 5][0]
-            for name, place in (("decoded", None), ("cached", cache))
+            name: ClipsDataset([ClipRow(clip, 0)], n_frames, 64, sampling, cache=source)[0, 5][0]
+            for name, source in (("decoded", None), ("cached", cache))
         }
-        for got in read.values():
-            means = got.float().mean(dim=(1, 2, 3)).numpy()  # (T,): the frames differ by 2
+        for decoded in read.values():
+            means = decoded.float().mean(dim=(1, 2, 3)).numpy()  # (T,): the frames differ by 2
             seen = np.abs(means[:, None] - whole.mean(axis=(1, 2, 3))).argmin(axis=1).tolist()
             if frames < n_frames:
                 assert seen == [*range(frames), *[frames - 1] * (n_frames - frames)]
             elif sampling == "uniform":
-                assert seen == sample_indices(frames, n_frames)
+                assert seen == FrameSampler(n_frames).indices(frames)
             else:  # one in each segment, and of a segment's frames the cache keeps some
                 edges = np.arange(n_frames + 1) * frames / n_frames
                 assert all(np.floor(edges[:-1]) <= seen)
                 assert all(seen <= np.ceil(edges[1:]))
 
 
-def test_vivit_goes_on_from_16_frames_with_32(tmp_path: Path) -> None:
-    """Its positions in time are interpolated: frame i lies where (i + 1/2) / 2 - 1/2 lay."""
+def test_vivit_continues_from_16_frames_with_32(tmp_path: Path) -> None:
+    """Its positions in time are interpolated: new frame i is old frame (i + 1/2) / 2 - 1/2."""
     torch.manual_seed(0)
     short = ViViT(7, n_frames=16, **VIVIT)
     with torch.no_grad():

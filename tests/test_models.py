@@ -1,26 +1,28 @@
-"""What holds for every model: stages, groups, freezing, contracts; and each can learn."""
+"""All models: stages, parameter groups, freezing, contracts, and that each one can learn."""
 
 import inspect
 
 import pytest
 import torch
+from helpers import make_model
 from torch import nn
 
-from models import MODELS, build_model, describe, freeze, hold_frozen, model_options
-from training.optim import parameter_groups
+from config import TrainConfig
+from models import MODELS, build_model, freeze, keep_frozen_in_eval, model_options, summary
+from training.optim import param_groups
 from utils.errors import UserError
 
 # fmt: off
 TINY = {
-    "tsm": {},
-    "cnn_lstm": {"lstm_hidden": 16, "lstm_layers": 2, "temporal_pooling": "attention"},
+    "tsm_resnet": {},
+    "cnnlstm": {"lstm_hidden": 16, "lstm_layers": 2, "temporal_pooling": "attention"},
     "r2plus1d": {},
     "vivit": {"n_frames": 4, "image_size": 32, "patch_size": 8, "dim": 24, "depth": 2,
               "dim_head": 8},
 }
 STAGES = {
-    "tsm": ["stem", "layer1", "layer2", "layer3", "layer4", "head"],
-    "cnn_lstm": ["stem", "layer1", "layer2", "layer3", "layer4", "lstm", "head"],
+    "tsm_resnet": ["stem", "layer1", "layer2", "layer3", "layer4", "head"],
+    "cnnlstm": ["stem", "layer1", "layer2", "layer3", "layer4", "lstm", "head"],
     "r2plus1d": ["stem", "layer1", "layer2", "layer3", "layer4", "head"],
     "vivit": ["embedding", "spatial1", "spatial2", "temporal1", "temporal2", "head"],
 }
@@ -30,7 +32,7 @@ every_model = pytest.mark.parametrize("name", MODELS)
 
 def tiny(name: str, num_classes: int = 7, **options: object) -> nn.Module:
     torch.manual_seed(0)
-    return build_model(name, num_classes, **TINY[name], **options)
+    return make_model(name, num_classes, **TINY[name], **options)
 
 
 def clips(count: int = 2, seed: int = 0) -> torch.Tensor:
@@ -53,7 +55,7 @@ def test_dtypes_agree_and_dropout_sleeps_in_eval(name: str) -> None:
     model, x = tiny(name, num_classes=5, dropout=0.5), clips()
     model.train()
     with torch.no_grad():
-        model(x)  # BatchNorm statistics of something
+        model(x)  # BatchNorm statistics of some clips
         model.eval()
         once, again, from_float = model(x), model(x), model(x.float() / 255)
     assert once.shape == (2, 5)
@@ -66,7 +68,7 @@ def test_dtypes_agree_and_dropout_sleeps_in_eval(name: str) -> None:
 def test_clips_of_a_batch_do_not_see_each_other(name: str) -> None:
     model = tiny(name)
     with torch.no_grad():
-        model(clips(seed=2))  # BatchNorm statistics of something
+        model(clips(seed=2))  # BatchNorm statistics of some clips
         model.eval()
         one = clips(2)
         other = torch.stack((one[0], clips(1, seed=1)[0]))
@@ -76,33 +78,40 @@ def test_clips_of_a_batch_do_not_see_each_other(name: str) -> None:
 
 
 def test_options_are_the_constructors() -> None:
-    assert model_options("tsm") == {
+    assert model_options("tsm_resnet") == {
         "backbone",
-        "inputs",
+        "modality",
         "fusion",
         "shift_place",
         "shift_div",
         "shift_mode",
-        "carry_past",
+        "shift_buffer_prob",
         "dropout",
     }
     for name, cls in MODELS.items():
         assert model_options(name) | {"num_classes"} == set(inspect.signature(cls).parameters)
 
 
-def test_unknown_names_and_options_are_refused() -> None:
-    with pytest.raises(UserError, match=r"'resnet'.*tsm, cnn_lstm, r2plus1d, vivit"):
-        build_model("resnet", 7)
-    with pytest.raises(
-        UserError, match=r"tsm has no setting lstm_hidden; it has backbone, carry_past, dropout"
-    ):
-        build_model("tsm", 7, lstm_hidden=3)
+def test_a_config_becomes_a_model() -> None:
+    """Each option of the constructor comes from the setting of the same name."""
+    lstm = build_model(TrainConfig(model_name="cnn_lstm", lstm_hidden=16, dropout=0.2), 4)
+    assert (type(lstm), lstm.lstm.hidden_size) == (MODELS["cnnlstm"], 16)
+    assert (lstm.dropout.p, lstm.head.out_features) == (0.2, 4)
+    vivit = build_model(TrainConfig(model_name="vivit", n_frames=4, image_size=32))
+    assert vivit.embedding.positions.shape[:3] == (1, 4, 5)
+    tsm = build_model(TrainConfig(shift_mode="causal", shift_div=4, shift_buffer_prob=0.1))
+    assert (tsm.causal, tsm.shift_div, tsm.shift_buffer_prob) == (True, 4, 0.1)
+
+
+def test_unknown_names_are_refused() -> None:
+    with pytest.raises(UserError, match=r"'resnet'.*tsm_resnet, r2plus1d, cnnlstm, vivit"):
+        build_model(TrainConfig(model_name="resnet"))
 
 
 @every_model
 def test_layer_decay_and_no_decay(name: str) -> None:
     model = tiny(name)
-    groups = parameter_groups(model, 0.1, 0.05, layer_decay=0.5)
+    groups = param_groups(model, 0.1, 0.05, layer_decay=0.5)
     settings = {id(p): (g["lr"], g["weight_decay"]) for g in groups for p in g["params"]}
     assert sum(len(group["params"]) for group in groups) == len(list(model.parameters()))
     depth = len(STAGES[name]) - 1
@@ -121,9 +130,9 @@ def test_layer_decay_and_no_decay(name: str) -> None:
 
 
 def test_layer_decay_of_one_gives_one_rate() -> None:
-    groups = parameter_groups(tiny("tsm"), 0.3, 0.05)
+    groups = param_groups(tiny("tsm_resnet"), 0.3, 0.05)
     assert {group["lr"] for group in groups} == {0.3}
-    torch.optim.AdamW(groups)  # accepts them: no parameter stands in two
+    torch.optim.AdamW(groups)  # refuses a parameter that is in two groups
 
 
 @every_model
@@ -131,10 +140,10 @@ def test_frozen_stages_stand_still(name: str) -> None:
     model, x, up_to = tiny(name, dropout=0.2), clips(), STAGES[name][2]
     freeze(model, up_to)
     before = {key: value.clone() for key, value in model.state_dict().items()}
-    optimizer = torch.optim.AdamW(parameter_groups(model, 0.1, 0.1))
-    for _ in range(2):  # a second model.train() must not wake them
+    optimizer = torch.optim.AdamW(param_groups(model, 0.1, 0.1))
+    for _ in range(2):  # a second model.train() must not change them
         model.train()
-        hold_frozen(model)
+        keep_frozen_in_eval(model)
         nn.functional.cross_entropy(model(x), torch.tensor([0, 1])).backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -153,7 +162,7 @@ def test_frozen_stages_stand_still(name: str) -> None:
 
 def test_without_holding_the_statistics_would_drift() -> None:
     """The test above can fail: frozen weights alone do not hold BatchNorm."""
-    model = tiny("tsm").train()
+    model = tiny("tsm_resnet").train()
     freeze(model, "layer4")
     before = model.backbone.bn1.running_mean.clone()
     with torch.no_grad():
@@ -171,18 +180,18 @@ def test_what_cannot_be_frozen_is_refused(name: str, up_to: str) -> None:
 
 
 def test_frozen_parameters_are_in_no_group() -> None:
-    model = tiny("tsm")
+    model = tiny("tsm_resnet")
     freeze(model, "layer4")
-    groups = parameter_groups(model, 0.1, 0.1)
+    groups = param_groups(model, 0.1, 0.1)
     assert {id(p) for group in groups for p in group["params"]} == {
         id(model.head.weight), id(model.head.bias)
     }  # fmt: skip
 
 
-def test_description() -> None:
-    model = build_model("tsm", 7)
+def test_summary() -> None:
+    model = make_model("tsm_resnet", 7)
     freeze(model, "stem")
-    lines = [line.split() for line in describe(model).splitlines()]
+    lines = [line.split() for line in summary(model).splitlines()]
     assert lines[0] == ["stem", "9,536", "frozen"]
     assert lines[1] == ["layer1", "147,968"]
     assert lines[5] == ["head", "3,591"]
@@ -192,14 +201,14 @@ def test_description() -> None:
 @every_model
 def test_eight_clips_overfit(name: str) -> None:
     """Gradients reach everything and eval agrees with training: 100 % within a few steps."""
-    options = {"lstm_hidden": 64} if name == "cnn_lstm" else TINY[name]
+    options = {"lstm_hidden": 64} if name == "cnnlstm" else TINY[name]
     torch.manual_seed(0)
-    model, x = build_model(name, 7, **options), clips(8)
+    model, x = make_model(name, 7, **options), clips(8)
     labels = torch.tensor([0, 1, 2, 3, 4, 5, 6, 0])
     for module in model.modules():
         if isinstance(module, (nn.BatchNorm2d, nn.BatchNorm3d)):
-            module.momentum = 0.5  # statistics that keep up with so few steps
-    optimizer = torch.optim.AdamW(parameter_groups(model, 3e-3 if name == "vivit" else 1e-3, 0.01))
+            module.momentum = 0.5  # statistics that follow within so few steps
+    optimizer = torch.optim.AdamW(param_groups(model, 3e-3 if name == "vivit" else 1e-3, 0.01))
     for step in range(1, 101):
         model.train()
         nn.functional.cross_entropy(model(x), labels).backward()
@@ -215,6 +224,6 @@ def test_eight_clips_overfit(name: str) -> None:
 
 def test_wrong_choices_are_refused() -> None:
     with pytest.raises(ValueError, match="shift_place must be"):
-        build_model("tsm", 7, shift_place="typo")
+        make_model("tsm_resnet", 7, shift_place="typo")
     with pytest.raises(ValueError, match="no temporal_pooling"):
-        build_model("cnn_lstm", 7, temporal_pooling="typo")
+        make_model("cnnlstm", 7, temporal_pooling="typo")

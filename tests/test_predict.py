@@ -1,8 +1,10 @@
-"""predict.py: whole videos, live streams, bad files, interruptions; and the parts it is made of."""
+"""predict.py and its parts: whole videos, live streams, bad files, interruptions."""
 
 import csv
 import dataclasses
+import importlib.util
 import itertools
+import math
 import os
 import re
 import shutil
@@ -22,40 +24,40 @@ import torch
 from helpers import ROOT, run_script
 from torch import nn
 
-from checkpoint import save_checkpoint
+from checkpoint import load_checkpoint, rebuild_model, save_checkpoint
 from clips.manifest import UNCERTAIN
 from config import TrainConfig
-from evaluation.calibration import Calibration
-from models import build_model_from_config
-from predict import PredictConfig, find_inputs, main, make_recipe
+from models import build_model
+from predict import PredictConfig, build_predictor, find_sources, main
 from timeline.output import output_folders
-from timeline.predictor import Follower, Recipe, load_hook
-from timeline.segments import OUT_OF_BODY, UNREADABLE, Segment, Snapshot, read_timeline
-from timeline.sources import FileSource, Picture
-from timeline.streaming import Answerer, can_stream
+from timeline.predictor import FrameFilter, VideoPredictor, load_frame_filter
+from timeline.segments import OUT_OF_BODY, UNREADABLE, Segment, Snapshot, Timeline, read_timeline
+from timeline.smoothing import SmoothingConfig
+from timeline.sources import FileSource, Frame
+from timeline.streaming import OnlinePredictor, supports_streaming
 from training.checks import resolve
 from utils.errors import UserError
-from video.clip_reader import read_clip, seen_frame_rate
+from video.clip_reader import FrameSampler, effective_fps, read_clip
 from video.container import ClipError, decoding_stream, open_video
 from video.encoder import write_video
 
 CLASSES = ("dark", "grey", "light")
-LEVELS = (40, 128, 216)  # of the classes, and what the frames of a video are painted with
+LEVELS = (40, 128, 216)  # brightness of the frames of each class
 
 
 class Brightness(nn.Module):
-    """Knows the class of a window by its mean brightness."""
+    """Predicts the class of a window by its mean brightness."""
 
     def forward(self, clips: torch.Tensor) -> torch.Tensor:
         mean = clips.float().mean(dim=(1, 2, 3, 4))  # (B,)
         return -((mean[:, None] - torch.tensor(LEVELS)) ** 2) / 400
 
 
-def painted(plan: Sequence[tuple[str, float]], rate: int = 25) -> Iterator[np.ndarray]:
-    """Frames `(48, 64, 3)` of the classes' brightness, for so many seconds each."""
+def painted(plan: Sequence[tuple[str, float]], fps: int = 25) -> Iterator[np.ndarray]:
+    """Frames `(48, 64, 3)` with the brightness of each class, for some seconds each."""
     for name, seconds in plan:
         level = LEVELS[CLASSES.index(name)]
-        for _ in range(round(seconds * rate)):
+        for _ in range(round(seconds * fps)):
             yield np.full((48, 64, 3), level, np.uint8)
 
 
@@ -69,30 +71,26 @@ def video(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def recipe(**changes: object) -> Recipe:
-    settings = Recipe(
-        model=Brightness(),
-        classes=CLASSES,
-        n_frames=8,
-        image_size=16,
-        rate=10.0,
-        stride=2,
-        memory="window",
-        calibration=Calibration(threshold=0.4),
-        smoothing="auto",
-        segment_seconds=5.0,
-        minimum_seconds=1.0,
-        out_of_body=None,
-        device=torch.device("cpu"),
-        dtype=torch.float32,
-    )
-    return dataclasses.replace(settings, **changes)
+def predictor(model: nn.Module | None = None, stride: int = 2) -> OnlinePredictor:
+    return OnlinePredictor(model or Brightness(), CLASSES, 8, 16, 10.0, stride)
 
 
-def follow(path: Path, folder: Path, **changes: object):
-    settings = recipe(**changes)
-    with Follower(FileSource(path, settings.rate, settings.image_size), settings, folder) as one:
-        return one.follow("test")
+def smoothing(method: str = "auto", threshold: float = 0.4) -> SmoothingConfig:
+    return SmoothingConfig(5.0, 1.0, 0.8, threshold, method)
+
+
+def run(
+    path: Path,
+    folder: Path,
+    method: str = "auto",
+    threshold: float = 0.4,
+    model: nn.Module | None = None,
+    frame_filter: FrameFilter | None = None,
+) -> Timeline:
+    source = FileSource(path, 10.0, 16)
+    config = smoothing(method, threshold)
+    with VideoPredictor(source, predictor(model), config, folder, frame_filter) as video:
+        return video.run("test")
 
 
 def rows_of(path: Path) -> list[list[str]]:
@@ -108,7 +106,7 @@ def check_plan(segments: Sequence[Segment], tolerance: float) -> None:
 
 
 def test_a_video_becomes_its_timeline(video: Path, tmp_path: Path) -> None:
-    timeline = follow(video, tmp_path / "out")
+    timeline = run(video, tmp_path / "out")
     check_plan(timeline.segments, 0.2)
     assert timeline.duration == 20.0
     assert timeline.notes == []
@@ -117,33 +115,35 @@ def test_a_video_becomes_its_timeline(video: Path, tmp_path: Path) -> None:
     table = np.array(rows[1:], float)
     np.testing.assert_allclose(table[:, 0], timeline.times, atol=6e-4)
     np.testing.assert_allclose(table[:, 1:], timeline.probabilities, atol=6e-5)
-    # windows of 8 pictures, a tenth of a second apart: the first stands at 0.35 s
+    # windows of 8 frames, a tenth of a second apart: the middle of the first is at 0.35 s
     assert table[0, 0] == pytest.approx(0.36, abs=0.03)
     assert np.diff(table[:, 0]) == pytest.approx(0.2, abs=0.05)
 
 
-def test_the_causal_filter_is_late_and_the_other_is_not(video: Path, tmp_path: Path) -> None:
-    early = follow(video, tmp_path, smoothing="viterbi").segments
-    late = follow(video, tmp_path, smoothing="causal").segments
-    late = [segment for segment in late if segment.label != UNCERTAIN]  # while it changes its mind
+def test_only_the_causal_filter_is_late(video: Path, tmp_path: Path) -> None:
+    early = run(video, tmp_path, "viterbi").segments
+    late = run(video, tmp_path, "causal").segments
+    late = [
+        segment for segment in late if segment.label != UNCERTAIN
+    ]  # while the filter changes its state
     assert [s.label for s in late] == [s.label for s in early]
     assert all(b.start > a.start for a, b in zip(early[1:], late[1:], strict=True))
 
 
-def test_without_smoothing_each_answer_counts(video: Path, tmp_path: Path) -> None:
-    timeline = follow(video, tmp_path, smoothing="none")
+def test_without_smoothing_each_prediction_counts(video: Path, tmp_path: Path) -> None:
+    timeline = run(video, tmp_path, "none")
     sure = timeline.probabilities.max(axis=1) >= 0.4
-    said = [CLASSES[k] if s else UNCERTAIN
-            for k, s in zip(timeline.probabilities.argmax(1), sure, strict=True)]  # fmt: skip
-    assert [s.label for s in timeline.segments] == [key for key, _ in itertools.groupby(said)]
+    labels = [CLASSES[k] if s else UNCERTAIN
+              for k, s in zip(timeline.probabilities.argmax(1), sure, strict=True)]  # fmt: skip
+    assert [s.label for s in timeline.segments] == [key for key, _ in itertools.groupby(labels)]
 
 
 def test_nothing_is_answered_without_a_threshold(video: Path, tmp_path: Path) -> None:
-    timeline = follow(video, tmp_path, calibration=Calibration(threshold=None))
+    timeline = run(video, tmp_path, threshold=math.inf)
     assert [segment.label for segment in timeline.segments] == [UNCERTAIN]
 
 
-def test_a_bad_stretch_is_marked_and_bridged(video: Path, tmp_path: Path) -> None:
+def test_a_bad_stretch_is_marked_and_skipped(video: Path, tmp_path: Path) -> None:
     data = bytearray(video.read_bytes())
     with open_video(video) as container:
         stream = decoding_stream(container, 0)
@@ -152,14 +152,14 @@ def test_a_bad_stretch_is_marked_and_bridged(video: Path, tmp_path: Path) -> Non
                 data[packet.pos : packet.pos + packet.size] = b"\xff" * packet.size
     bad = tmp_path / "bad.mp4"
     bad.write_bytes(data)
-    timeline = follow(bad, tmp_path)
+    timeline = run(bad, tmp_path)
     labels = [segment.label for segment in timeline.segments]
     assert labels == ["dark", "grey", UNREADABLE, "grey", "light", "grey"]
     assert timeline.segments[2][:2] == pytest.approx((8.0, 10.0), abs=0.1)
     assert len(timeline.notes) == 1
 
 
-def test_frames_out_of_the_body_are_not_looked_at(video: Path, tmp_path: Path) -> None:
+def test_the_model_never_sees_frames_from_outside_the_body(video: Path, tmp_path: Path) -> None:
     shown = []
 
     class Spy(Brightness):
@@ -167,24 +167,30 @@ def test_frames_out_of_the_body_are_not_looked_at(video: Path, tmp_path: Path) -
             shown.append(float(clips.float().mean()))
             return super().forward(clips)
 
-    timeline = follow(video, tmp_path, model=Spy(), out_of_body=lambda image: image.mean() > 190)
+    timeline = run(video, tmp_path, model=Spy(), frame_filter=lambda image: image.mean() > 190)
     assert [segment.label for segment in timeline.segments] == ["dark", "grey", OUT_OF_BODY, "grey"]
     assert timeline.segments[2][:2] == pytest.approx((11.0, 14.0), abs=0.15)
-    assert max(shown) < 140  # nothing light, not even in a mixture
+    assert max(shown) < 140  # no light frame, not even within a window
 
 
 def test_a_video_wholly_out_of_the_body(video: Path, tmp_path: Path) -> None:
-    timeline = follow(video, tmp_path, out_of_body=lambda image: True)
+    timeline = run(video, tmp_path, frame_filter=lambda image: True)
     assert [segment[:3] for segment in timeline.segments] == [(0.0, 20.0, OUT_OF_BODY)]
     assert len(timeline.times) == 0
 
 
 def test_viewers_do_not_see_what_is_out_of_the_body(video: Path, tmp_path: Path) -> None:
-    settings = recipe(out_of_body=lambda image: np.bool_(image.mean() > 190))
     source = FileSource(video, 10.0, 16, preview=True)
     seen: list[Snapshot] = []
-    with Follower(source, settings, tmp_path, on_update=seen.append) as follower:
-        follower.follow("test")
+    with VideoPredictor(
+        source,
+        predictor(),
+        smoothing(),
+        tmp_path,
+        frame_filter=lambda image: np.bool_(image.mean() > 190),
+        on_update=seen.append,
+    ) as video_predictor:
+        video_predictor.run("test")
     hidden = [snapshot for snapshot in seen if snapshot.label == OUT_OF_BODY]
     shown = [snapshot for snapshot in seen if snapshot.label != OUT_OF_BODY]
     assert hidden
@@ -199,42 +205,41 @@ def test_live_sources_are_smoothed_from_the_past_only(video: Path, tmp_path: Pat
     class Live(FileSource):
         live = True
 
-    source = Live(video, 10.0, 16)
-    with Follower(source, recipe(stride=1), tmp_path) as follower:
-        assert follower._kind == "causal"
-    with Follower(FileSource(video, 10.0, 16), recipe(), tmp_path) as follower:
-        assert follower._kind == "viterbi"
+    for kind, method in ((Live, "causal"), (FileSource, "viterbi")):
+        source = kind(video, 10.0, 16)
+        assert VideoPredictor(source, predictor(), smoothing(), tmp_path).method == method
 
 
 def test_an_error_in_the_middle_keeps_what_is_known(video: Path, tmp_path: Path) -> None:
     class Breaks(FileSource):
-        def __iter__(self) -> Iterator[Picture]:
+        def __iter__(self) -> Iterator[Frame]:
             yield from itertools.islice(super().__iter__(), 80)
             raise ClipError(self.name, "the disk is gone")
 
-    with Follower(Breaks(video, 10.0, 16), recipe(), tmp_path) as follower:
-        timeline = follower.follow("test")
+    source = Breaks(video, 10.0, 16)
+    with VideoPredictor(source, predictor(), smoothing(), tmp_path) as video_predictor:
+        timeline = video_predictor.run("test")
     assert timeline.segments[0].label == "dark"
     assert "the disk is gone" in timeline.notes[-1]
 
 
-def test_a_detector_that_fails_is_told_in_one_line(video: Path, tmp_path: Path) -> None:
+def test_a_detector_that_fails_is_reported_in_one_line(video: Path, tmp_path: Path) -> None:
     def broken(image: np.ndarray) -> bool:
         raise ZeroDivisionError("mine")
 
     with pytest.raises(UserError, match="detector failed: ZeroDivisionError: mine"):
-        follow(video, tmp_path, out_of_body=broken)
+        run(video, tmp_path, frame_filter=broken)
 
 
 def test_a_detector_is_loaded_from_a_file(tmp_path: Path) -> None:
     file = tmp_path / "mine.py"
     file.write_text("def outside(image):\n    return image.mean() > 190\nnumber = 3\n")
-    hook = load_hook(f"{file}:outside")
-    assert hook(np.full((2, 2, 3), 200, np.uint8))
-    for text, words in (("nowhere.py:f", "no such file"), (f"{file}:number", "no function"),
+    frame_filter = load_frame_filter(f"{file}:outside")
+    assert frame_filter(np.full((2, 2, 3), 200, np.uint8))
+    for text, message in (("nowhere.py:f", "no such file"), (f"{file}:number", "no function"),
                         (f"{file}", "no such file")):  # fmt: skip
-        with pytest.raises(UserError, match=words):
-            load_hook(text)
+        with pytest.raises(UserError, match=message):
+            load_frame_filter(text)
 
 
 @pytest.fixture(scope="module")
@@ -242,104 +247,113 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     """Checkpoints of models with random weights."""
     folder = tmp_path_factory.mktemp("runs")
 
-    def make(model: str, **options: object) -> Path:
-        config = resolve(TrainConfig(model=model, image_size=32, n_frames=4, classes=CLASSES,
+    def make(name: str, **options: object) -> Path:
+        config = resolve(TrainConfig(model_name=name, image_size=32, n_frames=4, classes=CLASSES,
                                      **options))  # fmt: skip
         torch.manual_seed(0)
-        settings = dataclasses.asdict(config)
-        run = folder / "_".join([model, *map(str, options.values())])
+        run = folder / "_".join([name, *map(str, options.values())])
         run.mkdir(exist_ok=True)
-        weights = build_model_from_config(settings, 3).state_dict()
-        state = {"model": weights, "config": settings, "classes": list(CLASSES), "frame_rate": 5.0}
+        weights = build_model(config, 3).state_dict()
+        state = {
+            "model": weights,
+            "config": dataclasses.asdict(config),
+            "classes": list(CLASSES),
+            "frame_rate": 5.0,
+        }
         save_checkpoint(run / "best.pt", state)
         return run
 
     return make
 
 
-def pictures_of(path: Path, size: int = 32, rate: float = 5.0) -> list[Picture]:
-    return list(FileSource(path, rate, size))
+def frames_of(path: Path, fps: float = 5.0) -> list[Frame]:
+    return list(FileSource(path, fps, 32))
 
 
-MODELS = [("tsm", {}), ("tsm", {"shift_mode": "causal"}), ("cnn_lstm", {}),
-          ("cnn_lstm", {"bidirectional": True}), ("r2plus1d", {}), ("vivit", {})]  # fmt: skip
+def online(model: nn.Module, fps: float = 5.0, stride: int = 1) -> OnlinePredictor:
+    return OnlinePredictor(model, CLASSES, 4, 32, fps, stride)
+
+
+def model_of(run: Path) -> nn.Module:
+    return rebuild_model(load_checkpoint(run))
+
+
+MODELS = [("tsm_resnet", {}), ("tsm_resnet", {"shift_mode": "causal"}), ("cnnlstm", {}),
+          ("cnnlstm", {"bidirectional": True}), ("r2plus1d", {}), ("vivit", {})]  # fmt: skip
 
 
 @torch.no_grad()
 @pytest.mark.parametrize(("name", "options"), MODELS)
-def test_answers_are_those_of_windows(name: str, options: dict, runs, video: Path) -> None:
-    config = PredictConfig(str(runs(name, **options)), ())
-    settings, _ = make_recipe(config)
-    model, pictures = settings.model, pictures_of(video)[:11]
-    answerer = Answerer(model, 3, 4, 5.0, 3)
-    parts = [answerer.push(pictures[:2]), answerer.push(pictures[2:9]), answerer.push(pictures[9:])]
+def test_predictions_are_those_of_windows(name: str, options: dict, runs, video: Path) -> None:
+    model, frames = model_of(runs(name, **options)), frames_of(video)[:11]
+    predictor = online(model, stride=3)
+    parts = [predictor.step(frames[:2]), predictor.step(frames[2:9]), predictor.step(frames[9:])]
     times = np.concatenate([part.times for part in parts])
-    found = np.concatenate([part.probabilities for part in parts])
-    ends = list(range(3, 11, 1 if can_stream(model) else 3))
-    wanted_times = [(pictures[k - 3].time + pictures[k].time) / 2 for k in ends]
+    probabilities = np.concatenate([part.probabilities for part in parts])
+    ends = list(range(3, 11, 1 if supports_streaming(model) else 3))
+    wanted_times = [(frames[k - 3].time + frames[k].time) / 2 for k in ends]
     assert times.tolist() == pytest.approx(wanted_times)
-    assert len(answerer.finish().times) == 0
-    images = torch.from_numpy(np.stack([p.image for p in pictures])).permute(0, 3, 1, 2)
+    assert len(predictor.flush().times) == 0
+    images = torch.from_numpy(np.stack([f.image for f in frames])).permute(0, 3, 1, 2)
     if options.get("shift_mode") == "causal":
-        logits = model.per_frame(images[None])[0][0]
+        logits = model.frame_logits(images[None])[0][0]
         rows = [logits[k - 3 : k + 1].mean(0) for k in ends]
     else:
         rows = [model(images[None, k - 3 : k + 1])[0] for k in ends]
     wanted = torch.stack(rows).softmax(dim=1).double().numpy()
-    np.testing.assert_allclose(found, wanted, atol=1e-5)
+    np.testing.assert_allclose(probabilities, wanted, atol=1e-5)
 
 
 @torch.no_grad()
 @pytest.mark.parametrize(("name", "options"), MODELS[:3])
-def test_a_short_video_is_answered_as_a_short_clip(
+def test_a_short_video_is_predicted_as_a_short_clip(
     name: str, options: dict, runs, tmp_path
 ) -> None:
     path = tmp_path / "short.mp4"
     write_video(path, painted([("dark", 0.08), ("light", 0.04)]), 25, lossless=True)
-    settings, _ = make_recipe(PredictConfig(str(runs(name, **options)), ()))
-    answerer = Answerer(settings.model, 3, 4, 25.0, 2)
-    assert len(answerer.push(pictures_of(path, rate=25.0)).times) == 0
-    answers = answerer.finish()
-    clip = torch.from_numpy(read_clip(path, 4, size=32)).permute(0, 3, 1, 2)
-    wanted = settings.model(clip[None]).softmax(dim=1).double()
-    np.testing.assert_allclose(answers.probabilities, wanted, atol=1e-5)
-    assert answers.times.tolist() == pytest.approx([0.04])
+    model = model_of(runs(name, **options))
+    predictor = online(model, fps=25.0, stride=2)
+    assert len(predictor.step(frames_of(path, fps=25.0)).times) == 0
+    predictions = predictor.flush()
+    clip = torch.from_numpy(read_clip(path, FrameSampler(4), 32).rgb).permute(0, 3, 1, 2)
+    wanted = model(clip[None]).softmax(dim=1).double()
+    np.testing.assert_allclose(predictions.probabilities, wanted, atol=1e-5)
+    assert predictions.times.tolist() == pytest.approx([0.04])
 
 
-def test_live_answers_stand_at_the_newest_picture(runs, video: Path) -> None:
-    settings, _ = make_recipe(PredictConfig(str(runs("cnn_lstm")), ()))
-    pictures = pictures_of(video)[:6]
-    answerer = Answerer(settings.model, 3, 4, 5.0, 1, live=True)
-    answers = [answerer.push([picture]) for picture in pictures]
-    assert [a.times.tolist() for a in answers] == [[picture.time] for picture in pictures]
+def test_live_predictions_stand_at_the_newest_frame(runs, video: Path) -> None:
+    frames = frames_of(video)[:6]
+    predictor = online(model_of(runs("cnnlstm")))
+    predictor.reset(live=True)
+    predictions = [predictor.step([frame]) for frame in frames]
+    assert [p.times.tolist() for p in predictions] == [[frame.time] for frame in frames]
 
 
 @pytest.mark.parametrize(("name", "options"), MODELS[:3])
-def test_after_a_long_gap_the_model_starts_anew(name: str, options: dict, runs, video) -> None:
-    settings, _ = make_recipe(PredictConfig(str(runs(name, **options)), ()))
-    pictures = pictures_of(video)[:12]
-    after = [picture._replace(time=picture.time + 3) for picture in pictures[6:]]
-    answerer = Answerer(settings.model, 3, 4, 5.0, 1)
-    answerer.push(pictures[:6])
-    found = answerer.push(after)
-    fresh = Answerer(settings.model, 3, 4, 5.0, 1).push(after)
-    np.testing.assert_allclose(found.probabilities, fresh.probabilities, atol=1e-6)
-    assert found.times.tolist() == fresh.times.tolist()
-    small = [picture._replace(time=picture.time + 0.4) for picture in pictures[6:]]  # it goes on
-    goes_on = Answerer(settings.model, 3, 4, 5.0, 1)
-    goes_on.push(pictures[:6])
-    assert len(goes_on.push(small).times) == 6
+def test_after_a_long_pause_the_model_starts_anew(name: str, options: dict, runs, video) -> None:
+    model = model_of(runs(name, **options))
+    frames = frames_of(video)[:12]
+    after = [frame._replace(time=frame.time + 3) for frame in frames[6:]]
+    predictor = online(model)
+    predictor.step(frames[:6])
+    predictions, fresh = predictor.step(after), online(model).step(after)
+    np.testing.assert_allclose(predictions.probabilities, fresh.probabilities, atol=1e-6)
+    assert predictions.times.tolist() == fresh.times.tolist()
+    short = [frame._replace(time=frame.time + 0.4) for frame in frames[6:]]  # it goes on
+    predictor = online(model)
+    predictor.step(frames[:6])
+    assert len(predictor.step(short).times) == 6
 
 
 def test_the_frame_rate_of_training_clips(tmp_path: Path) -> None:
     for number, seconds in enumerate((1.0, 2.0, 4.0)):
         write_video(tmp_path / f"{number}.mp4", painted([("dark", seconds)]), 25)
     paths = [tmp_path / f"{number}.mp4" for number in range(3)]
-    assert seen_frame_rate(paths, 16, "uniform") == 8.0
-    assert seen_frame_rate(paths, 16, "first") == 25.0
-    assert seen_frame_rate(paths[:1], 40, "random") == 25.0  # no frame is taken twice
-    assert seen_frame_rate([*paths[:1], tmp_path / "none.mp4"], 16, "uniform") == 16.0
-    assert seen_frame_rate([tmp_path / "none.mp4"], 16, "uniform") is None
+    assert effective_fps(paths, FrameSampler(16)) == 8.0
+    assert effective_fps(paths, FrameSampler(16, "first")) == 25.0
+    assert effective_fps(paths[:1], FrameSampler(40, "random")) == 25.0  # no frame is taken twice
+    assert effective_fps([*paths[:1], tmp_path / "none.mp4"], FrameSampler(16)) == 16.0
+    assert effective_fps([tmp_path / "none.mp4"], FrameSampler(16)) is None
 
 
 def test_where_results_go(tmp_path: Path) -> None:
@@ -359,58 +373,91 @@ def test_where_results_go(tmp_path: Path) -> None:
     assert "secret" not in live.name
 
 
-def test_inputs(video: Path, tmp_path: Path) -> None:
+def test_sources(video: Path, tmp_path: Path) -> None:
     (tmp_path / "deep").mkdir()
     for name in ("b.mp4", "deep/a.MKV", "notes.txt"):
         (tmp_path / name).write_bytes(b"")
-    assert find_inputs((str(tmp_path),)) == [tmp_path / "b.mp4", tmp_path / "deep" / "a.MKV"]
-    assert find_inputs(("0",)) == ["0"]
-    assert find_inputs(("-",)) == ["-"]
-    for inputs, words in (
-        ((), "nothing to look at"),
+    assert find_sources((str(tmp_path),)) == [tmp_path / "b.mp4", tmp_path / "deep" / "a.MKV"]
+    assert find_sources(("0",)) == ["0"]
+    assert find_sources(("-",)) == ["-"]
+    for texts, message in (
+        ((), "no source"),
         (("missing.mp4",), "no such file"),
-        ((str(tmp_path / "deep"), "0"), "goes alone"),
+        ((str(tmp_path / "deep"), "0"), "must be the only source"),
     ):
-        with pytest.raises(UserError, match=words):
-            find_inputs(inputs)
+        with pytest.raises(UserError, match=message):
+            find_sources(texts)
+
+
+def test_help_is_light() -> None:
+    """Help does not import the large libraries."""
+    code = (
+        "import runpy, sys\nsys.argv = ['predict.py', '--help']\n"
+        "try:\n    runpy.run_path('predict.py', run_name='__main__')\n"
+        "except SystemExit:\n    print('imported', *sys.modules)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert "--reconnect-timeout" in done.stdout
+    imported = set(done.stdout.split("imported ")[1].split())
+    large = {"torch", "torchvision", "aiohttp", "matplotlib", "pandas", "scipy", "jinja2", "PIL"}
+    assert not imported & large
+
+
+def test_serve_needs_aiohttp(
+    runs, video: Path, mistake, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: None if name == "aiohttp" else find_spec(name)
+    )
+    ended = mistake(main, runs("tsm_resnet"), video, "--serve", cwd=tmp_path)
+    assert ended.stderr == (
+        "error: --serve needs aiohttp: pip install -r requirements-optional.txt\n"
+    )
 
 
 @pytest.mark.parametrize(
-    ("flags", "words"),
+    ("flags", "message"),
     [
-        (["--rate", "0"], "rate = 0"),
-        (["--segment-seconds", "inf"], "segment_seconds = inf"),
+        (["--fps", "0"], "fps = 0"),
+        (["--mean-duration", "inf"], "mean_duration = inf"),
         (["--out-of-body", str(ROOT / "README.md") + ":f"], "not a Python file"),
-        (["--memory", "state"], "reads forward only"),
-        (["--wanted-error", "0.1"], "be calibrated"),
-        (["--minimum-seconds", "-1"], "must be 0 or more"),
+        (["--memory", "state"], "--memory"),
+        (["--rate", "5"], "--rate is now called --fps"),
+        (["--segment-seconds=5"], "--segment-seconds is now called --mean-duration"),
+        (["--minimum-seconds", "5"], "--minimum-seconds is now called --min-duration"),
+        (["--give-up", "5"], "--give-up is now called --reconnect-timeout"),
+        (["--target-error", "0.1"], "must be calibrated"),
+        (["--min-duration", "-1"], "must be 0 or more"),
         (["--out-of-body", "x.py:f"], "no such file"),
     ],
 )
-def test_mistakes_are_one_line(flags: list, words: str, runs, video, mistake, tmp_path) -> None:
-    found = mistake(main, runs("tsm"), video, *flags, cwd=tmp_path)
-    assert found.code == 2
-    assert words in found.stderr
-    assert "Traceback" not in found.stderr
+def test_mistakes_are_one_line(flags: list, message: str, runs, video, mistake, tmp_path) -> None:
+    ended = mistake(main, runs("tsm_resnet"), video, *flags, cwd=tmp_path)
+    assert ended.code == 2
+    assert message in ended.stderr
+    assert "Traceback" not in ended.stderr
 
 
-def test_a_vivit_keeps_its_frames_and_an_old_checkpoint_asks_for_its_rate(runs, tmp_path) -> None:
+def test_a_vivit_keeps_its_frames_and_an_old_checkpoint_needs_fps(runs, tmp_path) -> None:
     with pytest.raises(UserError, match="made for 4 frames"):
-        make_recipe(PredictConfig(str(runs("vivit")), (), n_frames=8))
-    state = torch.load(runs("cnn_lstm") / "best.pt", weights_only=True)
+        build_predictor(PredictConfig(str(runs("vivit")), (), n_frames=8))
+    state = torch.load(runs("cnnlstm") / "best.pt", weights_only=True)
     del state["frame_rate"]
     save_checkpoint(tmp_path / "old.pt", state)
-    with pytest.raises(UserError, match="give --rate"):
-        make_recipe(PredictConfig(str(tmp_path / "old.pt"), ()))
-    assert make_recipe(PredictConfig(str(tmp_path / "old.pt"), (), rate=7.0))[0].rate == 7.0
+    with pytest.raises(UserError, match="give --fps"):
+        build_predictor(PredictConfig(str(tmp_path / "old.pt"), ()))
+    assert build_predictor(PredictConfig(str(tmp_path / "old.pt"), (), fps=7.0))[0].fps == 7.0
 
 
-def test_bad_files_are_told_and_the_others_go_on(runs, video: Path, tmp_path: Path) -> None:
-    """The script, as a person starts it."""
+def test_bad_files_are_reported_and_the_others_go_on(runs, video: Path, tmp_path: Path) -> None:
+    """The script, started as a person does."""
     for name in ("1.mp4", "3.mp4"):
         shutil.copy(video, tmp_path / name)
     (tmp_path / "2.mp4").write_bytes(b"no video at all")
-    done = run_script("predict.py", runs("cnn_lstm"), ".", cwd=tmp_path, check=False)
+    done = run_script("predict.py", runs("cnnlstm"), ".", cwd=tmp_path, check=False)
     assert done.returncode == 2
     assert "2.mp4: cannot be read" in done.stderr
     assert "1 of 3 videos could not be read" in done.stderr
@@ -438,14 +485,14 @@ def start(*arguments: object, cwd: Path) -> subprocess.Popen:
 
 
 def wait_for_rows(folder: Path, count: int) -> Path:
-    """Wait until some frames.csv below a folder has so many lines."""
+    """Wait until a frames.csv below a folder has more than `count` lines."""
     deadline = time.monotonic() + 90
     while time.monotonic() < deadline:
         for path in folder.rglob("frames.csv"):
             if path.read_bytes().count(b"\n") > count:
                 return path
         time.sleep(0.05)
-    raise AssertionError("no answers came")
+    raise AssertionError("no predictions came")
 
 
 @pytest.fixture(scope="module")
@@ -460,8 +507,8 @@ def transport(tmp_path_factory: pytest.TempPathFactory) -> bytes:
 def test_an_interrupted_run_keeps_what_it_had(
     number: signal.Signals, runs, transport: bytes, tmp_path: Path
 ) -> None:
-    """A pipe that does not end: after some answers the run is stopped, or killed."""
-    process = start(runs("cnn_lstm"), "-", "--output", "out", cwd=tmp_path)
+    """A pipe that does not end: after some predictions the run is stopped, or killed."""
+    process = start(runs("cnnlstm"), "-", "--output", "out", cwd=tmp_path)
     process.stdin.write(transport)
     process.stdin.flush()
     frames = wait_for_rows(tmp_path / "out", 20)
@@ -477,14 +524,14 @@ def test_an_interrupted_run_keeps_what_it_had(
         assert not (frames.parent / "timeline.csv").exists()
         return
     assert process.returncode == 130
-    assert "what was known by then is written" in stderr
+    assert "the results so far are written" in stderr
     segments = read_timeline(frames.parent / "timeline.csv")[""]
     assert float(rows[-1][0]) <= segments[-1].end <= 20
     assert "interrupted after" in (frames.parent / "timeline.html").read_text()
 
 
 def test_a_pipe_gives_what_the_file_gives(runs, video: Path, transport: bytes, tmp_path) -> None:
-    process = start(runs("cnn_lstm"), "-", "--output", "out", cwd=tmp_path)
+    process = start(runs("cnnlstm"), "-", "--output", "out", cwd=tmp_path)
     _, stderr = process.communicate(transport, timeout=90)
     assert process.returncode == 0, stderr
     (folder,) = (tmp_path / "out").iterdir()
@@ -494,21 +541,21 @@ def test_a_pipe_gives_what_the_file_gives(runs, video: Path, transport: bytes, t
 
 
 def test_a_live_stream_is_shown_and_written_down(runs, transport: bytes, tmp_path: Path) -> None:
-    """A network stream that is lost once, looked at in the browser, and ended with Ctrl-C."""
+    """A network stream that is lost once, watched in the browser, and ended with Ctrl-C."""
     server = socket.create_server(("127.0.0.1", 0))
     server.settimeout(60)
     address = f"tcp://anna:secret@127.0.0.1:{server.getsockname()[1]}"
-    process = start(runs("cnn_lstm"), address, "--serve", "--output", "out", cwd=tmp_path)
+    process = start(runs("cnnlstm"), address, "--serve", "--output", "out", cwd=tmp_path)
     with server:
         for _ in range(2):
             connection, _ = server.accept()
             with connection:
-                for place in range(0, len(transport), 2000):
-                    connection.sendall(transport[place : place + 2000])
+                for start_byte in range(0, len(transport), 2000):
+                    connection.sendall(transport[start_byte : start_byte + 2000])
                     time.sleep(0.02)
         page = re.search(r"http://127\.0\.0\.1:\d+/\S{20,}/", process.stdout.readline().decode())[0]
-        with urllib.request.urlopen(page, timeout=10) as answer:
-            assert b"127.0.0.1" in answer.read()  # the stream's name
+        with urllib.request.urlopen(page, timeout=10) as response:
+            assert b"127.0.0.1" in response.read()  # the stream's name
         with pytest.raises(urllib.error.HTTPError, match="404"):
             urllib.request.urlopen(page.rsplit("/", 2)[0] + "/", timeout=10)
         wait_for_rows(tmp_path / "out", 5)
@@ -518,6 +565,6 @@ def test_a_live_stream_is_shown_and_written_down(runs, transport: bytes, tmp_pat
     (folder,) = (tmp_path / "out").iterdir()
     assert read_timeline(folder / "timeline.csv")[""][0].start == 0
     assert "<video" not in (folder / "timeline.html").read_text()
-    said = stdout + stderr + b"".join(f.read_bytes() for f in folder.iterdir())
-    assert b"secret" not in said
-    assert b"as fast as it plays" not in said
+    written = stdout + stderr + b"".join(f.read_bytes() for f in folder.iterdir())
+    assert b"secret" not in written
+    assert b"as fast as it plays" not in written

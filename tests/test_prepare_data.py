@@ -1,4 +1,4 @@
-"""prepare_data.py cache as a person runs it: whole, again, interrupted, and trained from."""
+"""prepare_data.py as a person runs it: cache, check, renamed flags, and its help."""
 
 import csv
 import json
@@ -50,16 +50,22 @@ def entries(folder: Path) -> dict[Path, int]:
 
 
 def settings(data: Path, folder: Path) -> dict:
-    """Of a tiny training from the cache in `folder`."""
-    places = {"data_root": str(data), "cache": str(folder / "cached")}
-    sizes = {"n_frames": 4, "image_size": 32, "workers": 0, "device": "cpu", "amp": "fp32"}
-    classes = {"classes": ("dark", "grey", "light"), "weights": "none", "model": "vivit"}
-    return {**places, **sizes, **classes, "run_dir": str(folder / "runs")}
+    """Settings of a tiny training from the cache in `folder`."""
+    paths = {"data_root": str(data), "cache": str(folder / "cached")}
+    sizes = {
+        "n_frames": 4,
+        "image_size": 32,
+        "num_workers": 0,
+        "device": "cpu",
+        "precision": "fp32",
+    }
+    classes = {"classes": ("dark", "grey", "light"), "weights": "none", "model_name": "vivit"}
+    return {**paths, **sizes, **classes, "run_dir": str(folder / "runs")}
 
 
 def test_every_clip_is_cached_once(data: Path, tmp_path: Path, capsys) -> None:
     def fill(**changes) -> str:
-        settings = {"data_root": str(data), "output": str(tmp_path / "cached"), "workers": 0}
+        settings = {"data_root": str(data), "output": str(tmp_path / "cached"), "num_workers": 0}
         fill_cache(CacheConfig(**{"n_frames": 4, "image_size": 32, **settings, **changes}))
         return capsys.readouterr().out
 
@@ -114,7 +120,17 @@ def test_unreadable_clips_are_listed_and_left_to_training(
     said = cache()
     assert "1 clips cannot be read:" in said
     assert f"{broken.relative_to(tmp_path)}: cannot be read" in said
-    arguments = ("--data-root", data, "--cache", "cached", *TINY_FLAGS, "--epochs", 1, "--tau", 0)
+    arguments = (
+        "--data-root",
+        data,
+        "--cache",
+        "cached",
+        *TINY_FLAGS,
+        "--epochs",
+        1,
+        "--sampler-tau",
+        0,
+    )
     said = run_main(train_main, *arguments, cwd=tmp_path).stdout
     assert "1 training clips could not be read and were left out" in said
     shutil.copy(next((data / "clips/test").glob("*.mp4")), broken)
@@ -130,9 +146,9 @@ def test_interrupted_caching_goes_on(data: Path, tmp_path: Path, number: int) ->
         writer = csv.writer(file)
         writer.writerow(header)
         for copy in range(10):
-            for place in clips:
-                linked = data / "clips" / f"{copy}_{Path(place).name}"
-                os.link(data / "clips" / place, linked)
+            for clip in clips:
+                linked = data / "clips" / f"{copy}_{Path(clip).name}"
+                os.link(data / "clips" / clip, linked)
                 writer.writerow([linked.name, "dark", "p"])
     flags = [*map(str, CACHE), "--manifests", "many.csv"]
     process = subprocess.Popen(
@@ -164,15 +180,66 @@ def test_interrupted_caching_goes_on(data: Path, tmp_path: Path, number: int) ->
     ("arguments", "message"),
     [
         (["--output", "c", "--manifests", "none.csv"], "none.csv: no such manifest"),
-        (["--output", "c", "--per-segment", "2"], "per_segment = 2: must be odd"),
+        (["--output", "c", "--frames-per-segment", "2"], "frames_per_segment = 2: must be odd"),
         (["--output", "c", "--quality", "0"], "quality = 0: must be from 20 to 100"),
-        (["--output", "c", "--workers", "-1"], "workers = -1: must be at least 0"),
+        (["--output", "c", "--num-workers", "-1"], "num_workers = -1: must be at least 0"),
     ],
 )
 def test_mistakes_are_one_line(data: Path, tmp_path: Path, arguments, message, mistake) -> None:
     code, stderr = mistake(main, "cache", "data", *arguments, cwd=tmp_path)
     assert code == 2
     assert message in stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["check", "data", "--workers", "1"], "--workers is now called --num-workers"),
+        (["audit", "data", "--alike-bits=9"], "--alike-bits is now called --max-hamming-distance"),
+        (["cache", "data", "--inputs", "rgb"], "--inputs is now called --modality"),
+        (["cache", "data", "--per-segment", "3"], "is now called --frames-per-segment"),
+    ],
+)
+def test_renamed_flags_are_told(tmp_path: Path, arguments, message: str, mistake) -> None:
+    stderr = mistake(main, *arguments, cwd=tmp_path).stderr
+    assert message in stderr
+    assert len(stderr.splitlines()) == 1
+
+
+def test_the_earlier_name_of_a_modality_is_understood(tmp_path: Path, mistake) -> None:
+    arguments = ("cache", "none", "--output", "c", "--modality", "rgb+vectors")
+    assert "none/train.csv" not in mistake(main, *arguments, cwd=tmp_path).stderr
+
+
+LIGHT = """
+import sys
+import prepare_data
+sys.argv = ["prepare_data.py", "--help"]
+try:
+    prepare_data.main()
+finally:
+    heavy = {"torch", "torchvision", "pandas", "scipy", "sklearn", "PIL", "matplotlib"}
+    print("heavy:", sorted(heavy & set(sys.modules)))
+"""
+
+
+def test_help_is_light_and_shows_one_example_per_line(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", LIGHT], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert "heavy: []" in done.stdout
+    examples = [line for line in done.stdout.splitlines() if "python prepare_data.py" in line]
+    assert [line.split()[2] for line in examples] == ["audit", "check", "split", "split", "cache"]
+
+
+@pytest.mark.parametrize("arguments", [("audit", "m.csv"), ("check", "m.csv")])
+def test_work_on_files_needs_no_torch(tmp_path: Path, arguments: tuple[str, ...]) -> None:
+    """Importing torch would take seconds and memory in every worker."""
+    make_clip(tmp_path / "clips/a.mp4", 100)
+    (tmp_path / "m.csv").write_text("path,label\na.mp4,x\n")
+    (tmp_path / "torch.py").write_text("raise RuntimeError('torch was imported')")
+    environment = {"PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"}
+    run_script("prepare_data.py", *arguments, cwd=tmp_path, **environment)
 
 
 def test_bad_files_are_listed_with_reasons(tmp_path: Path) -> None:
@@ -186,8 +253,8 @@ def test_bad_files_are_listed_with_reasons(tmp_path: Path) -> None:
     )
     done = run_script("prepare_data.py", "check", "all.csv", cwd=tmp_path, check=False)
     assert done.returncode == 1
-    assert "5 files, 3 of them bad: bad_clips.csv" in done.stdout
-    table = pd.read_csv(tmp_path / "bad_clips.csv").set_index("path")["reason"]
+    assert "5 files, 3 of them bad: runs/bad_clips.csv" in done.stdout
+    table = pd.read_csv(tmp_path / "runs/bad_clips.csv").set_index("path")["reason"]
     assert {Path(path).name for path in table.index} == {"cut.mp4", "text.mp4", "gone.mp4"}
     assert table["gone.mp4"] == "no such file"
     assert "gone.mp4" not in done.stdout  # names stay in the list
@@ -195,10 +262,10 @@ def test_bad_files_are_listed_with_reasons(tmp_path: Path) -> None:
 
 def test_good_files_pass(tiny_data: Path, tmp_path: Path, capsys) -> None:
     output = str(tmp_path / "new/bad.csv")
-    assert check(CheckConfig((str(tiny_data),), output=output, workers=0)) == 0
+    assert check(CheckConfig((str(tiny_data),), output=output, num_workers=0)) == 0
     assert "36 files, 0 of them bad" in capsys.readouterr().out
     assert len(pd.read_csv(output)) == 0
-    assert check(CheckConfig((str(tiny_data / "clips/val"),), output=output, workers=2)) == 0
+    assert check(CheckConfig((str(tiny_data / "clips/val"),), output=output, num_workers=2)) == 0
     assert "9 files, 0 of them bad" in capsys.readouterr().out  # a folder of videos
 
 
@@ -216,6 +283,6 @@ def test_damage_where_no_sampling_looks_is_found(tmp_path: Path) -> None:
 
 def test_real_files(real: Path, tmp_path: Path) -> None:
     sources = (str(real / "odd/not-a-video"), str(real / "cholect50/clips/preparation"))
-    assert check(CheckConfig(sources, output=str(tmp_path / "bad.csv"), workers=2)) == 1
+    assert check(CheckConfig(sources, output=str(tmp_path / "bad.csv"), num_workers=2)) == 1
     bad = {Path(path).parent.name for path in pd.read_csv(tmp_path / "bad.csv")["path"]}
     assert bad == {"not-a-video"}

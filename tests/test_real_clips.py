@@ -11,43 +11,46 @@ import av
 import numpy as np
 import pytest
 import torch
-from helpers import ROOT
+from helpers import ROOT, make_model
 from PIL import Image
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as pil
 
 from clips.cache import CacheSettings, ClipCache
-from clips.transforms import inverse_maps, sampling_grid, warp
+from clips.transforms import inverse_affine, sampling_grid, warp
 from modeling.inference import prepare_for_inference
-from models import build_model
 from video import decoder as video
-from video.clip_reader import read_clip, sample_indices
+from video.clip_reader import FrameSampler, read_clip
 from video.container import TOLERANT, ClipError
 from video.decoder import read_frames
 
 with open(Path(__file__).parent / "real_outcomes.csv", encoding="utf-8") as table:
     OUTCOMES = list(csv.DictReader(table))
 
-# Runs in a process of its own, to see the peak memory of this work alone.
+# Runs in a process of its own, which shows the peak memory of this work alone.
 READ_ALL = """
-import json, resource, sys, time
+import json, operator, resource, sys, time
 from torch.utils.data import DataLoader
-from dataset import ClipsDataset, ReportingDataset
+from dataset import ClipsDataset
 from clips.manifest import ClipRow
+from video.container import ClipError
 
-class Timed(ReportingDataset):
+class Timed(ClipsDataset):
     def __getitem__(self, index):
-        began = time.perf_counter()
-        number, item = super().__getitem__(index)
-        took = time.perf_counter() - began
+        start = time.perf_counter()
+        try:
+            item = super().__getitem__(index)
+        except ClipError as error:
+            item = str(error)
+        seconds = time.perf_counter() - start
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         failed = isinstance(item, str)
         shape = None if failed else list(item[0].shape)
-        return {"shape": shape, "error": item if failed else "", "s": took, "bytes": peak}
+        return {"shape": shape, "error": item if failed else "", "s": seconds, "bytes": peak}
 
 if __name__ == "__main__":
     paths = json.load(sys.stdin)
-    clips = Timed(ClipsDataset([ClipRow(path, 0) for path in paths]))
+    clips = Timed([ClipRow(path, 0) for path in paths])
     loader = DataLoader(clips, batch_size=None, num_workers=2, multiprocessing_context="spawn")
     print(json.dumps(list(loader)))
 """
@@ -87,23 +90,23 @@ def test_frames_are_those_the_decoder_puts_out(real: Path) -> None:
     """Reading the chosen frames equals decoding all and choosing then, in decode order."""
     for row in OUTCOMES:
         if row["outcome"] != "clip" or row["path"].startswith(("fights/", "laparoscopy/")):
-            continue  # many alike, and slow
+            continue  # many similar ones, and slow
         path = real / row["path"]
-        indices = sample_indices(int(row["frames"]), 16)
+        indices = FrameSampler(16).indices(int(row["frames"]))
         chosen, count = {}, 0
         with av.open(str(path), **TOLERANT) as container:
             for frame in container.decode(video=0):
                 if count in indices:
-                    picture = frame.to_ndarray(format="rgb24", width=32, height=32)
-                    chosen[count] = np.rot90(picture, round(frame.rotation / 90))
+                    image = frame.to_ndarray(format="rgb24", width=32, height=32)
+                    chosen[count] = np.rot90(image, round(frame.rotation / 90))
                 count += 1
         assert count == int(row["frames"]), row["path"]
         wanted = np.stack([chosen[i] for i in indices])
-        assert np.array_equal(read_clip(path, size=32), wanted), row["path"]
+        assert np.array_equal(read_clip(path, size=32).rgb, wanted), row["path"]
 
 
 def test_needed_packets_give_the_frames_of_the_plain_path(real: Path, monkeypatch) -> None:
-    """Errors included; most H.264 files do take the fast path. Of many alike, every third."""
+    """Errors too; most H.264 files take the fast path. Of many similar files every third one."""
     paths = [real / row["path"] for row in OUTCOMES if not row["path"].startswith("fights/")]
     paths += sorted((real / "fights").glob("*/*.mp4"))[::3]
     paths += sorted((real / "cholect50").glob("clips/*/*.mp4"))[::3]
@@ -116,17 +119,17 @@ def test_needed_packets_give_the_frames_of_the_plain_path(real: Path, monkeypatc
         return frames
 
     for number, path in enumerate(paths):
-        draws = np.random.default_rng(number).random(8)
+        offsets = np.random.default_rng(number).random(8)
         monkeypatch.setattr(video, "_read_needed", watched)
-        clip = outcome(path, draws)
+        clip = outcome(path, offsets)
         monkeypatch.setattr(video, "_read_needed", lambda *_: None)
-        assert np.array_equal(clip, outcome(path, draws)), path
+        assert np.array_equal(clip, outcome(path, offsets)), path
     assert sum(fast) > 130
 
 
-def outcome(path: Path, draws: np.ndarray) -> np.ndarray | str:
+def outcome(path: Path, offsets: np.ndarray) -> np.ndarray | str:
     try:
-        return read_clip(path, 8, "random", 32, draws)
+        return read_clip(path, FrameSampler(8, "random"), 32, offsets).rgb
     except ClipError as error:
         return str(error)
 
@@ -136,20 +139,20 @@ def some_clips(real: Path) -> dict[Path, np.ndarray]:
     """Sixteen frames of surgery, of CCTV and of a laparoscope."""
     paths = [real / "laparoscopy/endo.mp4", *sorted((real / "fights").glob("*/*.mp4"))[::20]]
     paths += sorted((real / "cholect50").glob("clips/*/*.mp4"))[::30]
-    return {path: read_clip(path) for path in paths}
+    return {path: read_clip(path).rgb for path in paths}
 
 
 def test_cache_of_real_clips(some_clips, real: Path, tmp_path: Path) -> None:
     cache = ClipCache.create(tmp_path, real, CacheSettings())
     for path, decoded in some_clips.items():
         cache.write(path)
-        error = np.abs(cache.read(path).astype(int) - decoded).mean()
-        assert error < 6, path  # below 2 but for one noisy CCTV clip
+        error = np.abs(cache.read(path).rgb.astype(int) - decoded).mean()
+        assert error < 6, path  # below 2 except for one noisy CCTV clip
 
 
 def test_warp_of_real_clips(some_clips) -> None:
-    draw = torch.tensor([[1.0, 8.0, 10 / 224, -6 / 224, 1.07, 1.0, 1.0, 1.0, 0.0]])
-    grid = sampling_grid(inverse_maps(draw), (224, 224))
+    params = torch.tensor([[1.0, 8.0, 10 / 224, -6 / 224, 1.07, 1.0, 1.0, 1.0, 0.0]])
+    grid = sampling_grid(inverse_affine(params), (224, 224))
     for path, decoded in some_clips.items():
         clip = torch.from_numpy(decoded).permute(0, 3, 1, 2)[None].float()
         ours = warp(clip, grid)[0].round().permute(0, 2, 3, 1).numpy()
@@ -163,9 +166,9 @@ def test_warp_of_real_clips(some_clips) -> None:
 @torch.inference_mode()
 def test_prepared_models_on_real_clips(some_clips) -> None:
     clips = torch.from_numpy(np.stack(list(some_clips.values())[:2])).permute(0, 1, 4, 2, 3)
-    for name in ("tsm", "cnn_lstm", "vivit"):
+    for name in ("tsm_resnet", "cnnlstm", "vivit"):
         torch.manual_seed(0)
-        model = build_model(name, 7).eval()
+        model = make_model(name, 7).eval()
         fast = prepare_for_inference(model, torch.device("cpu"))
         assert (fast(clips) - model(clips)).abs().max() < 1e-5
 
@@ -174,14 +177,14 @@ def test_first_needs_no_more_than_the_first_frames(real: Path) -> None:
     """A file that breaks off after 28 frames still has its first 16."""
     broken = real / "odd/decord/corrupted.mp4"
     with pytest.raises(ClipError, match="breaks off after 28 frames"):
-        read_clip(broken, 16, "uniform")
-    first = read_clip(broken, 16, "first", size=64)
+        read_clip(broken)
+    first = read_clip(broken, FrameSampler(16, "first"), 64).rgb
     assert np.array_equal(first, read_frames(broken, lambda n: range(16), 64, stop_after=16))
 
 
 def test_rotation_is_applied(real: Path) -> None:
-    """A 100 x 60 picture with rotation -90 is stored lying on its side: upright it is 60 wide."""
-    clip = read_clip(real / "odd/mozilla-mp4parse/video_rotation_90.mp4", 1, size=None)
+    """A 100 x 60 frame with rotation -90 is stored on its side: upright it is 60 pixels wide."""
+    clip = read_clip(real / "odd/mozilla-mp4parse/video_rotation_90.mp4", FrameSampler(1), None).rgb
     assert clip.shape == (1, 100, 60, 3)
     upper, lower = clip[0, :18].mean(), clip[0, 30:].mean()
     assert upper > 240  # the white bar is at the top when upright, at the left as stored

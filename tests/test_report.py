@@ -2,8 +2,11 @@
 
 import html
 import json
+import os
 import re
 import shutil
+import subprocess
+import sys
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -13,44 +16,48 @@ from helpers import HOSTILE, PALE_TEXTS, make_clip, run_script
 
 from clips.manifest import CLASSES, ClipRow
 from evaluation import bootstrap, metrics
-from evaluation.calibration import Calibration, temper
+from evaluation.calibration import Calibration, apply_temperature
 from evaluation.predictions import Predictions
 from evaluation.results import write_results
-from report import ReportConfig, build_page, main
+from report import main
 from training.log import write_history
 from utils.errors import UserError
 from utils.files import write_json
-from web.anonymize import HIDDEN, hide
-from web.report_data import load_run, more_intervals
+from web.anonymize import HIDDEN, redact
+from web.report_data import load_report_data, more_intervals
+from web.report_page import build_page
 
 PATIENTS = [f"Kovacs-{number:03d}" for number in range(31, 43)]
-LEAKAGE = "LEAKAGE: 4 of 12 patients of test are also in train (97 of 371 test clips): memory"
+LEAKAGE = "4 of 12 patients of test are also in train (97 of 371 test clips): memory"
 
 
 def make_predictions(
-    classes: tuple[str, ...] = CLASSES, patients: int = 12, clips: int = 20, absent: int = 6
+    classes: tuple[str, ...] = CLASSES,
+    patients: int = 12,
+    clips: int = 20,
+    missing_classes: int = 6,
 ) -> Predictions:
-    """Answers of a model that does well with some patients and badly with others."""
+    """Predictions of a model that does well on some patients and badly on others."""
     rng = np.random.default_rng(0)
     rows, logits = [], []
     for number, patient in enumerate(PATIENTS[:patients]):
         for clip in range(clips + number):
-            label = int(rng.choice([c for c in range(len(classes)) if c != absent]))
+            label = int(rng.choice([c for c in range(len(classes)) if c != missing_classes]))
             video = f"{patient}_V{clip // 8}"
             path = Path(f"/gone/clips of {patient}/Clip_P{patient}_C{clip}_part1.mp4")
             rows.append(ClipRow(path, label, patient, video, f"{video}_C{clip // 2}"))
             logits.append(rng.normal(0, 1.4, len(classes)) + (np.arange(len(classes)) == label) * 3)
             logits[-1] *= 1 + number / 12
-    return Predictions(rows, temper(np.exp(np.array(logits)), 1.0))
+    return Predictions(rows, apply_temperature(np.exp(np.array(logits)), 1.0))
 
 
 def write_run(folder: Path, predictions: Predictions, classes: tuple[str, ...]) -> Path:
-    """A run folder as train.py leaves it, with a patient's name in a path and a command."""
+    """A run folder as train.py writes it, with the names of patients in a path and a command."""
     predictions.unreadable[:] = ["a.mp4: no such file", "b.mp4: no such file"]
-    facts = {"checkpoint": f"runs/{PATIENTS[0]}/best.pt", "epoch": 2, "split": "test"}
-    facts["warnings"] = [LEAKAGE]
+    metadata = {"checkpoint": f"runs/{PATIENTS[0]}/best.pt", "epoch": 2, "split": "test"}
+    metadata["warnings"] = [{"kind": "leakage", "text": LEAKAGE}]
     calibration = Calibration(1.4, 0.1, 0.62)
-    write_results(predictions, classes, folder, [calibration], facts)
+    write_results(predictions, classes, folder, [calibration], metadata)
     columns = ("train_loss", "train_accuracy", "val_loss", "val_accuracy", "val_macro_f1")
     values = ((1.9, 0.3, 1.8, 0.35, 0.3), (1.2, 0.6, 1.3, 0.5, 0.52), (0.9, 0.8, 1.4, 0.5, 0.49))
     history = [
@@ -60,7 +67,12 @@ def write_run(folder: Path, predictions: Predictions, classes: tuple[str, ...]) 
     write_history(folder / "metrics.csv", history)
     write_json(
         folder / "config.json",
-        {"model": "tsm", "data_root": f"/data/{PATIENTS[1]}", "batch_size": 16, "classes": classes},
+        {
+            "model_name": "tsm_resnet",
+            "data_root": f"/data/{PATIENTS[1]}",
+            "batch_size": 16,
+            "classes": classes,
+        },
     )
     command = f"python train.py --data-root /data/{PATIENTS[1]} --test-csv {PATIENTS[2]}.csv"
     session = {"command": command, "torch": "2.14.1", "device": "NVIDIA H100", "commit": "23b73c7+"}
@@ -70,7 +82,7 @@ def write_run(folder: Path, predictions: Predictions, classes: tuple[str, ...]) 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("reported") / "20260101-120000_tsm"
+    folder = tmp_path_factory.mktemp("reported") / "20260101-120000_tsm_resnet"
     return write_run(folder, make_predictions(), CLASSES)
 
 
@@ -81,22 +93,22 @@ def page(run: Path) -> str:
 
 @pytest.fixture(scope="module")
 def hostile(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
-    """Hostile names, and frames of three clips: the page with the most in it, and where it is."""
+    """The path and the text of a page with hostile names and the frames of three clips."""
     folder = tmp_path_factory.mktemp("hostile") / 'a "quoted" <folder>'
     predictions = make_predictions(HOSTILE)
-    wrong = np.flatnonzero(~predictions.right)
+    wrong = np.flatnonzero(~predictions.correct)
     worst = wrong[np.argsort(-predictions.confidence[wrong], kind="stable")][:3]
-    for number, place in enumerate(worst):
+    for number, index in enumerate(worst):
         path = make_clip(folder / "clips" / f"<i>{number}.mp4", 200, frames=10, size=48)
-        predictions.rows[place] = predictions.rows[place]._replace(path=path)
+        predictions.rows[index] = predictions.rows[index]._replace(path=path)
     write_run(folder, predictions, HOSTILE)
     text = make_page(folder, with_frames=True, with_patients=True)
     (folder / "report.html").write_text(text, encoding="utf-8")
     return folder / "report.html", text
 
 
-def make_page(folder: Path, **settings: bool | int) -> str:
-    return build_page(load_run(folder), ReportConfig(str(folder), **settings))
+def make_page(folder: Path, **options: bool | int) -> str:
+    return build_page(load_report_data(folder), **options)
 
 
 def results_of(folder: Path) -> dict:
@@ -104,7 +116,7 @@ def results_of(folder: Path) -> dict:
 
 
 class Page(HTMLParser):
-    """A page's elements, and its text as it is shown."""
+    """The elements of a page, and its text as a browser shows it."""
 
     def __init__(self, source: str) -> None:
         super().__init__()
@@ -120,7 +132,7 @@ class Page(HTMLParser):
             self.pieces.append(data)
 
     def handle_endtag(self, tag: str) -> None:
-        self.pieces.append(" " * (tag in ("td", "th", "title", "text")))  # else they run together
+        self.pieces.append(" " * (tag in ("td", "th", "title", "text")))  # separates cells
 
     @property
     def text(self) -> str:
@@ -135,109 +147,141 @@ def test_the_headline_is_that_of_test_metrics(run: Path, page: str) -> None:
         ("Balanced accuracy", f"{results['balanced_accuracy']:.1%}"),
         ("Macro-F1", f"{results['macro_f1']:.3f}"),
         ("Calibration error (ECE)", f"{ece:.3f}"),
-        ("Answered", f"{selective['coverage']:.1%}"),
-        ("Wrong among answers", f"{selective['error']:.1%}"),
+        ("Coverage", f"{selective['coverage']:.1%}"),
+        ("Error among answered clips", f"{selective['error']:.1%}"),
     ):
         assert f"{title} {value.replace('%', ' %')}" in text
     for kind, words in (("patients", "{} (95 % interval)"), ("clips", "independent: {}")):
         low, high = results["intervals"]["macro_f1"][kind]
         assert words.format(f"{low:.3f} to {high:.3f}") in text
     assert f"{results['clips']} clips of 12 patients, 7 classes" in text
-    assert f"{100 * results['chance_accuracy']:.1f} %, from always answering the largest" in text
+    assert f"{100 * results['majority_baseline']:.1f} %, the accuracy of always predicting" in text
     for name in ("ece", "brier", "nll"):
         before, after = results["calibration"]["before"][name], results["calibration"][name]
         assert f"{before:.3f} {after:.3f}" in text
     assert f"{results['selective']['aurc']:.3f}" in text
 
 
-def test_what_a_reader_must_know_stands_first(page: str) -> None:
+def test_warnings_come_first(page: str) -> None:
     text = Page(page).text
-    assert text.index("Missing clips. 2 of") < text.index("How well it does")
-    assert text.index("Leakage. 4 of 12 patients") < text.index("How well it does")
-    assert "Do not pass on" not in text
+    assert text.index("Missing clips. 2 of") < text.index("Headline results")
+    assert text.index("Leakage. 4 of 12 patients") < text.index("Headline results")
+    assert "Confidential" not in text
+
+
+def test_leakage_is_known_by_its_kind(run: Path, tmp_path: Path) -> None:
+    shutil.copytree(run, tmp_path / "run")
+    kinds = {"class balance": "balanced twice", "other": "no LEAKAGE here"}
+    warnings = [{"kind": kind, "text": text} for kind, text in kinds.items()]
+    write_json(tmp_path / "run" / "test_metrics.json", {**results_of(run), "warnings": warnings})
+    text = Page(make_page(tmp_path / "run")).text
+    assert "Class balance. balanced twice" in text
+    assert "Warning. no LEAKAGE here" in text
+    assert "Leakage." not in text
+
+
+def test_results_of_an_earlier_version_are_understood(run: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(run, tmp_path / "run")
+    results = results_of(run)
+    results["chance_accuracy"] = results.pop("majority_baseline")
+    results["selective"]["wanted_error"] = results["selective"].pop("target_error")
+    for kind in ("video", "patient"):
+        results["averages"][kind]["units"] = results["averages"][kind].pop("groups")
+    results["warnings"] = [f"LEAKAGE: {LEAKAGE}"]
+    write_json(folder / "test_metrics.json", results)
+    table = (folder / "predictions.csv").read_text(encoding="utf-8")
+    table = table.replace(",decision,", ",answer,", 1)
+    (folder / "predictions.csv").write_text(table, encoding="utf-8")
+    settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    settings["model"] = settings.pop("model_name")
+    write_json(folder / "config.json", settings)
+    expected, text = (Page(make_page(path)).text for path in (run, folder))
+    expected, text = (page.split("Reproducing the results")[0] for page in (expected, text))
+    name = f"Run {run.name}"
+    assert text.replace("Run run", name) == expected
 
 
 def test_an_absent_class_is_not_a_zero(page: str) -> None:
     text = Page(page).text
     assert "Suction no clips of this class in this split" in text
-    assert "Suction absent from this split" in text
+    assert "Suction no clips in this split; left out of the averages" in text
 
 
 def test_the_table_holds_the_confusion_matrix(run: Path, page: str) -> None:
     table = page.split('<table class="confusion"')[1].split("</table>")[0]
     cells = re.findall(r'<td class="cell.*?</td>', table)
     counts = [int(re.search(r"<b>(\d+)|>(0)<", cell)[0].strip("<b>")) for cell in cells]
-    matrix = load_run(run).predictions.confusion[:6]  # the last class has no clips
+    matrix = load_report_data(run).predictions.confusion[:6]  # the last class has no clips
     assert counts == matrix.ravel().tolist()
     assert table.count('scope="row"') == 7
     assert table.count('scope="col"') == 9
 
 
 def test_intervals_agree_with_bootstrap_where_they_overlap(tmp_path: Path) -> None:
-    """With clips of one class only, its recall is the accuracy, and so is its interval."""
-    predictions = make_predictions(("a", "b"), absent=1)
+    """With clips of one class only, its recall and the accuracy are the same number."""
+    predictions = make_predictions(("a", "b"), missing_classes=1)
     write_results(predictions, ("a", "b"), tmp_path, [Calibration(1.0, 0.1, 0.8)])
-    loaded = load_run(tmp_path)
-    more = more_intervals(loaded)
+    data = load_report_data(tmp_path)
+    intervals = more_intervals(data)
     for kind in ("patients", "clips"):
-        expected = loaded.results["intervals"]["accuracy"][kind]
-        assert more["recall of a"][kind] == pytest.approx(expected)
-    assert more["recall of b"] == {"patients": None, "clips": None}
+        expected = data.results["intervals"]["accuracy"][kind]
+        assert intervals["recall of a"][kind] == pytest.approx(expected)
+    assert intervals["recall of b"] == {"patients": None, "clips": None}
     for values, estimate in (
-        (more["ece"], loaded.results["calibration"]["ece"]),
-        (more["coverage"], loaded.results["selective"]["coverage"]),
-        (more["error"], loaded.results["selective"]["error"]),
+        (intervals["ece"], data.results["calibration"]["ece"]),
+        (intervals["coverage"], data.results["selective"]["coverage"]),
+        (intervals["error"], data.results["selective"]["error"]),
     ):
         low, high = values["patients"]
         assert 0 <= low <= estimate <= high <= 1
 
 
 def test_the_interval_of_the_ece_is_that_of_resampled_clips(run: Path) -> None:
-    loaded = load_run(run)
-    predictions, ece = loaded.predictions, loaded.results["calibration"]["ece"]
-    patients = predictions.units("patient")
+    data = load_report_data(run)
+    predictions, ece = data.predictions, data.results["calibration"]["ece"]
+    patients = predictions.groups("patient")
     order = bootstrap.canonical_order(predictions.labels, predictions.probabilities, patients)
-    (weights,) = bootstrap.patient_weights(patients[order], 60)
+    (weights,) = bootstrap.cluster_bootstrap_weights(patients[order], 60)
     values = [
         metrics.expected_calibration_error(
-            np.repeat(predictions.confidence[order], often),
-            np.repeat(predictions.right[order], often),
+            np.repeat(predictions.confidence[order], count),
+            np.repeat(predictions.correct[order], count),
         )
-        for often in weights.astype(int)
+        for count in weights.astype(int)
     ]
-    low, high = bootstrap.interval(np.array(values), 12)
-    mirrored, _ = bootstrap.interval(2 * ece - np.array(values), 12)
+    low, high = bootstrap.confidence_interval(np.array(values), 12)
+    mirrored, _ = bootstrap.confidence_interval(2 * ece - np.array(values), 12)
     expected = [max(0, min(low, mirrored)), max(high, ece)]
-    assert more_intervals(loaded, draws=60)["ece"]["patients"] == pytest.approx(expected)
+    assert more_intervals(data, n_resamples=60)["ece"]["patients"] == pytest.approx(expected)
 
 
 @pytest.mark.parametrize(
     ("patients", "words"), [(0, "No patient is known for any clip"), (1, "come from one patient")]
 )
 def test_without_patients_there_is_no_interval(tmp_path: Path, patients: int, words: str) -> None:
-    predictions = make_predictions(("a", "b"), patients=1, absent=9)
+    predictions = make_predictions(("a", "b"), patients=1, missing_classes=9)
     if not patients:
         predictions.rows = [row._replace(patient=None, video=None) for row in predictions.rows]
     write_results(predictions, ("a", "b"), tmp_path, [Calibration()])
     text = Page(make_page(tmp_path)).text
     assert words in text
-    assert "no interval worth the name" in text
+    assert "there is no interval over patients" in text
     assert "no interval over patients" in text
     assert "(95 % interval)" not in text
     assert "There is no metrics.csv here" in text
     assert "There is no config.json here" in text
-    assert "None was chosen, so every clip is answered" in text
+    assert "No threshold was chosen, so every clip is answered" in text
 
 
-def secrets_of(folder: Path) -> set[str]:
-    rows = load_run(folder).predictions.rows
+def names_in(folder: Path) -> set[str]:
+    rows = load_report_data(folder).predictions.rows
     names = {name for row in rows for name in (row.patient, row.video, row.action)}
     return names | {text for r in rows for text in (str(r.path), r.path.name, r.path.stem)}
 
 
-def test_nobody_is_named_by_default(run: Path, page: str) -> None:
+def test_no_name_is_shown_by_default(run: Path, page: str) -> None:
     shown = page + html.unescape(page)
-    assert not [secret for secret in secrets_of(run) if secret in shown]
+    assert not [name for name in names_in(run) if name in shown]
     assert HIDDEN in page
     assert re.search(r"clip \d+ of patient \d+", page)
     assert "data:image" not in page
@@ -245,41 +289,43 @@ def test_nobody_is_named_by_default(run: Path, page: str) -> None:
     assert "NVIDIA H100" in page
 
 
-def test_names_are_shown_on_request_and_said_to_be_there(run: Path) -> None:
+def test_names_are_shown_on_request_with_a_warning(run: Path) -> None:
     page = make_page(run, with_patients=True)
     shown = html.unescape(page)
     assert all(patient in shown for patient in PATIENTS)
     assert shown.count("Clip_PKovacs") == 12  # the worst mistakes
     assert HIDDEN not in page
     text = Page(page).text
-    assert "Do not pass on. This page contains patient identifiers." in text
+    assert "Confidential, do not pass on. This page contains patient identifiers." in text
     assert "<title>CONFIDENTIAL" in page
     assert "data:image" not in page
 
 
-def test_the_numbers_of_patients_tell_their_accuracy_only(run: Path, page: str) -> None:
-    predictions = load_run(run).predictions
-    units = predictions.units("patient")
-    accuracies = sorted(float(predictions.right[units == name].mean()) for name in PATIENTS)
-    found = re.findall(r"patient (\d+): ([\d.]+)\u00a0% of \d+ clips right", page)
-    assert found == [(str(n), f"{100 * value:.1f}") for n, value in enumerate(accuracies, 1)]
+def test_patients_are_numbered_by_accuracy(run: Path, page: str) -> None:
+    predictions = load_report_data(run).predictions
+    units = predictions.groups("patient")
+    accuracies = sorted(float(predictions.correct[units == name].mean()) for name in PATIENTS)
+    shown = re.findall(r"patient (\d+): ([\d.]+)\u00a0% of \d+ clips correct", page)
+    assert shown == [(str(n), f"{100 * value:.1f}") for n, value in enumerate(accuracies, 1)]
 
 
 @pytest.mark.parametrize(
-    ("text", "secrets", "expected"),
+    ("text", "identifiers", "expected"),
     [
         ("--csv p/Clip_P058_V1.mp4", ["058"], f"--csv p/Clip_P{HIDDEN}_V1.mp4"),
         ("--seed 58 runs/10580_x", ["58", "058"], "--seed 58 runs/10580_x"),
         ("/data/Anna/x", ["anna"], f"/data/{HIDDEN}/x"),
         ("/data/Annabel/x", ["Anna"], "/data/Annabel/x"),
-        ("--model r2plus1d a_2.csv", ["2"], f"--model r2plus1d a_{HIDDEN}.csv"),
+        ("--model-name r2plus1d a_2.csv", ["2"], f"--model-name r2plus1d a_{HIDDEN}.csv"),
         ("open 'A B.mp4' now", ["A B.mp4", "A B"], f"open '{HIDDEN}' now"),
         ("a.b+c", ["a.b+c", "b"], HIDDEN),
         ("nothing", [], "nothing"),
     ],
 )
-def test_names_are_cut_out_of_what_was_typed(text: str, secrets: list[str], expected: str) -> None:
-    assert hide(text, secrets) == expected
+def test_names_are_removed_from_typed_text(
+    text: str, identifiers: list[str], expected: str
+) -> None:
+    assert redact(text, identifiers) == expected
 
 
 def test_hostile_names_are_text(hostile: tuple[Path, str]) -> None:
@@ -295,7 +341,7 @@ def test_hostile_names_are_text(hostile: tuple[Path, str]) -> None:
     assert "<i>0.mp4" in parsed.text
 
 
-def test_frames_are_shown_on_request_and_said_to_be_there(hostile: tuple[Path, str]) -> None:
+def test_frames_are_shown_on_request_with_a_warning(hostile: tuple[Path, str]) -> None:
     text = Page(hostile[1]).text
     assert hostile[1].count('src="data:image/jpeg;base64,') == 3 * 8
     assert text.count("this clip is no longer there") == 9
@@ -324,13 +370,13 @@ def test_a_folder_of_evaluate_uses_its_run(run: Path, tmp_path: Path) -> None:
         shutil.copy(run / name, inside)
     write_json(inside / "test_metrics.json", {**results_of(run), "split": "val"})
     text = Page(make_page(inside)).text
-    assert "tsm: results on the validation clips" in text
+    assert "tsm_resnet: results on the validation clips" in text
     assert "Not a test." in text
     assert "kept: epoch 2" in text
     assert "NVIDIA H100" in text
 
 
-def test_a_cross_validation_has_a_line_a_fold(run: Path, tmp_path: Path) -> None:
+def test_a_cross_validation_has_one_line_per_fold(run: Path, tmp_path: Path) -> None:
     shutil.copytree(run, tmp_path / "cv")
     folder = tmp_path / "cv"
     for number in (1, 2, 10):
@@ -344,13 +390,13 @@ def test_a_cross_validation_has_a_line_a_fold(run: Path, tmp_path: Path) -> None
     (folder / "cross_validation.csv").write_text("\n".join(rows), encoding="utf-8")
     page = make_page(folder)
     text = Page(page).text
-    assert "tsm: results out of 3 folds" in text
+    assert "tsm_resnet: results out of 3 folds" in text
     lines = re.findall(r"<title>(fold\d+) training</title>", page)
     assert lines == ["fold1", "fold2", "fold10"]
     assert page.count("epoch 2 was kept") == 2 * 3  # on the loss and on the scores
     assert "fold1 70 3 0.610" in text
-    assert "the threshold of its fold’s model" in text
-    assert "Each model has a temperature of its own" in text
+    assert "below the threshold of the model of its fold" in text
+    assert "The model of each fold has its own temperature" in text
 
 
 def test_the_script_writes_the_page_or_one_line(run: Path, tmp_path: Path, mistake) -> None:
@@ -366,23 +412,59 @@ def test_the_script_writes_the_page_or_one_line(run: Path, tmp_path: Path, mista
     assert f"train.py --resume {folder}" in stderr
 
 
+def test_a_report_is_written_without_heavy_libraries(run: Path, tmp_path: Path) -> None:
+    code = "import runpy, sys\ntry: runpy.run_path(sys.argv[1], run_name='__main__')\n"
+    code += "except SystemExit: pass\nprint(*sys.modules)"
+    script = Path(__file__).parents[1] / "report.py"
+    heavy = {"torch", "torchvision", "matplotlib", "PIL", "av", "sklearn", "aiohttp"}
+    for argument, unwanted in (
+        ("--help", heavy | {"pandas", "scipy", "jinja2"}),
+        (shutil.copytree(run, tmp_path / "run"), heavy),
+    ):
+        done = subprocess.run(
+            [sys.executable, "-c", code, script, argument],
+            capture_output=True,
+            text=True,
+            check=True,
+            env={**os.environ, "PYTHONPATH": str(script.parent)},
+        )
+        assert not unwanted & set(done.stdout.split("\n")[-2].split())
+
+
+def test_tables_that_are_not_tables(run: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(run, tmp_path / "run")
+    for content in ("", "epoch,val_loss\n1,0.5\n2\n"):
+        (folder / "metrics.csv").write_text(content, encoding="utf-8")
+        with pytest.raises(UserError, match="not a table"):
+            load_report_data(folder)
+    (folder / "metrics.csv").write_text("epoch,val_loss\n", encoding="utf-8")
+    assert load_report_data(folder).histories == []
+    (folder / "metrics.csv").write_text(
+        "epoch,val_macro_f1,note\n1,,a\n2,0.5,b\n3,0.5,c\n", encoding="utf-8"
+    )
+    write_json(folder / "test_metrics.json", {**results_of(run), "epoch": None})
+    (history,) = load_report_data(folder).histories
+    assert history.best_epoch == 2
+    assert list(history.table) == ["epoch", "val_macro_f1"]
+
+
 def test_results_that_cannot_be_reported(run: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no such folder"):
-        load_run(tmp_path / "nowhere")
+        load_report_data(tmp_path / "nowhere")
     shutil.copytree(run, tmp_path / "run" / "evaluate_test")
     with pytest.raises(UserError, match="there are results in evaluate_test"):
-        load_run(tmp_path / "run")
+        load_report_data(tmp_path / "run")
     folder = tmp_path / "run" / "evaluate_test"
     results = results_of(run)
     write_json(folder / "test_metrics.json", {**results, "clips": 3})
     with pytest.raises(UserError, match="are not of the same test"):
-        load_run(folder)
+        load_report_data(folder)
     write_json(folder / "test_metrics.json", {"accuracy": 0.5})
     with pytest.raises(UserError, match="earlier version"):
-        load_run(folder)
+        load_report_data(folder)
     (folder / "test_metrics.json").write_text("{", encoding="utf-8")
-    with pytest.raises(UserError, match="not JSON"):
-        load_run(folder)
+    with pytest.raises(UserError, match="is damaged"):
+        load_report_data(folder)
 
 
 NAMELESS = """() => [...document.querySelectorAll("svg")].filter(
@@ -392,7 +474,7 @@ NAMELESS = """() => [...document.querySelectorAll("svg")].filter(
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_in_a_browser(browser, hostile: tuple[Path, str], scheme: str) -> None:
-    """Nothing runs, nothing is loaded, nothing sticks out, everything can be read."""
+    """No script runs, nothing is loaded, nothing is wider than the screen, all text is readable."""
     context = browser.new_context(color_scheme=scheme)
     tab = context.new_page()
     messages, requests, dialogs = [], [], []
@@ -404,7 +486,9 @@ def test_in_a_browser(browser, hostile: tuple[Path, str], scheme: str) -> None:
     for width in (360, 1280):
         tab.set_viewport_size({"width": width, "height": 800})
         tab.goto(address)
-        tab.evaluate("document.querySelectorAll('details').forEach(one => { one.open = true })")
+        tab.evaluate(
+            "document.querySelectorAll('details').forEach(element => { element.open = true })"
+        )
         assert tab.evaluate("document.documentElement.scrollWidth <= innerWidth")
         seen, pale = tab.evaluate(PALE_TEXTS)
         assert seen > 300
@@ -419,14 +503,14 @@ def test_in_a_browser(browser, hostile: tuple[Path, str], scheme: str) -> None:
     context.close()
 
 
-def test_on_paper_it_is_light_and_whole(browser, hostile: tuple[Path, str]) -> None:
+def test_the_printed_page_is_light_and_complete(browser, hostile: tuple[Path, str]) -> None:
     tab = browser.new_page(viewport={"width": 690, "height": 1000})
     tab.emulate_media(media="print", color_scheme="dark")
     tab.goto(hostile[0].as_uri())
     assert tab.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
     assert tab.evaluate("getComputedStyle(document.body).color") == "rgb(24, 32, 43)"
     hidden = """[...document.querySelectorAll("details > :not(summary)")].filter(
-      one => !one.checkVisibility({contentVisibilityAuto: true})).length"""
+      element => !element.checkVisibility({contentVisibilityAuto: true})).length"""
     assert tab.evaluate(hidden) == 0
     wide = "Math.max(...[...document.querySelectorAll('table')].map(t => t.scrollWidth))"
     assert tab.evaluate(wide) <= 690

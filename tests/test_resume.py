@@ -1,48 +1,44 @@
-"""Training that is stopped: exact resume, interrupts, kills, torn writes, more patience."""
+"""Interrupted training: exact resume, interrupts, kills, partial writes, more patience."""
 
 import os
 import signal
-import subprocess
-import sys
 import time
+from collections.abc import Callable
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import pytest
 import torch
-from helpers import ROOT, history, only_run, run_script, train_flags
+from helpers import (
+    history,
+    make_model,
+    make_state,
+    only_run,
+    same_tensors,
+    start_training,
+    tiny_config,
+    train_epoch,
+    train_flags,
+)
+from torch.utils.data import DataLoader
 
-from checkpoint import build_from_checkpoint, load_checkpoint, save_checkpoint
-from config import TrainConfig, from_dict
-from models import build_model
+from checkpoint import load_checkpoint, rebuild_model, save_checkpoint
+from config import from_dict
 from train import main
-from training.checks import resolve
-from training.engine import evaluate, train_one_epoch
+from training.engine import evaluate
 from training.loaders import build_dataloaders
-from training.state import Training
+from training.state import TrainState
 from utils.interrupt import Interrupt
 
-
-def same_weights(one: dict, two: dict) -> bool:
-    return one.keys() == two.keys() and all(torch.equal(one[key], two[key]) for key in one)
+pytestmark = pytest.mark.usefixtures("no_figures")
 
 
-def wait_for(condition, process: subprocess.Popen, seconds: float = 120) -> None:
+def wait_for(condition: Callable[[], object], process: BaseProcess, seconds: float = 120) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
-        assert process.poll() is None, "training ended before it could be disturbed"
+        assert process.exitcode is None, "training ended before it could be disturbed"
         assert time.monotonic() < deadline
         time.sleep(0.02)
-
-
-def start(folder: Path, *arguments: str) -> subprocess.Popen:
-    folder.mkdir(parents=True, exist_ok=True)
-    return subprocess.Popen(
-        [sys.executable, str(ROOT / "train.py"), *arguments],
-        cwd=folder,
-        stdout=open(folder / "out.txt", "a"),
-        stderr=subprocess.STDOUT,
-        start_new_session=True,
-    )
 
 
 def epochs_done(folder: Path) -> int:
@@ -58,83 +54,78 @@ def test_interrupted_run_resumes_exactly(
 ) -> None:
     """Stopped in the middle of an epoch and resumed: every weight equal, bit for bit.
 
-    With a worker the whole process group is asked, as terminals, torchrun and job managers do.
+    With a worker the whole process group gets the signal, as from terminals, torchrun and job
+    managers.
     """
-    process = start(tmp_path, *train_flags(tiny_data, "--workers", workers))
+    process = start_training(tmp_path, *train_flags(tiny_data, "--num-workers", workers))
     wait_for(lambda: epochs_done(tmp_path) >= 2, process)
     if workers:
         os.killpg(process.pid, number)
     else:
-        process.send_signal(number)
-    assert process.wait(60) == 128 + number
-    said = (tmp_path / "out.txt").read_text()
+        os.kill(process.pid, number)
+    process.join(60)
+    assert process.exitcode == 128 + number
+    output = (tmp_path / "out.txt").read_text()
     run = only_run(tmp_path)
-    assert f"python train.py --resume {run.relative_to(tmp_path)}" in said
-    assert "Traceback" not in said
+    assert f"python train.py --resume {run.relative_to(tmp_path)}" in output
+    assert "Traceback" not in output
     stopped = load_checkpoint(run, "last.pt")
     assert 2 <= stopped["epoch"] < 4
-    # One of the checkpoints stands for the run.
+    # A checkpoint stands for its run.
     run_main(main, "--resume", run / "best.pt" if workers else run, cwd=tmp_path)
     whole, _ = trained
     for name in ("last.pt", "best.pt"):
-        assert same_weights(
+        assert same_tensors(
             load_checkpoint(whole, name)["model"], load_checkpoint(run, name)["model"]
         )
     assert history(run).equals(history(whole))
     assert (run / "predictions.csv").read_text() == (whole / "predictions.csv").read_text()
 
 
-@pytest.mark.parametrize("more", [{}, {"ema": 0.9, "mixup": 0.4, "cutmix": 1.0}])
+@pytest.mark.parametrize("more", [{}, {"ema_decay": 0.9, "mixup_alpha": 0.4, "cutmix_alpha": 1.0}])
 def test_stopping_inside_an_epoch_loses_no_step(more: dict, tiny_data: Path) -> None:
-    """Two steps, a checkpoint, the third in a new process's state: as three steps in a row."""
-    settings = {"data_root": str(tiny_data), "classes": ("dark", "grey", "light")}
-    settings |= {"image_size": 32, "n_frames": 4, "batch_size": 6, "workers": 0, "weights": "none"}
-    settings |= {"amp": "fp32", "dropout": 0.3, "device": "cpu"}
-    config = resolve(TrainConfig(**settings, **more))
+    """Two steps, a checkpoint and a third step in a new state equal three steps in a row."""
+    config = tiny_config(tiny_data, model_name="tsm_resnet", dropout=0.3, **more)
 
     class Stop(Exception):
         pass
 
-    class After:
-        def __init__(self, steps: int) -> None:
-            self.steps = steps
+    steps = iter(range(1, 9))
 
-        def check(self) -> None:
-            self.steps -= 1
-            if self.steps == 0:
-                raise Stop
+    def stop_after_two() -> None:
+        if next(steps) == 2:
+            raise Stop
 
-    def fresh() -> tuple[Training, object]:
+    def fresh() -> tuple[TrainState, DataLoader]:
         loader = build_dataloaders(config)[0]
         torch.manual_seed(1)
-        model = build_model("tsm", 3, dropout=0.3)
-        return Training(config, model, torch.device("cpu"), 3), loader
+        return make_state(config, make_model("tsm_resnet", 3, dropout=0.3)), loader
 
     whole, loader = fresh()
     torch.manual_seed(2)
-    train_one_epoch(whole, whole.model, loader, After(99))
+    train_epoch(whole, loader)
 
     first, loader = fresh()
     torch.manual_seed(2)
     with pytest.raises(Stop):
-        train_one_epoch(first, first.model, loader, After(2))
-    state = first.state()
-    assert state["step"] == 2
+        train_epoch(first, loader, stop_after_two)
+    saved = first.state_dict()
+    assert saved["step"] == 2
     second, loader = fresh()
     torch.manual_seed(3)
-    second.load_state(state)
-    train_one_epoch(second, second.model, loader, After(99))
-    assert same_weights(whole.model.state_dict(), second.model.state_dict())
-    assert same_weights(whole.tested.state_dict(), second.tested.state_dict())
-    assert second.totals == whole.totals
+    second.load_state_dict(saved)
+    train_epoch(second, loader)
+    assert same_tensors(whole.model.state_dict(), second.model.state_dict())
+    assert same_tensors(whole.eval_model.state_dict(), second.eval_model.state_dict())
+    assert second.progress.running_sums == whole.progress.running_sums
 
 
-# What may differ between checkpoints of one training; nothing draws from Python's generator.
-ACCIDENTAL = ("seconds", "resume", "patience", "python")
+# What may differ between checkpoints of equal runs; nothing draws from Python's generator.
+ACCIDENTAL = ("seconds", "resume", "early_stopping_patience", "python")
 
 
 def same(one: object, two: object) -> bool:
-    """Whether two checkpoints hold the same, bit for bit, but for what is ACCIDENTAL."""
+    """Whether two checkpoints hold the same, bit for bit, except for what is ACCIDENTAL."""
     if isinstance(one, torch.Tensor):
         return torch.equal(one, two)
     if isinstance(one, dict):
@@ -148,28 +139,27 @@ def same(one: object, two: object) -> bool:
 
 @pytest.fixture
 def checkpoints_only(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Leave out the pictures and the test: most of the time of a tiny run."""
-    monkeypatch.setattr("train.plot_curves", lambda *_: None)
-    monkeypatch.setattr("train.test", lambda *_: None)
+    """Leave out the test, which takes long for a tiny run."""
+    monkeypatch.setattr("train.final_test", lambda *_: None)
 
 
 @pytest.mark.usefixtures("checkpoints_only")
 def test_resume_is_exact_with_averaged_weights_and_mixed_clips(
     tiny_data, tmp_path, run_main, monkeypatch
 ) -> None:
-    """Stopped in the second epoch: all of both checkpoints is as without the stop. What is kept and
-    what metrics.csv tells of is the average."""
-    arguments = train_flags(tiny_data, "--epochs", 2, "--ema", 0.9)
-    arguments += ["--mixup", "0.4", "--cutmix", "1", "--batch-size", "3"]
+    """After a stop in the second epoch both checkpoints are as without it. The average is what is
+    kept and what metrics.csv describes."""
+    arguments = train_flags(tiny_data, "--epochs", 2, "--ema-decay", 0.9)
+    arguments += ["--mixup-alpha", "0.4", "--cutmix-alpha", "1", "--batch-size", "3"]
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
     whole.mkdir()
     stopped.mkdir()
     run_main(main, *arguments, cwd=whole)
-    asked, check = [], Interrupt.check
+    calls, check = [], Interrupt.check
 
     def stop_at_the_twelfth(interrupt: Interrupt) -> None:
-        asked.append(interrupt)
-        if len(asked) == 12:  # 6 batches and 3 of validation an epoch
+        calls.append(interrupt)
+        if len(calls) == 12:  # 6 batches and 3 of validation per epoch
             os.kill(os.getpid(), signal.SIGTERM)
         check(interrupt)
 
@@ -185,50 +175,52 @@ def test_resume_is_exact_with_averaged_weights_and_mixed_clips(
 
     last, best = load_checkpoint(run, "last.pt"), load_checkpoint(run)
     assert last["averaged_steps"] == 12
-    assert not same_weights(last["model"], last["trained"])
+    assert not same_tensors(last["model"], last["trained"])
     _, val_loader, _, _ = build_dataloaders(from_dict(last["config"]))
     for state in (last, best):
-        told = state["history"][state["epoch"] - 1]["val_loss"]
-        predictions = evaluate(build_from_checkpoint(state), val_loader, torch.device("cpu"))
-        assert predictions.loss == pytest.approx(told, abs=1e-6)
+        loss = state["history"][state["epoch"] - 1]["val_loss"]
+        predictions = evaluate(rebuild_model(state), val_loader, torch.device("cpu"))
+        assert predictions.loss == pytest.approx(loss, abs=1e-6)
 
 
-def test_kill_at_any_moment_leaves_a_loadable_checkpoint(trained, tiny_data, tmp_path) -> None:
-    """SIGKILL again and again, from the first checkpoint on; the last resume ends as if alone."""
+def test_kill_at_any_moment_leaves_a_loadable_checkpoint(
+    trained, tiny_data, tmp_path, run_main
+) -> None:
+    """Several SIGKILLs from the first checkpoint on; the last resume ends as without them."""
     delays = iter([0.0, 0.1, 0.3, 0.6])
     arguments = train_flags(tiny_data)
     for delay in delays:
-        process = start(tmp_path, *arguments)
+        process = start_training(tmp_path, *arguments)
         wait_for(lambda: list((tmp_path / "runs").glob("*/last.pt")), process)
-        if arguments[0] == "--resume":  # let it load and go on a little
+        if arguments[0] == "--resume":  # let it load and continue a little
             lines = (tmp_path / "out.txt").read_text().count("resumed at")
             wait_for(
                 lambda n=lines: (tmp_path / "out.txt").read_text().count("resumed") > n, process
             )
         time.sleep(delay)
         process.kill()
-        process.wait()
+        process.join()
         run = only_run(tmp_path)
         for name in ("last.pt", "best.pt"):
             assert name != "last.pt" or (run / name).is_file()
             assert not (run / name).exists() or "model" in load_checkpoint(run, name)
         arguments = ["--resume", str(run)]
-    run_script("train.py", *arguments, cwd=tmp_path)
+    run_main(main, *arguments, cwd=tmp_path)
     whole, _ = trained
-    assert same_weights(
+    assert same_tensors(
         load_checkpoint(whole, "last.pt")["model"], load_checkpoint(run, "last.pt")["model"]
     )
-    assert not list(run.glob(".*"))  # what the kills left is cleaned up
+    assert not list(run.glob(".*"))  # unfinished files are removed
 
 
-def test_torn_write_never_replaces_the_checkpoint(tmp_path, monkeypatch) -> None:
+def test_a_partial_write_never_replaces_the_checkpoint(tmp_path, monkeypatch) -> None:
     save_checkpoint(tmp_path / "last.pt", {"model": {"w": torch.ones(2)}})
 
-    def torn(state, path) -> None:
+    def partial(state, path) -> None:
         Path(path).write_bytes(b"half a file")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(torch, "save", torn)
+    monkeypatch.setattr(torch, "save", partial)
     with pytest.raises(OSError, match="No space"):
         save_checkpoint(tmp_path / "last.pt", {"model": {}})
     assert torch.equal(load_checkpoint(tmp_path / "last.pt")["model"]["w"], torch.ones(2))
@@ -244,27 +236,27 @@ def test_resumed_run_keeps_its_settings(trained, tmp_path, mistake) -> None:
 
 
 @pytest.mark.usefixtures("checkpoints_only")
-def test_a_run_out_of_patience_goes_on_exactly_with_more(
+def test_a_run_that_stopped_early_continues_exactly_with_more_patience(
     tiny_data, tmp_path, run_main, monkeypatch
 ) -> None:
-    """Epoch 1 is the best until 3: stopped after 2, more patience finds 3, as if it had been there
-    from the start. With the same patience there is nothing to go on with."""
-    goodness = {1: 2, 2: 1, 3: 3}
-    monkeypatch.setattr("train._goodness", lambda row, _: goodness[row["epoch"]])
+    """Epoch 1 is the best until 3. After a stop at 2, more patience finds 3, as with that patience
+    from the start; with the same patience nothing is left to do."""
+    scores = {1: 2, 2: 1, 3: 3}
+    monkeypatch.setattr("train._score", lambda row, _: scores[row["epoch"]])
     arguments = train_flags(tiny_data, "--epochs", 3)
     patient, hasty = tmp_path / "patient", tmp_path / "hasty"
     patient.mkdir()
     hasty.mkdir()
-    run_main(main, *arguments, "--patience", 2, cwd=patient)
-    done = run_main(main, *arguments, "--patience", 1, cwd=hasty)
-    assert "stopped: none of 1 epochs was better than 1" in done.stdout
+    run_main(main, *arguments, "--early-stopping-patience", 2, cwd=patient)
+    done = run_main(main, *arguments, "--early-stopping-patience", 1, cwd=hasty)
+    assert "stopped: none of 1 epochs was better than epoch 1" in done.stdout
     run = only_run(hasty)
     before = [load_checkpoint(run, name) for name in ("last.pt", "best.pt")]
     assert [state["epoch"] for state in before] == [2, 1]
     run_main(main, "--resume", run, cwd=hasty)
     after = [load_checkpoint(run, name) for name in ("last.pt", "best.pt")]
     assert all(map(same, before, after))
-    run_main(main, "--resume", run, "--patience", 2, cwd=hasty)
+    run_main(main, "--resume", run, "--early-stopping-patience", 2, cwd=hasty)
     for name in ("last.pt", "best.pt"):
         state = load_checkpoint(run, name)
         assert state["epoch"] == 3

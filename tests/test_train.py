@@ -2,10 +2,9 @@
 
 import dataclasses
 import json
-import os
 import re
 import shutil
-import subprocess
+import socket
 import sys
 from pathlib import Path
 
@@ -13,26 +12,33 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from helpers import ROOT, history, make_data, only_run, run_script, train_flags
+from helpers import (
+    history,
+    make_data,
+    make_model,
+    make_state,
+    only_run,
+    start_training,
+    tiny_config,
+    train_epoch,
+    train_flags,
+)
 
-from checkpoint import build_from_checkpoint, load_checkpoint
+from checkpoint import load_checkpoint, rebuild_model
 from config import TrainConfig, from_dict
 from evaluate import main as evaluate_main
 from evaluation.calibration import Calibration, calibrate
-from models import build_model
-from train import main, train
-from training.checks import resolve
-from training.engine import evaluate, train_one_epoch
+from train import main, read_settings, train
+from training.engine import evaluate
 from training.loaders import build_dataloaders
-from training.optim import cosine_with_warmup
-from training.state import Training
 from utils import distributed
 from utils.errors import UserError
-from utils.interrupt import Interrupt
+
+pytestmark = pytest.mark.usefixtures("no_figures")
 
 
 def test_run_folder_is_complete(trained) -> None:
-    run, done = trained
+    run, stdout = trained
     names = {path.name for path in run.iterdir()}
     assert names == {
         "config.json",
@@ -47,12 +53,12 @@ def test_run_folder_is_complete(trained) -> None:
         "train.log",
         "environment.json",
     }
-    assert str(run.name) in done.stdout
+    assert str(run.name) in stdout
     assert run.name.endswith("_vivit")
     assert json.loads((run / "config.json").read_text())["epochs"] == 4
     assert len(history(run)) == 4
-    assert "precision" in done.stdout
-    assert "precision" in (run / "train.log").read_text()
+    assert "macro-F1" in stdout
+    assert "macro-F1" in (run / "train.log").read_text()
 
 
 def test_best_epoch_is_the_one_that_is_tested(trained) -> None:
@@ -67,8 +73,8 @@ def test_best_epoch_is_the_one_that_is_tested(trained) -> None:
     assert np.allclose(probabilities.sum(axis=1), 1, atol=1e-5)
     named = np.array(["dark", "grey", "light"])[probabilities.argmax(axis=1)]
     assert (named == predictions["prediction"]).all()
-    right = (predictions["label"] == predictions["prediction"]).mean()
-    assert right == pytest.approx(tested["accuracy"])
+    accuracy = (predictions["label"] == predictions["prediction"]).mean()
+    assert accuracy == pytest.approx(tested["accuracy"])
     assert pd.read_csv(run / "confusion_matrix.csv", index_col=0).to_numpy().sum() == 9
 
 
@@ -90,12 +96,12 @@ def test_best_epoch_is_calibrated_on_validation(trained, tiny_data: Path, tmp_pa
     config = from_dict({**state["config"], "data_root": str(tiny_data)})
     _, val_loader, _, _ = build_dataloaders(config)
     cpu = torch.device("cpu")
-    said = evaluate(build_from_checkpoint(state), val_loader, cpu)
-    fitted = calibrate(said.labels, said.probabilities, config.wanted_error)
-    stored = Calibration.from_state(state["calibration"])
+    predictions = evaluate(rebuild_model(state), val_loader, cpu)
+    fitted = calibrate(predictions.labels, predictions.probabilities, config.target_error)
+    stored = Calibration.from_state_dict(state["calibration"])
     assert stored.temperature == pytest.approx(fitted.temperature, rel=1e-4)
     assert stored.confidence == pytest.approx(fitted.confidence, rel=1e-4)
-    assert stored.right == fitted.right
+    assert stored.correct == fitted.correct
     tested = json.loads((run / "test_metrics.json").read_text())
     assert tested["calibration"]["temperature"] == stored.temperature != 1
     assert tested["selective"]["threshold"] == stored.threshold
@@ -107,57 +113,53 @@ def test_best_epoch_is_calibrated_on_validation(trained, tiny_data: Path, tmp_pa
     assert json.loads((again / "test_metrics.json").read_text())["loss"] == tested["loss"]
 
 
-@pytest.mark.parametrize("model", ["tsm", "cnn_lstm", "r2plus1d"])
+@pytest.mark.parametrize("model", ["tsm_resnet", "cnnlstm", "r2plus1d"])
 def test_every_model_trains_and_evaluates(model: str, tiny_data, tmp_path, run_main) -> None:
-    arguments = train_flags(tiny_data, "--model", model, "--epochs", 1, "--accumulation", 2)
-    run_main(main, *arguments, cwd=tmp_path)
+    more = ["--model-name", model, "--epochs", 1, "--gradient-accumulation-steps", 2]
+    run_main(main, *train_flags(tiny_data, *more), cwd=tmp_path)
     run = only_run(tmp_path)
-    again = ("--workers", 0, "--device", "cpu")
-    again = run_main(evaluate_main, run, *again, cwd=tmp_path).stdout
+    flags = ("--num-workers", 0, "--device", "cpu")
+    stdout = run_main(evaluate_main, run, *flags, cwd=tmp_path).stdout
     tested = json.loads((run / "test_metrics.json").read_text())
     evaluated = json.loads((run / "evaluate_test" / "test_metrics.json").read_text())
     assert evaluated["accuracy"] == tested["accuracy"]
     assert evaluated["loss"] == pytest.approx(tested["loss"], abs=1e-6)
-    assert "macro-F1" in again
+    assert "macro-F1" in stdout
 
 
 def test_fine_tuning_freezing_and_tensorboard(trained, tiny_data, tmp_path, run_main) -> None:
     pytest.importorskip("tensorboard")
     run, _ = trained
-    more = ["--weights", run / "best.pt", "--freeze-to", "temporal3", "--layer-decay", "0.5"]
+    more = ["--weights", run / "best.pt", "--freeze-until", "temporal3", "--layer-decay", "0.5"]
     more += ["--epochs", 1, "--tensorboard"]
     done = run_main(main, *train_flags(tiny_data, *more), cwd=tmp_path)
     assert "all of the model" in done.stdout
-    (block,) = build_model("vivit", 3).stages()["temporal3"]
+    (block,) = make_model("vivit", 3).stages()["temporal3"]
     size = sum(parameter.numel() for parameter in block.parameters())
     assert re.search(rf"temporal3 +{size:,}  frozen", done.stdout)
     before, after = load_checkpoint(run)["model"], load_checkpoint(only_run(tmp_path))["model"]
-    moved = {key for key in before if not torch.equal(before[key], after[key])}
-    free = ("temporal.3.", "temporal_norm.", "head.")
-    assert moved == {key for key in before if key.startswith(free)}
+    changed = {key for key in before if not torch.equal(before[key], after[key])}
+    trained_keys = ("temporal.3.", "temporal_norm.", "head.")
+    assert changed == {key for key in before if key.startswith(trained_keys)}
     assert list(only_run(tmp_path).glob("events.out.tfevents*"))
 
 
-def test_missing_tensorboard_is_told(monkeypatch, tmp_path) -> None:
+def test_missing_tensorboard_is_an_error_in_one_line(monkeypatch, tmp_path) -> None:
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
-    with pytest.raises(UserError, match="pip install tensorboard"):
-        from train import _tensorboard
+    with pytest.raises(UserError, match=r"pip install -r requirements-optional\.txt"):
+        from train import _tensorboard_writer
 
-        _tensorboard(tmp_path)
+        _tensorboard_writer(tmp_path)
 
 
-def test_own_data_without_network_names_the_weights_file(tiny_data: Path, tmp_path: Path) -> None:
-    """The default on own data is pretrained: no network must never mean random weights."""
+def test_own_data_without_network_names_the_weights_file(
+    tiny_data: Path, tmp_path: Path, run_main, monkeypatch
+) -> None:
+    """Own data are trained from pretrained weights: without a network, never from random ones."""
     arguments = ["--data-root", tiny_data, "--classes", "dark", "grey", "light", "--epochs", 1]
-    done = run_script(
-        "train.py",
-        *arguments,
-        cwd=tmp_path,
-        check=False,
-        TORCH_HOME=str(tmp_path),
-        https_proxy="http://127.0.0.1:9",
-    )
-    assert done.returncode == 2
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")
+    done = run_main(main, *arguments, cwd=tmp_path, code=2)
     assert "resnet18-f37072fd.pth (44.7 MB" in done.stderr
     assert str(tmp_path / "hub" / "checkpoints") in done.stderr
     assert "Traceback" not in done.stderr
@@ -165,9 +167,10 @@ def test_own_data_without_network_names_the_weights_file(tiny_data: Path, tmp_pa
 
 
 def test_unreadable_clips(tmp_path: Path, run_main, mistake) -> None:
-    """In training left out and listed at the end; in validation and test an error listing all."""
+    """Unreadable training clips are left out and listed; others are an error that lists all."""
     data = make_data(tmp_path, ("dark", "light"), {"train": 4, "val": 2, "test": 2})
-    common = ["--classes", "dark", "light", "--epochs", 1, "--tau", 0]  # every clip is drawn
+    # With tau 0 every clip is drawn.
+    common = ["--classes", "dark", "light", "--epochs", 1, "--sampler-tau", 0]
     (data / "clips/train/0_1.mp4").write_bytes(b"broken")
     done = run_main(main, *train_flags(data, *common), cwd=tmp_path)
     assert "1 training clips could not be read and were left out" in done.stdout
@@ -183,13 +186,13 @@ def test_unreadable_clips(tmp_path: Path, run_main, mistake) -> None:
     run = max((tmp_path / "runs").iterdir(), key=lambda path: path.stat().st_mtime)
     tested = json.loads((run / "test_metrics.json").read_text())
     assert (tested["clips"], tested["unreadable_clips"]) == (3, 1)
-    code, stderr = mistake(evaluate_main, run, "--workers", 0, cwd=tmp_path)
+    code, stderr = mistake(evaluate_main, run, "--num-workers", 0, cwd=tmp_path)
     assert code == 2
     assert "1 test clips cannot be read" in stderr
 
 
 def test_non_finite_loss_stops_with_the_clips(tiny_data: Path, tmp_path: Path, mistake) -> None:
-    more = ["--learning-rate", "1e30", "--warmup-epochs", 0, "--clip-norm", 0]
+    more = ["--learning-rate", "1e30", "--warmup-epochs", 0, "--max-grad-norm", 0]
     code, stderr = mistake(main, *train_flags(tiny_data, *more), cwd=tmp_path)
     assert code == 2
     assert "error: the loss became" in stderr
@@ -199,63 +202,30 @@ def test_non_finite_loss_stops_with_the_clips(tiny_data: Path, tmp_path: Path, m
 
 
 def test_patience_stops_early(tiny_data: Path, tmp_path: Path, run_main) -> None:
-    more = ["--epochs", 30, "--patience", 1, "--learning-rate", "1e-9"]
+    more = ["--epochs", 30, "--early-stopping-patience", 1, "--learning-rate", "1e-9"]
     run_main(main, *train_flags(tiny_data, *more), cwd=tmp_path)
     table = history(only_run(tmp_path))
     assert len(table) < 30
     assert table["val_macro_f1"].iloc[-1] <= table["val_macro_f1"].iloc[:-1].max()
 
 
-def test_schedule_is_linear_then_cosine() -> None:
-    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
-    scheduler = cosine_with_warmup(optimizer, steps=100, warmup=10)
-    rates = []
-    for _ in range(100):
-        rates.append(optimizer.param_groups[0]["lr"])
-        optimizer.step()
-        scheduler.step()
-    assert rates[:10] == pytest.approx([0.01 + 0.099 * i for i in range(10)])
-    cosine = [0.5 * (1 + np.cos(np.pi * i / 90)) for i in range(90)]
-    assert rates[10:] == pytest.approx(cosine, abs=1e-9)
-    assert optimizer.param_groups[0]["lr"] == pytest.approx(0, abs=1e-9)
-
-
-def gradients(config: TrainConfig, tiny_data: Path) -> list[torch.Tensor]:
-    """Weights of a ViViT (no BatchNorm: batches do not mix) after one epoch."""
+def weights_after_an_epoch(config: TrainConfig) -> list[torch.Tensor]:
+    """The weights of a ViViT, which has no BatchNorm that would see the batch size."""
     loader = build_dataloaders(config)[0]
     torch.manual_seed(0)
-    model = build_model("vivit", 3, n_frames=4, image_size=32)
-    run = Training(config, model, torch.device("cpu"), 18 // config.batch_size)
-    train_one_epoch(run, model, loader, Interrupt())
+    model = make_model("vivit", 3, n_frames=4, image_size=32)
+    train_epoch(make_state(config, model, -(-18 // config.batch_size)), loader)
     return [parameter.detach() for parameter in model.parameters()]
 
 
 def test_accumulated_batches_equal_one_large_batch(tiny_data: Path) -> None:
-    """Also where the last step is short: 18 clips, 4 x 2 a step."""
-    settings = {"data_root": str(tiny_data), "classes": ("dark", "grey", "light"), "amp": "fp32"}
-    settings |= {"image_size": 32, "n_frames": 4, "workers": 0, "weights": "none"}
-    settings |= {"model": "vivit", "learning_rate": 1e-3, "warmup_epochs": 0}
-    large = resolve(TrainConfig(**settings, batch_size=8))
-    small = resolve(TrainConfig(**settings, batch_size=4, accumulation=2))
-    for one, two in zip(gradients(large, tiny_data), gradients(small, tiny_data), strict=True):
+    """Also where the last step is short: 18 clips, 4 x 2 per step."""
+    settings = {"learning_rate": 1e-3, "warmup_epochs": 0}
+    large = tiny_config(tiny_data, **settings, batch_size=8)
+    small = tiny_config(tiny_data, **settings, batch_size=4, gradient_accumulation_steps=2)
+    first, second = weights_after_an_epoch(large), weights_after_an_epoch(small)
+    for one, two in zip(first, second, strict=True):
         assert torch.allclose(one, two, atol=2e-5)
-
-
-def torchrun(processes: int, cwd: Path, *arguments: object, check: bool = True):
-    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={processes}"]
-    command += ["--master-port=0", "--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0"]
-    done = subprocess.run(
-        [*command, str(ROOT / "train.py"), *map(str, arguments)],
-        cwd=cwd,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=280,
-        check=False,
-    )
-    if check:
-        assert done.returncode == 0, done.stdout + done.stderr
-    return done
 
 
 def test_two_processes_train_as_one_with_the_same_global_batch(
@@ -266,8 +236,21 @@ def test_two_processes_train_as_one_with_the_same_global_batch(
     (tmp_path / "one").mkdir()
     (tmp_path / "two").mkdir()
     run_main(main, *common, "--batch-size", 6, cwd=tmp_path / "one")
-    done = torchrun(2, tmp_path / "two", *common, "--batch-size", 3)
-    assert "2 processes" in done.stdout
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = str(free.getsockname()[1])
+    # The environment that torchrun makes.
+    group = {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": port}
+    flags = [*common, "--batch-size", 3]
+    processes = [
+        start_training(tmp_path / "two", *flags, **group, RANK=str(rank), LOCAL_RANK=str(rank))
+        for rank in (0, 1)
+    ]
+    for process in processes:
+        process.join(200)
+    output = (tmp_path / "two" / "out.txt").read_text()
+    assert [process.exitcode for process in processes] == [0, 0], output
+    assert "2 processes" in output
     one, two = only_run(tmp_path / "one"), only_run(tmp_path / "two")
     assert np.allclose(history(one), history(two), atol=1e-4)
     predictions = [pd.read_csv(run / "predictions.csv") for run in (one, two)]
@@ -280,15 +263,43 @@ def test_two_processes_train_as_one_with_the_same_global_batch(
     assert "was trained by 2 processes" in stderr
 
 
-def test_totals_of_one_process_are_its_own() -> None:
-    assert distributed.total([1.5, 2]) == [1.5, 2]
-    assert distributed.gather("a") == ["a"]
+def test_one_process_is_a_group_by_itself() -> None:
+    assert distributed.all_reduce_sum([1.5, 2]) == [1.5, 2]
+    assert distributed.all_gather("a") == ["a"]
+    assert distributed.broadcast_object("a") == "a"
     assert (distributed.rank(), distributed.world_size()) == (0, 1)
 
 
 def test_train_can_be_called_from_python(tiny_data: Path, tmp_path: Path, monkeypatch) -> None:
-    settings = {"data_root": str(tiny_data), "classes": ("dark", "grey", "light"), "epochs": 1}
-    settings |= {"image_size": 32, "n_frames": 4, "workers": 0, "weights": "none", "device": "cpu"}
-    settings |= {"model": "vivit"}
     monkeypatch.chdir(tmp_path)
-    assert (train(resolve(TrainConfig(**settings))) / "best.pt").is_file()
+    assert (train(tiny_config(tiny_data, epochs=1)) / "best.pt").is_file()
+
+
+@pytest.mark.parametrize(
+    ("flag", "message"),
+    [
+        ("--amp", "--amp is now called --precision"),
+        ("--no-features", "--no-features is now called --feature-cache"),
+        ("--clip-norm=0", "--clip-norm is now called --max-grad-norm"),
+    ],
+)
+def test_earlier_flags_are_told_their_new_name(
+    flag: str, message: str, tmp_path: Path, mistake
+) -> None:
+    assert mistake(main, flag, "fp32", cwd=tmp_path).stderr == f"error: {message}\n"
+
+
+@pytest.mark.parametrize("equals", [True, False])
+def test_earlier_spellings_of_models_and_modalities_are_understood(
+    equals: bool, tmp_path: Path, monkeypatch
+) -> None:
+    pairs = [("--model", "cnn_lstm"), ("--modality", "rgb+gradients")]
+    flags = (
+        [f"{flag}={value}" for flag, value in pairs] if equals else [x for p in pairs for x in p]
+    )
+    monkeypatch.setattr(sys, "argv", ["train.py", *flags, "--train-csv", "tsm"])
+    config, state = read_settings()
+    assert (config.model_name, config.modality) == ("cnnlstm", "rgb+rgbdiff")
+    assert (config.train_csv, state) == ("tsm", None)  # only these flags have earlier spellings
+    monkeypatch.setattr(sys, "argv", ["train.py", "--model", "tsm"])
+    assert read_settings()[0] == TrainConfig(model_name="tsm_resnet")

@@ -1,12 +1,12 @@
 """The temporal shift against loops, TSM-ResNet18 against hooks on torchvision's ResNet-18."""
 
-import copy
-
 import pytest
 import torch
 from helpers import clips, lively
+from torch import nn
+from torchvision.models import resnet18
 
-from modeling.backbones import LAYERS
+from modeling.layers import LAYERS
 from tsm_resnet import TSM, causal_shift, temporal_shift
 
 
@@ -73,7 +73,9 @@ def test_parameters() -> None:
 def test_model_equals_torchvision_with_hooks(shift_place: str, shift_div: int) -> None:
     model = lively(shift_place=shift_place, shift_div=shift_div)
     x = clips(2, 3, 3, 32, 32)
-    reference = copy.deepcopy(model.backbone)
+    reference = resnet18(weights=None).eval()
+    reference.fc = nn.Identity()
+    reference.load_state_dict(model.backbone.state_dict())
     stages = [getattr(reference, name) for name in LAYERS]
     blocks = [block.conv1 for stage in stages for block in stage]
     pixels = model.normalize(x).flatten(0, 1)
@@ -83,7 +85,7 @@ def test_model_equals_torchvision_with_hooks(shift_place: str, shift_div: int) -
         module.register_forward_pre_hook(lambda _, args: shift_by_loop(args[0], 3, shift_div))
     with torch.no_grad():
         logits = model.head(reference(pixels))
-        assert not torch.allclose(logits, unshifted, atol=1e-2)  # the shift is seen in the logits
+        assert not torch.allclose(logits, unshifted, atol=1e-2)  # the shift changes the logits
         wanted = torch.stack([logits[:3].mean(0), logits[3:].mean(0)])
         torch.testing.assert_close(model(x), wanted, atol=1e-5, rtol=1e-4)
 
@@ -166,14 +168,16 @@ def test_no_frame_knows_the_future(shift_place: str) -> None:
     model = lively(shift_mode="causal", shift_place=shift_place)
     both = lively(shift_place=shift_place)
     x = clips(1, 12, 3, 32, 32)
-    wanted, mixed = model.per_frame(x)[0], both.per_frame(x)[0]
+    wanted, mixed = model.frame_logits(x)[0], both.frame_logits(x)[0]
     for t in (1, 6, 11):
         other = x.clone()
         other[:, t:] = clips(1, 12 - t, 3, 32, 32, seed=t)
-        logits = model.per_frame(other)[0]
+        logits = model.frame_logits(other)[0]
         torch.testing.assert_close(logits[:, :t], wanted[:, :t], atol=1e-6, rtol=0)
         assert (logits[:, t] - wanted[:, t]).abs().max() > 1e-3
-        assert (both.per_frame(other)[0] - mixed)[:, t - 1].abs().max() > 1e-4  # it can be seen
+        assert (both.frame_logits(other)[0] - mixed)[
+            :, t - 1
+        ].abs().max() > 1e-4  # a future frame would show
     assert model.causal
     assert not both.causal
 
@@ -184,7 +188,7 @@ def test_each_frame_knows_the_past() -> None:
     x = clips(1, 8, 3, 32, 32)
     other = x.clone()
     other[:, 3] = clips(1, 3, 32, 32, seed=5)
-    changed = (model.per_frame(other)[0] - model.per_frame(x)[0]).abs().amax(dim=2)[0]
+    changed = (model.frame_logits(other)[0] - model.frame_logits(x)[0]).abs().amax(dim=2)[0]
     assert (changed[:3] == 0).all()
     assert (changed[3:] > 1e-4).all()
 
@@ -193,24 +197,24 @@ def test_each_frame_knows_the_past() -> None:
 def test_a_clip_is_the_mean_of_its_frames() -> None:
     model = lively(shift_mode="causal")
     x = clips(2, 5, 3, 32, 32)
-    torch.testing.assert_close(model(x), model.per_frame(x)[0].mean(dim=1))
+    torch.testing.assert_close(model(x), model.frame_logits(x)[0].mean(dim=1))
 
 
 @torch.no_grad()
 def test_in_training_another_clip_can_be_the_past() -> None:
     """As if the clips of the batch followed each other in a video that goes round and round."""
     x = clips(3, 4, 3, 32, 32)
-    model = lively(shift_mode="causal", carry_past=1.0)
-    alone = model.per_frame(x)[0]
+    model = lively(shift_mode="causal", shift_buffer_prob=1.0)
+    alone = model.frame_logits(x)[0]
     model.training = True  # of this module alone: the BatchNorms' statistics stay
-    carried = model.per_frame(x)[0]
+    carried = model.frame_logits(x)[0]
     model.training = False
     video = x.flatten(0, 1).repeat(3, 1, 1, 1)[None]  # (1, 3 * 3 * 4, C, H, W)
-    last_round = model.per_frame(video)[0][0, -12:].unflatten(0, (3, 4))
+    last_round = model.frame_logits(video)[0][0, -12:].unflatten(0, (3, 4))
     torch.testing.assert_close(carried, last_round, atol=1e-5, rtol=0)
     assert (carried - alone).abs().amax(dim=(1, 2)).min() > 1e-3
-    model.carry_past, model.training = 0.0, True
-    torch.testing.assert_close(model.per_frame(x)[0], alone)
+    model.shift_buffer_prob, model.training = 0.0, True
+    torch.testing.assert_close(model.frame_logits(x)[0], alone)
 
 
 def test_unknown_shift_modes_are_refused() -> None:

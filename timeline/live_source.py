@@ -1,4 +1,4 @@
-"""Cameras and network streams as sources of pictures."""
+"""Cameras and network streams as frame sources."""
 
 import platform
 import time
@@ -7,9 +7,9 @@ from pathlib import Path
 
 import av
 
-from timeline.sources import RECOVERY, Picture, Source, decode_all
+from timeline.sources import RECOVERY, Frame, FrameSource, decode_all
 from utils.errors import UserError
-from utils.run_dir import public_address
+from utils.run_dir import strip_credentials
 from video.container import (
     DECODING_ERRORS,
     TOLERANT,
@@ -21,36 +21,42 @@ from video.container import (
 
 _SCHEMES = ("rtsp", "rtsps", "rtmp", "rtmps", "srt", "udp", "tcp", "http", "https")
 
-# Not "file": a playlist at an address must not make us read this machine's files.
+# Without "file": a playlist at an address must not make FFmpeg read files of this machine.
 _PROTOCOLS = ",".join((*_SCHEMES, "rtp", "srtp", "tls", "crypto", "httpproxy"))
 
 _TIMEOUT = 10.0  # seconds
 
 
-class LiveSource(Source):
-    """A camera or a network stream. Time is that of the clock; a lost connection is made anew."""
+class LiveSource(FrameSource):
+    """A camera or a network stream. Times are those of the clock; a lost connection is restored.
+
+    Args:
+        address: number of a camera, or address of a stream.
+        fps, size, preview: see `FrameSource`.
+        reconnect_timeout: seconds without a frame after which the source ends; 0: never.
+        sleep: function that waits for some seconds.
+    """
 
     live = True
 
     def __init__(
         self,
         address: str,
-        rate: float,
+        fps: float,
         size: int,
         preview: bool = False,
-        give_up: float = 0.0,
+        reconnect_timeout: float = 0.0,
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
-        """`give_up`: seconds without a frame after which the source ends; 0: never."""
-        name = f"camera {address}" if address.isdecimal() else public_address(address)
-        super().__init__(name, rate, size, preview)
+        name = f"camera {address}" if address.isdecimal() else strip_credentials(address)
+        super().__init__(name, fps, size, preview)
         self.address = address
-        self.give_up = give_up
+        self.reconnect_timeout = reconnect_timeout
         self._sleep = sleep
 
-    def __iter__(self) -> Iterator[Picture]:
-        container = self._connect()  # the first time an error is the user's: a wrong address
-        began, pause, why = time.monotonic(), 0.5, ""
+    def __iter__(self) -> Iterator[Frame]:
+        container = self._connect()  # an error here is the user's: a wrong address
+        began, pause, problem = time.monotonic(), 0.5, ""
         while True:
             try:
                 if container is None:
@@ -62,31 +68,31 @@ class LiveSource(Source):
                     for item in decode_all(container, stream):
                         seconds = time.monotonic() - began
                         if isinstance(item, str):
-                            why, trusted, lost_at = item, False, seconds
+                            problem, trusted, lost_at = item, False, seconds
                             continue
                         trusted = trusted or item.key_frame or seconds > lost_at + RECOVERY
                         if item.is_corrupt or not trusted:
                             continue
                         if self.end and seconds > self.end + 2.0:
-                            self._bridge(seconds, why or "no frames came")
-                        self.end, self.state, pause, why = seconds, "", 0.5, ""
-                        if picture := self._take(item, seconds):
-                            yield picture
+                            self._mark_gap(seconds, problem or "no frames came")
+                        self.end, self.state, pause, problem = seconds, "", 0.5, ""
+                        if frame := self._take(item, seconds):
+                            yield frame
                         if self.closing:
                             return
-                    why = why or "the stream ended"
+                    problem = problem or "the stream ended"
             except (ClipError, *DECODING_ERRORS) as error:
-                why = error.reason if isinstance(error, ClipError) else reason(error)
+                problem = error.reason if isinstance(error, ClipError) else reason(error)
             container = None
             if self.closing:
                 return
-            why = _plain(why)
+            problem = _describe(problem)
             silent = time.monotonic() - began - self.end
-            if self.give_up and silent > self.give_up:
-                self._bridge(time.monotonic() - began, why)
-                self.notes.append(f"given up after {silent:.0f} s without a frame: {why}")
+            if self.reconnect_timeout and silent > self.reconnect_timeout:
+                self._mark_gap(time.monotonic() - began, problem)
+                self.notes.append(f"given up after {silent:.0f} s without a frame: {problem}")
                 return
-            self.state = f"reconnecting ({why})"
+            self.state = f"reconnecting ({problem})"
             self._sleep(pause)
             pause = min(2 * pause, 10.0)
 
@@ -102,24 +108,24 @@ class LiveSource(Source):
             else:
                 options = {"protocol_whitelist": _PROTOCOLS}
                 if self.address.startswith("rtsp"):
-                    options["rtsp_transport"] = "tcp"  # lost packets would be smeared pictures
+                    options["rtsp_transport"] = "tcp"  # with UDP, lost packets smear frames
                 container = av.open(self.address, options=options, timeout=_TIMEOUT, **TOLERANT)
             if not container.streams.video:
                 container.close()
                 raise ClipError(self.name, "sends no video")
             return container
         except DECODING_ERRORS as error:
-            raise ClipError(self.name, f"cannot be opened: {_plain(reason(error))}") from error
+            raise ClipError(self.name, f"cannot be opened: {_describe(reason(error))}") from error
 
 
 def is_live(text: str) -> bool:
-    """Whether an input is a camera's number or a stream's address."""
+    """Whether a text is the number of a camera or the address of a stream."""
     return text.isdecimal() or text.partition("://")[0] in _SCHEMES
 
 
-def _plain(why: str) -> str:
-    """FFmpeg's words for a timeout in ours; others as they are."""
-    return f"no answer within {_TIMEOUT:.0f} s" if why.startswith("immediate exit") else why
+def _describe(message: str) -> str:
+    """FFmpeg's message for a timeout in plain words; other messages as they are."""
+    return f"no answer within {_TIMEOUT:.0f} s" if message.startswith("immediate exit") else message
 
 
 def _open_camera(index: int) -> av.container.InputContainer:

@@ -1,4 +1,4 @@
-"""The files that predict.py leaves for a video, and where."""
+"""Output folders of predict.py, and timeline.png."""
 
 import math
 import re
@@ -6,30 +6,28 @@ import time
 from pathlib import Path
 
 import numpy as np
-from matplotlib.figure import Figure
-from matplotlib.ticker import MultipleLocator
 
-from evaluation.plots import COLOURS, plain_text, save_figure
-from timeline.segments import MARKS, Timeline
-from utils.run_dir import public_address
+from timeline.segments import NON_CLASS_LABELS, Timeline
+from utils.run_dir import strip_credentials
 
 
-def output_folders(names: list[str | Path], output: str) -> list[Path]:
-    """A folder for each input: `operation.mp4.timeline` beside the video, or below `output`.
+def output_folders(sources: list[str | Path], output: str) -> list[Path]:
+    """A folder for each source: `operation.mp4.timeline` beside the video, or below `output`.
 
     Args:
-        names: paths of files, and what else predict.py reads from, as text.
+        sources: paths of files; cameras, addresses and the pipe as text.
+        output: folder below which they all lie; empty: see above, for live sources predictions/.
     """
     folders: list[Path] = []
-    for name in names:
-        if isinstance(name, Path):
-            folder = Path(output or name.parent) / f"{name.name}.timeline"
+    for source in sources:
+        if isinstance(source, Path):
+            folder = Path(output or source.parent) / f"{source.name}.timeline"
         else:
-            stream = "pipe" if name == "-" else safe_name(public_address(name))
+            stream = "pipe" if source == "-" else safe_name(strip_credentials(source))
             now = time.strftime("%Y%m%d-%H%M%S")
             folder = Path(output or "predictions") / f"{now}_{stream}.timeline"
         stem, number = folder.stem, 1
-        while folder in folders:  # files of one name in several folders, one output
+        while folder in folders:  # files with the same name in several folders
             number += 1
             folder = folder.with_name(f"{stem}_{number}.timeline")
         folders.append(folder)
@@ -42,26 +40,31 @@ def safe_name(name: str) -> str:
 
 
 def plot_timeline(timeline: Timeline, path: str | Path) -> None:
-    """Draw a row for each class, its segments as bars over its probability, and one for what is no
-    class. Whoever needs details opens timeline.html."""
+    """Draw one row per class and per other label: segments as bars, the probability above them."""
+    # Not above: predict.py --help imports this module.
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MultipleLocator
+
+    from evaluation.plots import COLOURS, plain_text, save_figure
+
     rows = [
         *timeline.classes,
-        *dict.fromkeys(s.label for s in timeline.segments if s.label in MARKS),
+        *dict.fromkeys(s.label for s in timeline.segments if s.label in NON_CLASS_LABELS),
     ]
     figure = Figure(figsize=(12, 1.1 + 0.42 * len(rows)), layout="constrained")
     axes = figure.subplots()
-    step = math.ceil(len(timeline.times) / 3000) or 1  # more than there are pixels
+    step = math.ceil(len(timeline.times) / 3000) or 1  # more points than pixels are not visible
     for row, name in enumerate(rows):
         bars = [(s.start, s.duration) for s in timeline.segments if s.label == name]
-        if name in MARKS:
-            look = {"facecolor": "none", "edgecolor": "0.35", "hatch": "////", "lw": 0.5}
+        if name in NON_CLASS_LABELS:
+            style = {"facecolor": "none", "edgecolor": "0.35", "hatch": "////", "lw": 0.5}
         else:
-            look = {"facecolor": COLOURS[row % len(COLOURS)], "edgecolor": "none"}
+            style = {"facecolor": COLOURS[row % len(COLOURS)], "edgecolor": "none"}
             if len(timeline.times):
                 curve = timeline.probabilities[::step, row]
                 base = np.full(len(curve), row + 0.4)
                 axes.fill_between(timeline.times[::step], base, base - 0.8 * curve, color="0.85")
-        axes.broken_barh(bars, (row + 0.05, 0.35), **look)
+        axes.broken_barh(bars, (row + 0.05, 0.35), **style)
     axes.set_yticks(range(len(rows)), [plain_text(name) for name in rows])
     axes.set(xlim=(0, timeline.duration), ylim=(len(rows) - 0.5, -0.5), xlabel="time")
     axes.xaxis.set_major_locator(MultipleLocator(_tick(timeline.duration)))
@@ -73,7 +76,7 @@ def plot_timeline(timeline: Timeline, path: str | Path) -> None:
 
 
 def _tick(duration: float) -> float:
-    """Seconds between the marks of a time axis: at most fifteen, on round times."""
+    """Seconds between the ticks of a time axis: at most fifteen ticks, at round times."""
     steps = [k * unit for unit in (1, 60, 3600) for k in (1, 2, 5, 10, 15, 30)]
     return next((step for step in steps if duration <= 15 * step), duration / 10)
 

@@ -1,4 +1,4 @@
-"""One video from its first picture to its timeline."""
+"""VideoPredictor: one video, from its first frame to its timeline."""
 
 import importlib.util
 import math
@@ -6,106 +6,80 @@ import time
 from array import array
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Self
+from typing import Self
 
 import numpy as np
-import torch
-from torch import nn
 from tqdm import tqdm
 
 from clips.manifest import UNCERTAIN
-from evaluation.calibration import Calibration
-from timeline.prefetch import ReadAhead
+from timeline.prefetch import Prefetcher
 from timeline.segments import OUT_OF_BODY, FramesWriter, Segment, Snapshot, Timeline
-from timeline.smoothing import CausalFilter, Smoothing, smooth, to_segments
-from timeline.sources import Picture, Source
-from timeline.streaming import Answerer, Answers, Memory
+from timeline.smoothing import ForwardFilter, SmoothingConfig, to_segments, viterbi_smooth
+from timeline.sources import Frame, FrameSource
+from timeline.streaming import FramePredictions, OnlinePredictor
 from utils.errors import UserError, first_line
 from utils.interrupt import Interrupt, Interrupted
-from utils.run_dir import printable
+from utils.run_dir import sanitize
 from video.container import ClipError
 
 _BAR = "{desc}: {percentage:3.0f}%|{bar}| {n:.0f}/{total:.0f} s, left {remaining}{postfix}"
 
 _ENDLESS_BAR = "{desc}: {n:.0f} s{postfix}"
 
-TOGETHER = 16  # pictures of a recording that go through the model in one call
+CHUNK_SIZE = 16  # frames of a recording that go through the model in one call
 
-Hook = Callable[[np.ndarray], bool]
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """How videos are followed; see PredictConfig."""
-
-    model: nn.Module
-    classes: tuple[str, ...]
-    n_frames: int
-    image_size: int
-    rate: float
-    stride: int
-    memory: Memory
-    calibration: Calibration
-    smoothing: Literal["auto", "viterbi", "causal", "none"]
-    segment_seconds: float
-    minimum_seconds: float
-    out_of_body: Hook | None
-    device: torch.device
-    dtype: torch.dtype
+FrameFilter = Callable[[np.ndarray], bool]
+"""Tells whether a frame `(H, W, 3)`, uint8 RGB, was taken outside the body."""
 
 
-class Follower:
-    """Follows one source, as a context manager."""
+class VideoPredictor:
+    """Predicts the timeline of one source, as a context manager.
+
+    Args:
+        source: video to read.
+        predictor: model; it is reset for this video.
+        smoothing: how the predictions are smoothed.
+        folder: folder of the results; frames.csv is written into it while the video is read.
+        frame_filter: detector of frames from outside the body, which the model is not shown.
+        interrupt: request to stop early.
+        on_update: called with a snapshot after each chunk of frames.
+    """
 
     def __init__(
         self,
-        source: Source,
-        recipe: Recipe,
+        source: FrameSource,
+        predictor: OnlinePredictor,
+        smoothing: SmoothingConfig,
         folder: Path,
+        frame_filter: FrameFilter | None = None,
         interrupt: Interrupt | None = None,
         on_update: Callable[[Snapshot], None] | None = None,
     ) -> None:
         self.source = source
-        self.recipe = recipe
+        self.predictor = predictor
+        self.smoothing = smoothing
         self.folder = folder
+        self.frame_filter = frame_filter
         self.interrupt = interrupt
-        self._on_update = on_update
         self.seconds = 0.0
-        """that it took"""
-        self._answerer = Answerer(
-            recipe.model,
-            len(recipe.classes),
-            recipe.n_frames,
-            recipe.rate,
-            recipe.stride,
-            source.live,
-            recipe.memory,
-            recipe.device,
-            recipe.dtype,
-            recipe.calibration.temperature,
-        )
-        self._kind = recipe.smoothing
-        if self._kind == "auto":
-            self._kind = "causal" if source.live else "viterbi"
-        self._smoothing = Smoothing(
-            recipe.segment_seconds,
-            recipe.minimum_seconds,
-            self._answerer.window,
-            recipe.calibration.lowest_answered,
-        )
-        self._filter = CausalFilter(self._smoothing, len(recipe.classes))
-        self._labels = (*recipe.classes, UNCERTAIN)
+        """computing time of `run`"""
+        self.method = smoothing.method
+        """how the timeline is smoothed: viterbi, causal or none"""
+        if self.method == "auto":
+            self.method = "causal" if source.live else "viterbi"
+        self._on_update = on_update
+        self._filter = ForwardFilter(smoothing, len(predictor.classes))
+        self._labels = (*predictor.classes, UNCERTAIN)
         self._stack = ExitStack()
-        # Arrays: an answer to seven classes is 38 bytes in them, and an operation has many.
+        # Arrays take 38 bytes per prediction of seven classes, and an operation has many.
         self._times = array("d")
         self._probabilities = array("f")
-        self._states = array("h")  # of the causal filter
-        self._newest: np.ndarray | None = None
-        self._outside: list[Segment] = []  # out of body
+        self._states = array("h")  # of the forward filter
+        self._newest: np.ndarray | None = None  # probabilities of the last prediction
+        self._out_of_body: list[Segment] = []
         self._is_outside = False
-        self._now = 0.0  # of the newest picture
+        self._now = 0.0  # time of the newest frame
         self._preview: np.ndarray | None = None
 
     def __enter__(self) -> Self:
@@ -114,53 +88,62 @@ class Follower:
     def __exit__(self, *_: object) -> None:
         self._stack.close()
 
-    def follow(self, description: str) -> Timeline:
-        """Follow the source to its end, or until the interrupt.
+    def run(self, description: str) -> Timeline:
+        """Read the source to its end, or until the interrupt, and return its timeline.
+
+        Args:
+            description: text before the progress bar.
 
         Raises:
-            ClipError: the source gives no picture, or the folder cannot be written.
-            Interrupted: before the first picture.
+            ClipError: the source gives no frame, or the folder cannot be written.
+            Interrupted: the interrupt came before the first frame.
         """
+        self.predictor.reset(live=self.source.live)
         began = time.perf_counter()
         writer: FramesWriter | None = None
         notes: list[str] = []
-        ahead = self._stack.enter_context(ReadAhead(self.source))
+        prefetcher = self._stack.enter_context(Prefetcher(self.source))
         with tqdm(desc=description, bar_format=_ENDLESS_BAR) as bar:
-            while not (self.interrupt and self.interrupt.number):
+            while not (self.interrupt and self.interrupt.signal):
                 try:
-                    pictures = ahead.take(TOGETHER)
+                    frames = prefetcher.get(CHUNK_SIZE)
                 except ClipError as error:
                     if writer is None:
                         raise
                     notes.append(f"ended after {self._now:.1f} s: {error.reason}")
                     break
-                if pictures is None:
+                if frames is None:
                     break
-                if writer is None and pictures:  # there will be results
+                if writer is None and frames:  # not before, because a bad file gets no results
                     writer = self._open_results()
-                self._add(self._answerer.push(self._inside(pictures)), writer)
-                self._show(pictures)
-                self._progress(bar, time.perf_counter() - began)
+                self._add(self.predictor.step(self._inside_body(frames)), writer)
+                self._update_viewers(frames)
+                self._update_bar(bar, time.perf_counter() - began)
             else:
                 notes.append(f"interrupted after {self._now:.1f} s")
                 if writer is None:
                     raise Interrupted
-            self._add(self._answerer.finish(), writer)
+            self._add(self.predictor.flush(), writer)
         self.seconds = time.perf_counter() - began
         if writer is None:
-            raise ClipError(self.source.name, (self.source.notes or ["gave no picture"])[-1])
-        if ahead.dropped:
+            raise ClipError(self.source.name, (self.source.notes or ["gave no frame"])[-1])
+        if prefetcher.dropped:
             notes.append(
-                f"{ahead.dropped} pictures were left out: the model is slower than the camera"
+                f"{prefetcher.dropped} frames were left out: the model is slower than the camera"
             )
         return self._timeline(notes)
 
     def _open_results(self) -> FramesWriter:
+        """Open frames.csv.
+
+        Raises:
+            ClipError: the folder cannot be written.
+        """
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             for earlier in self.folder.glob("timeline.*"):
-                earlier.unlink()  # it fits the new frames.csv no longer
-            writer = FramesWriter(self.folder / "frames.csv", self.recipe.classes)
+                earlier.unlink()  # it would not fit the new frames.csv
+            writer = FramesWriter(self.folder / "frames.csv", self.predictor.classes)
         except OSError as error:
             raise ClipError(
                 self.folder, f"cannot be written ({error.strerror}): choose --output"
@@ -168,110 +151,103 @@ class Follower:
         self._stack.callback(writer.close)
         return writer
 
-    def _inside(self, pictures: list[Picture]) -> list[Picture]:
-        """The pictures from inside the body; the others are marked."""
-        if pictures:
-            self._now = pictures[-1].time
-        hook = self.recipe.out_of_body
-        if hook is None:
-            return pictures
+    def _inside_body(self, frames: list[Frame]) -> list[Frame]:
+        """The frames from inside the body; stretches of the others are marked."""
+        if frames:
+            self._now = frames[-1].time
+        if self.frame_filter is None:
+            return frames
         inside = []
-        for picture in pictures:
-            if self._call(hook, picture.image):
+        for frame in frames:
+            if self._call(self.frame_filter, frame.image):
                 if not self._is_outside:
-                    self._outside.append(Segment(picture.time, math.inf, OUT_OF_BODY))
+                    self._out_of_body.append(Segment(frame.time, math.inf, OUT_OF_BODY))
                 self._is_outside = True
                 continue
             if self._is_outside:
-                self._outside[-1] = self._outside[-1]._replace(end=picture.time)
+                self._out_of_body[-1] = self._out_of_body[-1]._replace(end=frame.time)
                 self._is_outside = False
-            inside.append(picture)
+            inside.append(frame)
         return inside
 
     @staticmethod
-    def _call(hook: Hook, image: np.ndarray) -> bool:
+    def _call(frame_filter: FrameFilter, image: np.ndarray) -> bool:
         try:
-            return bool(hook(image))
-        except Exception as error:  # not our code: its own words, without our traceback
+            return bool(frame_filter(image))
+        except Exception as error:  # the user's code: its message, without our traceback
             raise UserError(
                 f"the out-of-body detector failed: {type(error).__name__}: {first_line(error)}"
             ) from error
 
-    def _add(self, answers: Answers, writer: FramesWriter | None) -> None:
-        if not len(answers.times) or not writer:
+    def _add(self, predictions: FramePredictions, writer: FramesWriter | None) -> None:
+        if not len(predictions.times) or not writer:
             return
-        writer.write(*answers)
-        self._times.extend(answers.times)
-        self._probabilities.extend(answers.probabilities.ravel())
-        self._states.extend(map(self._filter.push, answers.times, answers.probabilities))
-        self._newest = answers.probabilities[-1]
+        writer.write(*predictions)
+        self._times.extend(predictions.times)
+        self._probabilities.extend(predictions.probabilities.ravel())
+        self._states.extend(map(self._filter.step, *predictions))
+        self._newest = predictions.probabilities[-1]
 
-    def _show(self, pictures: list[Picture]) -> None:
-        """Tell the browser the newest picture and what is thought of it."""
+    def _update_viewers(self, frames: list[Frame]) -> None:
+        """Send the newest frame and prediction to the live page."""
         if not self._on_update or self._newest is None:
             return
-        if pictures:
-            self._preview = pictures[-1].preview
-        state = self.source.state or ("" if pictures else "no new pictures")
-        label, frame = self._labels[self._states[-1]], self._preview
+        if frames:
+            self._preview = frames[-1].preview
+        state = self.source.state or ("" if frames else "no new frames")
+        label, preview = self._labels[self._states[-1]], self._preview
         probabilities = self._newest
-        if self._is_outside:  # the last answer is about something else
-            label, frame, probabilities = OUT_OF_BODY, None, np.full_like(probabilities, np.nan)
-        self._on_update(Snapshot(self._now, label, probabilities, frame, state))
+        if self._is_outside:  # the last prediction is about an earlier frame
+            label, preview, probabilities = OUT_OF_BODY, None, np.full_like(probabilities, np.nan)
+        self._on_update(Snapshot(self._now, label, probabilities, preview, state))
 
-    def _progress(self, bar: tqdm, seconds: float) -> None:
+    def _update_bar(self, bar: tqdm, seconds: float) -> None:
         bar.total = self.source.duration or None
         bar.bar_format = _BAR if bar.total else _ENDLESS_BAR
-        said = self._labels[self._states[-1]] if self._states else "-"
+        label = self._labels[self._states[-1]] if self._states else "-"
         speed = "" if self.source.live else f", {self._now / max(seconds, 1e-9):.1f}x as fast"
-        bar.set_postfix_str(f"{said}{speed} {self.source.state}", refresh=False)
+        bar.set_postfix_str(f"{label}{speed} {self.source.state}", refresh=False)
         bar.update(self._now - bar.n)
 
     def _timeline(self, notes: list[str]) -> Timeline:
-        """What was seen, smoothed, in segments."""
-        source, classes = self.source, len(self.recipe.classes)
+        """The predictions as smoothed segments."""
+        source, classes = self.source, self.predictor.classes
         duration = max(source.duration, source.end)
-        if notes and self.interrupt and self.interrupt.number and not source.live:
-            duration = min(duration, self._now + 1 / self.recipe.rate)
+        if notes and self.interrupt and self.interrupt.signal and not source.live:
+            duration = min(duration, self._now + 1 / self.predictor.fps)
         times = np.array(self._times)
-        probabilities = np.array(self._probabilities, float).reshape(-1, classes)
-        if self._kind == "viterbi":
-            states = smooth(times, probabilities, self._smoothing)
-        elif self._kind == "causal":
+        probabilities = np.array(self._probabilities, float).reshape(-1, len(classes))
+        if self.method == "viterbi":
+            states = viterbi_smooth(times, probabilities, self.smoothing)
+        elif self.method == "causal":
             states = np.array(self._states, int)
         else:
-            sure = probabilities.max(axis=1) >= self.recipe.calibration.lowest_answered
-            states = np.where(sure, probabilities.argmax(axis=1), classes)
-        outside = [s._replace(end=min(s.end, duration)) for s in self._outside]
-        unreadable = [
-            segment._replace(end=min(segment.end, duration))
-            for segment in source.unreadable
-            if segment.start < duration
-            and not any(o.start <= segment.start and segment.end <= o.end for o in outside)
+            is_sure = probabilities.max(axis=1) >= self.smoothing.threshold
+            states = np.where(is_sure, probabilities.argmax(axis=1), len(classes))
+        out_of_body = [s._replace(end=min(s.end, duration)) for s in self._out_of_body]
+        gaps = [
+            gap._replace(end=min(gap.end, duration))
+            for gap in source.gaps
+            if gap.start < duration
+            and not any(o.start <= gap.start and gap.end <= o.end for o in out_of_body)
         ]
+        marked = sorted([*out_of_body, *gaps])
         return Timeline(
-            name=printable(Path(source.name).name),
-            classes=self.recipe.classes,
+            name=sanitize(Path(source.name).name),
+            classes=classes,
             duration=duration,
-            segments=to_segments(
-                times,
-                states,
-                probabilities,
-                self.recipe.classes,
-                duration,
-                sorted([*outside, *unreadable]),
-            ),
+            segments=to_segments(times, states, probabilities, classes, duration, marked),
             times=times,
             probabilities=probabilities,
             notes=[*source.notes, *notes],
         )
 
 
-def load_hook(text: str) -> Hook:
-    """The function that `detector.py:function` names. It is the user's own code, and is run.
+def load_frame_filter(text: str) -> FrameFilter:
+    """The function that `detector.py:function` names. This runs the user's file.
 
     Raises:
-        UserError: there is no such file or function.
+        UserError: there is no such file or function, or the file cannot be loaded.
     """
     path, _, name = text.rpartition(":")
     if not path or not Path(path).is_file():
@@ -282,11 +258,11 @@ def load_hook(text: str) -> Hook:
     module = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
-    except Exception as error:  # not our code
+    except Exception as error:  # the user's code
         raise UserError(
             f"{path}: cannot be loaded: {type(error).__name__}: {first_line(error)}"
         ) from error
-    hook = getattr(module, name, None)
-    if not callable(hook):
+    function = getattr(module, name, None)
+    if not callable(function):
         raise UserError(f"{path}: has no function {name!r}")
-    return hook
+    return function

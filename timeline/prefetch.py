@@ -1,26 +1,26 @@
-"""Decoding in a thread of its own, while the model answers."""
+"""Prefetching: a thread decodes the next frames while the model predicts."""
 
 import queue
 import threading
 from typing import Self
 
-from timeline.sources import Picture, Source
+from timeline.sources import Frame, FrameSource
 
-AHEAD = 32  # pictures
+QUEUE_SIZE = 32  # frames
 
 
-class ReadAhead:
-    """Reads a source ahead, as a context manager.
+class Prefetcher:
+    """Reads a source in a thread of its own, as a context manager.
 
-    A recording waits until its pictures are taken. A live source does not wait: what is not taken
-    in time is dropped, oldest first, so that the answer is never about the past.
+    A recording waits until its frames are taken. A live source does not wait: frames that are not
+    taken in time are dropped, the oldest first, because a late prediction would be about the past.
     """
 
-    def __init__(self, source: Source) -> None:
+    def __init__(self, source: FrameSource) -> None:
         self.dropped = 0
-        """pictures that nobody took in time"""
+        """number of frames that were not taken in time"""
         self._source = source
-        self._waiting: queue.Queue[Picture | None] = queue.Queue(2 if source.live else AHEAD)
+        self._queue: queue.Queue[Frame | None] = queue.Queue(2 if source.live else QUEUE_SIZE)
         self._stopped = threading.Event()
         self._error: BaseException | None = None
         self._ended = False
@@ -33,56 +33,57 @@ class ReadAhead:
     def __exit__(self, *_: object) -> None:
         self._stopped.set()
         self._source.closing = True
-        self._thread.join(timeout=5)  # longer only if a dead stream keeps it; it dies with us
+        # The thread lives on only if a dead stream blocks it; it ends with this process.
+        self._thread.join(timeout=5)
 
-    def take(self, most: int, wait: float = 1.0) -> list[Picture] | None:
-        """The next pictures: of a recording `most`, of a live source those that are there.
+    def get(self, max_frames: int, timeout: float = 1.0) -> list[Frame] | None:
+        """The next frames: of a recording `max_frames`, of a live source those that are there.
 
         Returns:
-            None at the end; an empty list if none came for `wait` seconds.
+            None at the end; an empty list if no frame came for `timeout` seconds.
 
         Raises:
-            ClipError: as the source does, after its last picture was taken.
+            ClipError: the error of the source, after its last frame was taken.
         """
-        taken: list[Picture] = []
-        while len(taken) < most and not self._ended:
+        frames: list[Frame] = []
+        while len(frames) < max_frames and not self._ended:
             try:
-                block = not taken or not self._source.live
-                picture = self._waiting.get(block, wait if block else None)
+                block = not frames or not self._source.live
+                frame = self._queue.get(block, timeout if block else None)
             except queue.Empty:
-                return taken
-            if picture is None:
+                return frames
+            if frame is None:
                 self._ended = True
             else:
-                taken.append(picture)
-        if taken:
-            return taken
+                frames.append(frame)
+        if frames:
+            return frames
         if self._error:
             raise self._error
         return None
 
     def _read(self) -> None:
         try:
-            for picture in self._source:
-                self._put(picture)
+            for frame in self._source:
+                self._put(frame)
                 if self._stopped.is_set():
                     return
-        except BaseException as error:  # told to whoever takes
+        except BaseException as error:  # raised again in `get`
             self._error = error
         self._put(None)
 
-    def _put(self, picture: Picture | None) -> None:
+    def _put(self, frame: Frame | None) -> None:
         while not self._stopped.is_set():
             try:
-                self._waiting.put(picture, timeout=0 if self._source.live else 0.2)
+                self._queue.put(frame, timeout=0 if self._source.live else 0.2)
                 return
             except queue.Full:
                 if self._source.live:
-                    self._drop()
+                    self._drop_oldest()
 
-    def _drop(self) -> None:
+    def _drop_oldest(self) -> None:
         try:
-            self._waiting.get_nowait()
+            self._queue.get_nowait()
             self.dropped += 1
-        except queue.Empty:  # taken just now
+        except queue.Empty:  # it was taken in this moment
             pass

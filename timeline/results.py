@@ -1,25 +1,39 @@
-"""Judging timelines of whole videos: which belong together, their scores, a table for people.
+"""Evaluation of timelines of whole videos: pairing files, computing scores, writing tables.
 
-What the scores mean is in timeline_metrics.py. Those of a video are averaged over the videos, so
-that each counts the same, and those of time are also pooled over the time of all videos.
+The scores are described in timeline/metrics.py. The scores of each video are averaged over the
+videos, which count equally; those of time are also pooled over the time of all videos.
 """
 
-import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path, PurePath
 from typing import Any, NamedTuple
 
-import pandas as pd
+import numpy as np
 
-from timeline import metrics as timeline_metrics
-from timeline.metrics import Intervals, class_segments
-from timeline.segments import Segment, clock, read_timeline
+from timeline.metrics import (
+    Intervals,
+    align_segments,
+    concatenate,
+    duration_scores,
+    merge_segments,
+    per_class,
+    segmental_scores,
+)
+from timeline.segments import Segment, format_timestamp, read_timeline
 from utils.errors import UserError
 from utils.files import write_json
 from utils.run_dir import command
 
-_HEADS = {
+# The columns of the tables, and their headings.
+_CLASS_COLUMNS = {
+    "precision": "precision",
+    "recall": "recall",
+    "f1": "F1",
+    "jaccard": "Jaccard",
+    "seconds": "seconds",
+}
+_VIDEO_COLUMNS = {
     "accuracy": "accuracy",
     "macro_f1": "macro-F1",
     "jaccard": "Jaccard",
@@ -31,168 +45,221 @@ _HEADS = {
     "f1_50": "F1@50",
     "seconds": "seconds",
 }
+_RELAXED_SCORES = ("accuracy", "macro_f1", "jaccard", "accuracy_answered")
 
-_RELAXED = ("accuracy", "macro_f1", "jaccard", "accuracy_answered")
+Scores = dict[str, float | None]
+"""Scores by name; None (null in JSON) where a score is not defined."""
 
 
 class Pair(NamedTuple):
-    """What is true of a video and what was predicted."""
+    """The true and the predicted segments of a video."""
 
     truth: list[Segment]
-    predicted: list[Segment]
+    prediction: list[Segment]
 
 
-def evaluate_timelines(truth: str, predicted: str, relaxed: float = 0.0, output: str = "") -> str:
-    """Judge predicted timelines; with a folder `output`, write timeline_metrics.json into it.
+def evaluate_timelines(truth: str, prediction: str, relaxed: float = 0.0, output: str = "") -> str:
+    """Score predicted timelines; with a folder `output`, write timeline_metrics.json into it.
 
     Args:
-        truth: see `read_pairs`, as for `predicted`.
-        relaxed: seconds by which boundaries are relaxed in scores beside the strict ones; 0: none.
+        truth, prediction: files or folders; see `read_pairs`.
+        relaxed: seconds by which boundaries may be shifted in additional scores; 0: no such scores.
+        output: folder for the results; empty: nothing is written.
 
     Returns:
-        The tables for people.
+        The tables as text.
 
     Raises:
-        UserError: see `read_pairs`; `relaxed` is no number of seconds.
+        UserError: see `read_pairs`; `relaxed` is not a number of seconds.
     """
     if not 0 <= relaxed < math.inf:
         raise UserError(f"relaxed = {relaxed}: must be a number of seconds, 0 or more")
-    pairs, warnings = read_pairs(truth, predicted)
-    results = assess_timelines(pairs, relaxed)
-    lines = [*warnings, describe_timelines(results)]
+    pairs, warnings = read_pairs(truth, prediction)
+    results = compute_results(pairs, relaxed)
+    lines = [*warnings, format_results(results)]
     if not output:
         return "\n".join([*lines, "not written to a file (--output FOLDER does so)"])
     folder = Path(output)
     folder.mkdir(parents=True, exist_ok=True)
-    facts = {"truth": truth, "predicted": predicted, "command": command(), "warnings": warnings}
-    write_json(folder / "timeline_metrics.json", {**results, **facts})
+    metadata = {
+        "truth": truth,
+        "predicted": prediction,
+        "command": command(),
+        "warnings": warnings,
+    }
+    write_json(folder / "timeline_metrics.json", {**results, **metadata})
     return "\n".join([*lines, f"results: {folder / 'timeline_metrics.json'}"])
 
 
-def read_pairs(truth: str, predicted: str) -> tuple[dict[str, Pair], list[str]]:
-    """Find and read what belongs together.
+def read_pairs(truth: str, prediction: str) -> tuple[dict[str, Pair], list[str]]:
+    """Read the true and the predicted timelines, and pair them by the names of the videos.
 
     Args:
         truth: a timeline.csv (of one video, or with a column `video`), or a folder of
             `<video>.csv`.
-        predicted: a timeline.csv (that of one video goes to the only video of the truth), a folder
-            of predict.py, or a folder that holds such folders (`<video>.mp4.timeline/`) or else
-            `<video>.csv`. A video of the truth is found by its name with or without an ending.
+        prediction: a timeline.csv (of one video it belongs to the only video of the truth), an
+            output folder of predict.py, or a folder of such folders (`<video>.mp4.timeline/`) or
+            else of `<video>.csv`. Names are the same with and without an ending (.mp4).
 
     Returns:
-        The pairs by the names of the videos, and warnings: predictions without truth, predicted
-        labels that the truth never has.
+        The pairs by the names of the videos, and warnings: predictions without a truth, predicted
+        labels that never occur in the truth.
 
     Raises:
-        UserError: videos without a prediction or with two, all of them; files that are missing or
-            are no timelines; a truth without any class.
+        UserError: videos have no prediction or two (all of them are listed); a file is missing or
+            is not a timeline; a truth has no class.
     """
     true = _read_truth(Path(truth))
-    said, unused = _read_predictions(Path(predicted), list(true))
-    pairs = {name: Pair(true[name], said[name]) for name in true}
+    predicted, unused = _read_predictions(Path(prediction), list(true))
+    pairs = {name: Pair(true[name], predicted[name]) for name in true}
     classes = _labels(pair.truth for pair in pairs.values())
-    strange = _labels(pair.predicted for pair in pairs.values()) - classes
+    unknown = _labels(pair.prediction for pair in pairs.values()) - classes
     warnings = []
-    if strange:
+    if unknown:
         warnings.append(
-            f"WARNING: predicted, but nowhere in the truth, so always wrong: {_list(strange)} "
+            f"WARNING: predicted, but nowhere in the truth, so always wrong: {_list(unknown)} "
             f"(the truth has {_list(classes)}: is it only spelled differently?)"
         )
     if unused:
-        warnings.append(f"predictions without a truth are not judged: {_list(unused)}")
+        warnings.append(f"predictions without a truth are not scored: {_list(unused)}")
     return pairs, warnings
 
 
-def assess_timelines(pairs: Mapping[str, Pair], relaxed: float = 0.0) -> dict[str, Any]:
-    """All scores, in types that JSON knows (nan is null).
+def compute_results(pairs: Mapping[str, Pair], relaxed: float = 0.0) -> dict[str, Any]:
+    """All scores of some videos, in types that JSON knows.
 
     Returns:
-        `videos`, `average` (over the videos that have the score) and `pooled` (over all time): the
-        scores of `timeline_metrics.time_scores`, with `relaxed` again as `relaxed_accuracy` and so
-        on, and `seconds` of truth; for videos and average also those of `segmental_scores`.
-        `per_class`, pooled and strict. `relaxed_seconds`, null if there are none.
+        `videos` (by name), `average` (over the videos that have the score) and `pooled` (over all
+        time): the scores of `duration_scores`, with `relaxed` again as `relaxed_accuracy` etc., and
+        `seconds` of truth; for videos and average also those of `segmental_scores`. `per_class`:
+        pooled, not relaxed. `relaxed_seconds`: null if there are no relaxed scores.
     """
     videos, parts = {}, []
-    for name, (truth, predicted) in pairs.items():
-        intervals = timeline_metrics.elementary_intervals(truth, predicted, relaxed)
-        segmental = timeline_metrics.segmental_scores(truth, predicted)
-        videos[name] = {**_of_time(intervals, relaxed), **segmental}
+    for name, (truth, prediction) in pairs.items():
+        intervals = align_segments(truth, prediction, relaxed)
+        videos[name] = _time_scores(intervals, relaxed) | segmental_scores(truth, prediction)
         parts.append(intervals)
-    table = pd.DataFrame.from_dict(videos, orient="index")
-    all_time = timeline_metrics.pooled(parts)
+    all_time = concatenate(parts)
+    scores = {
+        name: [video[name] for video in videos.values()] for name in next(iter(videos.values()))
+    }
     return {
-        "videos": _for_json(table),
-        "average": _for_json(table.mean().to_frame("all").T)["all"],
-        "pooled": _for_json(pd.DataFrame([_of_time(all_time, relaxed)], ["all"]))["all"],
-        "per_class": _for_json(timeline_metrics.per_class(all_time)),
+        "videos": {name: _for_json(video) for name, video in videos.items()},
+        "average": _for_json({name: _mean(values) for name, values in scores.items()}),
+        "pooled": _for_json(_time_scores(all_time, relaxed)),
+        "per_class": {name: _for_json(row) for name, row in per_class(all_time).items()},
         "relaxed_seconds": relaxed or None,
     }
 
 
-def describe_timelines(results: dict[str, Any]) -> str:
-    """The results in words: a line a class, a line a video, their average, and all time pooled."""
-    videos = results["videos"]
-    rows = {**videos, "average of videos": results["average"], "all time pooled": results["pooled"]}
-    table = pd.DataFrame(rows.values(), rows.keys()).astype(float)  # a video may be called anything
-    classes = pd.DataFrame.from_dict(results["per_class"], orient="index")
-    strict = table[list(_HEADS)].rename(columns=_HEADS)
-    blocks = [
+def format_results(results: dict[str, Any]) -> str:
+    """The results as tables with one row per class and one row per video."""
+    videos = results["videos"].items()
+    rows = [*videos, ("average of videos", results["average"])]
+    rows.append(("all time pooled", results["pooled"]))
+    lines = [
         "each class, all time pooled:",
-        _text(classes.rename(columns={"f1": "F1", "jaccard": "Jaccard"})),
-        f"\neach video, {clock(results['pooled']['seconds'])} of truth in all:",
-        _text(strict),
-        "(answered: accuracy where there is an answer, the share of time that coverage tells)",
+        _format_table(results["per_class"].items(), _CLASS_COLUMNS),
+        f"\neach video, {format_timestamp(results['pooled']['seconds'])} of truth in all:",
+        _format_table(rows, _VIDEO_COLUMNS),
+        "(answered: accuracy over the answered time, whose fraction of all time is the coverage)",
     ]
     if results["relaxed_seconds"]:
-        names = {f"relaxed_{name}": _HEADS[name] for name in _RELAXED}
-        blocks.append(f"\nwith boundaries relaxed by {results['relaxed_seconds']:g} s:")
-        blocks.append(_text(table[list(names)].rename(columns=names)))
-    return "\n".join(blocks)
+        columns = {f"relaxed_{name}": _VIDEO_COLUMNS[name] for name in _RELAXED_SCORES}
+        lines.append(f"\nwith boundaries relaxed by {results['relaxed_seconds']:g} s:")
+        lines.append(_format_table(rows, columns))
+    return "\n".join(lines)
 
 
-def _of_time(intervals: Intervals, relaxed: float) -> dict[str, float]:
-    scores = timeline_metrics.time_scores(intervals)
+def _time_scores(intervals: Intervals, relaxed: float) -> dict[str, float]:
+    scores = duration_scores(intervals)
     if relaxed:
-        lenient = timeline_metrics.time_scores(intervals._replace(right=intervals.right_relaxed))
-        scores |= {f"relaxed_{name}": lenient[name] for name in _RELAXED}
+        lenient = duration_scores(intervals._replace(correct=intervals.correct_relaxed))
+        scores |= {f"relaxed_{name}": lenient[name] for name in _RELAXED_SCORES}
     return {**scores, "seconds": math.fsum(intervals.seconds)}
 
 
-def _read_truth(place: Path) -> dict[str, list[Segment]]:
-    """The segments of each video, each with a class somewhere."""
-    if place.is_dir():
-        truth = {name: _read_one(path) for name, path in _files(place, "*.csv").items()}
+def _mean(values: Sequence[float]) -> float:
+    """The mean of the values that are not nan; nan if there is none."""
+    return math.nan if np.isnan(values).all() else float(np.nanmean(values))
+
+
+def _for_json(scores: Mapping[str, float]) -> Scores:
+    return {name: _round(score) for name, score in scores.items()}
+
+
+def _round(score: float) -> float | None:
+    """The score with 15 decimals, which hide the rounding errors of sums; None for nan."""
+    if math.isnan(score):
+        return None
+    whole = math.floor(score)
+    return (whole * 10**15 + round((score - whole) * 1e15)) / 10**15
+
+
+def _format_table(rows: Iterable[tuple[str, Scores]], columns: Mapping[str, str]) -> str:
+    """A table with one row per name; `columns` maps scores to headings."""
+    names, scores = zip(*rows, strict=True)
+    # A line break in a name would break the table.
+    cells = [["", *(name.translate(_ESCAPES) for name in names)]]
+    for score, heading in columns.items():
+        digits = 1 if score == "seconds" else 3
+        values = [row.get(score) for row in scores]
+        heading = heading if score == "seconds" else f" {heading}"
+        cells.append([heading, *("-" if v is None else f"{v:.{digits}f}" for v in values)])
+    widths = [max(map(len, column)) for column in cells]
+    return "\n".join(
+        " ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])])
+        for row in zip(*cells, strict=True)
+    )
+
+
+_ESCAPES = str.maketrans({"\t": r"\t", "\r": r"\r", "\n": r"\n"})
+
+
+def _read_truth(path: Path) -> dict[str, list[Segment]]:
+    """The true segments of each video.
+
+    Raises:
+        UserError: there is no timeline, or one has no class.
+    """
+    if path.is_dir():
+        truth = {name: _read_single(file) for name, file in _files(path, "*.csv").items()}
         if not truth:
-            raise UserError(f"{place}: has no <video>.csv to take the truth from")
+            raise UserError(f"{path}: has no <video>.csv to take the truth from")
     else:
-        truth = {name or place.stem: found for name, found in read_timeline(place).items()}
-    empty = [name for name, found in truth.items() if not class_segments(found)]
+        truth = {name or path.stem: segments for name, segments in read_timeline(path).items()}
+    empty = [name for name, segments in truth.items() if not merge_segments(segments)]
     if empty:
-        raise UserError(f"{place}: the truth has no class, only marks, in {_list(empty)}")
+        raise UserError(f"{path}: the truth has no class, only marks, in {_list(empty)}")
     return truth
 
 
 def _read_predictions(
-    place: Path, names: Sequence[str]
+    path: Path, names: Sequence[str]
 ) -> tuple[dict[str, list[Segment]], list[str]]:
-    """The segments predicted for each of these videos; the names of other videos."""
-    if (place / "timeline.csv").is_file():
-        place = place / "timeline.csv"
-    if place.is_dir():
-        files = _files(place, "*.timeline/timeline.csv") or _files(place, "*.csv")
-        found = _find(place, names, list(files))
-        said = {name: _read_one(files[found[name]]) for name in names}
-        return said, sorted(files.keys() - found.values())
-    videos = read_timeline(place)
+    """The predicted segments of each of these videos; the names of other videos.
+
+    Raises:
+        UserError: a video has no prediction or two.
+    """
+    if (path / "timeline.csv").is_file():
+        path = path / "timeline.csv"
+    if path.is_dir():
+        files = _files(path, "*.timeline/timeline.csv") or _files(path, "*.csv")
+        matches = _match(path, names, list(files))
+        predictions = {name: _read_single(files[matches[name]]) for name in names}
+        return predictions, sorted(files.keys() - matches.values())
+    videos = read_timeline(path)
     if list(videos) == [""]:
         if len(names) > 1:
             raise UserError(
-                f"{place}: has no column video, but the truth has {len(names)} videos "
+                f"{path}: has no column video, but the truth has {len(names)} videos "
                 "(add the column, or give a folder of timelines)"
             )
         return {names[0]: videos[""]}, []
-    found = _find(place, names, list(videos))
-    return {name: videos[found[name]] for name in names}, sorted(videos.keys() - found.values())
+    matches = _match(path, names, list(videos))
+    predictions = {name: videos[matches[name]] for name in names}
+    return predictions, sorted(videos.keys() - matches.values())
 
 
 def _files(folder: Path, pattern: str) -> dict[str, Path]:
@@ -201,45 +268,36 @@ def _files(folder: Path, pattern: str) -> dict[str, Path]:
     return {(path.parent.stem if "/" in pattern else path.stem): path for path in paths}
 
 
-def _read_one(path: Path) -> list[Segment]:
+def _read_single(path: Path) -> list[Segment]:
     videos = read_timeline(path)
     if len(videos) > 1:
         raise UserError(f"{path}: holds {len(videos)} videos (give the file, not its folder)")
     return next(iter(videos.values()))
 
 
-def _find(place: Path, names: Sequence[str], available: Sequence[str]) -> dict[str, str]:
-    """Which of the available names, with or without an ending (op1.mp4), means each video."""
-    means = {
+def _match(path: Path, names: Sequence[str], available: Sequence[str]) -> dict[str, str]:
+    """The available name, with or without an ending (op1.mp4), of each video of the truth."""
+    matches = {
         name: [
-            other
-            for other in available
-            if other == name or (PurePath(other).stem == name and other not in names)
+            candidate
+            for candidate in available
+            if candidate == name or (PurePath(candidate).stem == name and candidate not in names)
         ]
         for name in names
     }
-    if absent := [name for name, others in means.items() if not others]:
+    if missing := [name for name, candidates in matches.items() if not candidates]:
         raise UserError(
-            f"{place}: no prediction for {len(absent)} of {len(names)} videos of the truth: "
-            f"{_list(absent)} (it has {_list(available) or 'no timeline'})"
+            f"{path}: no prediction for {len(missing)} of {len(names)} videos of the truth: "
+            f"{_list(missing)} (it has {_list(available) or 'no timeline'})"
         )
-    if unclear := [f"{name} ({_list(others)})" for name, others in means.items() if others[1:]]:
-        raise UserError(f"{place}: more than one prediction for {_list(unclear)}: keep one")
-    return {name: others[0] for name, others in means.items()}
+    if unclear := [f"{name} ({_list(found)})" for name, found in matches.items() if found[1:]]:
+        raise UserError(f"{path}: more than one prediction for {_list(unclear)}: keep one")
+    return {name: candidates[0] for name, candidates in matches.items()}
 
 
 def _labels(timelines: Iterable[Sequence[Segment]]) -> set[str]:
-    return {one.label for segments in timelines for one in class_segments(segments)}
+    return {segment.label for segments in timelines for segment in merge_segments(segments)}
 
 
 def _list(names: Iterable[str]) -> str:
     return ", ".join(sorted(names))
-
-
-def _text(table: pd.DataFrame) -> str:
-    seconds = {"seconds": "{:.1f}".format} if "seconds" in table else {}
-    return table.to_string(float_format="{:.3f}".format, formatters=seconds, na_rep="-")
-
-
-def _for_json(table: pd.DataFrame) -> dict[str, Any]:
-    return json.loads(table.to_json(orient="index", double_precision=15))  # nan -> null

@@ -1,7 +1,7 @@
-"""What a model saw in a whole video: a probability of each class over time, and its segments.
+"""Segments and timelines of whole videos, and their files.
 
-A folder of predict.py holds it as `frames.csv` (`time` in seconds, then a column of probability for
-each class) and `timeline.csv` (`start,end,label,confidence`, in seconds).
+An output folder of predict.py holds `frames.csv` (`time` in seconds, then one column of
+probabilities per class) and `timeline.csv` (`start,end,label,confidence`, times in seconds).
 """
 
 import csv
@@ -21,9 +21,10 @@ from utils.files import write_text
 
 UNREADABLE = "unreadable"  # the video could not be decoded there
 
-OUT_OF_BODY = "out_of_body"  # says the user's detector; see predict.py
+OUT_OF_BODY = "out_of_body"  # according to the user's detector (predict.py --out-of-body)
 
-MARKS = (UNCERTAIN, UNREADABLE, OUT_OF_BODY)  # labels of segments that are no class
+# Labels of segments that are not classes.
+NON_CLASS_LABELS = (UNCERTAIN, UNREADABLE, OUT_OF_BODY)
 
 
 class Segment(NamedTuple):
@@ -34,9 +35,9 @@ class Segment(NamedTuple):
     end: float
     """seconds, exclusive"""
     label: str
-    """a class, or one of MARKS"""
+    """a class, or one of NON_CLASS_LABELS"""
     confidence: float = math.nan
-    """mean probability of the label (of the likeliest class if `uncertain`); nan: there is none"""
+    """mean probability of the label (of the likeliest class if `uncertain`); nan: unknown"""
 
     @property
     def duration(self) -> float:
@@ -45,25 +46,25 @@ class Segment(NamedTuple):
 
 @dataclass
 class Timeline:
-    """A video's segments, and the probabilities that they come from."""
+    """The segments of a video, and the probabilities that they were made from."""
 
     name: str
-    """of the video, for people"""
+    """name of the video, for pages and pictures"""
     classes: tuple[str, ...]
     duration: float
-    """of the video, seconds"""
+    """length of the video in seconds"""
     segments: list[Segment]
-    """in order of time, without overlap; together they cover the video"""
+    """segments in order of time, without overlap; together they cover the video"""
     times: np.ndarray
-    """`(N,)` seconds"""
+    """times of the predictions, `(N,)` seconds"""
     probabilities: np.ndarray
     """`(N, num_classes)`"""
     notes: list[str] = field(default_factory=list)
-    """what a reader must know: stretches that could not be read, an interruption"""
+    """messages for the reader: stretches that could not be read, an interruption"""
 
 
 def write_timeline(path: str | Path, segments: Sequence[Segment]) -> None:
-    """Write timeline.csv, as a whole."""
+    """Write timeline.csv."""
     rows = [["start", "end", "label", "confidence"]]
     for segment in segments:
         confidence = "" if math.isnan(segment.confidence) else f"{segment.confidence:.4f}"
@@ -74,11 +75,11 @@ def write_timeline(path: str | Path, segments: Sequence[Segment]) -> None:
 def read_timeline(path: str | Path) -> dict[str, list[Segment]]:
     """The segments of each video in a timeline.csv, in order of time.
 
-    Columns: `start,end,label` (seconds; `hh:mm:ss` too), and if they are there `confidence` and
-    `video`. Without a column `video` all segments are those of one video called "".
+    The columns are `start,end,label` (times in seconds or as `hh:mm:ss`), and optionally
+    `confidence` and `video`. Without a column `video` all segments belong to one video called "".
 
     Raises:
-        UserError: all that is wrong with the file, with line numbers.
+        UserError: the file is not a timeline; the message lists all problems with line numbers.
     """
     try:
         with open(path, newline="", encoding="utf-8-sig") as file:
@@ -103,9 +104,9 @@ def read_timeline(path: str | Path) -> dict[str, list[Segment]]:
             problems.append(f"line {number}: {error}")
             continue
         videos.setdefault(row.get("video") or "", []).append((number, segment))
-    for name, found in videos.items():
-        found.sort(key=lambda pair: pair[1].start)
-        for (_, before), (number, after) in itertools.pairwise(found):
+    for name, segments in videos.items():
+        segments.sort(key=lambda pair: pair[1].start)
+        for (_, before), (number, after) in itertools.pairwise(segments):
             if after.start < before.end - 1e-6:
                 where = f" of video {name}" if name else ""
                 problems.append(f"line {number}: starts before the segment before it ends{where}")
@@ -113,7 +114,7 @@ def read_timeline(path: str | Path) -> dict[str, list[Segment]]:
         problems.append("holds no segments")
     if problems:
         raise UserError("\n  ".join([f"{path}: not a timeline:", *problems]))
-    return {name: [segment for _, segment in found] for name, found in videos.items()}
+    return {name: [segment for _, segment in pairs] for name, pairs in videos.items()}
 
 
 def _segment(row: dict[str, str]) -> Segment:
@@ -128,7 +129,7 @@ def _segment(row: dict[str, str]) -> Segment:
 
 
 def _seconds(text: str | None, name: str) -> float:
-    """`83.5`, `1:23.5` or `0:01:23.5`."""
+    """The seconds of `83.5`, `1:23.5` or `0:01:23.5`."""
     total = 0.0
     for part in (text or "").split(":"):
         total = 60 * total + _number(part, name)
@@ -145,16 +146,21 @@ def _number(text: str, name: str) -> float:
 
 
 class FramesWriter:
-    """Writes frames.csv as the answers come, so that a run that is killed leaves what it had."""
+    """Writes frames.csv while predictions come: a run that is killed leaves those made so far."""
 
     def __init__(self, path: str | Path, classes: Sequence[str]) -> None:
-        # Not atomic on purpose: what is there so far is the point.
+        # Not atomic on purpose: an unfinished file is better than none.
         self._file = open(path, "w", newline="", encoding="utf-8")  # noqa: SIM115
         self._writer = csv.writer(self._file, lineterminator="\n")
         self._writer.writerow(["time", *classes])
 
     def write(self, times: Iterable[float], probabilities: np.ndarray) -> None:
-        """Add rows: `(n,)` seconds, `(n, num_classes)`; they are on their way to the disk then."""
+        """Append rows and flush them to the file.
+
+        Args:
+            times: `(n,)` seconds.
+            probabilities: `(n, num_classes)`.
+        """
         for time, row in zip(times, probabilities, strict=True):
             self._writer.writerow([f"{time:.3f}", *(f"{value:.4f}" for value in row)])
         self._file.flush()
@@ -171,13 +177,16 @@ def write_subtitles(path: str | Path, segments: Sequence[Segment]) -> None:
         for character, escape in (("&", "&amp;"), ("<", "&lt;"), (">", "&gt;")):
             label = label.replace(character, escape)
         label = " ".join(label.split())  # a line break would end the cue
-        sure = "" if math.isnan(segment.confidence) else f" {segment.confidence:.0%}"
-        cues.append(f"{clock(segment.start)} --> {clock(segment.end)}\n{label}{sure}")
+        confidence = "" if math.isnan(segment.confidence) else f" {segment.confidence:.0%}"
+        cues.append(
+            f"{format_timestamp(segment.start)} --> {format_timestamp(segment.end)}\n"
+            f"{label}{confidence}"
+        )
     write_text(path, "\n\n".join(cues) + "\n")
 
 
-def clock(seconds: float) -> str:
-    """`hh:mm:ss.ttt`, as WebVTT writes a time."""
+def format_timestamp(seconds: float) -> str:
+    """Seconds as `hh:mm:ss.ttt`, the format of WebVTT."""
     milliseconds = round(seconds * 1000)
     minutes, milliseconds = divmod(milliseconds, 60_000)
     hours, minutes = divmod(minutes, 60)
@@ -191,15 +200,15 @@ def _to_csv(rows: Iterable[Sequence[str]]) -> str:
 
 
 class Snapshot(NamedTuple):
-    """What the model says about one moment."""
+    """The newest frame of a live video and its prediction."""
 
     time: float
     """seconds of the video or stream"""
     label: str
-    """smoothed answer: a class or a mark of `timeline.MARKS`"""
+    """smoothed prediction: a class or one of NON_CLASS_LABELS"""
     probabilities: np.ndarray
-    """`(num_classes,)`, current; not finite where there are none"""
+    """`(num_classes,)`, not smoothed; nan where there are none"""
     frame: np.ndarray | None
-    """`(H, W, 3)` uint8 RGB as the model sees it, not to be written to any more; None: not shown"""
+    """`(H, W, 3)` uint8 RGB, which must not be changed any more; None: not shown"""
     state: str = ""
-    """a note for the viewers ("reconnecting to the camera", "ended"); empty: running"""
+    """message for the viewers, e.g. "reconnecting"; empty: running"""

@@ -1,13 +1,13 @@
-"""From an answer a frame to a timeline that somebody can read.
+"""HMM smoothing of per-frame probabilities into segments.
 
-A hidden Markov model: at every moment one of the classes is the true one, it stays so for a while,
-and what the network says is the evidence. Offline Viterbi's algorithm finds the likeliest sequence
-that keeps a minimum duration; online a forward filter says what is likeliest now. (Rabiner, "A
-Tutorial on Hidden Markov Models", Proceedings of the IEEE, 1989.) The network's probabilities are
-used as likelihoods: all classes are taken as equally frequent.
+The hidden state is the true class, which lasts for a while; the network's probabilities are the
+evidence. Offline, the Viterbi algorithm finds the likeliest sequence whose segments keep a minimum
+duration. Online, a forward filter gives the likeliest class now. (Rabiner, "A Tutorial on Hidden
+Markov Models", Proceedings of the IEEE, 1989.) The network's probabilities are used as likelihoods,
+so all classes count as equally frequent.
 
-Where the network is not sure of the class that is found, by its probability over the minimum
-duration and the checkpoint's threshold, the answer is `uncertain`.
+Where the mean probability of the chosen class is below the threshold of the checkpoint, the label
+is `uncertain`.
 """
 
 import itertools
@@ -15,92 +15,98 @@ import math
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 
 from clips.manifest import UNCERTAIN
 from timeline.segments import Segment
 
-_SMALLEST = 1e-6  # one overconfident answer must not decide everything
+_MIN_PROBABILITY = 1e-6  # otherwise one overconfident prediction could decide everything
 
 
-class Steps(NamedTuple):
-    """What smoothing means from one answer to the next."""
+class HMMParams(NamedTuple):
+    """The hidden Markov model for predictions that are some interval apart."""
 
-    switching: float
-    """probability that the next answer belongs to another segment"""
-    weight: float
-    """share of new evidence in an answer: neighbours see mostly the same frames"""
-    minimum: int
-    """answers that a segment lasts at least"""
+    switch_prob: float
+    """probability that the next prediction belongs to another segment"""
+    evidence_weight: float
+    """fraction of new evidence in a prediction: neighbouring windows share most of their frames"""
+    min_length: int
+    """smallest number of predictions in a segment"""
 
     def evidence(self, probabilities: np.ndarray) -> np.ndarray:
-        """Log-likelihoods of the classes, of the probabilities' shape."""
-        return self.weight * np.log(np.maximum(probabilities, _SMALLEST))
+        """Log-likelihoods of the classes, in the shape of the probabilities."""
+        return self.evidence_weight * np.log(np.maximum(probabilities, _MIN_PROBABILITY))
 
-    def transitions(self, states: int) -> tuple[float, float]:
-        """Log-probabilities of staying, and of going to one certain other state."""
-        return math.log1p(-self.switching), math.log(self.switching / (states - 1))
+    def transitions(self, num_states: int) -> tuple[float, float]:
+        """Log-probabilities of staying in a state, and of switching to one given other state."""
+        return math.log1p(-self.switch_prob), math.log(self.switch_prob / (num_states - 1))
 
 
 @dataclass(frozen=True)
-class Smoothing:
-    """How much is smoothed, in seconds."""
+class SmoothingConfig:
+    """Settings of the smoothing; durations are in seconds."""
 
-    expected: float
-    """how long a segment lasts, on average"""
-    minimum: float
-    """how long it lasts at least"""
+    mean_duration: float
+    """mean duration of a segment"""
+    min_duration: float
+    """shortest duration of a segment"""
     window: float
-    """that an answer looks at"""
+    """length of the window of frames that a prediction is made from"""
     threshold: float
-    """mean probability below which a stretch is `uncertain`; infinity: all is"""
+    """mean probability below which a stretch is `uncertain`; infinity: everything is uncertain"""
+    method: Literal["auto", "viterbi", "causal", "none"] = "auto"
+    """`viterbi` uses the whole video, `causal` only the past; auto: causal for live sources"""
 
-    def steps(self, interval: float) -> Steps:
-        """For answers that are `interval` seconds apart."""
-        return Steps(
-            switching=min(0.5, interval / self.expected),
-            weight=min(1.0, interval / self.window),
-            minimum=max(1, round(self.minimum / interval)),
+    def params(self, interval: float) -> HMMParams:
+        """The model for predictions that are `interval` seconds apart."""
+        return HMMParams(
+            switch_prob=min(0.5, interval / self.mean_duration),
+            evidence_weight=min(1.0, interval / self.window),
+            min_length=max(1, round(self.min_duration / interval)),
         )
 
 
-def viterbi(evidence: np.ndarray, stay: float, switch: float, minimum: int = 1) -> np.ndarray:
-    """The likeliest states whose segments all last `minimum` answers at least.
+def viterbi(evidence: np.ndarray, stay: float, switch: float, min_length: int = 1) -> np.ndarray:
+    """The likeliest states whose segments all hold at least `min_length` predictions.
 
     Args:
         evidence: `(N, S)` log-likelihoods.
-        stay, switch: log-probabilities of staying in a state, of going to a certain other one.
+        stay, switch: log-probabilities of staying in a state, and of switching to one given other.
+        min_length: smallest number of predictions in a segment, D.
 
     Returns:
-        `(N,)` states. With fewer than `minimum` answers: one state for all.
+        `(N,)` states. With N < D they are all the same.
 
-    best[t, s] is the score of the best sequence up to t whose last segment, in s, is long enough.
-    It goes on from best[t - 1, s], or a new segment of just `minimum` answers ends at t.
+    best[t, s] is the score of the best sequence up to t whose last segment, in state s, is long
+    enough. Either the segment goes on from best[t - 1, s], or a new segment of exactly D
+    predictions ends at t.
     """
-    n, states = evidence.shape
-    if n <= minimum:
+    n, num_states = evidence.shape
+    if n <= min_length:
         return np.full(n, evidence.sum(axis=0).argmax()) if n else np.zeros(0, int)
-    within = np.concatenate((np.zeros((1, states)), evidence.cumsum(axis=0)))
-    within = within[minimum:] - within[:-minimum] + (minimum - 1) * stay  # of answers t-D+1 ... t
-    best = within[0]
-    history = [best]  # from the answer minimum - 1 on
-    came_from = np.full((n, states), -1)  # the state before a new segment; -1: the same goes on
-    everyone = np.arange(states)
-    for t in range(minimum, n):
+    sums = np.concatenate((np.zeros((1, num_states)), evidence.cumsum(axis=0)))
+    # scores of the segments t - D + 1 ... t
+    segment = sums[min_length:] - sums[:-min_length] + (min_length - 1) * stay
+    best = segment[0]
+    history = [best]  # best[t] from t = D - 1 on
+    came_from = np.full((n, num_states), -1)  # state before a new segment; -1: the segment goes on
+    states = np.arange(num_states)
+    for t in range(min_length, n):
         going_on = best + stay + evidence[t]
         best = going_on
-        if t >= 2 * minimum - 1:
-            before = history[t - 2 * minimum + 1]  # at the answer t - minimum
+        if t >= 2 * min_length - 1:
+            before = history[t - 2 * min_length + 1]  # best[t - D]
             first = int(before.argmax())
-            others = before.copy()
-            others[first] = -math.inf
-            source = np.where(everyone == first, int(others.argmax()), first)
-            starting = before[source] + switch + within[t - minimum + 1]
-            fresh = starting > going_on
-            came_from[t] = np.where(fresh, source, -1)
-            best = np.where(fresh, starting, going_on)
+            without_first = before.copy()
+            without_first[first] = -math.inf
+            # A new segment comes from the best state that is not its own.
+            source = np.where(states == first, int(without_first.argmax()), first)
+            starting = before[source] + switch + segment[t - min_length + 1]
+            is_new = starting > going_on
+            came_from[t] = np.where(is_new, source, -1)
+            best = np.where(is_new, starting, going_on)
         history.append(best)
     path = np.empty(n, int)
     t, state = n - 1, int(best.argmax())
@@ -110,74 +116,85 @@ def viterbi(evidence: np.ndarray, stay: float, switch: float, minimum: int = 1) 
             path[t] = state
             t -= 1
         else:
-            path[t - minimum + 1 : t + 1] = state
-            t, state = t - minimum, int(source)
+            path[t - min_length + 1 : t + 1] = state
+            t, state = t - min_length, int(source)
     return path
 
 
-def smooth(times: np.ndarray, probabilities: np.ndarray, smoothing: Smoothing) -> np.ndarray:
-    """The states `(N,)` of answers `(N, num_classes)`, offline; `num_classes` is `uncertain`.
+def viterbi_smooth(
+    times: np.ndarray, probabilities: np.ndarray, smoothing: SmoothingConfig
+) -> np.ndarray:
+    """Smooth the predictions of a whole video.
 
-    The uncertain stretches are those that make the sum of (probability - threshold) over the others
-    largest, where all last the minimum duration at least: what is answered is above the threshold
-    on average. A class that has less than the minimum left is uncertain too.
+    The uncertain stretches are those that maximise the sum of (probability - threshold) over all
+    other predictions, while every stretch lasts the minimum duration: so the mean probability of
+    what is labelled lies above the threshold. A class that is left with less than the minimum
+    duration is uncertain too.
+
+    Args:
+        times: `(N,)` seconds.
+        probabilities: `(N, num_classes)`.
+
+    Returns:
+        `(N,)` states; the state `num_classes` is `uncertain`.
     """
-    n, classes = probabilities.shape
+    n, num_classes = probabilities.shape
     if n == 0 or smoothing.threshold == math.inf:
-        return np.full(n, classes)
+        return np.full(n, num_classes)
     interval = float(np.median(np.diff(times))) if n > 1 else smoothing.window
-    steps = smoothing.steps(interval)
-    # A path has one chance a window to switch, however many answers there are: with one at every
-    # answer a switch would cost the more, the more often the same evidence is told.
-    stay, switch = smoothing.steps(max(interval, smoothing.window)).transitions(classes)
-    evidence = steps.evidence(probabilities)
-    states = viterbi(evidence, steps.weight * stay, switch, steps.minimum)
-    worth = probabilities[np.arange(n), states] - smoothing.threshold
-    unsure = viterbi(np.stack((worth, np.zeros(n)), axis=1), 0.0, 0.0, steps.minimum) == 1
-    states = np.where(unsure, classes, states)
+    params = smoothing.params(interval)
+    # A path may switch once per window, however many predictions there are. If it could switch at
+    # every prediction, a switch would cost more the more often the same evidence is repeated.
+    stay, switch = smoothing.params(max(interval, smoothing.window)).transitions(num_classes)
+    evidence = params.evidence(probabilities)
+    states = viterbi(evidence, params.evidence_weight * stay, switch, params.min_length)
+    margin = probabilities[np.arange(n), states] - smoothing.threshold
+    choices = np.stack((margin, np.zeros(n)), axis=1)  # to label, or to be uncertain
+    is_uncertain = viterbi(choices, 0.0, 0.0, params.min_length) == 1
+    states = np.where(is_uncertain, num_classes, states)
     for start, end in _runs(states):
-        if end - start < steps.minimum and unsure.any():
-            states[start:end] = classes
+        if end - start < params.min_length and is_uncertain.any():
+            states[start:end] = num_classes
     return states
 
 
 def _runs(states: np.ndarray) -> list[tuple[int, int]]:
-    """First and one past the last place of each run of equal states."""
+    """First index and last index + 1 of each run of equal states."""
     starts = [0, *(np.flatnonzero(np.diff(states)) + 1).tolist(), len(states)]
     return list(itertools.pairwise(starts)) if len(states) else []
 
 
-class CausalFilter:
-    """What is likeliest now, from the answers so far; a new class must hold for a while."""
+class ForwardFilter:
+    """The likeliest class now, from the predictions so far; a new class must hold for a while."""
 
-    def __init__(self, smoothing: Smoothing, classes: int) -> None:
+    def __init__(self, smoothing: SmoothingConfig, num_classes: int) -> None:
         self._smoothing = smoothing
-        self._belief = np.full(classes, 1 / classes)
-        self._recent: deque[tuple[float, np.ndarray]] = deque()  # of the minimum duration
+        self._belief = np.full(num_classes, 1 / num_classes)
+        self._recent: deque[tuple[float, np.ndarray]] = deque()  # within the minimum duration
         self._state: int | None = None
-        self._rival, self._since = -1, 0.0  # what is likeliest, and since when
+        self._likeliest, self._since = -1, 0.0  # the likeliest class, and since when it is
         self._time: float | None = None
 
-    def push(self, time: float, probabilities: np.ndarray) -> int:
-        """The state after the next answer, `(num_classes,)`; `num_classes` is `uncertain`."""
-        smoothing, classes = self._smoothing, len(probabilities)
-        passed = smoothing.window if self._time is None else max(1e-3, time - self._time)
+    def step(self, time: float, probabilities: np.ndarray) -> int:
+        """The state after the next prediction, `(num_classes,)`; `num_classes` is `uncertain`."""
+        smoothing, num_classes = self._smoothing, len(probabilities)
+        interval = smoothing.window if self._time is None else max(1e-3, time - self._time)
         self._time = time
-        steps = smoothing.steps(passed)
-        stay, switch = np.exp(steps.transitions(classes))
-        log = steps.evidence(probabilities)
-        belief = (switch + (stay - switch) * self._belief) * np.exp(log - log.max())
+        params = smoothing.params(interval)
+        stay, switch = np.exp(params.transitions(num_classes))
+        evidence = params.evidence(probabilities)
+        belief = (switch + (stay - switch) * self._belief) * np.exp(evidence - evidence.max())
         self._belief = belief / belief.sum()
         likeliest = int(self._belief.argmax())
-        if likeliest != self._rival:
-            self._rival, self._since = likeliest, time - passed
-        if self._state is None or time - self._since >= smoothing.minimum - 1e-6:
+        if likeliest != self._likeliest:
+            self._likeliest, self._since = likeliest, time - interval
+        if self._state is None or time - self._since >= smoothing.min_duration - 1e-6:
             self._state = likeliest
         self._recent.append((time, probabilities))
-        while time - self._recent[0][0] >= max(smoothing.minimum, passed) - 1e-6:
+        while time - self._recent[0][0] >= max(smoothing.min_duration, interval) - 1e-6:
             self._recent.popleft()
         confidence = np.mean([row[self._state] for _, row in self._recent])
-        return self._state if confidence >= smoothing.threshold else classes
+        return self._state if confidence >= smoothing.threshold else num_classes
 
 
 def to_segments(
@@ -188,44 +205,45 @@ def to_segments(
     duration: float,
     marked: Sequence[Segment] = (),
 ) -> list[Segment]:
-    """Segments that cover 0 to `duration`, from answers at some times.
+    """Segments that cover 0 to `duration`, from the smoothed predictions.
 
-    A segment ends halfway between two answers, or where a marked stretch begins.
+    A segment ends halfway between two predictions, or where a marked stretch begins.
 
     Args:
-        times, states: `(N,)`, in order; the state `len(classes)` is `uncertain`.
+        times, states: `(N,)`, in order of time; the state `len(classes)` is `uncertain`.
         probabilities: `(N, num_classes)`.
-        marked: stretches that are something else (unreadable, out of body), in order, without
-            overlap. Answers inside them do not count. Where there is no answer between two of them,
-            the first goes on to the second.
+        duration: length of the video in seconds.
+        marked: stretches with other labels (unreadable, out of body), in order of time, without
+            overlap. Predictions inside them do not count. Where there is no prediction between two
+            of them, the first one is extended to the second one.
     """
     labels = [*classes, UNCERTAIN]
     confidence = np.concatenate((probabilities, probabilities.max(axis=1, keepdims=True)), axis=1)
     segments: list[Segment] = []
-    place = 0.0
+    start = 0.0  # of the stretch before the next mark
     for mark in [*marked, None]:
         end = mark.start if mark else duration
-        these = np.flatnonzero((times >= place) & ((times < end) | (mark is None)))
-        if len(these):
-            middles = (times[these[1:]] + times[these[:-1]]) / 2
-            edges = np.concatenate(([place], middles, [max(end, times[these[-1]])]))
-            for first, last in _runs(states[these]):
-                state = states[these[first]]
-                mean = float(confidence[these[first:last], state].mean())
+        indices = np.flatnonzero((times >= start) & ((times < end) | (mark is None)))
+        if len(indices):
+            middles = (times[indices[1:]] + times[indices[:-1]]) / 2
+            edges = np.concatenate(([start], middles, [max(end, times[indices[-1]])]))
+            for first, last in _runs(states[indices]):
+                state = states[indices[first]]
+                mean = float(confidence[indices[first:last], state].mean())
                 segments.append(
                     Segment(float(edges[first]), float(edges[last]), labels[state], mean)
                 )
-        elif end > place + 1e-9:
+        elif end > start + 1e-9:
             if segments:
                 segments[-1] = segments[-1]._replace(end=end)
             elif mark:
-                mark = mark._replace(start=place)
+                mark = mark._replace(start=start)
             else:
-                segments.append(Segment(place, end, UNCERTAIN))
+                segments.append(Segment(start, end, UNCERTAIN))
         if mark:
             if segments and segments[-1].label == mark.label:
                 segments[-1] = segments[-1]._replace(end=mark.end)
             else:
                 segments.append(mark)
-            place = mark.end
+            start = mark.end
     return segments

@@ -1,7 +1,7 @@
-"""Where whole videos come from: files and a pipe; live_source.py has cameras and streams.
+"""Sources of whole videos: files and a pipe. Cameras and streams are in live_source.py.
 
-Clips are short and whole or refused (video.py). An operation is hours long, and a bad stretch in it
-is no reason to lose the rest: it is bridged, and marked.
+A damaged clip is refused (video/decoder.py). An operation is hours long, and a bad stretch in it is
+no reason to lose the rest: the stretch is skipped and marked as a gap.
 """
 
 import math
@@ -33,86 +33,92 @@ from video.container import (
 
 PREVIEW_WIDTH = 640
 
-RECOVERY = 10.0  # seconds after an error in which frames that rest on others are not trusted
+# Seconds after an error in which frames that are predicted from other frames are not trusted.
+RECOVERY = 10.0
 
 
-class Picture(NamedTuple):
-    """A frame that the model is to see."""
+class Frame(NamedTuple):
+    """A frame for the model."""
 
     time: float
-    """seconds since the start"""
+    """seconds since the start of the video"""
     image: np.ndarray
     """`(size, size, 3)` uint8 RGB"""
     preview: np.ndarray | None = None
-    """the frame in its own shape, for people"""
+    """the frame in its own shape, for the live page; None: not asked for"""
 
 
-class Source(ABC):
-    """A video as a stream of pictures, `rate` a second at most.
+class FrameSource(ABC):
+    """A video as a sequence of frames, at most `fps` per second.
 
-    Pictures are taken at the first frame at or after each multiple of 1/rate; where there are fewer
-    frames than that, all are taken, none twice.
+    The first frame at or after each multiple of 1/fps is taken. Where the video has fewer frames,
+    all are taken, and none twice.
+
+    Args:
+        name: name for messages and pages.
+        fps: frames per second that the model is shown.
+        size: height and width of these frames in pixels.
+        preview: whether frames in their own shape are returned as well.
     """
 
     live = False
-    """whether it goes on while nobody reads"""
+    """whether the video goes on while nobody reads"""
     duration = 0.0
-    """seconds, as the file says; 0: unknown"""
+    """length in seconds according to the file; 0: unknown"""
 
-    def __init__(self, name: str, rate: float, size: int, preview: bool = False) -> None:
+    def __init__(self, name: str, fps: float, size: int, preview: bool = False) -> None:
         self.name = name
-        """for people"""
-        self.rate = rate
+        self.fps = fps
         self.size = size
         self.preview = preview
         self.end = 0.0
         """seconds from the start to the end of the last frame so far"""
-        self.unreadable: list[Segment] = []
-        """the stretches that were bridged"""
+        self.gaps: list[Segment] = []
+        """stretches that could not be read"""
         self.notes: list[str] = []
+        """messages about the gaps"""
         self.state = ""
-        """what a live source is doing while there are no pictures"""
+        """what a live source does while no frames come; empty: frames come"""
         self.closing = False
         """set it, from any thread, to make the source end as soon as it can"""
-        self._due = 0
+        self._next_step = 0  # the next multiple of 1/fps without a frame
 
     @abstractmethod
-    def __iter__(self) -> Iterator[Picture]:
-        """Read on to the end.
+    def __iter__(self) -> Iterator[Frame]:
+        """Read the video to its end.
 
         Raises:
-            ClipError: there is nothing that can be read.
+            ClipError: nothing can be read.
         """
 
-    def _take(self, frame: av.VideoFrame, seconds: float) -> Picture | None:
-        """The picture of a frame, if one is due."""
-        passed = math.floor((seconds + 1e-4) * self.rate)  # the multiples of 1/rate so far
-        if passed < self._due:
+    def _take(self, frame: av.VideoFrame, seconds: float) -> Frame | None:
+        """The decoded frame for the model, if one is due at this time."""
+        step = math.floor((seconds + 1e-4) * self.fps)
+        if step < self._next_step:
             return None
-        self._due = passed + 1
-        shown = None
+        self._next_step = step + 1
+        preview = None
         if self.preview:
             width = min(PREVIEW_WIDTH, frame.width)
-            shown = to_rgb(frame, (width, max(1, round(width * frame.height / frame.width))))
-        return Picture(seconds, to_rgb(frame, self.size), shown)
+            preview = to_rgb(frame, (width, max(1, round(width * frame.height / frame.width))))
+        return Frame(seconds, to_rgb(frame, self.size), preview)
 
-    def _bridge(self, until: float, why: str) -> None:
+    def _mark_gap(self, until: float, message: str) -> None:
         """Mark the stretch from the last good frame on as unreadable."""
-        if self.unreadable and self.unreadable[-1].end >= self.end - 1e-6:
-            last = self.unreadable.pop()
-            self.unreadable.append(Segment(last.start, until, UNREADABLE))
+        if self.gaps and self.gaps[-1].end >= self.end - 1e-6:
+            self.gaps[-1] = Segment(self.gaps[-1].start, until, UNREADABLE)
         else:
-            self.unreadable.append(Segment(self.end, until, UNREADABLE))
-            self.notes.append(f"from {self.end:.1f} s on unreadable: {why}")
+            self.gaps.append(Segment(self.end, until, UNREADABLE))
+            self.notes.append(f"from {self.end:.1f} s on unreadable: {message}")
 
 
-class _Recorded(Source):
-    """A video with a beginning, an end, and time stamps."""
+class _Recording(FrameSource):
+    """A video with a beginning, an end, and timestamps."""
 
     @abstractmethod
     def _open(self) -> av.container.InputContainer: ...
 
-    def __iter__(self) -> Iterator[Picture]:
+    def __iter__(self) -> Iterator[Frame]:
         try:
             with self._open() as container:
                 index, _ = video_streams(container, Path(self.name))[0]
@@ -121,26 +127,28 @@ class _Recorded(Source):
         except DECODING_ERRORS as error:
             raise ClipError(self.name, f"cannot be read: {reason(error)}") from error
         if not self.end:
-            why = f": {self.notes[0]}" if self.notes else ""
-            raise ClipError(self.name, f"holds no frame that can be decoded{why}")
+            detail = f": {self.notes[0]}" if self.notes else ""
+            raise ClipError(self.name, f"holds no frame that can be decoded{detail}")
         if self.duration > self.end + 1.0:
-            self._bridge(self.duration, f"the file ends there, and says {self.duration:.1f} s")
+            self._mark_gap(
+                self.duration, f"the file ends there, but its header says {self.duration:.1f} s"
+            )
 
     def _read(
         self, container: av.container.InputContainer, stream: av.VideoStream
-    ) -> Iterator[Picture]:
+    ) -> Iterator[Frame]:
         interval = 1 / float(stream.average_rate or stream.guessed_rate or 25)
         interval = min(max(interval, 1e-3), 60.0)
         origin = (container.start_time or 0) / av.time_base
         self.duration = max(0.0, (container.duration or 0) / av.time_base)
-        longest = max(1.0, 5 * interval)  # between frames, without a word
+        max_step = max(1.0, 5 * interval)  # a longer time between two frames is a gap
         trusted, error, lost_at = True, "", -math.inf
-        for item, seconds in _with_times(decode_all(container, stream), origin, interval, longest):
+        for item, seconds in _with_times(decode_all(container, stream), origin, interval, max_step):
             if isinstance(item, str):
                 error, trusted, lost_at = error or item, False, self.end
                 continue
-            # After an error pictures are patched up from others until one stands for itself, and
-            # where some are missing then, the damage goes on.
+            # After an error the decoder patches frames up from others until the next key frame.
+            # If frames are missing after that, the damage goes on.
             if seconds > lost_at + RECOVERY:
                 trusted = True
             elif trusted and seconds > self.end + 1.5 * interval:
@@ -150,26 +158,26 @@ class _Recorded(Source):
                 error = error or "damaged frames"
                 continue
             try:
-                picture = self._take(item, seconds)
-            except DECODING_ERRORS as problem:  # it cannot be converted
-                error = error or reason(problem)
+                frame = self._take(item, seconds)
+            except DECODING_ERRORS as conversion_error:
+                error = error or reason(conversion_error)
                 continue
-            if error or seconds > self.end + longest:
+            if error or seconds > self.end + max_step:
                 if seconds > self.end + interval / 2:
-                    self._bridge(seconds, error or "no frames")
+                    self._mark_gap(seconds, error or "no frames")
                 error = ""
             self.end = max(self.end, seconds + interval)
-            if picture:
-                yield picture
+            if frame:
+                yield frame
         if error and self.end and self.duration > self.end + interval:
-            self._bridge(self.duration, error)
+            self._mark_gap(self.duration, error)
 
 
-class FileSource(_Recorded):
+class FileSource(_Recording):
     """A video file."""
 
-    def __init__(self, path: Path, rate: float, size: int, preview: bool = False) -> None:
-        super().__init__(str(path), rate, size, preview)
+    def __init__(self, path: Path, fps: float, size: int, preview: bool = False) -> None:
+        super().__init__(str(path), fps, size, preview)
         self.path = path
 
     def _open(self) -> av.container.InputContainer:
@@ -177,38 +185,39 @@ class FileSource(_Recorded):
         return open_video(self.path)
 
 
-class PipeSource(_Recorded):
-    """A video that comes in through standard input, in a format that can be read without seeking
-    (MPEG-TS, Matroska, fragmented MP4)."""
+class PipeSource(_Recording):
+    """A video from standard input, in a format that can be read without seeking (MPEG-TS, Matroska,
+    fragmented MP4)."""
 
-    def __init__(self, rate: float, size: int, preview: bool = False) -> None:
-        super().__init__("standard input", rate, size, preview)
+    def __init__(self, fps: float, size: int, preview: bool = False) -> None:
+        super().__init__("standard input", fps, size, preview)
         if sys.stdin.isatty():
             raise UserError(
                 "- reads a video from a pipe, but nothing is piped in: ... | predict.py"
             )
 
     def _open(self) -> av.container.InputContainer:
-        # Playlists are left out as for files: they would open others.
+        # No playlists, as for files: they would open other files.
         return av.open(self, options={"format_whitelist": FORMATS}, **TOLERANT)
 
-    def read(self, most: int) -> bytes:
-        """What PyAV reads from. Python's own stdin would wait for ever, and hold its lock."""
+    def read(self, size: int) -> bytes:
+        """Read up to `size` bytes for PyAV. Python's own stdin would block for ever, and hold its
+        lock."""
         if os.name == "posix":
             while not select.select([0], [], [], 0.2)[0]:
                 if self.closing:
                     return b""
-        return b"" if self.closing else os.read(0, most)
+        return b"" if self.closing else os.read(0, size)
 
 
 def decode_all(
     container: av.container.InputContainer, stream: av.VideoStream
 ) -> Iterator[av.VideoFrame | str]:
-    """All frames that can be decoded, and in their place what is wrong with those that cannot."""
-    failures = 0  # in a row
+    """All frames that can be decoded, and an error message in place of each one that cannot."""
+    failures = 0  # one after the other
     while failures < 50:
         try:
-            # An error ends PyAV's iterator; a new one goes on behind the damage.
+            # An error ends PyAV's iterator; a new iterator continues behind the damage.
             for packet in container.demux(stream):
                 try:
                     yield from packet.decode()
@@ -224,17 +233,18 @@ def decode_all(
 
 
 def _with_times(
-    items: Iterator[av.VideoFrame | str], origin: float, interval: float, longest: float
+    items: Iterator[av.VideoFrame | str], origin: float, interval: float, max_step: float
 ) -> Iterator[tuple[av.VideoFrame | str, float]]:
     """Each frame with its time in seconds, which never runs backwards.
 
-    A time stamp that jumps ahead is believed only once the next one goes on from there: a single
+    A timestamp that jumps ahead is accepted only when the next one continues from there: a single
     wrong one would cost all frames up to it.
 
     Args:
-        origin: what the time stamps count from.
-        interval: that frames usually are apart.
-        longest: step that is believed at once.
+        items: output of `decode_all`.
+        origin: timestamp of the start in seconds.
+        interval: usual seconds between two frames.
+        max_step: longest step in seconds that is accepted at once.
     """
     last, held = -interval, None
     for item in items:
@@ -243,12 +253,12 @@ def _with_times(
             continue
         seconds = last + interval if item.time is None else max(0.0, item.time - origin)
         if held:
-            real = seconds >= held[1]
-            yield held[0], held[1] if real else last + interval
-            last, held = held[1] if real else last + interval, None
+            last = held[1] if seconds >= held[1] else last + interval
+            yield held[0], last
+            held = None
         if seconds <= last:
             seconds = last + interval
-        if seconds > last + longest and last >= 0:
+        if seconds > last + max_step and last >= 0:
             held = item, seconds
         else:
             yield item, seconds

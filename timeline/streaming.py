@@ -1,59 +1,58 @@
-"""Following a video frame by frame: every frame is seen once, and answered at once.
+"""Online prediction: feed timestamped frames to a streaming or a sliding-window model.
 
-A window of T frames that moves on by one frame shares T - 1 of them with the one before. `Streamer`
-keeps what a model made of those: a causal TSM the shifted channels of each block, a CNN-LSTM the
-features of the last T frames, or its LSTM's state. `SlidingWindows` is for models that need a whole
-window at once: it keeps the frames.
+A window of T frames that moves on by one frame shares T - 1 frames with the window before.
+`Streamer` keeps what the model computed for those frames: the shift buffers and logits of a causal
+TSM, or the features of the last T frames of a CNN-LSTM. `SlidingWindows` is for models that need a
+whole window at once, so it keeps the frames themselves. `OnlinePredictor` chooses between them.
 """
 
 from collections import deque
 from collections.abc import Callable, Sequence
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import nn
 
 from cnn_lstm import CNNLSTM
-from modeling.frame_encoder import FrameModel
+from modeling.frame_encoder import FrameEncoder
 from modeling.inference import pack_convolutions, prepare_for_inference
-from timeline.sources import Picture
+from timeline.sources import Frame
 from tsm_resnet import TSM
 from utils.errors import UserError
 
-Memory = Literal["window", "state"]
-
+# Clips (S, t, C, H, W) and buffers to vectors (S, t, D) and new buffers, for S streams.
 Embedding = Callable[
     [torch.Tensor, list[torch.Tensor]], tuple[torch.Tensor, list[torch.Tensor]]
-]  # clips (S, t, C, H, W), memory -> vectors (S, t, D), memory; all with a row a stream
+]  # fmt: skip
+
+# Vectors of T frames, (n, T, D), to logits (n, num_classes).
+Consensus = Callable[[torch.Tensor], torch.Tensor]
 
 
-def can_stream(model: nn.Module, memory: Memory = "window") -> bool:
-    """Whether a `Streamer` can follow a video with a model."""
-    if isinstance(model, FrameModel) and model.motion == "gradients":
-        return False  # the frame before is part of what is seen
-    if isinstance(model, CNNLSTM):
-        return memory == "window" or (model.causal and model.lstm is not None)
-    return isinstance(model, TSM) and model.causal
+def supports_streaming(model: nn.Module) -> bool:
+    """Whether a `Streamer` can follow a video with this model."""
+    if isinstance(model, FrameEncoder) and model.modality.motion == "rgbdiff":
+        return False  # the input of a frame depends on the frame before
+    return isinstance(model, CNNLSTM) or (isinstance(model, TSM) and model.causal)
 
 
 class Streamer:
-    """Answers to the frames of one or several videos, as they come.
+    """Predicts at every frame of one or several videos, at the cost of one frame per prediction.
 
-    The answer at frame t is what the model says of the frames t - T + 1 ... t (of fewer at the
-    start), and costs one frame's work:
+    The prediction at frame t is that for the frames t - T + 1 ... t (fewer at the start):
 
-    - TSM, causal: the mean of the logits of those frames. For the first T frames that is what the
-      model says of them as a clip; later ones also carry what the shifts brought from before;
-    - CNN-LSTM, `window`: what it says of them as a clip, bidirectional or not;
-    - CNN-LSTM, `state`: the LSTM never starts anew, its outputs at those frames are pooled.
+    - causal TSM: the mean of the logits of those frames. For the first T frames this equals the
+      prediction for them as a clip; later frames also see what the shift buffers brought from
+      earlier ones.
+    - CNN-LSTM: the prediction for those frames as a clip, also if the LSTM is bidirectional.
 
     Args:
-        model: a trained model; it is left as it is.
+        model: trained model; it is not changed.
         n_frames: T, as in training.
-        streams: S videos followed at once, in one batch.
+        streams: number of videos that are followed at once, in one batch, S.
         dtype: see `prepare_for_inference`.
-        temperature: divides the logits; see calibration.py.
+        temperature: the logits are divided by it (evaluation/calibration.py).
 
     Raises:
         UserError: the model cannot be streamed.
@@ -64,16 +63,14 @@ class Streamer:
         model: nn.Module,
         n_frames: int,
         streams: int = 1,
-        memory: Memory = "window",
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
         temperature: float = 1.0,
     ) -> None:
-        if not can_stream(model, memory):
+        if not supports_streaming(model):
             raise UserError(
-                f"{type(model).__name__} as trained cannot follow a stream with memory {memory!r}: "
-                "TSM must be trained with shift_mode causal; only an LSTM has a state, and a "
-                "bidirectional one only windows; gradients need windows"
+                f"{type(model).__name__} as trained cannot follow a stream: a TSM must be trained "
+                "with shift_mode causal, and rgbdiff needs whole windows"
             )
         self.n_frames = n_frames
         self.streams = streams
@@ -81,40 +78,41 @@ class Streamer:
         self.device = torch.device(device)
         model = prepare_for_inference(model, self.device, dtype)
         pack_convolutions(model)
-        self._embed, self._conclude = _halves(model, memory)
+        self._embed, self._consensus = split_model(model)
         self.reset()
 
     @torch.inference_mode()
     def reset(self, stream: int | None = None) -> None:
-        """Forget what was seen, of all streams or of one: the next frame is its first."""
+        """Forget all frames of one stream, or of all streams (None)."""
         if stream is None:
-            self._memory: list[torch.Tensor] = []
-            self._tail: torch.Tensor | None = None  # (S, T - 1, D), the vectors before the next one
-            self._seen = torch.zeros(self.streams, dtype=torch.long)
+            self._buffers: list[torch.Tensor] = []
+            self._tail: torch.Tensor | None = None  # (S, T - 1, D), vectors of the last frames
+            self._seen = torch.zeros(self.streams, dtype=torch.long)  # frames of each stream
             return
-        self._seen[stream] = 0
-        for kept in self._memory:  # zeros are what a model starts from; _seen hides the tail
-            kept[stream] = 0
+        self._seen[stream] = 0  # this hides the tail
+        for buffer in self._buffers:  # zeros are what a model starts from
+            buffer[stream] = 0
 
-    def push(self, frames: torch.Tensor) -> torch.Tensor:
-        """The next frame of each stream, `(S, C, H, W)` uint8 or float in [0, 1].
+    def step(self, frames: torch.Tensor) -> torch.Tensor:
+        """Predict at the next frame of each stream, `(S, C, H, W)` uint8 or float in [0, 1].
 
         Returns:
-            `(S, num_classes)` fp64 probabilities on the CPU.
+            `(S, num_classes)` float64 probabilities on the CPU.
         """
-        return self.push_many(frames.unsqueeze(1))[:, 0]
+        return self.step_many(frames.unsqueeze(1))[:, 0]
 
     @torch.inference_mode()
-    def push_many(self, frames: torch.Tensor) -> torch.Tensor:
-        """The next t frames of each stream, `(S, t, C, H, W)`: the same answers in fewer, larger
-        calls, for files.
+    def step_many(self, frames: torch.Tensor) -> torch.Tensor:
+        """Predict at the next t frames of each stream, `(S, t, C, H, W)`.
+
+        The predictions are those of t calls of `step`, computed in fewer and larger batches.
 
         Returns:
-            `(S, t, num_classes)` fp64 probabilities on the CPU, an answer a frame.
+            `(S, t, num_classes)` float64 probabilities on the CPU.
         """
         if frames.dim() != 5 or len(frames) != self.streams:
             raise ValueError(f"{self.streams} streams need frames (S, t, C, H, W)")
-        vectors, self._memory = self._embed(frames.to(self.device), self._memory)  # (S, t, D)
+        vectors, self._buffers = self._embed(frames.to(self.device), self._buffers)  # (S, t, D)
         if self._tail is None:
             self._tail = vectors.new_zeros(self.streams, self.n_frames - 1, vectors.shape[2])
         vectors = torch.cat((self._tail, vectors), dim=1)  # (S, T - 1 + t, D)
@@ -125,45 +123,33 @@ class Streamer:
         self._seen = seen[:, -1]
         lengths = seen.clamp(max=self.n_frames)
         logits: torch.Tensor | None = None
-        for length in lengths.unique().tolist():  # one, unless a stream has just begun
-            these = (lengths == length).to(self.device)
-            part = self._conclude(windows[these][:, -length:])  # (n, T, D) -> (n, classes)
+        for length in lengths.unique().tolist():  # a single one, unless a stream has just begun
+            mask = (lengths == length).to(self.device)
+            part = self._consensus(windows[mask][:, -length:])  # (n, T, D) -> (n, num_classes)
             if logits is None:
                 logits = part.new_empty(*lengths.shape, part.shape[1])
-            logits[these] = part
-        return _tempered(logits, self.temperature)
+            logits[mask] = part
+        return _to_probabilities(logits, self.temperature)
 
 
-def _tempered(logits: torch.Tensor, temperature: float) -> torch.Tensor:
-    """Logits as fp64 probabilities on the CPU, as evaluate.py has them."""
+def split_model(model: nn.Module) -> tuple[Embedding, Consensus]:
+    """A model as two functions: what is computed once per frame, and what for the last T frames."""
+    if isinstance(model, TSM):
+        return model.frame_logits, model.consensus
+    return lambda clips, _: (model.frame_features(clips), []), model.consensus
+
+
+def _to_probabilities(logits: torch.Tensor, temperature: float) -> torch.Tensor:
+    """Logits as float64 probabilities on the CPU, computed as evaluate.py does."""
     return (logits.cpu().double() / temperature).softmax(dim=-1)
 
 
-def _halves(
-    model: nn.Module, memory: Memory
-) -> tuple[Embedding, Callable[[torch.Tensor], torch.Tensor]]:
-    """A model as two functions: what is done once for each frame, and what with the last T."""
-    if isinstance(model, TSM):
-        return model.per_frame, model.over_window
-    if memory == "window":
-        return lambda clips, _: (model.per_frame(clips), []), model.over_window
-
-    def embed(
-        clips: torch.Tensor, state: list[torch.Tensor]
-    ) -> tuple[torch.Tensor, list[torch.Tensor]]:
-        # PyTorch's LSTM has the streams in the second place of its state, we have them in the first
-        before = tuple(kept.transpose(0, 1).contiguous() for kept in state) or None
-        outputs, after = model.lstm(model.per_frame(clips), before)
-        return outputs, [kept.transpose(0, 1) for kept in after]
-
-    return embed, model.conclude
-
-
 class SlidingWindows:
-    """Answers to windows of T frames, one every `stride` frames, for any model.
+    """Predicts for windows of T frames, one window every `stride` frames, with any model.
 
     Args:
-        as for `Streamer`.
+        model, n_frames, device, dtype, temperature: as for `Streamer`.
+        stride: number of frames from one window to the next.
     """
 
     def __init__(
@@ -183,33 +169,29 @@ class SlidingWindows:
         self.reset()
 
     def reset(self) -> None:
-        """Forget what was seen."""
+        """Forget all frames."""
         self._frames: deque[torch.Tensor] = deque(maxlen=self.n_frames)
-        self._wait = self.n_frames  # frames until the next window is full
+        self._missing = self.n_frames  # frames until the next window is complete
 
     @torch.inference_mode()
-    def push(self, frame: torch.Tensor) -> torch.Tensor | None:
-        """The next frame, `(C, H, W)`.
+    def step(self, frame: torch.Tensor) -> torch.Tensor | None:
+        """Take the next frame, `(C, H, W)` uint8 or float in [0, 1].
 
         Returns:
-            `(num_classes,)` fp64 probabilities of the window that it completes, or None.
+            `(num_classes,)` float64 probabilities for the window that it completes, or None.
         """
         self._frames.append(frame)
-        self._wait -= 1
-        if self._wait:
+        self._missing -= 1
+        if self._missing:
             return None
-        self._wait = self.stride
-        return self.answer(torch.stack(list(self._frames)))
-
-    @torch.inference_mode()
-    def answer(self, window: torch.Tensor) -> torch.Tensor:
-        """What the model says of a window `(T, C, H, W)`: `(num_classes,)` probabilities."""
+        self._missing = self.stride
+        window = torch.stack(list(self._frames))  # (T, C, H, W)
         logits = self._model(window[None].to(self.device))[0]  # (num_classes,)
-        return _tempered(logits, self.temperature)
+        return _to_probabilities(logits, self.temperature)
 
 
-class Answers(NamedTuple):
-    """What a model said, and about when."""
+class FramePredictions(NamedTuple):
+    """Predictions with their times."""
 
     times: np.ndarray
     """`(N,)` seconds"""
@@ -217,105 +199,123 @@ class Answers(NamedTuple):
     """`(N, num_classes)`"""
 
 
-class Answerer:
-    """Shows a model the pictures of one video, as they come.
+class OnlinePredictor:
+    """Predicts from the frames of a video as they come; `reset` starts the next video.
 
-    Live, an answer stands at the newest picture, and the first picture gets one. Of a recording an
-    answer stands in the middle of the T pictures that it looked at, and none looks at fewer.
+    In a live video a prediction stands at the newest frame, and the first frame gets one. In a
+    recording a prediction stands in the middle of the T frames that it was made from, and none is
+    made from fewer.
 
-    A model that can be streamed (stream.py) answers at every picture, another one at every
-    `stride`-th. After a pause longer than a window the model starts anew.
+    A model that supports streaming predicts at every frame, another one at every `stride`-th. After
+    a pause that is longer than a window the model starts anew.
+
+    Args:
+        model: trained model; it is copied and prepared for inference once.
+        classes: names of the classes, in the order of the logits.
+        n_frames: T, the number of frames that a prediction is made from.
+        image_size: height and width of the frames in pixels.
+        fps: frames per second that the model is shown.
+        stride: frames from one window to the next, for models that cannot be streamed.
+        device, dtype, temperature: as for `Streamer`.
     """
 
     def __init__(
         self,
         model: nn.Module,
-        num_classes: int,
+        classes: Sequence[str],
         n_frames: int,
-        rate: float,
+        image_size: int,
+        fps: float,
         stride: int,
-        live: bool = False,
-        memory: Memory = "window",
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
         temperature: float = 1.0,
     ) -> None:
+        self.classes = tuple(classes)
         self.n_frames = n_frames
-        self.window = n_frames / rate
-        """seconds"""
-        self.live = live
-        self.streams = can_stream(model, memory)
-        self._num_classes = num_classes
-        if self.streams:
-            self._model: Streamer | SlidingWindows = Streamer(
-                model, n_frames, 1, memory, device, dtype, temperature
-            )
+        self.image_size = image_size
+        self.fps = fps
+        self.window = n_frames / fps
+        """length of a window in seconds"""
+        self.device = torch.device(device)
+        self._model: Streamer | SlidingWindows
+        if supports_streaming(model):
+            self._model = Streamer(model, n_frames, 1, device, dtype, temperature)
         else:
             self._model = SlidingWindows(model, n_frames, stride, device, dtype, temperature)
-        self._times: list[float] = []  # of the last T pictures since the start or a long gap
-        self._first: list[torch.Tensor] = []  # pictures that have not filled a window yet
-        self._answered = False
+        self.reset()
 
-    def push(self, pictures: Sequence[Picture]) -> Answers:
-        """The answers that the next pictures give, of which there may be none."""
-        answers: list[tuple[float, np.ndarray]] = []
-        run: list[Picture] = []
-        for picture in pictures:
-            times = [*self._times, *(one.time for one in run)][-self.n_frames :]
-            if times and picture.time - times[-1] > self._longest_pause(times):
-                answers += self._push(run)
-                run = []
-                self._model.reset()
-                self._times, self._first = [], []
-            run.append(picture)
-        answers += self._push(run)
-        return self._collect(answers)
+    def reset(self, live: bool = False) -> None:
+        """Start a new video.
 
-    def finish(self) -> Answers:
-        """What is still to be said at the end: about a video that is shorter than a window. Its
-        last frame is repeated, as in training."""
-        if self._answered or not self._first:
+        Args:
+            live: whether it is a live video.
+        """
+        self.live = live
+        self._has_predicted = False
+        self._forget_frames()
+
+    def step(self, frames: Sequence[Frame]) -> FramePredictions:
+        """Take the next frames, and return the predictions that they give (perhaps none)."""
+        predictions: list[tuple[float, np.ndarray]] = []
+        batch: list[Frame] = []
+        for frame in frames:
+            times = [*self._times, *(earlier.time for earlier in batch)][-self.n_frames :]
+            if times and frame.time - times[-1] > self._longest_pause(times):
+                predictions += self._predict(batch)
+                batch = []
+                self._forget_frames()
+            batch.append(frame)
+        predictions += self._predict(batch)
+        return self._collect(predictions)
+
+    def flush(self) -> FramePredictions:
+        """Return the prediction for a video that ended before its first window was complete.
+
+        Its last frame is repeated, as in training. Longer videos have none left.
+        """
+        if self._has_predicted or self._last_image is None:
             return self._collect([])
-        frames = self._first + [self._first[-1]] * (self.n_frames - len(self._first))
+        middle = (self._times[0] + self._times[-1]) / 2
+        padding = [self._last_image] * (self.n_frames - len(self._times))
+        return self._collect([(middle, self._step_model(padding)[-1].numpy())])
+
+    def _forget_frames(self) -> None:
         self._model.reset()
-        if self.streams:
-            answer = self._model.push_many(torch.stack(frames)[None])[0, -1]
-        else:
-            answer = self._model.answer(torch.stack(frames))
-        return self._collect([((self._times[0] + self._times[-1]) / 2, answer.numpy())])
+        self._times: list[float] = []  # of the last T frames since the start or a long pause
+        self._last_image: np.ndarray | None = None
 
     def _longest_pause(self, times: list[float]) -> float:
-        """Seconds without a picture that a window may bridge: its own length, at these pictures'
-        rate."""
+        """Seconds without a frame that a window may contain: its length at its own frame rate."""
         if len(times) < 2:
             return 10 * self.window
         return max(self.window, self.n_frames * (times[-1] - times[0]) / (len(times) - 1))
 
-    def _push(self, pictures: list[Picture]) -> list[tuple[float, np.ndarray]]:
-        if not pictures:
+    def _predict(self, frames: list[Frame]) -> list[tuple[float, np.ndarray]]:
+        """Times and probabilities of the predictions that these frames give."""
+        if not frames:
             return []
-        images = np.stack([picture.image for picture in pictures])
-        frames = torch.from_numpy(images).permute(0, 3, 1, 2)  # (t, H, W, C) -> (t, C, H, W)
-        if not self._answered and len(self._first) < self.n_frames:
-            self._first += list(frames)[: self.n_frames - len(self._first)]
-        if self.streams:
-            said = list(self._model.push_many(frames[None])[0])
-        else:
-            said = [self._model.push(frame) for frame in frames]
-        answers = []
-        for picture, probabilities in zip(pictures, said, strict=True):
-            self._times = [*self._times, picture.time][-self.n_frames :]
-            full = len(self._times) == self.n_frames
-            if probabilities is None or not (full or self.live):
+        self._last_image = frames[-1].image
+        predictions = []
+        outputs = self._step_model([frame.image for frame in frames])
+        for frame, probabilities in zip(frames, outputs, strict=True):
+            self._times = [*self._times, frame.time][-self.n_frames :]
+            is_full = len(self._times) == self.n_frames
+            if probabilities is None or not (is_full or self.live):
                 continue
             middle = (self._times[0] + self._times[-1]) / 2
-            answers.append((picture.time if self.live else middle, probabilities.numpy()))
-        return answers
+            predictions.append((frame.time if self.live else middle, probabilities.numpy()))
+        return predictions
 
-    def _collect(self, answers: list[tuple[float, np.ndarray]]) -> Answers:
-        if answers:
-            self._answered = True
-            self._first = []
-        times = np.array([time for time, _ in answers])
-        rows = [probabilities for _, probabilities in answers]
-        return Answers(times, np.array(rows).reshape(len(rows), self._num_classes))
+    def _step_model(self, images: list[np.ndarray]) -> list[torch.Tensor | None]:
+        """`(num_classes,)` probabilities at each image, or None where no window is complete."""
+        frames = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)  # (t, C, H, W)
+        if isinstance(self._model, Streamer):
+            return list(self._model.step_many(frames[None])[0])
+        return [self._model.step(frame) for frame in frames]
+
+    def _collect(self, predictions: list[tuple[float, np.ndarray]]) -> FramePredictions:
+        self._has_predicted = self._has_predicted or bool(predictions)
+        times = np.array([time for time, _ in predictions])
+        rows = [probabilities for _, probabilities in predictions]
+        return FramePredictions(times, np.array(rows).reshape(len(rows), len(self.classes)))

@@ -1,153 +1,222 @@
-"""One epoch of training: forward, backward, step."""
+"""One epoch of training, and the evaluation of a split."""
 
 import contextlib
-import math
+from collections.abc import Callable
 
 import numpy as np
 import torch
 from torch import nn
+from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+from config import TrainConfig
 from dataset import Batch, require_readable
 from evaluation.predictions import Predictions
 from modeling.inference import prepare_for_inference
-from models import hold_frozen
-from training.loaders import batches_per_epoch
-from training.mixup import mix
-from training.state import Training
+from models import keep_frozen_in_eval
+from training.losses import Criterion
+from training.mixup import mixup_cutmix
+from training.optim import ModelEma
+from training.state import Progress
 from utils import distributed
-from utils.device import autocast
+from utils.device import autocast, autocast_dtype
 from utils.errors import UserError
-from utils.interrupt import Interrupt
-from video.motion import channels
+from utils.interrupt import Interrupt, Interrupted
+from video.motion import Modality
+
+# Batches between two looks at whether the loss is finite. On a GPU a look waits for all work that
+# is queued, so it is not taken after every batch; on a CPU it costs nothing.
+_CHECK_EVERY = 16
 
 
 def train_one_epoch(
-    run: Training, parallel: nn.Module, loader: DataLoader, interrupt: Interrupt
+    model: nn.Module,
+    criterion: Criterion,
+    optimizer: torch.optim.Optimizer,
+    scheduler: LRScheduler,
+    scaler: torch.amp.GradScaler,
+    loader: DataLoader,
+    device: torch.device,
+    config: TrainConfig,
+    progress: Progress,
+    ema: ModelEma | None = None,
+    ddp_model: nn.Module | None = None,
+    check_interrupt: Callable[[], None] = lambda: None,
 ) -> None:
     """Train on what is left of the epoch.
 
+    The gradient of an optimizer step is the mean over all clips that went into it: over accumulated
+    batches and processes, and over what is left when clips could not be read. Class weights
+    multiply the losses of the clips (losses.py); the mean is over the clips all the same, not over
+    their weights. The accuracy of mixed clips is counted against the label with the larger part.
+
     Args:
-        parallel: `run.model` as several processes train it together; alone, the model itself.
+        loader: train loader of `build_dataloaders`.
+        progress: where the epoch stands; it is counted on.
+        ema: average of the weights, updated after each step.
+        ddp_model: `model` wrapped in DistributedDataParallel, if there are several processes.
+        check_interrupt: called after each optimizer step; may raise to stop there.
 
     Raises:
-        Interrupted: between two optimizer steps.
         UserError: the loss is no longer finite.
-
-    The gradient of a step is the mean over all clips that went into it: over accumulated batches
-    and processes, and over what is left when clips could not be read. Class weights multiply the
-    clips' losses (losses.py); the mean is over the clips all the same, not over their weights.
-
-    The accuracy of mixed clips (mixing.py) is counted against the label with the larger share.
     """
-    config = run.config
-    world = distributed.world_size()
-    full = config.batch_size * config.accumulation
-    loader.sampler.epoch, loader.sampler.start = run.epoch, run.step * config.batch_size
-    batches = batches_per_epoch(loader)
-    run.model.train()
-    hold_frozen(run.model, config.freeze_batchnorm)
-    run.optimizer.zero_grad(set_to_none=True)
+    world_size = distributed.world_size()
+    dtype = autocast_dtype(config.precision, device)
+    clips_per_step = config.batch_size * config.gradient_accumulation_steps
+    loader.sampler.epoch = progress.epoch
+    loader.sampler.start = progress.step * config.batch_size
+    check_every = 1 if device.type == "cpu" else _CHECK_EVERY
+    unchecked: list[tuple[int, Batch, torch.Tensor]] = []  # step, batch, its loss
+    model.train()
+    keep_frozen_in_eval(model, config.freeze_batchnorm)
+    optimizer.zero_grad(set_to_none=True)
     clips_in_step = 0
     bar = tqdm(
-        total=batches,
-        initial=run.step,
-        desc=f"epoch {run.epoch + 1}/{config.epochs}",
+        total=progress.batches,
+        initial=progress.step,
+        desc=f"epoch {progress.epoch + 1}/{config.epochs}",
         unit="batch",
         leave=False,
         disable=distributed.rank() != 0,
     )
     with bar:
         for batch in loader:
-            run.step += 1
-            run.unreadable.update(batch.unreadable)
-            steps_now = run.step % config.accumulation == 0 or run.step == batches
-            # DDP sums gradients over the processes in the backward pass of the step's last batch.
-            waiting = world > 1 and not steps_now
-            with parallel.no_sync() if waiting else contextlib.nullcontext():
-                clips_in_step += _forward_backward(run, parallel, batch, loader, full)
-            if steps_now:
-                _optimizer_step(run, clips_in_step, full)
+            progress.step += 1
+            progress.unreadable.update(batch.unreadable)
+            last = progress.step == progress.batches
+            is_update_step = progress.step % config.gradient_accumulation_steps == 0 or last
+
+            # forward, backward; DDP sums gradients over the processes in the backward pass of the
+            # last batch of a step only
+            no_sync = ddp_model is not None and not is_update_step
+            with ddp_model.no_sync() if no_sync else contextlib.nullcontext():
+                n = len(batch.labels)
+                if n or world_size > 1:
+                    loss, correct = _forward(
+                        ddp_model or model,
+                        criterion,
+                        batch,
+                        loader,
+                        device,
+                        dtype,
+                        config,
+                        progress,
+                    )
+                    scaler.scale(loss / clips_per_step).backward()
+                if n:
+                    progress.count(loss.detach(), correct, n)
+                    unchecked.append((progress.step, batch, loss.detach()))
+            clips_in_step += n
+            if len(unchecked) >= check_every or last:
+                _require_finite(unchecked, loader, config, progress)
+                unchecked = []
+
+            # optimizer step
+            if is_update_step:
+                _step(
+                    model, optimizer, scheduler, scaler, clips_in_step, clips_per_step, config, ema
+                )
                 clips_in_step = 0
-            bar.update()
-            bar.set_postfix_str(f"loss {run.totals[0] / max(1, run.totals[2]):.3f}", refresh=False)
-            if steps_now:
-                interrupt.check()
-    if run.average:
-        run.average.agree()
+            if bar.update():  # only when it is drawn again: reading the mean waits for a GPU
+                bar.set_postfix_str(f"loss {progress.mean_loss:.3f}", refresh=False)
+            if is_update_step:
+                try:
+                    check_interrupt()
+                except Interrupted:  # before the state is saved
+                    _require_finite(unchecked, loader, config, progress)
+                    raise
+    if ema:
+        ema.broadcast()
 
 
-def _forward_backward(
-    run: Training, parallel: nn.Module, batch: Batch, loader: DataLoader, full: int
-) -> int:
-    """Add one batch's gradients, as if the step had `full` clips. Returns the number of clips."""
-    config = run.config
-    n = len(batch.labels)
+def _forward(
+    model: nn.Module,
+    criterion: Criterion,
+    batch: Batch,
+    loader: DataLoader,
+    device: torch.device,
+    dtype: torch.dtype,
+    config: TrainConfig,
+    progress: Progress,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The summed loss of a batch's clips, and how many of them are classified correctly."""
     clips, labels = batch.clips, batch.labels
-    if n == 0:  # none could be read
-        if distributed.world_size() == 1:
-            return 0
-        # The other processes wait for this one's gradients: send zeros.
-        shape = (1, config.n_frames, channels(config.inputs), config.image_size, config.image_size)
+    n = len(labels)
+    if n == 0:  # no clip could be read, but the other processes wait for gradients: send zeros
+        channels = Modality.parse(config.modality).channels
+        shape = (1, config.n_frames, channels, config.image_size, config.image_size)
         clips, labels = torch.zeros(shape, dtype=torch.uint8), torch.zeros(1, dtype=torch.long)
-    clips = clips.to(run.device, non_blocking=True)
-    if batch.draws is not None and n:
-        draws = batch.draws.to(run.device, non_blocking=True)
-        clips = loader.dataset.clips.transform.apply(clips, draws)
-    labels = labels.to(run.device, non_blocking=True)
-    mixing = n > 0 and (config.mixup > 0 or config.cutmix > 0)
-    if mixing:
-        clips, others, share = mix(clips, labels, config.mixup, config.cutmix)
-    with autocast(run.device, run.dtype):
-        logits = parallel(clips)
-    losses = run.criterion(logits.float(), labels)  # (B,)
-    if mixing:
-        losses = share * losses + (1 - share) * run.criterion(logits.float(), others)
-        labels = torch.where(share >= 0.5, labels, others)  # for the accuracy
+    clips = clips.to(device, non_blocking=True)
+    if batch.params is not None and n:
+        params = batch.params.to(device, non_blocking=True)
+        clips = loader.dataset.transform.apply(clips, params)
+    labels = labels.to(device, non_blocking=True)
+    mixed = n > 0 and (config.mixup_alpha > 0 or config.cutmix_alpha > 0)
+    if mixed:
+        alphas = config.mixup_alpha, config.cutmix_alpha
+        clips, other_labels, lam = mixup_cutmix(clips, labels, *alphas)
+    with autocast(device, dtype):
+        logits = model(clips)
+    losses = criterion(logits.float(), labels, progress.epoch)  # (B,)
+    if mixed:
+        other_losses = criterion(logits.float(), other_labels, progress.epoch)
+        losses = lam * losses + (1 - lam) * other_losses
+        labels = torch.where(lam >= 0.5, labels, other_labels)  # for the accuracy
     loss = losses.sum()
-    loss = loss if n else loss * 0
-    if not math.isfinite(value := loss.item()):
-        rows = loader.dataset.clips.rows
-        raise UserError(
-            "\n  ".join(
-                [
-                    f"the loss became {value} in epoch {run.epoch + 1}, batch {run.step}: lower "
-                    f"learning_rate ({config.learning_rate}), or set amp to fp32. The clips were:",
-                    *(str(rows[index].path) for index in batch.indices),
-                ]
-            )
-        )
-    run.scaler.scale(loss / full).backward()
-    if n:
-        right = (logits.argmax(dim=1) == labels).sum().item()
-        run.totals = [old + new for old, new in zip(run.totals, (value, right, n), strict=True)]
-    return n
+    return (loss if n else loss * 0), (logits.argmax(dim=1) == labels).sum()
 
 
-def _optimizer_step(run: Training, clips: int, full: int) -> None:
-    """Step on the mean gradient of `clips` clips whose gradients were divided by `full`."""
-    world = distributed.world_size()  # DDP divides the sum of gradients by it
-    clips = distributed.total([clips])[0]
-    if not clips:  # none of them could be read
-        run.optimizer.zero_grad(set_to_none=True)
-        run.scheduler.step()
+def _require_finite(
+    batches: list[tuple[int, Batch, torch.Tensor]],
+    loader: DataLoader,
+    config: TrainConfig,
+    progress: Progress,
+) -> None:
+    if not batches or torch.stack([loss for *_, loss in batches]).isfinite().all():
         return
-    run.scaler.unscale_(run.optimizer)
-    parameters = [p for p in run.model.parameters() if p.grad is not None]
-    if clips != full * world:
+    step, batch, loss = next(item for item in batches if not item[2].isfinite())
+    paths = [str(loader.dataset.rows[index].path) for index in batch.indices]
+    heading = (
+        f"the loss became {loss.item()} in epoch {progress.epoch + 1}, batch {step}: lower "
+        f"learning_rate ({config.learning_rate}), or set precision to fp32. The clips were:"
+    )
+    raise UserError("\n  ".join([heading, *paths]))
+
+
+def _step(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    scheduler: LRScheduler,
+    scaler: torch.amp.GradScaler,
+    clips: int,
+    clips_per_step: int,
+    config: TrainConfig,
+    ema: ModelEma | None,
+) -> None:
+    """Step on the mean gradient of `clips` clips, whose gradients were divided by
+    `clips_per_step`."""
+    world_size = distributed.world_size()  # DDP divides the sum of the gradients by it
+    clips = distributed.all_reduce_sum([clips])[0]
+    if not clips:  # none of them could be read
+        optimizer.zero_grad(set_to_none=True)
+        scheduler.step()
+        return
+    scaler.unscale_(optimizer)
+    parameters = [p for p in model.parameters() if p.grad is not None]
+    if clips != clips_per_step * world_size:
         for parameter in parameters:
-            parameter.grad.mul_(full * world / clips)
-    if run.config.clip_norm:
-        nn.utils.clip_grad_norm_(parameters, run.config.clip_norm)
-    scale = run.scaler.get_scale()
-    run.scaler.step(run.optimizer)
-    run.scaler.update()
-    if run.scaler.get_scale() >= scale:  # a smaller scale: fp16 overflowed, the step was left out
-        run.scheduler.step()
-        if run.average:
-            run.average.update(run.model)
-    run.optimizer.zero_grad(set_to_none=True)
+            parameter.grad.mul_(clips_per_step * world_size / clips)
+    if config.max_grad_norm:
+        nn.utils.clip_grad_norm_(parameters, config.max_grad_norm)
+    scale = scaler.get_scale()
+    scaler.step(optimizer)
+    scaler.update()
+    if scaler.get_scale() >= scale:  # a smaller scale: fp16 overflowed and the step was skipped
+        scheduler.step()
+        if ema:
+            ema.update(model)
+    optimizer.zero_grad(set_to_none=True)
 
 
 @torch.inference_mode()
@@ -160,22 +229,23 @@ def evaluate(
     skip_unreadable: bool = False,
     interrupt: Interrupt | None = None,
     temperature: float = 1.0,
-    shift: torch.Tensor | float = 0.0,
+    logit_adjustment: torch.Tensor | float = 0.0,
 ) -> Predictions:
-    """Run a model over a split. The one way validation, test and this script get their numbers.
+    """The predictions of a model for a split: validation, test and evaluate.py all use this.
 
-    With several processes each runs over its own share and all get the whole result.
+    With several processes each one evaluates its part, and all get the whole result.
 
     Args:
         loader: from `loaders.eval_loader`.
-        dtype: see `prepare_for_inference`; the softmax is taken in fp64, on the CPU.
-        interrupt: looked at after each batch.
-        temperature: divides the logits; see calibration.py.
-        shift: `(num_classes,)`, subtracted from the logits first; see `losses.post_hoc_shift`.
+        dtype: see `prepare_for_inference`; the softmax is computed in fp64 on the CPU.
+        interrupt: checked after each batch.
+        temperature: the logits are divided by it; see evaluation/calibration.py.
+        logit_adjustment: `(num_classes,)`, subtracted from the logits first; see losses.py.
 
     Raises:
         Interrupted: `interrupt` was asked to stop.
-        UserError: clips that cannot be read, all of them, unless `skip_unreadable`.
+        UserError: clips cannot be read (all of them are listed), unless `skip_unreadable`; or the
+            outputs are not finite.
     """
     model = prepare_for_inference(model, device, dtype)
     indices, probabilities, unreadable = [], [], []
@@ -184,35 +254,35 @@ def evaluate(
         unreadable += batch.unreadable
         if len(batch.labels):
             views = batch.clips.to(device, non_blocking=True)
-            if loader.dataset.clips.answers == 1:
+            if loader.dataset.num_views == 1:
                 views = views.unsqueeze(1)  # (B, T, C, H, W) -> (B, V, T, C, H, W)
             logits = model(views.flatten(0, 1))  # (B*V, T, C, H, W) -> (B*V, classes)
-            logits = logits.cpu().double() - shift
+            logits = logits.cpu().double() - logit_adjustment
             logits = logits.unflatten(0, views.shape[:2])  # (B, V, classes)
             both = torch.stack((logits / temperature, logits)).softmax(dim=-1)
             probabilities.append(both.mean(dim=2))  # (2, B, V, classes) -> (2, B, classes)
             indices.append(batch.indices)
-        # Several processes hold different numbers of batches and cannot agree in between.
+        # Several processes have different numbers of batches and cannot agree in between.
         if interrupt and distributed.world_size() == 1:
             interrupt.check()
-    mine = None
+    own = None
     if indices:
-        mine = torch.cat(indices).numpy(), torch.cat(probabilities, dim=1).numpy()
-    shares = distributed.gather((mine, unreadable))
-    unreadable = [line for _, lines in shares for line in lines]
+        own = torch.cat(indices).numpy(), torch.cat(probabilities, dim=1).numpy()
+    gathered = distributed.all_gather((own, unreadable))
+    unreadable = [line for _, lines in gathered for line in lines]
     if not skip_unreadable:
         require_readable(unreadable, description)
-    parts = [arrays for arrays, _ in shares if arrays is not None]
+    parts = [arrays for arrays, _ in gathered if arrays is not None]
     if not parts:
         raise UserError(f"none of the {description} clips can be read")
-    indices = np.concatenate([one for one, _ in parts])
+    indices = np.concatenate([part for part, _ in parts])
     probabilities = np.concatenate([both for _, both in parts], axis=1)
     if not np.isfinite(probabilities).all():
         raise UserError(
             f"the model's {description} outputs are not finite: train with a lower learning_rate "
-            "or amp fp32"
+            "or precision fp32"
         )
     order = indices.argsort()
-    rows = [loader.dataset.clips.rows[index] for index in indices[order]]
-    tempered, untempered = probabilities[:, order]
-    return Predictions(rows, tempered, unreadable, untempered)
+    rows = [loader.dataset.rows[index] for index in indices[order]]
+    calibrated, uncalibrated = probabilities[:, order]
+    return Predictions(rows, calibrated, unreadable, uncalibrated)

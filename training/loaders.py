@@ -9,18 +9,17 @@ import torch
 from torch.utils.data import DataLoader, Sampler, WeightedRandomSampler
 
 from clips.cache import ClipCache
-from clips.corruptions import Corruption
 from clips.manifest import ClipRow, get_num_classes, read_splits
-from clips.transforms import StrongAugment
+from clips.transforms import RandAugmentErase
 from config import TrainConfig, manifest_paths
-from dataset import ClipsDataset, ReportingDataset, collate, get_train_transform, get_val_transform
+from dataset import ClipsDataset, Perturbation, collate, get_train_transform, get_val_transform
 from demo.data import render_demo
 from training.checks import resolve
 from utils import distributed
-from utils.device import choose_device
+from utils.device import get_device
 from utils.errors import UserError
 from utils.workers import start_worker
-from video.motion import brought
+from video.motion import Modality
 
 DEMO_ROOT = Path("data") / "demo"
 
@@ -29,114 +28,123 @@ class TrainSampler(Sampler[tuple[int, int]]):
     """Which clips an epoch trains on, as `(index, seed)` pairs (see `ClipsDataset`).
 
     A clip of a class with `count` training clips is drawn with weight `count^-tau`, so that a class
-    makes up a share of the epoch proportional to `count^(1-tau)`; tau = 0 is plain shuffling, each
-    clip once. The order depends on the seed and `epoch` alone. Process `rank` of `world` takes
-    every world-th draw: together the processes see the batches that one process would have seen.
+    makes up a part of the epoch proportional to `count^(1-tau)`; tau = 0 is plain shuffling, each
+    clip once. The order depends on the seed and `epoch` alone. Process `rank` of `world_size` takes
+    every world_size-th clip: together the processes see the batches that one process would have
+    seen.
 
-    Set `epoch` before each epoch; `start` skips this process's first draws, to go on in the middle.
+    Set `epoch` before each epoch; `start` skips this process's first clips, to continue in the
+    middle of an epoch.
     """
 
     def __init__(
-        self, labels: Sequence[int], tau: float, seed: int, rank: int = 0, world: int = 1
+        self, labels: Sequence[int], tau: float, seed: int, rank: int = 0, world_size: int = 1
     ) -> None:
         counts = np.bincount(labels)
         self.weights = torch.as_tensor(counts[np.asarray(labels)] ** -float(tau))
         self.tau = tau
         self.seed = seed
         self.rank = rank
-        self.world = world
+        self.world_size = world_size
         self.epoch = 0
         self.start = 0
 
-    def _draws(self) -> list[tuple[int, int]]:
+    def _epoch(self) -> list[tuple[int, int]]:
+        """The pairs of the whole epoch, of all processes."""
         n = len(self.weights)
         words = np.random.SeedSequence([self.seed, self.epoch]).generate_state(1, np.uint64)
         generator = torch.Generator().manual_seed(int(words[0]) >> 1)
         if self.tau:
-            drawn = WeightedRandomSampler(self.weights, n, replacement=True, generator=generator)
-            order = list(drawn)
+            order = list(WeightedRandomSampler(self.weights, n, True, generator))
         else:
             order = torch.randperm(n, generator=generator).tolist()
         # Every process needs equally many, or the others would wait for it for ever.
-        order += [order[i % n] for i in range(-n % self.world)]
+        order += [order[i % n] for i in range(-n % self.world_size)]
         seeds = torch.randint(2**62, (len(order),), generator=generator).tolist()
         return list(zip(order, seeds, strict=True))
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
-        return iter(self._draws()[self.rank :: self.world][self.start :])
+        return iter(self._epoch()[self.rank :: self.world_size][self.start :])
 
     def __len__(self) -> int:
-        return self.total - self.start
+        return self.clips_per_epoch - self.start
 
     @property
-    def total(self) -> int:
-        """This process's draws in a whole epoch."""
-        return math.ceil(len(self.weights) / self.world)
+    def clips_per_epoch(self) -> int:
+        """Number of clips of a whole epoch for this process."""
+        return math.ceil(len(self.weights) / self.world_size)
 
 
 def build_dataloaders(config: TrainConfig) -> tuple[DataLoader, DataLoader, DataLoader, int]:
     """The train, val and test loaders of a config, and the number of classes.
 
-    Each yields `dataset.Batch`es. The demo data is rendered where there is none yet.
+    Each loader yields `dataset.Batch`es. The demo data is rendered if there is none yet.
 
     Raises:
-        UserError: the manifests need mending.
+        UserError: the settings or the manifests need mending.
     """
     config = resolve(config)
     splits = load_splits(config)
-    labels = [row.label for row in splits["train"]]
-    sampler = TrainSampler(
-        labels, config.tau, config.seed, distributed.rank(), distributed.world_size()
-    )
-    transform = get_train_transform(
-        config.image_size,
-        config.flip,
-        config.rotation,
-        config.translate,
-        config.zoom,
-        config.brightness,
-        config.contrast,
-        config.saturation,
-        config.hue,
-    )
-    strong = StrongAugment(config.rand_augment, config.rand_magnitude, config.erasing)
+    cache = open_cache(config)
     train = ClipsDataset(
         splits["train"],
         config.n_frames,
         config.image_size,
         config.sampling,
-        transform,
-        cache=open_cache(config),
-        # A GPU changes a whole batch in less time than a worker one clip.
-        defer=choose_device(config.device).type == "cuda",
-        strong=strong if config.rand_augment or config.erasing else None,
-        inputs=brought(config.inputs),
+        get_train_transform(
+            config.image_size,
+            config.hflip_prob,
+            config.rotation,
+            config.translate,
+            config.scale,
+            config.brightness,
+            config.contrast,
+            config.saturation,
+            config.hue,
+        ),
+        cache=cache,
+        motion=Modality.parse(config.modality).stored_motion,
+        pre_transform=_pre_transform(config),
+        # A GPU augments a whole batch in less time than a worker one clip.
+        augment_on_device=get_device(config.device).type == "cuda",
+    )
+    sampler = TrainSampler(
+        [row.label for row in train.rows],
+        config.sampler_tau,
+        config.seed,
+        distributed.rank(),
+        distributed.world_size(),
     )
     return (
         _loader(train, sampler, config, config.batch_size, persistent=True),
-        eval_loader(splits["val"], config),
-        eval_loader(splits["test"], config, config.test_views, crops=config.test_crops),
+        eval_loader(splits["val"], config, cache),
+        eval_loader(splits["test"], config, cache, config.test_views, config.test_crops),
         get_num_classes(config.classes),
     )
 
 
 def batches_per_epoch(loader: DataLoader) -> int:
-    """The batches of a whole epoch of the train loader, wherever it goes on."""
-    return math.ceil(loader.sampler.total / loader.batch_size)
+    """Number of batches of a whole epoch of the train loader, wherever the epoch is continued."""
+    return math.ceil(loader.sampler.clips_per_epoch / loader.batch_size)
 
 
 def eval_loader(
     rows: Sequence[ClipRow],
     config: TrainConfig,
+    cache: ClipCache | None = None,
     views: int = 1,
-    shuffle_frames: bool = False,
-    corruption: tuple[Corruption, int] | None = None,
     crops: int = 1,
+    perturbations: Sequence[Perturbation] = (),
 ) -> DataLoader:
-    """A loader of clips in their order, nothing random; each process gets its own share of them.
+    """A loader of clips in their order, without anything random.
 
-    The shares differ in length by one clip at most and hold no clip twice, so that gathered
-    predictions are those of the split exactly.
+    With several processes each one gets a part of the clips; the parts differ in length by one clip
+    at most and hold no clip twice, so that the gathered predictions are exactly those of the split.
+
+    Args:
+        config: a resolved config.
+        cache: where the clips are read (None: they are decoded).
+        perturbations: for robustness tests; see `clips.corruptions`.
     """
     clips = ClipsDataset(
         rows,
@@ -145,38 +153,37 @@ def eval_loader(
         config.eval_sampling,
         get_val_transform(config.image_size),
         views,
-        shuffle_frames,
-        open_cache(config),
-        corruption=corruption,
-        inputs=brought(config.inputs),
-        crops=crops,
+        crops,
+        cache,
+        Modality.parse(config.modality).stored_motion,
+        perturbations=perturbations,
     )
-    share = range(distributed.rank(), len(rows), distributed.world_size())
-    return _loader(clips, share, config, max(1, config.batch_size // clips.answers))
+    part = range(distributed.rank(), len(rows), distributed.world_size())
+    return _loader(clips, part, config, max(1, config.batch_size // clips.num_views))
 
 
 def open_cache(config: TrainConfig) -> ClipCache | None:
     """The cache that a config names, if any.
 
     Raises:
-        UserError: there is none, or its clips are not what the config wants.
+        UserError: there is none, or its clips are not what the config needs.
     """
     if not config.cache:
         return None
     cache = ClipCache(config.cache, config.data_root or DEMO_ROOT)
     for name in ("image_size", "n_frames"):
-        wanted, there = getattr(config, name), getattr(cache.settings, name)
+        wanted, cached = getattr(config, name), getattr(cache.settings, name)
         flag = name.replace("_", "-")
-        if wanted != there:
+        if wanted != cached:
             raise UserError(
-                f"{config.cache}: cached for {name} {there}, not {wanted}: give --{flag} {there}, "
-                f"or make another cache (python prepare_data.py cache ... --{flag} {wanted})"
+                f"{config.cache}: cached for {name} {cached}, not {wanted}: give --{flag} {cached}"
+                f", or make another cache (python prepare_data.py cache ... --{flag} {wanted})"
             )
-    inputs = brought(config.inputs)
-    if inputs not in ("rgb", cache.settings.inputs):
+    motion = Modality.parse(config.modality).stored_motion
+    if motion not in (None, cache.settings.motion):
         raise UserError(
-            f"{config.cache}: cached with inputs {cache.settings.inputs}, not {inputs}: "
-            f"make another cache (python prepare_data.py cache ... --inputs {inputs})"
+            f"{config.cache}: cached with modality {cache.settings.modality}, not rgb+{motion}: "
+            f"make another cache (python prepare_data.py cache ... --modality rgb+{motion})"
         )
     return cache
 
@@ -187,9 +194,15 @@ def load_splits(config: TrainConfig) -> dict[str, list[ClipRow]]:
         return read_splits(manifest_paths(config), config.data_root, config.classes)
     if distributed.rank() == 0:
         render_demo(DEMO_ROOT)
-    distributed.from_first(None)  # the others wait for it
+    distributed.broadcast_object()  # the other processes wait for it
     manifests = {name: DEMO_ROOT / f"{name}.csv" for name in ("train", "val", "test")}
     return read_splits(manifests, DEMO_ROOT, config.classes)
+
+
+def _pre_transform(config: TrainConfig) -> RandAugmentErase | None:
+    if not (config.rand_augment or config.random_erase):
+        return None
+    return RandAugmentErase(config.rand_augment, config.ra_magnitude, config.random_erase)
 
 
 def _loader(
@@ -200,15 +213,15 @@ def _loader(
     persistent: bool = False,
 ) -> DataLoader:
     return DataLoader(
-        ReportingDataset(clips),
+        clips,
         batch_size,
         sampler=sampler,
-        num_workers=config.workers,
+        num_workers=config.num_workers,
         collate_fn=collate,
         pin_memory=torch.cuda.is_available(),
         worker_init_fn=start_worker,
-        persistent_workers=persistent and config.workers > 0,
-        # A generator of its own: starting a loader must not move the one that dropout draws from,
-        # or a resumed epoch would differ from an uninterrupted one.
+        persistent_workers=persistent and config.num_workers > 0,
+        # A generator of its own: starting a loader must not advance the one that dropout draws
+        # from, or a resumed epoch would differ from an uninterrupted one.
         generator=torch.Generator(),
     )

@@ -1,75 +1,77 @@
-"""Mixup and cutmix: train on two clips at once, and on their labels in the same proportion.
+"""Mixup and CutMix for clips.
 
-Mixup: Zhang et al., ICLR 2018, arXiv:1710.09412, equation 1. Cutmix: Yun et al., ICCV 2019,
-arXiv:1905.04899, equation 1.
+Mixup: Zhang et al., ICLR 2018, arXiv:1710.09412, equation 1. CutMix: Yun et al., ICCV 2019,
+arXiv:1905.04899, equation 1. Both draw one lambda per clip (torchvision and timm: per batch) and
+return two labels per clip, so that every loss can be used with them.
 """
 
 import torch
 
 
-def mix(
-    clips: torch.Tensor, labels: torch.Tensor, mixup: float, cutmix: float
+def mixup_cutmix(
+    clips: torch.Tensor, labels: torch.Tensor, mixup_alpha: float, cutmix_alpha: float
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Mix each clip of a batch with the one before it (the first with the last).
 
-    Batches come in random order: the one before is any clip, and never the clip itself. Shares and
-    boxes are drawn for each clip, from torch's generator on the CPU.
+    Batches come in random order, so the one before is a random clip and never the clip itself.
+    Lambdas and boxes are drawn per clip from torch's CPU generator.
 
     Args:
         clips: `(B, T, C, H, W)` uint8 or float in [0, 1]; for mixup also features `(B, T, D)`.
         labels: `(B,)`.
-        mixup, cutmix: alpha of the Beta(alpha, alpha) that shares are drawn from, 0 for never; if
-            both are above 0 a fair coin chooses one for the batch.
+        mixup_alpha, cutmix_alpha: alpha of the Beta(alpha, alpha) that lambdas are drawn from, 0
+            for never; if both are above 0, a fair coin chooses one of them for the batch.
 
     Returns:
-        The mixed clips; the labels of what was mixed in, `(B,)`; and the share that is left of each
-        clip itself, `(B,)` fp32. A clip's loss is share * loss(its label) + (1 - share) *
-        loss(the other label). A single clip has nothing to be mixed with and stays as it is.
+        The mixed clips; the labels of the clips that were mixed in, `(B,)`; and lambda, the
+        fraction that is left of each clip itself, `(B,)` fp32. The loss of a clip is lambda *
+        loss(its label) + (1 - lambda) * loss(the other label). A single clip has nothing to be
+        mixed with and stays as it is.
 
     Raises:
-        ValueError: cutmix of features, which have no place to cut.
+        ValueError: CutMix of features, which have no place to cut.
     """
     count = len(clips)
     if count < 2:
         return clips, labels, torch.ones(count, device=clips.device)
-    if cutmix and clips.dim() != 5:
-        raise ValueError(f"cutmix is for pictures (B, T, C, H, W), not {tuple(clips.shape)}")
-    cut = bool(cutmix) and (not mixup or bool(torch.rand(()) < 0.5))
-    alpha = torch.tensor(float(cutmix if cut else mixup))
-    share = torch.distributions.Beta(alpha, alpha).sample((count,))
-    if cut:
+    if cutmix_alpha and clips.dim() != 5:
+        raise ValueError(f"cutmix is for pixels (B, T, C, H, W), not {tuple(clips.shape)}")
+    use_cutmix = bool(cutmix_alpha) and (not mixup_alpha or bool(torch.rand(()) < 0.5))
+    alpha = torch.tensor(float(cutmix_alpha if use_cutmix else mixup_alpha))
+    lam = torch.distributions.Beta(alpha, alpha).sample((count,))
+    if use_cutmix:
         height, width = clips.shape[-2:]
-        boxes = draw_boxes(share, height, width)
-        share = 1 - (boxes[:, 1] - boxes[:, 0]).prod(dim=1) / (height * width)
-        clips = paste(clips, boxes.to(clips.device, non_blocking=True))
-    share = share.to(clips.device, non_blocking=True)
-    return clips if cut else blend(clips, share), labels.roll(1), share
+        boxes = rand_bbox(lam, height, width)
+        lam = 1 - (boxes[:, 1] - boxes[:, 0]).prod(dim=1) / (height * width)  # exact after rounding
+        clips = cutmix(clips, boxes.to(clips.device, non_blocking=True))
+    lam = lam.to(clips.device, non_blocking=True)
+    return clips if use_cutmix else mixup(clips, lam), labels.roll(1), lam
 
 
-def blend(clips: torch.Tensor, share: torch.Tensor) -> torch.Tensor:
-    """Mixup: share * clip + (1 - share) * the clip before it, with `share` `(B,)`.
+def mixup(clips: torch.Tensor, lam: torch.Tensor) -> torch.Tensor:
+    """lambda * clip + (1 - lambda) * the clip before it, with `lam` `(B,)`.
 
     uint8 becomes fp32 in [0, 1], as it would in the model's first layer; floats keep their dtype.
     """
     x = clips if clips.is_floating_point() else clips.float() / 255
-    share = share.to(x.dtype).view(-1, *[1] * (x.dim() - 1))  # (B, 1, ...)
-    return x.roll(1, dims=0).lerp_(x, share)
+    lam = lam.to(x.dtype).view(-1, *[1] * (x.dim() - 1))  # (B, 1, ...)
+    return x.roll(1, dims=0).lerp_(x, lam)
 
 
-def draw_boxes(share: torch.Tensor, height: int, width: int) -> torch.Tensor:
-    """For each share a box, `(B, 2, 2)`: its first and, not included, last row and column.
+def rand_bbox(lam: torch.Tensor, height: int, width: int) -> torch.Tensor:
+    """For each lambda a box, `(B, 2, 2)`: its first and, not included, last row and column.
 
-    The box has 1 - share of the picture's area, up to rounding, and the picture's aspect ratio; its
-    centre is anywhere in the picture, and what is outside is cut off.
+    The box has 1 - lambda of the frame's area, up to rounding, and the frame's aspect ratio; its
+    centre is anywhere in the frame, and what is outside is cut off.
     """
-    picture = torch.tensor([height, width])
-    size = ((1 - share).sqrt().unsqueeze(1) * picture).round().long()  # (B, 2)
-    first = (torch.rand(len(share), 2) * picture).long() - size // 2
-    return torch.stack((first, first + size), dim=1).clamp_min(0).minimum(picture)
+    frame = torch.tensor([height, width])
+    size = ((1 - lam).sqrt().unsqueeze(1) * frame).round().long()  # (B, 2)
+    first = (torch.rand(len(lam), 2) * frame).long() - size // 2
+    return torch.stack((first, first + size), dim=1).clamp_min(0).minimum(frame)
 
 
-def paste(clips: torch.Tensor, boxes: torch.Tensor) -> torch.Tensor:
-    """Cutmix: in each clip's box, `(B, 2, 2)`, what all frames of the clip before it show there."""
+def cutmix(clips: torch.Tensor, boxes: torch.Tensor) -> torch.Tensor:
+    """Fill each clip's box, `(B, 2, 2)`, with what all frames of the clip before it show there."""
     (top, left), (bottom, right) = boxes.view(-1, 2, 2, 1).permute(1, 2, 0, 3)  # (B, 1) each
     rows = torch.arange(clips.shape[-2], device=clips.device)
     columns = torch.arange(clips.shape[-1], device=clips.device)

@@ -1,99 +1,136 @@
-"""The state of a training: what changes from step to step, and its checkpoint."""
+"""The state of a training run: everything that a checkpoint must hold to continue exactly."""
 
 import dataclasses
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
+from torch.optim.lr_scheduler import LRScheduler
 
 from checkpoint import rng_state, save_checkpoint, set_rng_state
 from config import TrainConfig
-from training.losses import Criterion
-from training.optim import WeightAverage, cosine_with_warmup, parameter_groups
+from training.optim import ModelEma
 from utils import distributed
-from utils.device import choose_precision
 from utils.errors import UserError
 
 
-class Training:
-    """The things that change while training, and their checkpoint."""
+class Progress:
+    """Where a training run stands, and the running sums of the epoch that is under way.
+
+    Args:
+        batches: number of batches per epoch.
+    """
+
+    def __init__(self, batches: int) -> None:
+        self.batches = batches
+        self.epoch = 0
+        """epochs that are finished"""
+        self.step = 0
+        """batches of the current epoch that are done"""
+        self.unreadable: set[str] = set()
+        """error messages of the training clips that could not be read"""
+        self._sums: torch.Tensor | None = None  # (3,): loss, correct clips, clips
+
+    def count(self, loss: torch.Tensor, correct: torch.Tensor, clips: int) -> None:
+        """Add the summed loss of a batch and how many of its clips are correct.
+
+        The sums stay on the device: reading them there would wait for all work that is queued.
+        """
+        dtype = torch.float32 if loss.device.type == "mps" else torch.float64
+        batch = torch.stack(
+            (loss.to(dtype), correct.to(dtype), loss.new_tensor(clips, dtype=dtype))
+        )
+        self._sums = batch if self._sums is None else self._sums.to(batch) + batch
+
+    @property
+    def running_sums(self) -> list[float]:
+        """Loss, correct clips and clips of the current epoch; reading them waits for the device."""
+        return [0.0, 0.0, 0.0] if self._sums is None else self._sums.tolist()
+
+    @running_sums.setter
+    def running_sums(self, values: Sequence[float]) -> None:
+        self._sums = torch.tensor(values, dtype=torch.float64) if any(values) else None
+
+    @property
+    def mean_loss(self) -> float:
+        """Mean loss per clip of the current epoch so far."""
+        loss, _, clips = self.running_sums
+        return loss / max(1.0, clips)
+
+    def end_epoch(self) -> None:
+        """Count the epoch as finished and start the next one's sums."""
+        self.epoch, self.step, self._sums = self.epoch + 1, 0, None
+
+
+class TrainState:
+    """The objects that change in training, and their checkpoint.
+
+    Args:
+        class_counts: `(K,)` training clips of each class; evaluate.py can adjust logits by them.
+    """
 
     def __init__(
         self,
         config: TrainConfig,
         model: nn.Module,
-        device: torch.device,
-        batches: int,
-        class_counts: Sequence[int] = (),
+        optimizer: torch.optim.Optimizer,
+        scheduler: LRScheduler,
+        scaler: torch.amp.GradScaler,
+        ema: ModelEma | None,
+        progress: Progress,
+        class_counts: Sequence[int],
     ) -> None:
-        """`model` is on its device; `batches` is the number of batches an epoch; `class_counts`
-        `(K,)` are the training clips of each class, which plain cross entropy can do without."""
         self.config = config
         self.model = model
-        self.device = device
+        self.optimizer = optimizer
+        self.scheduler = scheduler
+        self.scaler = scaler
+        self.ema = ema
+        self.progress = progress
         self.class_counts = list(class_counts)
-        self._losses = Criterion(config, class_counts, device)
-        self.dtype = choose_precision(config.amp, device)
-        groups = parameter_groups(
-            model, config.learning_rate, config.weight_decay, config.layer_decay
-        )
-        fused = device.type in ("cpu", "cuda")  # one kernel instead of ten
-        self.optimizer = torch.optim.AdamW(groups, lr=config.learning_rate, fused=fused)
-        steps = math.ceil(batches / config.accumulation)
-        self.scheduler = cosine_with_warmup(
-            self.optimizer, config.epochs * steps, int(config.warmup_epochs * steps)
-        )
-        # Only fp16 needs scaled gradients; disabled, the scaler does nothing.
-        self.scaler = torch.amp.GradScaler(device.type, enabled=self.dtype == torch.float16)
-        self.average = WeightAverage(model, config.ema) if config.ema else None
-        self.epoch = 0  # epochs finished
-        self.step = 0  # batches done of the epoch under way
-        self.totals = [0.0, 0.0, 0.0]  # loss, right answers, clips of the epoch under way
         self.history: list[dict[str, Any]] = []
-        self.best: dict[str, Any] = {}  # history's row of the best epoch
-        self.unreadable: set[str] = set()
+        """rows of metrics.csv"""
+        self.best: dict[str, Any] = {}
+        """the row of the best epoch"""
 
     @property
-    def tested(self) -> nn.Module:
+    def eval_model(self) -> nn.Module:
         """The model that is validated, kept and tested: the averaged one, if there is one."""
-        return self.average.model if self.average else self.model
+        return self.ema.model if self.ema else self.model
 
-    def criterion(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        """Logits `(N, K)`, fp32, and labels `(N,)` to the loss of each clip `(N,)`, in the epoch
-        under way."""
-        return self._losses(logits, labels, self.epoch)
+    def state_dict(self) -> dict[str, Any]:
+        """Everything needed to continue exactly. All processes must call this together.
 
-    def state(self) -> dict[str, Any]:
-        """Everything needed to go on exactly. All processes must call this together.
-
-        "model" is the tested one here too; beside an average stand the weights that are `trained`.
+        "model" is the evaluated one here too; with an average, "trained" holds the weights that are
+        trained.
         """
-        rngs, totals, unreadable = zip(
-            *distributed.gather((rng_state(), self.totals, self.unreadable)), strict=True
+        progress = self.progress
+        rngs, sums, unreadable = zip(
+            *distributed.all_gather((rng_state(), progress.running_sums, progress.unreadable)),
+            strict=True,
         )
         averaging = {}
-        if self.average:
-            averaging = {"trained": self.model.state_dict(), "averaged_steps": self.average.steps}
+        if self.ema:
+            averaging = {"trained": self.model.state_dict(), "averaged_steps": self.ema.steps}
         return {
-            **self.model_state(),
+            **self.model_state_dict(),
             **averaging,
             "optimizer": self.optimizer.state_dict(),
             "scheduler": self.scheduler.state_dict(),
             "scaler": self.scaler.state_dict(),
-            "step": self.step,
-            "totals": list(totals),
+            "step": progress.step,
+            "totals": list(sums),
             "rng": list(rngs),
             "unreadable": sorted(set().union(*unreadable)),
         }
 
-    def model_state(self) -> dict[str, Any]:
+    def model_state_dict(self) -> dict[str, Any]:
         """Everything needed to rebuild the model."""
         return {
-            "model": self.tested.state_dict(),
-            "epoch": self.epoch,
+            "model": self.eval_model.state_dict(),
+            "epoch": self.progress.epoch,
             "best": self.best,
             "history": self.history,
             "config": dataclasses.asdict(self.config),
@@ -101,32 +138,33 @@ class Training:
             "class_counts": self.class_counts,
         }
 
-    def load_state(self, state: dict[str, Any]) -> None:
-        """Continue from `state()`.
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from `state_dict()`.
 
         Raises:
             UserError: the number of processes is another one.
         """
-        if len(state["rng"]) != distributed.world_size():
+        rank, world_size = distributed.rank(), distributed.world_size()
+        if len(state["rng"]) != world_size:
             raise UserError(
-                f"the run was trained by {len(state['rng'])} processes and can go on only with as "
-                f"many, not {distributed.world_size()} (torchrun --nproc-per-node)"
+                f"the run was trained by {len(state['rng'])} processes and can continue only with "
+                f"as many, not {world_size} (torchrun --nproc-per-node)"
             )
-        self.tested.load_state_dict(state["model"])
-        if self.average:
+        self.eval_model.load_state_dict(state["model"])
+        if self.ema:
             self.model.load_state_dict(state["trained"])
-            self.average.steps = state["averaged_steps"]
+            self.ema.steps = state["averaged_steps"]
         self.optimizer.load_state_dict(state["optimizer"])
         self.scheduler.load_state_dict(state["scheduler"])
         self.scaler.load_state_dict(state["scaler"])
-        self.epoch, self.step = state["epoch"], state["step"]
+        self.progress.epoch, self.progress.step = state["epoch"], state["step"]
+        self.progress.unreadable = set(state["unreadable"])
+        self.progress.running_sums = state["totals"][rank]
         self.history, self.best = state["history"], state["best"]
-        self.unreadable = set(state["unreadable"])
-        self.totals = list(state["totals"][distributed.rank()])
-        set_rng_state(state["rng"][distributed.rank()])
+        set_rng_state(state["rng"][rank])
 
     def save(self, folder: Path) -> None:
         """Write last.pt."""
-        state = self.state()
+        state = self.state_dict()
         if distributed.rank() == 0:
             save_checkpoint(folder / "last.pt", state)

@@ -1,4 +1,4 @@
-"""Freed memory stays with the process, so that the next batch need not fetch it from the kernel."""
+"""Settings of glibc's malloc: keep freed memory in the process, or give it back to the kernel."""
 
 import ctypes
 import os
@@ -7,34 +7,34 @@ SWITCH = "SURGICAL_CLIPS_ALLOCATOR"
 
 # (option, value), see mallopt(3)
 _KEEP = (
-    (-4, 0),  # M_MMAP_MAX: no block gets a mapping of its own, which free() would give back at once
+    (-4, 0),  # M_MMAP_MAX: no block gets its own mapping, which free() would give back at once
     (-1, -1),  # M_TRIM_THRESHOLD: the end of the heap is never given back
     (-2, 64 * 2**20),  # M_TOP_PAD: the heap grows by 64 MiB at a time
 )
 
 _GIVE_BACK = (
     (-4, 65536),  # M_MMAP_MAX: glibc's default
-    (-3, 4 * 2**20),  # M_MMAP_THRESHOLD: blocks from 4 MiB on get mappings of their own
+    (-3, 4 * 2**20),  # M_MMAP_THRESHOLD: blocks of at least 4 MiB get their own mappings
 )
 
 
 def keep_freed_memory() -> bool:
-    """Tell glibc's malloc to keep what is freed. Returns whether it does now.
+    """Make glibc's malloc keep freed memory. Returns whether it does now.
 
-    A network's activations are megabytes each. By default glibc gives such blocks back to the
-    kernel at every free, and the next allocation pays for fresh, zeroed pages again: up to half of
-    the time of a forward pass on a CPU (RESULTS.md). The price is that the process holds on to its
-    peak. Does nothing where there is no glibc, and where the environment variable
-    SURGICAL_CLIPS_ALLOCATOR is `default`, for comparison.
+    The activations of a network have megabytes each. By default glibc gives such blocks back to the
+    kernel when they are freed, and the next allocation must get new, zeroed pages: this takes up to
+    half of the time of a forward pass on a CPU (docs/results/speed.md). The price is that the
+    process never gets smaller than its peak. The function does nothing without glibc, or if the
+    environment variable SURGICAL_CLIPS_ALLOCATOR is `default`, which is for comparisons.
     """
     return _set(_KEEP)
 
 
-def give_back_batches() -> bool:
-    """Tell glibc's malloc to give large blocks back after all. Returns whether it does now.
+def restore_malloc_defaults() -> bool:
+    """Make glibc's malloc give large blocks back again. Returns whether it does now.
 
-    For the processes that read clips: there a batch is one large block that comes and goes, and on
-    the heap it would leave gaps, so that the heap would grow for many epochs.
+    This is for the processes that read clips. There every batch is a large block; on the heap these
+    blocks would leave gaps, and the heap would grow for many epochs.
     """
     return _set(_GIVE_BACK)
 

@@ -1,22 +1,160 @@
-"""What every script does around its `main`."""
+"""Command lines: parsing into dataclasses, and what every script does around its `main`."""
 
+import ast
 import atexit
+import dataclasses
 import functools
+import inspect
+import itertools
 import multiprocessing
 import os
+import re
 import signal
 import sys
-from collections.abc import Callable
+import textwrap
+from collections.abc import Callable, Container, Mapping
+from errno import ENOSPC
+from typing import Annotated, Any, TypeVar, get_type_hints
+
+import tyro
 
 from utils.allocator import keep_freed_memory
 from utils.errors import UserError, first_line, is_out_of_memory
 
+Config = TypeVar("Config")
 
-def script(main: Callable[[], None]) -> Callable[[], None]:
+
+def parse(
+    kind: type[Config],
+    description: str,
+    default: Config | None = None,
+    old_names: Mapping[str, str] | None = None,
+    old_values: Mapping[str, Mapping[str, str]] | None = None,
+    aliases: Container[str] = (),
+    subcommand: str = "",
+) -> Config:
+    """The command line as a dataclass.
+
+    Args:
+        kind: dataclass; where its fields have a `section` in their metadata, `--help` is divided
+            into these sections.
+        default: values of what is not given, for a `kind` with sections (None: its defaults).
+        old_names: earlier names of fields; whoever types one is told the new name.
+        old_values: per field, earlier spellings of values, which are understood.
+        aliases: those of the earlier names that are understood as well.
+        subcommand: the first word of the command line, where a script has several.
+
+    Raises:
+        UserError: a flag has been renamed.
+        SystemExit: the command line is wrong, or asks for help.
+    """
+    prog = f"{os.path.basename(sys.argv[0])} {subcommand}".strip()
+    description = _one_example_per_line(description)
+    arguments = sys.argv[2:] if subcommand else sys.argv[1:]
+    arguments = _respell(arguments, old_names or {}, old_values or {}, aliases)
+    if not any(field.metadata.get("section") for field in dataclasses.fields(kind)):
+        return tyro.cli(kind, prog=prog, description=description, args=arguments)
+    kind_in_sections = _in_sections(kind, default)
+    sections = tyro.cli(kind_in_sections, prog=prog, description=description, args=arguments)
+    values = {k: v for section in vars(sections).values() for k, v in vars(section).items()}
+    return kind(**values)
+
+
+def parse_subcommand(
+    commands: Mapping[str, type],
+    description: str,
+    old_names: Mapping[str, str] | None = None,
+    old_values: Mapping[str, Mapping[str, str]] | None = None,
+) -> Any:
+    """The command line of a script with subcommands, as the dataclass of the one that is given.
+
+    Args:
+        commands: the dataclass of each subcommand; its docstring is the subcommand's help.
+        old_names, old_values: see `parse`; they hold for all subcommands.
+
+    Raises:
+        UserError: a flag has been renamed.
+        SystemExit: the command line is wrong, or asks for help.
+    """
+    arguments = _respell(sys.argv[1:], old_names or {}, old_values or {}, ())
+    return tyro.extras.subcommand_cli_from_dict(
+        dict(commands), description=_one_example_per_line(description), args=arguments
+    )
+
+
+def _one_example_per_line(description: str) -> str:
+    """The description with its examples indented: tyro joins the lines that are not."""
+    return re.sub(r"^(?=python |torchrun )", "    ", description, flags=re.MULTILINE)
+
+
+def _respell(
+    arguments: list[str],
+    old_names: Mapping[str, str],
+    old_values: Mapping[str, Mapping[str, str]],
+    aliases: Container[str],
+) -> list[str]:
+    """The command line in today's spelling."""
+    respelled, spellings = [], {}
+    for argument in arguments:
+        if argument.startswith("--"):
+            flag, equals, value = argument.partition("=")
+            name = flag[2:].removeprefix("no-").replace("-", "_")
+            new = old_names.get(name, name)
+            spellings = old_values.get(new, {})
+            if new != name and name not in aliases:
+                raise UserError(f"{flag} is now called --{new.replace('_', '-')}")
+            flag = flag if new == name else f"--{new.replace('_', '-')}"
+            argument = flag + equals + spellings.get(value, value)
+        else:
+            argument = spellings.get(argument, argument)
+        respelled.append(argument)
+    return respelled
+
+
+def _in_sections(kind: type, default: Any) -> type:
+    """A dataclass of dataclasses, one per section, with the same flags as `kind`.
+
+    tyro shows nested dataclasses as groups of `--help`.
+    """
+    hints, texts = get_type_hints(kind, include_extras=True), field_docs(kind)
+    sections: dict[str, list[tuple[str, Any, Any]]] = {}
+    section = ""
+    for field in dataclasses.fields(kind):
+        section = field.metadata.get("section") or section
+        value = field.default if default is None else getattr(default, field.name)
+        help_text = tyro.conf.arg(help=" ".join(texts[field.name].split()))
+        typed = Annotated[hints[field.name], help_text]
+        sections.setdefault(section, []).append(
+            (field.name, typed, dataclasses.field(default=value))
+        )
+    groups = []
+    for title, fields in sections.items():
+        group = dataclasses.make_dataclass(title, fields, frozen=True)
+        group.__doc__ = ""
+        name = title.lower().replace(" ", "_")
+        typed = Annotated[group, tyro.conf.OmitArgPrefixes]
+        groups.append((name, typed, dataclasses.field(default_factory=group)))
+    return dataclasses.make_dataclass(kind.__name__, groups)
+
+
+def field_docs(kind: type) -> dict[str, str]:
+    """The docstrings below the fields of a dataclass, those of its base classes included."""
+    texts = {}
+    for base in reversed(kind.__mro__):
+        if not dataclasses.is_dataclass(base):
+            continue
+        body = ast.parse(textwrap.dedent(inspect.getsource(base))).body[0].body
+        for field, text in itertools.pairwise(body):
+            if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr):
+                texts[field.target.id] = text.value.value
+    return texts
+
+
+def cli_main(main: Callable[[], None]) -> Callable[[], None]:
     """Wrap a script's `main`: freed memory is kept, a user's mistake is one line and exit code 2.
 
-    Running out of memory and a full disk are told the same way: nobody is helped by a traceback.
-    Everything else is a bug of ours and keeps its traceback.
+    Running out of memory and a full disk are reported the same way, because a traceback helps
+    nobody there. Everything else is a bug of ours and keeps its traceback.
     """
 
     @functools.wraps(main)
@@ -30,18 +168,19 @@ def script(main: Callable[[], None]) -> Callable[[], None]:
         except KeyboardInterrupt:
             print("\ninterrupted", file=sys.stderr)
             sys.exit(130)
-        except BrokenPipeError:  # whoever read the output, `head` say, has seen enough
+        except BrokenPipeError:  # whoever read the output, `head` for example, has seen enough
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             sys.exit(141)
         except OSError as error:
-            if error.errno is None or (error.filename is None and error.errno != 28):
+            if error.errno is None or (error.filename is None and error.errno != ENOSPC):
                 raise  # not about a file: ours to debug
             sys.exit(_fail(f"{error.strerror}: {error.filename or 'the disk'}"))
         except RuntimeError as error:
             if "PytorchStreamWriter" in str(error):
                 sys.exit(_fail("a checkpoint could not be written: is the disk full?"))
-            if "could not create a primitive" in str(error):  # oneDNN's LSTM, for one, in bf16
-                sys.exit(_fail("this CPU cannot run the model in that precision: give --amp fp32"))
+            if "could not create a primitive" in str(error):  # e.g. the LSTM of oneDNN in bf16
+                sys.exit(_fail("this CPU cannot run the model in that precision: give "
+                               "--precision fp32"))  # fmt: skip
             if not is_out_of_memory(str(error)):
                 raise
             sys.exit(_fail(f"{first_line(error)} (lower batch_size, image_size or n_frames)"))
@@ -50,10 +189,10 @@ def script(main: Callable[[], None]) -> Callable[[], None]:
 
 
 def end_workers() -> None:
-    """Kill the loaders' workers that are still there when the program ends, after an error.
+    """Kill the loaders' workers that still run when the program ends after an error.
 
-    They stay after the one SIGTERM that Python sends them then (workers.py), and it would wait for
-    them for ever.
+    They survive the one SIGTERM that Python sends them then (utils/workers.py), and Python would
+    wait for them for ever.
     """
     workers = multiprocessing.active_children()
     if workers and hasattr(signal, "SIGCHLD"):

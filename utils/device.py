@@ -1,22 +1,23 @@
-"""Where the numbers are crunched, and in which precision."""
+"""Device and precision selection."""
 
 import os
 import platform
 from contextlib import AbstractContextManager
-from typing import Literal
 
 import torch
 from torch import nn
 
 from utils.errors import UserError, first_line
 
-Precision = Literal["auto", "fp32", "bf16", "fp16"]
-
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def choose_device(name: str = "auto") -> torch.device:
-    """`auto` takes a CUDA GPU where there is one, then Apple's, then the CPU."""
+def get_device(name: str = "auto") -> torch.device:
+    """The device of that name; `auto` takes a CUDA GPU if there is one, then Apple's, then the CPU.
+
+    Raises:
+        UserError: the device cannot be used here.
+    """
     if name == "auto":
         if torch.cuda.is_available():
             return torch.device("cuda")
@@ -29,9 +30,12 @@ def choose_device(name: str = "auto") -> torch.device:
     return device
 
 
-def choose_precision(precision: Precision, device: torch.device) -> torch.dtype:
-    """The dtype of autocast. `auto` is what the device does fast: bf16 where it has units for it
-    (fp16 on older GPUs), else fp32."""
+def autocast_dtype(precision: str, device: torch.device) -> torch.dtype:
+    """The dtype of autocast for `auto`, `fp32`, `bf16` or `fp16`.
+
+    `auto` is what the device computes fast: bf16 where it has units for it (fp16 on older GPUs),
+    else fp32.
+    """
     if precision != "auto":
         return _DTYPES[precision]
     if device.type == "cuda":
@@ -43,31 +47,31 @@ def choose_precision(precision: Precision, device: torch.device) -> torch.dtype:
 
 
 def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager:
-    """Mixed precision in `dtype`; fp32 means none. One code path for all three."""
+    """Mixed precision in `dtype`; fp32 means none."""
     return torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)
 
 
-def suit_device(model: nn.Module, device: torch.device, dtype: torch.dtype) -> nn.Module:
-    """Move a model to a device and lay it out as the device likes it, in place.
+def prepare_model(model: nn.Module, device: torch.device, dtype: torch.dtype) -> nn.Module:
+    """Move a model to a device and lay it out for speed there, in place. Values do not change.
 
-    The convolutions' weights go channels last, the layout that convolutions are fast in, on CPUs
-    and GPUs alike; activations follow the weights. Values do not change.
+    The weights of convolutions go channels last, the layout in which convolutions are fast, on CPUs
+    and GPUs alike; activations follow the weights.
     """
     model.to(device)
-    torch.backends.cudnn.benchmark = device.type == "cuda"  # it tries which algorithm is fastest
+    torch.backends.cudnn.benchmark = device.type == "cuda"  # try which algorithm is fastest
     layouts = {4: torch.channels_last, 5: torch.channels_last_3d}
     for parameter in model.parameters():
         if parameter.dim() in layouts:
             parameter.data = parameter.data.contiguous(memory_format=layouts[parameter.dim()])
     for module in model.modules():
         if isinstance(module, nn.ReLU):
-            # In place PyTorch's bf16 kernels take three times as long on a CPU (RESULTS.md).
+            # In place, PyTorch's bf16 kernels take three times as long on a CPU.
             module.inplace = not (device.type == "cpu" and dtype == torch.bfloat16)
     return model
 
 
 def describe_device(device: torch.device) -> str:
-    """The hardware in words, for logs and tables of measurements."""
+    """The name of the hardware, for logs and tables of measurements."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"{_cpu_name()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads"

@@ -1,4 +1,4 @@
-"""Several processes, one training: what torchrun starts, and nothing at all without it."""
+"""Several training processes, as torchrun starts them; without torchrun, a group of one."""
 
 import os
 from collections.abc import Iterable, Sequence
@@ -8,10 +8,10 @@ import torch
 import torch.distributed as dist
 
 
-def start(device: torch.device) -> torch.device:
+def init(device: torch.device) -> torch.device:
     """Join the group that torchrun describes in the environment; return this process's device.
 
-    A plain `python train.py` is a group of one and needs no call into torch.distributed.
+    A plain `python train.py` is a group of one and makes no call into torch.distributed.
     """
     if "WORLD_SIZE" not in os.environ or int(os.environ["WORLD_SIZE"]) == 1:
         return device
@@ -22,23 +22,23 @@ def start(device: torch.device) -> torch.device:
     return device
 
 
-def stop() -> None:
+def cleanup() -> None:
     """Leave the group."""
     if dist.is_initialized():
         dist.destroy_process_group()
 
 
 def rank() -> int:
-    """This process's number; 0 does the writing."""
+    """The number of this process; process 0 writes files and logs."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
 def world_size() -> int:
-    """How many processes there are."""
+    """The number of processes."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
-def total(values: Sequence[float]) -> list[float]:
+def all_reduce_sum(values: Sequence[float]) -> list[float]:
     """The sum of each value over all processes."""
     if not dist.is_initialized():
         return list(values)
@@ -49,8 +49,8 @@ def total(values: Sequence[float]) -> list[float]:
     return sums.tolist()
 
 
-def gather(value: Any) -> list[Any]:
-    """What every process holds, in order of rank, on every process."""
+def all_gather(value: Any) -> list[Any]:
+    """The values of all processes, in order of rank, on every process."""
     if not dist.is_initialized():
         return [value]
     values: list[Any] = [None] * world_size()
@@ -58,13 +58,13 @@ def gather(value: Any) -> list[Any]:
     return values
 
 
-def from_first(value: Any) -> Any:
-    """The first process's value, on every process. The others wait for it here."""
-    return gather(value)[0]
+def broadcast_object(value: Any = None) -> Any:
+    """The value of process 0, on every process. The others wait for it here."""
+    return all_gather(value)[0]
 
 
-def copy_from_first(tensors: Iterable[torch.Tensor]) -> None:
-    """Overwrite each tensor by the first process's. All processes must call this together."""
+def broadcast_tensors(tensors: Iterable[torch.Tensor]) -> None:
+    """Overwrite each tensor by that of process 0. All processes must call this together."""
     if dist.is_initialized():
         for tensor in tensors:
             dist.broadcast(tensor, 0)

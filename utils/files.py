@@ -1,25 +1,25 @@
-"""Files that are either complete or not there."""
+"""Writing files that are either complete or not there, and reading files without trusting them."""
 
 import json
+import math
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
-
-import numpy as np
-import pandas as pd
-import torch
+from typing import TYPE_CHECKING, Any
 
 from utils.errors import UserError
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 
 @contextmanager
 def atomic(path: str | Path) -> Iterator[Path]:
-    """Yield a temporary path beside `path`; rename it to `path` if the block ends well.
+    """Yield a temporary path beside `path`, and rename it to `path` if the block ends well.
 
-    Whoever looks at `path`, even after a kill or a power cut, sees the old file or the whole new
-    one. The temporary file keeps the suffix, from which writers choose the format.
+    Even after a kill or a power cut `path` is either the old file or the complete new one. The
+    temporary file has the suffix of `path`, because some writers choose the format by it.
     """
     path = Path(path)
     unfinished = path.with_name(f".{path.stem}.{os.getpid()}.unfinished{path.suffix}")
@@ -33,13 +33,13 @@ def atomic(path: str | Path) -> Iterator[Path]:
 
 
 def write_text(path: str | Path, text: str) -> None:
-    """Write a text file as a whole."""
+    """Write a text file atomically."""
     with atomic(path) as unfinished:
         unfinished.write_text(text, encoding="utf-8")
 
 
 def remove_unfinished(folder: str | Path) -> None:
-    """Delete what writers that were killed left in a folder."""
+    """Delete the temporary files that killed processes left in a folder."""
     for leftover in Path(folder).glob(".*.unfinished*"):
         leftover.unlink(missing_ok=True)
 
@@ -47,10 +47,14 @@ def remove_unfinished(folder: str | Path) -> None:
 def load_safely(path: Path, remedy: str) -> dict:
     """Read a file that torch.save wrote, onto the CPU, without running any code from it.
 
+    Args:
+        remedy: what the user can do if the file is of no use; the error message ends with it.
+
     Raises:
-        UserError: it cannot be read, is damaged, or holds something else than a dict; in one line,
-            with the remedy.
+        UserError: the file cannot be read, is damaged, or holds something other than a dict.
     """
+    import torch  # not above: programs without a model use this module too
+
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # flipped bytes raise IndexError, struct.error, AssertionError ...
@@ -60,17 +64,17 @@ def load_safely(path: Path, remedy: str) -> dict:
             f"{remedy}"
         ) from None
     if not isinstance(state, dict):
-        raise UserError(f"{path} holds no weights but a {type(state).__name__}: {remedy}")
+        raise UserError(f"{path} holds a {type(state).__name__}, not weights: {remedy}")
     return state
 
 
 def _reason(path: Path, error: Exception) -> str:
     """Why torch.load failed, in a few words.
 
-    Its own text is cut after the first sentence, and left out where it speaks of `weights_only`:
-    it advises to switch that off, which would run whatever code a stranger's file holds.
+    The error's own text is cut after its first sentence. Text about `weights_only` is left out: it
+    advises to switch that off, and then code in the file would run.
     """
-    if not isinstance(error, OSError):  # it can be opened
+    if not isinstance(error, OSError):  # the file can be opened
         with open(path, "rb") as file:
             start = file.read(262)
         # torchvision's first ResNet-18, resnet18-5c106cde.pth, is one of these even when intact.
@@ -81,27 +85,31 @@ def _reason(path: Path, error: Exception) -> str:
 
 
 def write_json(path: str | Path, content: dict[str, Any]) -> None:
-    """Write a dict as JSON, as a whole."""
+    """Write a dict as JSON, atomically."""
     write_text(path, json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
 def to_markdown(
-    table: pd.DataFrame, facts: Mapping[str, Any], formats: Mapping[str, str] | None = None
+    table: "pd.DataFrame", metadata: Mapping[str, Any], formats: Mapping[str, str] | None = None
 ) -> str:
-    """A table and its conditions as Markdown; numbers have two digits unless `formats` says so."""
+    """A table as Markdown, and below it the metadata in one line.
+
+    Args:
+        formats: format of the numbers of a column, for example `{:.3f}` (default: two digits).
+    """
     rows = [
         [_cell(row[name], (formats or {}).get(name, "{:.2f}")) for name in table.columns]
         for row in table.to_dict(orient="records")
     ]
     lines = [list(table.columns), ["---"] * len(table.columns), *rows]
     text = "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
-    said = "; ".join(f"{name}: {value}" for name, value in facts.items())
-    return f"{text}\n\n{said}\n"
+    footer = "; ".join(f"{name}: {value}" for name, value in metadata.items())
+    return f"{text}\n\n{footer}\n"
 
 
-def _cell(value: Any, pattern: str) -> str:
+def _cell(value: Any, number_format: str) -> str:
     if isinstance(value, str):
         return value.replace("\\", "\\\\").replace("|", "\\|")
-    if value is None or np.isnan(value):
+    if value is None or math.isnan(value):
         return "-"
-    return pattern.format(value)
+    return number_format.format(value)

@@ -1,4 +1,4 @@
-"""A run's folder: `runs/<time>_<model>/` and the small files in it."""
+"""The folder of a run, `runs/<time>_<model>/`, and what is recorded about its environment."""
 
 import json
 import os
@@ -15,8 +15,12 @@ from utils.errors import UserError
 from utils.files import write_json
 
 
-def new_run_folder(run_dir: str | Path, model: str) -> Path:
-    """Make a folder for a run; two runs started in the same second get two folders."""
+def new_run_dir(run_dir: str | Path, model: str) -> Path:
+    """Make a folder for a run. Two runs started in the same second get two folders.
+
+    Raises:
+        UserError: the folder cannot be made.
+    """
     name = f"{time.strftime('%Y%m%d-%H%M%S')}_{model}"
     for number in range(1, 1000):
         folder = Path(run_dir) / (name if number == 1 else f"{name}_{number}")
@@ -31,28 +35,28 @@ def new_run_folder(run_dir: str | Path, model: str) -> Path:
 
 
 def command() -> str:
-    """What a person types to start this very program, without passwords in addresses."""
+    """The command line that starts this program, without passwords in addresses."""
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     start = ["torchrun", f"--nproc-per-node={processes}"] if processes > 1 else ["python"]
-    arguments = [printable(public_address(argument)) for argument in sys.argv[1:]]
+    arguments = [sanitize(strip_credentials(argument)) for argument in sys.argv[1:]]
     return shlex.join([*start, Path(sys.argv[0]).name, *arguments])
 
 
-def printable(text: str) -> str:
-    """A text from outside, a file name say, without control characters and invalid bytes."""
+def sanitize(text: str) -> str:
+    """A text from outside, such as a file name, without control characters and invalid bytes."""
     text = text.encode("utf-8", "replace").decode()
     return "".join(character if character.isprintable() else "?" for character in text)
 
 
-def public_address(text: str) -> str:
-    """A network address without user, password and query; other texts as they are."""
+def strip_credentials(text: str) -> str:
+    """A network address without user, password and query; other texts are returned unchanged."""
     return re.sub(r"^(\w+://)(?:[^/?#]*@)?([^?#]*).*$", r"\1\2", text, flags=re.DOTALL)
 
 
-def record_session(folder: Path, device: str) -> None:
-    """Add to environment.json what makes a run's numbers: the exact command, versions, hardware.
+def log_environment(folder: Path, device: str) -> None:
+    """Add an entry to environment.json: exact command, versions, hardware and commit.
 
-    A resumed run has an entry for each time that it was started.
+    A resumed run has one entry per start.
     """
     packages = ("torch", "torchvision", "av", "numpy", "pandas", "scikit-learn")
     session = {
@@ -69,7 +73,7 @@ def record_session(folder: Path, device: str) -> None:
 
 
 def _commit() -> str | None:
-    """The commit of the code, with a + if files were changed since; None without git."""
+    """The commit of the code, followed by + if files were changed since; None without git."""
     git = ["git", "-C", str(Path(__file__).parent)]
     try:
         commit, changes = (

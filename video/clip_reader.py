@@ -1,157 +1,160 @@
-"""Which frames of a video make a clip."""
+"""Reading a clip: T frames of a video, chosen by a FrameSampler, and their motion if wanted."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 
 from video.container import ClipError, probe
 from video.decoder import read_frames
-from video.motion import Brought, flow_fields
+from video.motion import StoredMotion, flow_fields
 from video.motion_vectors import VectorReader
 
 Sampling = Literal["first", "uniform", "random"]
 
 
-def sample_indices(
-    n_available: int,
-    n_frames: int,
-    sampling: Sampling = "uniform",
-    draws: Sequence[float] | None = None,
-    view: tuple[int, int] = (0, 1),
-) -> list[int]:
-    """Which `n_frames` of `n_available` frames make the clip.
+@dataclass(frozen=True)
+class FrameSampler:
+    """Chooses `n_frames` frames per view of a video.
 
-    The clip is cut into `n_frames` equal segments and one frame is taken of each, as in Temporal
+    The video is cut into `n_frames` equal segments and one frame is taken from each, as in Temporal
     Segment Networks (Wang et al., arXiv:1608.00859, section 3.1).
 
-    - `first`: the first frames, what the data set's own code does;
+    - `first`: the first frames, as in the SLAM data set's own code;
     - `uniform`: the middle of each segment; view k of n takes the point (k + 1/2) / n instead, so
-      that the views of one clip see different frames;
-    - `random`: `draws[i]` in [0, 1) is the place inside segment i, for training.
+      that the views of a clip show different frames;
+    - `random`: a random point of each segment, for training.
 
-    A clip shorter than `n_frames` is taken whole, its last frame repeated, whatever the sampling.
+    A video shorter than `n_frames` is taken whole and its last frame repeated, whatever the
+    sampling.
     """
-    if n_available < 1:
-        raise ValueError("a clip without frames cannot be sampled")
-    if sampling == "first" or n_available <= n_frames:
-        return [min(i, n_available - 1) for i in range(n_frames)]
-    if sampling == "uniform":
-        number, count = view
-        draws = [(number + 0.5) / count] * n_frames
-    elif sampling != "random":
-        raise ValueError(f"sampling must be first, uniform or random, not {sampling!r}")
-    elif draws is None or len(draws) != n_frames:
-        raise ValueError("random sampling needs one draw a frame")
-    # int() after the sum: segments may have unequal whole lengths, no frame is left out for ever.
-    return [int((i + draws[i]) * n_available / n_frames) for i in range(n_frames)]
+
+    n_frames: int = 16
+    sampling: Sampling = "uniform"
+    views: int = 1
+
+    def indices(self, n_available: int, offsets: Sequence[float] | None = None) -> list[int]:
+        """The frame numbers of all views, one view after another.
+
+        Args:
+            n_available: number of frames in the video.
+            offsets: for random sampling, one number in [0, 1) per segment: the point in the
+                segment.
+        """
+        return [i for view in range(self.views) for i in self._of_view(n_available, offsets, view)]
+
+    def _of_view(self, n_available: int, offsets: Sequence[float] | None, view: int) -> list[int]:
+        n = self.n_frames
+        if n_available < 1:
+            raise ValueError("a clip without frames cannot be sampled")
+        if self.sampling == "first" or n_available <= n:
+            return [min(i, n_available - 1) for i in range(n)]
+        if self.sampling == "uniform":
+            offsets = [(view + 0.5) / self.views] * n
+        elif self.sampling != "random":
+            raise ValueError(f"sampling must be first, uniform or random, not {self.sampling!r}")
+        elif offsets is None or len(offsets) != n:
+            raise ValueError("random sampling needs one offset per frame")
+        # int() after the sum: segments may have unequal lengths, and no frame is left out for ever.
+        return [int((i + offsets[i]) * n_available / n) for i in range(n)]
 
 
-def clip_indices(
-    n_available: int,
-    n_frames: int,
-    sampling: Sampling = "uniform",
-    draws: Sequence[float] | None = None,
-    views: int = 1,
-) -> list[int]:
-    """The frames of all views of a clip, view after view; see `sample_indices`."""
-    return [
-        index
-        for number in range(views)
-        for index in sample_indices(n_available, n_frames, sampling, draws, (number, views))
-    ]
+class DecodedClip(NamedTuple):
+    """The frames of a clip, one view after another, and their motion."""
+
+    rgb: np.ndarray
+    """`(views * n_frames, H, W, 3)` uint8"""
+    motion: np.ndarray | None = None
+    """`(views * n_frames, 2, h, w)` uint8 codes, see motion.py; None if not asked for"""
 
 
 def read_clip(
     path: str | Path,
-    n_frames: int = 16,
-    sampling: Sampling = "uniform",
+    sampler: FrameSampler | None = None,
     size: int | None = 224,
-    draws: Sequence[float] | None = None,
-    views: int = 1,
-) -> np.ndarray:
-    """A clip of `n_frames` frames, `(views * n_frames, size, size, 3)` uint8, view after view.
-
-    See `sampling.sample_indices` for the sampling and `read_frames` for everything else.
-    """
-
-    def choose(n_available: int) -> list[int]:
-        return clip_indices(n_available, n_frames, sampling, draws, views)
-
-    return read_frames(path, choose, size, stop_after=n_frames if sampling == "first" else None)
-
-
-def read_with_motion(
-    path: str | Path, choose: Callable[[int], Sequence[int]], size: int, inputs: Brought
-) -> tuple[np.ndarray, np.ndarray | None]:
-    """The chosen frames of a file, `(n, size, size, 3)` uint8 RGB, and their motion.
+    offsets: Sequence[float] | None = None,
+    motion: StoredMotion | None = None,
+) -> DecodedClip:
+    """Decode the frames of a clip.
 
     Args:
-        inputs: decides how the motion is measured: `(n, 2, h, w)` uint8, see motion.py, or None.
+        sampler: chooses the frames (None: 16 evenly spaced ones).
+        size: frames are squeezed to `size` x `size` pixels (None: their own size, without motion).
+        offsets: see `FrameSampler.indices`.
+        motion: also measure the motion of the frames in this way.
 
     Raises:
-        ClipError: as for `video.read_frames`, or the file has no motion vectors to read.
+        ClipError: see `read_frames`; or the file holds no motion vectors.
     """
-    if inputs == "rgb":
-        return read_frames(path, choose, size), None
-    chosen: list[int] = []
-
-    def remember(count: int) -> list[int]:
-        chosen[:] = choose(count)
-        return list(chosen)
-
-    if inputs == "rgb+vectors":
-        vectors = VectorReader(Path(path), size)
-        frames = read_frames(path, remember, size, vectors=vectors)
-        return frames, vectors.fields(chosen)
-
-    frames = read_frames(path, lambda count: with_previous(remember(count)), size)
-    by_number = dict(zip(with_previous(chosen), frames, strict=True))
-    distinct = sorted(set(chosen))
-    pairs = ((by_number[max(0, number - 1)], by_number[number]) for number in distinct)
-    fields = dict(zip(distinct, flow_fields(pairs, size), strict=True))
-    return np.stack([by_number[n] for n in chosen]), np.stack([fields[n] for n in chosen])
-
-
-def with_previous(numbers: Sequence[int]) -> list[int]:
-    """Frames and the ones before them, in order."""
-    return sorted({max(0, number - back) for number in numbers for back in (0, 1)})
-
-
-def read_motion_clip(
-    path: str | Path,
-    n_frames: int,
-    sampling: Sampling,
-    size: int,
-    draws: Sequence[float] | None,
-    views: int,
-    inputs: Brought,
-) -> tuple[np.ndarray, np.ndarray | None]:
-    """`video.read_clip` with motion: frames and fields of a clip, view after view."""
+    sampler = sampler or FrameSampler()
 
     def choose(n_available: int) -> list[int]:
-        return clip_indices(n_available, n_frames, sampling, draws, views)
+        return sampler.indices(n_available, offsets)
 
-    return read_with_motion(path, choose, size, inputs)
+    if motion is None:
+        stop_after = sampler.n_frames if sampler.sampling == "first" else None
+        return DecodedClip(read_frames(path, choose, size, stop_after))
+    return read_frames_and_motion(path, choose, size, motion)
 
 
-def seen_frame_rate(
-    paths: Sequence[Path], n_frames: int, sampling: Sampling, most: int = 50
-) -> float | None:
-    """Frames a second of the clips that a model is given, the median over some of these files.
+def read_frames_and_motion(
+    path: str | Path,
+    choose: Callable[[int], Sequence[int]],
+    size: int,
+    motion: StoredMotion | None,
+) -> DecodedClip:
+    """The chosen frames of a file and their motion; `choose` is that of `read_frames`.
+
+    Raises:
+        ClipError: see `read_frames`; or the file holds no motion vectors.
+    """
+    if motion is None:
+        return DecodedClip(read_frames(path, choose, size))
+    chosen: list[int] = []
+
+    def choose_and_keep(n_available: int) -> list[int]:
+        chosen[:] = choose(n_available)
+        return list(chosen)
+
+    if motion == "mv":
+        vectors = VectorReader(Path(path), size)
+        frames = read_frames(path, choose_and_keep, size, vectors=vectors)
+        return DecodedClip(frames, vectors.fields(chosen))
+
+    frames = read_frames(path, lambda n: with_previous(choose_and_keep(n)), size)
+    by_index = dict(zip(with_previous(chosen), frames, strict=True))
+    distinct = sorted(set(chosen))
+    pairs = ((by_index[max(0, index - 1)], by_index[index]) for index in distinct)
+    fields = dict(zip(distinct, flow_fields(pairs, size), strict=True))
+    return DecodedClip(
+        np.stack([by_index[i] for i in chosen]), np.stack([fields[i] for i in chosen])
+    )
+
+
+def with_previous(indices: Sequence[int]) -> list[int]:
+    """The given frame numbers and those of the frames before them, in order."""
+    return sorted({max(0, index - back) for index in indices for back in (0, 1)})
+
+
+def effective_fps(paths: Sequence[Path], sampler: FrameSampler, most: int = 50) -> float | None:
+    """Frames per second that a model sees of these clips: the median over at most `most` files.
+
+    A model that was trained on 16 frames of clips of 1.2 s must be shown whole videos at 13 frames
+    per second.
 
     Returns:
-        None if no file tells its rate.
+        None if no file tells its frame rate.
     """
     rates = []
     for path in paths[:: max(1, len(paths) // most)]:
         try:
-            facts = probe(path)
+            metadata = probe(path)
         except ClipError:
             continue
-        if facts.seconds and sampling == "first":
-            rates.append(facts.rate)
-        elif facts.seconds:  # all frames of a short clip, n_frames of a long one
-            rates.append(min(n_frames, facts.frames) / facts.seconds)
+        if metadata.seconds and sampler.sampling == "first":
+            rates.append(metadata.rate)
+        elif metadata.seconds:  # all frames of a short clip, n_frames of a long one
+            rates.append(min(sampler.n_frames, metadata.frames) / metadata.seconds)
     return float(np.median(rates)) if rates else None

@@ -1,8 +1,4 @@
-"""Opening video files, and what can be told of one without decoding it.
-
-Besides video.py, which reads the frames, motion_vectors.py and peers.py the only module that
-imports av.
-"""
+"""Opening video files, reading their metadata, and converting decoded frames to RGB."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,11 +11,14 @@ from av.video.reformatter import Interpolation
 
 from utils.errors import UserError
 
-# A frame this large is a decompression bomb, not an endoscope: 8K is 33 million pixels.
+LUMA = (0.299, 0.587, 0.114)
+"""weights of red, green and blue in the brightness of a pixel: ITU-R BT.601, as in torchvision"""
+
+# Larger frames are decompression bombs and do not come from an endoscope: 8K is 33 million pixels.
 MAX_PIXELS = 8192 * 4608
 
-# Containers that hold video. Playlists (HLS, DASH, concat, SDP) are left out: they make the reader
-# open whatever other file or address they name.
+# Container formats that are opened. Playlists (HLS, DASH, concat, SDP) are left out, because the
+# reader would open any file or address that they name.
 FORMATS = (
     "mov,mp4,3gp,matroska,webm,avi,asf,flv,mpegts,mpeg,mpegvideo,ivf,ogg,gif,apng,h263,h264,hevc,"
     "m4v,obu,mjpeg,dv,gxf,mxf,nut,rm,swf,vob,wtv,yuv4mpegpipe"
@@ -29,44 +28,49 @@ DECODING_ERRORS = (av.FFmpegError, ValueError, MemoryError)
 
 
 class ClipError(UserError):
-    """A clip file that cannot be read, with the path and the reason."""
+    """A clip cannot be read; the message is its path and the reason."""
 
     def __init__(self, path: str | Path, reason: str) -> None:
         super().__init__(f"{path}: {reason}")
         self.path = str(path)
         self.reason = reason
 
-    def __reduce__(self) -> tuple:  # exceptions cross from a DataLoader worker as pickles
+    def __reduce__(self) -> tuple:  # a worker process sends exceptions as pickles
         return type(self), (self.path, self.reason)
 
 
-class VideoFacts(NamedTuple):
-    """What a file says of its video."""
+class VideoMetadata(NamedTuple):
+    """Metadata of a file's first video stream."""
 
     frames: int
-    """packets with a picture, counted"""
+    """number of non-empty packets"""
     seconds: float
-    """`frames / rate`"""
+    """duration, `frames / rate`; 0 if the rate is unknown"""
     rate: float
-    """frames a second on average, 0 if unknown"""
+    """average frames per second, 0 if unknown"""
     width: int
     height: int
     codec: str
 
 
-# Non-UTF-8 metadata (old cameras, other languages) is no reason to refuse a clip. PyAV decodes it
-# when opening and must be told so; since 19 the option is gone, and nothing needs it.
+# A clip with metadata that is not UTF-8 (old cameras, other languages) can still be read. PyAV
+# decodes the metadata when it opens a file and needs this option up to version 18.
 TOLERANT = {"metadata_errors": "replace"} if int(av.__version__.split(".")[0]) < 19 else {}
 
 
 def open_video(path: Path) -> av.container.InputContainer:
-    # The absolute path: "concat:a|b" or "http://x" in a manifest stays a file name.
+    """Open a file; formats and protocols that can reach other files are switched off."""
+    # With the absolute path "concat:a|b" or "http://x" in a manifest stays a file name.
     options = {"format_whitelist": FORMATS, "protocol_whitelist": "file"}
     return av.open(str(path.absolute()), options=options, **TOLERANT)
 
 
 def video_streams(container: av.container.InputContainer, path: Path) -> list[tuple[int, int]]:
-    """(number, expected frames) of the file's video streams, cover pictures left out."""
+    """(stream index, number of frames in the header) of each video stream that is no cover image.
+
+    Raises:
+        ClipError: there is no video stream, or none with a known codec.
+    """
     streams = [
         stream
         for stream in container.streams.video
@@ -81,10 +85,10 @@ def video_streams(container: av.container.InputContainer, path: Path) -> list[tu
 
 
 def decoding_stream(container: av.container.InputContainer, index: int) -> av.VideoStream:
-    """A stream, set to be decoded on one thread.
+    """The stream with this index, set up for decoding on one thread.
 
-    One thread a worker: FFmpeg's thread pools beside PyTorch's can deadlock (PyAV issues 1849, 1861
-    and 1962), and with several workers they gain nothing.
+    FFmpeg's thread pools can deadlock beside those of PyTorch (PyAV issues 1849, 1861 and 1962),
+    and with several worker processes they gain nothing.
     """
     stream = container.streams[index]
     stream.thread_type = "NONE"
@@ -94,16 +98,16 @@ def decoding_stream(container: av.container.InputContainer, index: int) -> av.Vi
 
 
 def decode(path: Path, index: int) -> Iterator[av.VideoFrame]:
-    """All frames of stream `index` in decode order."""
+    """Yield all frames of stream `index` in the order in which the decoder returns them."""
     with open_video(path) as container:
         yield from container.decode(decoding_stream(container, index))
 
 
-def probe(path: Path) -> VideoFacts:
-    """What a file says of its first video stream; its packets are counted, nothing is decoded.
+def probe(path: Path) -> VideoMetadata:
+    """The metadata of a file's first video stream. Packets are counted; nothing is decoded.
 
     Raises:
-        ClipError: no such file, no video in it, or it breaks off.
+        ClipError: there is no such file, it holds no video, or it breaks off.
     """
     require_file(path)
     try:
@@ -114,34 +118,37 @@ def probe(path: Path) -> VideoFacts:
             rate = float(stream.average_rate or stream.guessed_rate or 0)
             frames = sum(1 for packet in container.demux(stream) if packet.size)
             size = context.width, context.height
-            return VideoFacts(frames, frames / rate if rate else 0.0, rate, *size, context.name)
+            return VideoMetadata(frames, frames / rate if rate else 0.0, rate, *size, context.name)
     except DECODING_ERRORS as error:
         raise ClipError(path, f"cannot be read: {reason(error)}") from error
 
 
 def count_packets(path: Path, index: int) -> int:
+    """The number of non-empty packets of stream `index`."""
     with open_video(path) as container:
         return sum(1 for packet in container.demux(container.streams[index]) if packet.size)
 
 
 def require_file(path: Path) -> None:
-    """Raise a ClipError unless there is a file; also keeps out pipes, which block for ever."""
+    """Raise a ClipError unless the path is a regular file. Opening a pipe would block for ever."""
     if not path.is_file():
         raise ClipError(path, "no such file" if not path.exists() else "not a file")
 
 
 def reason(error: BaseException) -> str:
-    """FFmpeg's words without its number and without the path, which the caller names already."""
-    words = getattr(error, "strerror", None) or str(error) or type(error).__name__
-    return words[0].lower() + words[1:]
+    """FFmpeg's error message without its number and the path, which the caller adds."""
+    message = getattr(error, "strerror", None) or str(error) or type(error).__name__
+    return message[0].lower() + message[1:]
 
 
 def to_rgb(frame: av.VideoFrame, size: int | tuple[int, int] | None) -> np.ndarray:
-    """`(H, W, 3)` uint8 RGB, upright. The frame's own colour matrix and range are used.
+    """A decoded frame as `(H, W, 3)` uint8 RGB, upright.
+
+    The frame's own colour matrix and range are used.
 
     Args:
-        size: of a side of the square that it is squeezed to, or (width, height) before it is turned
-            upright, or None: as it is.
+        size: side of the square that the frame is squeezed to; or (width, height), before the
+            frame is rotated upright; or None to keep its size.
     """
     width, height = (size, size) if isinstance(size, int) else size or (frame.width, frame.height)
     rgb = frame.reformat(
@@ -153,5 +160,5 @@ def to_rgb(frame: av.VideoFrame, size: int | tuple[int, int] | None) -> np.ndarr
         src_color_range=frame.color_range,
         threads=1,
     ).to_ndarray()
-    # rotation is in degrees counter-clockwise, as np.rot90 counts quarters
+    # rotation is counter-clockwise in degrees; np.rot90 takes the number of quarter turns
     return np.rot90(rgb, round(frame.rotation / 90)) if frame.rotation else rgb

@@ -1,12 +1,12 @@
-"""Reading and writing clips; video_file.py opens the files.
+"""Decoding chosen frames of a video file.
 
-Frames are found by counting, never by a header's frame count or by looking up time stamps: real
-files lie about both. Frames keep the order in which the decoder puts them out; some AVI files carry
-time stamps that run backwards, and sorting by them scrambles the clip.
+Frames are numbered by counting the decoder's output. The frame count in a header and the timestamps
+are often wrong in real files: in some AVI files the timestamps run backwards, and sorting by them
+would scramble the clip.
 
-Of a usual H.264 file only what the wanted frames need is decoded (`_read_needed`), of any other
-file everything (`_read_stream`): the frames are the same. What is not decoded is not checked
-either: damage in a picture that nobody needs goes unnoticed.
+Of a usual H.264 file only the packets that the wanted frames depend on are decoded
+(`_read_needed`), of any other file all packets (`_read_stream`). Both give the same frames. Damage
+in packets that are not decoded is not noticed.
 """
 
 import math
@@ -41,24 +41,24 @@ def read_frames(
 ) -> np.ndarray:
     """Decode the chosen frames of a file.
 
+    The file's rotation is applied. The pixel aspect ratio is not, because the frames are squeezed
+    into a square anyway. Memory is bounded by the chosen frames, whatever the length of the file.
+
     Args:
-        choose: maps the number of frames in the file to the wanted frame numbers; called again if
-            the header's number turns out wrong, so it must be a pure function.
-        size: frames are squeezed to `size` x `size` pixels while the colours are converted, by one
-            resizer (swscale, bilinear with support widened when shrinking) for all of the project.
-            None keeps the file's own size.
-        stop_after: count no further than this many frames.
-        vectors: is shown every frame that is kept, to take its motion; not with stop_after.
+        choose: maps the number of frames in the file to the wanted frame numbers. It is called
+            again if the number in the header was wrong, so it must be a pure function.
+        size: frames are squeezed to `size` x `size` pixels during the colour conversion, by swscale
+            (bilinear, with wider support when shrinking). None keeps the file's own size.
+        stop_after: count at most this many frames.
+        vectors: receives every frame that is kept, to read its motion vectors; not together with
+            stop_after.
 
     Returns:
         `(len(choose(n)), size, size, 3)` uint8 RGB.
 
     Raises:
-        ClipError: no such file, no video in it, it breaks off before its end, or most of the
-            wanted frames are damaged.
-
-    The file's rotation is applied; pixel shape is not, since the target is square anyway. Memory is
-    bounded by the chosen frames, however many the file has.
+        ClipError: there is no such file, it holds no video, it breaks off before its end, or most
+            of the wanted frames are damaged.
     """
     path = Path(path)
     require_file(path)
@@ -79,30 +79,30 @@ def read_frames(
 
 
 def check_video(path: str | Path) -> str | None:
-    """Decode every frame of a file, also those that no sampling asks for.
+    """Decode every frame of a file, to find damage anywhere in it.
 
     Returns:
-        What is wrong with it in a few words, or None.
+        The problem in a few words, or None.
     """
     path = Path(path)
-    found = damaged = 0
+    count = damaged = 0
     try:
         require_file(path)
         with open_video(path) as container:
             streams = video_streams(container, path)
         for index, _ in streams:
             for frame in decode(path, index):
-                found += 1
+                count += 1
                 damaged += frame.is_corrupt
-            if found:
+            if count:
                 break
     except ClipError as error:
         return error.reason
     except DECODING_ERRORS as error:
-        return f"breaks off after {found} frames: {reason(error)}" if found else reason(error)
+        return f"breaks off after {count} frames: {reason(error)}" if count else reason(error)
     if damaged:
-        return f"{damaged} of {found} frames are damaged"
-    return None if found else "holds no video frames"
+        return f"{damaged} of {count} frames are damaged"
+    return None if count else "holds no video frames"
 
 
 def _read_needed(
@@ -113,10 +113,10 @@ def _read_needed(
     size: int | None,
     vectors: VectorReader | None,
 ) -> np.ndarray | None:
-    """The chosen frames of an H.264 stream, decoding only what they need; see h264.py.
+    """The chosen frames of an H.264 stream, decoding only the packets they need; see h264.py.
 
-    Equal to `_read_stream` bit for bit. None wherever anything is unusual, in the file or in what
-    the decoder puts out: then that one has a look at it.
+    The result equals that of `_read_stream` bit for bit. It is None if anything is unusual, in the
+    file or in the decoder's output; the caller then uses `_read_stream`.
     """
     try:
         stream = decoding_stream(container, index)
@@ -129,24 +129,25 @@ def _read_needed(
         wanted = list(choose(len(pictures)))
         decode = h264.needed(pictures, numbers, wanted)
         if vectors is not None:
-            kinds = (one.kind for one in pictures)
-            vectors.begin(zip(numbers, (k is not h264.Kind.DISPOSABLE for k in kinds), strict=True))
+            references = (p.kind is not h264.Kind.DISPOSABLE for p in pictures)
+            vectors.begin(zip(numbers, references, strict=True))
             vectors.export(stream)
-        by_pts = {one.pts: number for one, number in zip(pictures, numbers, strict=True)}
+        number_of = {p.pts: number for p, number in zip(pictures, numbers, strict=True)}
         kept: dict[int, np.ndarray] = {}
-        seen, latest = 0, -math.inf
+        count, last_pts = 0, -math.inf
         for frame in _decode_needed(container, stream, pictures, decode):
-            if frame.is_corrupt or frame.interlaced_frame or frame.pts <= latest:
+            if frame.is_corrupt or frame.interlaced_frame or frame.pts <= last_pts:
                 return None
-            seen, latest = seen + 1, frame.pts
-            if by_pts[frame.pts] in wanted:
-                kept[by_pts[frame.pts]] = to_rgb(frame, size)
+            count, last_pts = count + 1, frame.pts
+            number = number_of[frame.pts]
+            if number in wanted:
+                kept[number] = to_rgb(frame, size)
                 if vectors is not None:
-                    vectors.keep(by_pts[frame.pts], frame)
+                    vectors.keep(number, frame)
     except (*DECODING_ERRORS, LookupError, TypeError):
         return None
     same_size = len({frame.shape for frame in kept.values()}) == 1
-    if seen != sum(decode) or kept.keys() != set(wanted) or not same_size:
+    if count != sum(decode) or kept.keys() != set(wanted) or not same_size:
         return None
     return np.stack([kept[number] for number in wanted])  # (T, H, W, 3)
 
@@ -154,16 +155,16 @@ def _read_needed(
 def _pictures(
     container: av.container.InputContainer, stream: av.VideoStream
 ) -> list[h264.Picture] | None:
-    """The packets of an H.264 stream, or None if it is none or there is anything unusual."""
+    """The pictures of an H.264 stream, or None for other streams and if anything is unusual."""
     context = stream.codec_context
     length_size = h264.length_size(context.extradata) if context.name == "h264" else None
     if length_size is None:
         return None
     pictures = []
     for packet in container.demux(stream):
-        if not packet.size and packet.pts is None:  # the end
+        if not packet.size and packet.pts is None:  # the empty packet at the end
             continue
-        # Discarded: an edit list cuts it out. New extradata: the stream changes in the middle.
+        # An edit list discards packets; with new extradata the stream changes in the middle.
         unusual = packet.is_discard or packet.is_corrupt or packet.has_sidedata("new_extradata")
         if unusual or packet.pts is None:
             return None
@@ -180,24 +181,24 @@ def _decode_needed(
     pictures: Sequence[h264.Picture],
     decode: Sequence[bool],
 ) -> Iterator[av.VideoFrame]:
-    """Read the stream again from its start and decode the packets that `decode` marks.
+    """Read the stream again from its start and decode the packets that are marked in `decode`.
 
     Raises:
-        LookupError: its packets are not the same this time.
+        LookupError: the packets differ from those of the first reading.
     """
     container.seek(-(2**40), stream=stream)
-    last = max(place for place, needed in enumerate(decode) if needed)
+    last = max(index for index, needed in enumerate(decode) if needed)
     skipping = False
-    for place, packet in enumerate(container.demux(stream)):
-        if packet.pts != pictures[place].pts:
+    for index, packet in enumerate(container.demux(stream)):
+        if packet.pts != pictures[index].pts:
             raise LookupError("seeking did not lead back to the start")
-        if decode[place]:
-            if skipping and pictures[place].kind is h264.Kind.IDR:
-                yield from stream.codec_context.decode(None)  # what the group before it still holds
+        if decode[index]:
+            if skipping and pictures[index].kind is h264.Kind.IDR:
+                yield from stream.codec_context.decode(None)  # frames of the group before it
                 stream.codec_context.flush_buffers()
             yield from packet.decode()
-        skipping = not decode[place]
-        if place == last:
+        skipping = not decode[index]
+        if index == last:
             break
     yield from stream.codec_context.decode(None)
 
@@ -211,24 +212,24 @@ def _read_stream(
     stop_after: int | None,
     vectors: VectorReader | None,
 ) -> np.ndarray | None:
-    """The chosen frames of one stream, or None where it has none.
+    """The chosen frames of one stream, or None if it has no frames.
 
-    The header's frame count is only a guess at what to keep while decoding. The pass counts what
-    really came; where the guess was wrong the frames are chosen anew and read in a second pass.
+    Frames are chosen by the frame count of the header. If decoding gives another count, they are
+    chosen again and read in a second pass.
     """
     count = min(expected or count_packets(path, index), stop_after or math.inf)
     for _ in range(2):
         wanted = choose(count) if count else []
-        kept, found, damaged = _keep(path, index, set(wanted), size, stop_after, vectors)
-        if found == 0:
+        kept, decoded, damaged = _keep(path, index, set(wanted), size, stop_after, vectors)
+        if decoded == 0:
             return None
-        if found == count or list(choose(found)) == list(wanted):
-            if damaged > len(kept) / 2:  # the decoder filled them in: grey, green or smeared
+        if decoded == count or list(choose(decoded)) == list(wanted):
+            if damaged > len(kept) / 2:  # such frames are grey, green or smeared
                 raise ClipError(path, f"{damaged} of {len(kept)} frames are damaged or encrypted")
             if len({frame.shape for frame in kept.values()}) > 1:
                 raise ClipError(path, "the frame size changes inside the clip: give a size")
             return np.stack([kept[number] for number in wanted])  # (T, H, W, 3)
-        count = found
+        count = decoded
     raise ClipError(path, "the number of frames differs from one reading to the next")
 
 
@@ -240,21 +241,21 @@ def _keep(
     stop_after: int | None,
     vectors: VectorReader | None,
 ) -> tuple[dict[int, np.ndarray], int, int]:
-    """Decode a stream: the wanted frames, how many it has, how many wanted ones are damaged."""
+    """Decode a stream: its wanted frames, the number of all frames, and of damaged wanted ones."""
     kept: dict[int, np.ndarray] = {}
-    found = damaged = 0
+    count = damaged = 0
     try:
         for frame in decode(path, index) if vectors is None else vectors.decode(path, index):
-            if found in wanted:
-                kept[found] = to_rgb(frame, size)
+            if count in wanted:
+                kept[count] = to_rgb(frame, size)
                 if vectors is not None:
-                    vectors.keep(found, frame)
+                    vectors.keep(count, frame)
                 damaged += frame.is_corrupt
-            found += 1
-            if found == stop_after:
+            count += 1
+            if count == stop_after:
                 break
     except DECODING_ERRORS as error:
-        if found == 0:
+        if count == 0:
             raise
-        raise ClipError(path, f"breaks off after {found} frames: {reason(error)}") from error
-    return kept, found, damaged
+        raise ClipError(path, f"breaks off after {count} frames: {reason(error)}") from error
+    return kept, count, damaged

@@ -1,13 +1,4 @@
-"""Reading and writing clips; video_file.py opens the files.
-
-Frames are found by counting, never by a header's frame count or by looking up time stamps: real
-files lie about both. Frames keep the order in which the decoder puts them out; some AVI files carry
-time stamps that run backwards, and sorting by them scrambles the clip.
-
-Of a usual H.264 file only what the wanted frames need is decoded (`_read_needed`), of any other
-file everything (`_read_stream`): the frames are the same. What is not decoded is not checked
-either: damage in a picture that nobody needs goes unnoticed.
-"""
+"""Writing videos as H.264, and compressing frames with it."""
 
 import io
 from collections.abc import Iterable
@@ -29,8 +20,10 @@ def write_video(
 ) -> None:
     """Write `(H, W, 3)` uint8 RGB frames as H.264; `path` appears only when it is complete.
 
-    `lossless` keeps RGB exactly (libx264rgb), for tests; otherwise H and W must be even (4:2:0).
-    `group` is the largest distance of keyframes.
+    Args:
+        rate: frames per second.
+        lossless: keep RGB exactly (libx264rgb), for tests. Otherwise H and W must be even (4:2:0).
+        group: largest distance between keyframes.
     """
     crf = 0 if lossless else 20
     with atomic(path) as unfinished, av.open(str(unfinished.absolute()), "w") as container:
@@ -38,7 +31,11 @@ def write_video(
 
 
 def recompress(frames: np.ndarray, crf: int) -> np.ndarray:
-    """`(T, H, W, 3)` uint8 RGB after H.264 with this crf (0 to 51, larger is worse) and back."""
+    """Compress frames with H.264 and decode them again: `(T, H, W, 3)` uint8 RGB to the same.
+
+    Args:
+        crf: constant rate factor, 0 to 51; a larger one is worse.
+    """
     height, width = frames.shape[1:3]
     even = np.pad(frames, ((0, 0), (0, height % 2), (0, width % 2), (0, 0)), "edge")  # 4:2:0
     file = io.BytesIO()
@@ -46,8 +43,9 @@ def recompress(frames: np.ndarray, crf: int) -> np.ndarray:
         _encode(container, even, crf=crf)
     file.seek(0)
     with av.open(file) as container:
-        back = [to_rgb(frame, None) for frame in container.decode(decoding_stream(container, 0))]
-    return np.stack(back)[:, :height, :width]  # (T, H, W, 3)
+        decoded = container.decode(decoding_stream(container, 0))
+        result = [to_rgb(frame, None) for frame in decoded]
+    return np.stack(result)[:, :height, :width]  # (T, H, W, 3)
 
 
 def _encode(
@@ -58,16 +56,16 @@ def _encode(
     group: int = 250,
     rgb: bool = False,
 ) -> None:
-    """Encode frames as H.264, on one thread: the same frames always give the same bytes."""
+    """Encode frames as H.264 on one thread, so that the same frames always give the same bytes."""
     codec, pixels = ("libx264rgb", "rgb24") if rgb else ("libx264", "yuv420p")
     options = {"crf": str(crf), "preset": "veryfast", "threads": "1", "g": str(group)}
-    # Otherwise x264's AVX-512 code is not deterministic: the same frames gave up to 5 streams.
+    # x264's AVX-512 code is not deterministic: without this, the same frames gave up to 5 streams.
     options["x264-params"] = "cpu-independent=1"
     stream = container.add_stream(codec, rate=rate, options=options)
     stream.pix_fmt = pixels
     for number, frame in enumerate(frames):
         if number == 0:
             stream.height, stream.width = frame.shape[:2]
-        picture = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")
-        container.mux(stream.encode(picture))
+        video_frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")
+        container.mux(stream.encode(video_frame))
     container.mux(stream.encode(None))

@@ -1,10 +1,10 @@
-"""Which packets of an H.264 stream must be decoded to see certain frames. Nothing is decoded here.
+"""Finds the packets of an H.264 stream that must be decoded to get certain frames.
 
 Most frames of a usual file are disposable: no other frame is predicted from them (every slice has
-nal_ref_idc 0; ITU-T H.264, 7.4.1). Those that nobody wants need not be decoded at all. Nor does a
-group of pictures without a wanted frame, nor its rest after the last wanted one: the next group
-starts at an IDR picture, which forgets everything before it. What is left is decoded exactly as if
-everything were.
+nal_ref_idc 0; ITU-T H.264, 7.4.1). Disposable frames that are not wanted need not be decoded. The
+same holds for a group of pictures without a wanted frame, and for the rest of a group after its
+last wanted frame, because the next group starts at an IDR picture, which depends on nothing before
+it. The wanted frames come out exactly as if everything were decoded.
 """
 
 from collections.abc import Collection, Sequence
@@ -19,11 +19,11 @@ _HARMLESS = {6, 9, 12}  # supplemental information, access unit delimiter, fille
 
 
 class Kind(Enum):
-    """What a packet's picture is to the pictures after it."""
+    """How the pictures that follow in decoding order depend on a picture."""
 
-    IDR = "they need nothing from before it"
-    REFERENCE = "they may need it"
-    DISPOSABLE = "they do not need it"
+    IDR = "they depend on nothing before it"
+    REFERENCE = "they may depend on it"
+    DISPOSABLE = "they do not depend on it"
 
 
 class Picture(NamedTuple):
@@ -31,25 +31,25 @@ class Picture(NamedTuple):
 
     pts: int
     kind: Kind
-    parameters: frozenset[int]  # which parameter sets it brings along
+    parameters: frozenset[int]  # types of the parameter sets in the packet
 
 
 def length_size(avcc: bytes | None) -> int | None:
-    """How many bytes tell a NAL unit's length, from a container's avcC record.
+    """The number of bytes of a NAL unit's length field, from a container's avcC record.
 
-    None if it is not one: then units are found by start codes, or the stream is not H.264.
+    None if the record is no avcC: then units are found by start codes, or it is not H.264.
     """
     return (avcc[4] & 3) + 1 if avcc and len(avcc) > 6 and avcc[0] == 1 else None
 
 
 def picture(pts: int, packet: bytes | memoryview, length_size: int) -> Picture | None:
-    """Look at a packet's NAL units. None if there is anything unusual about them."""
+    """The picture in a packet, from its NAL units; None if anything about them is unusual."""
     kinds, parameters = set(), set()
-    place, end = 0, len(packet)
-    while place + length_size < end:
-        length = int.from_bytes(packet[place : place + length_size], "big")
-        place += length_size
-        header = packet[place]
+    position, end = 0, len(packet)
+    while position + length_size < end:
+        length = int.from_bytes(packet[position : position + length_size], "big")
+        position += length_size
+        header = packet[position]
         unit, reference = header & 31, bool(header >> 5 & 3)
         if unit in (_SLICE, _IDR_SLICE):
             kinds.add((unit, reference))
@@ -57,8 +57,8 @@ def picture(pts: int, packet: bytes | memoryview, length_size: int) -> Picture |
             parameters.add(unit)
         elif unit not in _HARMLESS:
             return None
-        place += max(1, length)
-    if place != end or len(kinds) != 1:
+        position += max(1, length)
+    if position != end or len(kinds) != 1:
         return None
     ((unit, reference),) = kinds
     if unit == _IDR_SLICE:
@@ -71,44 +71,45 @@ def picture(pts: int, packet: bytes | memoryview, length_size: int) -> Picture |
 def is_reference(packet: bytes, length_size: int | None) -> bool:
     """Whether other pictures may be predicted from a packet's picture, by its first slice.
 
-    `length_size` as from the function of that name: None where units are found by start codes.
+    Args:
+        length_size: result of `length_size`; None where units are found by start codes.
     """
-    place = 0
+    position = 0
     while True:
         if length_size is None:
-            place = packet.find(b"\0\0\1", place) + 3
+            position = packet.find(b"\0\0\1", position) + 3
             length = 1
         else:
-            length = int.from_bytes(packet[place : place + length_size], "big")
-            place += length_size
-        if place < (length_size or 3) or place >= len(packet):
-            return True  # no slice in it: who knows
-        if _SLICE <= packet[place] & 31 <= _IDR_SLICE:
-            return bool(packet[place] >> 5 & 3)
-        place += max(1, length)
+            length = int.from_bytes(packet[position : position + length_size], "big")
+            position += length_size
+        if position < (length_size or 3) or position >= len(packet):
+            return True  # without a slice it is unknown
+        if _SLICE <= packet[position] & 31 <= _IDR_SLICE:
+            return bool(packet[position] >> 5 & 3)
+        position += max(1, length)
 
 
 def frame_numbers(pictures: Sequence[Picture]) -> list[int] | None:
-    """Each packet's place in display order.
+    """The frame number of each packet, in display order.
 
-    None where the time stamps do not tell it for sure: two are equal, the stream does not start at
-    an IDR picture, or time runs backwards from one IDR picture to the next.
+    None if the timestamps do not determine it: two are equal, the stream does not start at an IDR
+    picture, or time runs backwards from one IDR picture to the next.
     """
-    order = sorted(range(len(pictures)), key=lambda place: pictures[place].pts)
+    order = sorted(range(len(pictures)), key=lambda index: pictures[index].pts)
     numbers = [0] * len(pictures)
-    for number, place in enumerate(order):
-        numbers[place] = number
-    if len({one.pts for one in pictures}) < len(pictures):
+    for number, index in enumerate(order):
+        numbers[index] = number
+    if len({picture.pts for picture in pictures}) < len(pictures):
         return None
     groups = _groups(pictures)
     if not groups or groups[0].start != 0:
         return None
     if any(numbers[g.start] != g.start or max(numbers[g.start : g.stop]) >= g.stop for g in groups):
         return None
-    brought = {pictures[group.start].parameters for group in groups}
-    loose = any(one.parameters for one in pictures if one.kind is not Kind.IDR)
-    # Parameter sets inside the stream must come with every group: a group may be left out.
-    if loose or len(brought) > 1 or len(next(iter(brought))) == 1:
+    # Any group may be left out. So parameter sets must come with every group, or with none.
+    in_idr = {pictures[group.start].parameters for group in groups}
+    elsewhere = any(p.parameters for p in pictures if p.kind is not Kind.IDR)
+    if elsewhere or len(in_idr) > 1 or len(next(iter(in_idr))) == 1:
         return None
     return numbers
 
@@ -116,17 +117,18 @@ def frame_numbers(pictures: Sequence[Picture]) -> list[int] | None:
 def needed(
     pictures: Sequence[Picture], numbers: Sequence[int], wanted: Collection[int]
 ) -> list[bool]:
-    """For each packet, whether it must be decoded to see the wanted frames."""
+    """For each packet, whether it must be decoded to get the wanted frames."""
     wanted = set(wanted)
     decode = [False] * len(pictures)
     for group in _groups(pictures):
-        last = max((place for place in group if numbers[place] in wanted), default=-1)
-        for place in range(group.start, last + 1):
-            decode[place] = pictures[place].kind is not Kind.DISPOSABLE or numbers[place] in wanted
+        last = max((index for index in group if numbers[index] in wanted), default=-1)
+        for index in range(group.start, last + 1):
+            decode[index] = pictures[index].kind is not Kind.DISPOSABLE or numbers[index] in wanted
     return decode
 
 
 def _groups(pictures: Sequence[Picture]) -> list[range]:
-    """The groups of pictures: from each IDR picture to the next, in decode order."""
-    starts = [place for place, one in enumerate(pictures) if one.kind is Kind.IDR]
-    return [range(a, b) for a, b in zip(starts, [*starts[1:], len(pictures)], strict=True)]
+    """The groups of pictures, from each IDR picture to the next, in decoding order."""
+    starts = [index for index, picture in enumerate(pictures) if picture.kind is Kind.IDR]
+    ends = [*starts[1:], len(pictures)]
+    return [range(start, end) for start, end in zip(starts, ends, strict=True)]

@@ -1,4 +1,4 @@
-"""Whom a report may name: patients get numbers, and their names are cut out of what was typed."""
+"""Pseudonyms for the patients and clips in a report, and removal of their names from texts."""
 
 import hashlib
 import re
@@ -16,97 +16,111 @@ HIDDEN = "[hidden]"
 
 
 @dataclass(frozen=True)
-class Names:
-    """What a report calls patients and clips."""
+class Pseudonyms:
+    """The names that a report uses for patients and clips."""
 
     patients: dict[str, str]
-    """for each patient the name on the page, in the page's order: the worst first"""
+    """name on the page per patient, in the order of the page: the lowest accuracy first"""
     clips: Sequence[str]
-    """(N,) for each clip"""
-    secrets: Sequence[str]
-    """what must not be on the page"""
+    """`(N,)` name on the page per clip"""
+    identifiers: Sequence[str]
+    """the names that must not be on the page"""
 
-    def hide(self, text: str) -> str:
-        """A text that a person typed (a path, a command) without anybody's name in it."""
-        return hide(text, self.secrets)
+    def redact(self, text: str) -> str:
+        """A text that a person typed, such as a path, without the identifiers."""
+        return redact(text, self.identifiers)
 
-    def hide_command(self, command: str) -> str:
-        """The same of a command line, word by word: a shell's quotes would tear names apart."""
+    def redact_command(self, command: str) -> str:
+        """A command line without the identifiers.
+
+        Each word is redacted by itself, because the quotes of a shell may stand inside a name.
+        """
         try:
             words = shlex.split(command)
-        except ValueError:  # not one of ours
-            return self.hide(command)
-        return shlex.join(map(self.hide, words)) if self.secrets else command
+        except ValueError:  # its quotes do not match: not a command line of this project
+            return self.redact(command)
+        return shlex.join(map(self.redact, words)) if self.identifiers else command
 
 
-def choose_names(
-    predictions: Predictions, with_patients: bool, others: Iterable[str] = ()
-) -> Names:
-    """Names for the page; the real ones only if they are asked for.
+def pseudonymize(
+    predictions: Predictions, with_patients: bool, other_names: Iterable[str] = ()
+) -> Pseudonyms:
+    """Choose the names for the page.
 
     Args:
-        others: more names that must not be on it.
+        with_patients: keep the real names.
+        other_names: more names that must not be on the page.
     """
-    units = predictions.units("patient")
-    order = _worst_first(units, predictions.right)
+    patients = predictions.groups("patient")
+    order = _lowest_accuracy_first(patients, predictions.correct)
     numbered = {name: f"patient {number}" for number, name in enumerate(order, 1)}
-    called = {name: name for name in order} if with_patients else numbered
-    clips, seen = [], dict.fromkeys([*order, None], 0)
-    for unit in units:
-        seen[unit] += 1
-        whose = f"patient {called[unit]}" if unit and with_patients else called.get(unit)
-        clips.append(f"clip {seen[unit]} of {whose or 'an unknown patient'}")
-    secrets = set() if with_patients else identifiers(predictions.rows) | set(others)
-    return Names(called, clips, sorted(secrets))
+    page_names = {name: name for name in order} if with_patients else numbered
+    clips, counts = [], dict.fromkeys([*order, None], 0)
+    for patient in patients:
+        counts[patient] += 1
+        owner = page_names.get(patient, "an unknown patient")
+        owner = f"patient {owner}" if patient and with_patients else owner
+        clips.append(f"clip {counts[patient]} of {owner}")
+    hidden = set() if with_patients else identifiers(predictions.rows) | set(other_names)
+    return Pseudonyms(page_names, clips, sorted(hidden))
 
 
-def hide(text: str, secrets: Iterable[str]) -> str:
-    """Replace every secret in a text.
+def redact(text: str, identifiers: Iterable[str]) -> str:
+    """Replace every identifier in a text by `HIDDEN`.
 
-    A secret counts only where it stands apart ("058" in "P058", but not in "10580"), and a plain
-    number between spaces is a setting, whatever the patients are called.
+    An identifier that is part of a longer word or number stays ("058" is replaced in "P058", but
+    not in "10580"). A plain number between spaces stays too: it is the value of a setting, even if
+    a patient has the same number for a name.
     """
-    text = unicodedata.normalize("NFC", text)  # an é may be one sign or two
-    composed = (unicodedata.normalize("NFC", secret) for secret in secrets)
-    found = [secret for secret in composed if secret.casefold() in text.casefold()]
-    if not found:
+    text = unicodedata.normalize("NFC", text)  # an é may be one character or two
+    composed = (unicodedata.normalize("NFC", name) for name in identifiers)
+    present = [name for name in composed if name.casefold() in text.casefold()]
+    if not present:
         return text
-    longest_first = sorted(found, key=len, reverse=True)
-    pattern = re.compile("|".join(map(_apart, longest_first)), re.IGNORECASE)
-    if any(" " in secret for secret in found):  # words would tear it apart
+    longest_first = sorted(present, key=len, reverse=True)
+    pattern = re.compile("|".join(map(_separate, longest_first)), re.IGNORECASE)
+    if any(" " in name for name in present):  # splitting the text would split the name
         return pattern.sub(HIDDEN, text)
     words = re.split(r"(\s+)", text)
     return "".join(word if _is_number(word) else pattern.sub(HIDDEN, word) for word in words)
 
 
-def _worst_first(units: np.ndarray, right: np.ndarray) -> list[str]:
-    """The patients by accuracy; equals by a hash, since their own order would be the alphabet's."""
-    names = {unit for unit in units if unit is not None}
-
-    def key(name: str) -> tuple[float, str]:
-        return float(right[units == name].mean()), hashlib.sha256(name.encode()).hexdigest()
-
-    return sorted(names, key=key)
-
-
 def identifiers(rows: Sequence[ClipRow]) -> set[str]:
-    """Every name of a patient, video, action or clip; clips also without folder and suffix."""
+    """The names of all patients, videos, actions and clips.
+
+    A clip's names are its path, its file name, and its file name without the suffix.
+    """
     names = {getattr(row, kind) for row in rows for kind in ("patient", "video", "action")}
     for row in rows:
         names |= {str(row.path), row.path.name, row.path.stem}
     return names - {None, ""}
 
 
-def _apart(secret: str) -> str:
-    """A pattern for a secret that is no part of a longer name or number.
+def _lowest_accuracy_first(patients: np.ndarray, correct: np.ndarray) -> list[str]:
+    """The patients by accuracy.
 
-    One or two characters are in every word: those must stand between signs.
+    Equal ones are sorted by a hash: an alphabetical order would tell something about their names.
+    """
+    names = {patient for patient in patients if patient is not None}
+
+    def key(name: str) -> tuple[float, str]:
+        return float(correct[patients == name].mean()), hashlib.sha256(name.encode()).hexdigest()
+
+    return sorted(names, key=key)
+
+
+def _separate(identifier: str) -> str:
+    """A pattern for an identifier that is not part of a longer word or number.
+
+    One or two characters occur in many words, so they must have neither letters nor digits beside
+    them.
     """
     edges = []
-    for edge in (secret[0], secret[-1]):
+    for edge in (identifier[0], identifier[-1]):
         same_kind = r"\d" if edge.isdigit() else r"[^\W\d_]"
-        edges.append(r"[^\W_]" if len(secret) < 3 else same_kind if edge.isalnum() else r"(?!)")
-    return f"(?<!{edges[0]}){re.escape(secret)}(?!{edges[1]})"
+        forbidden = same_kind if edge.isalnum() else r"(?!)"
+        edges.append(r"[^\W_]" if len(identifier) < 3 else forbidden)
+    return f"(?<!{edges[0]}){re.escape(identifier)}(?!{edges[1]})"
 
 
 def _is_number(word: str) -> bool:

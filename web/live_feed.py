@@ -1,8 +1,8 @@
-"""What the live page's viewers are sent: the newest picture and answer, and the last two minutes.
+"""The messages for the viewers of the live page: newest frame, and predictions of two minutes.
 
-No network here. The model's thread puts snapshots in; the server's thread (live_page.py) publishes
-the newest of them and asks for messages. However slow a viewer is, what is kept stays the same:
-one picture, and the answers of two minutes.
+This module knows no network. The thread of the model publishes snapshots; the thread of the server
+(live_server.py) makes the newest of them visible and asks for messages. However slow a viewer is,
+the memory is limited to one frame and the predictions of two minutes.
 """
 
 import io
@@ -17,70 +17,72 @@ from PIL import Image
 
 from timeline.segments import Snapshot
 
-WINDOW = 120.0  # seconds of answers that the page shows
+WINDOW = 120.0  # seconds of predictions that the page shows
 
-MOST_ANSWERS = 3600  # of a window, 30 a second: with more, it gets shorter
+MAX_PREDICTIONS = 3600  # 30 per second of the window; with more per second it gets shorter
 
-LARGEST_PICTURE = 960  # pixels of the longer side
+MAX_SIDE = 960  # pixels of the longer side of a frame
 
-ENDED = "ended"  # the state after which nothing comes
+ENDED = "ended"  # the state after the last update
 
 
-class Feed:
-    """The newest snapshot, a ring of answers, and the messages made of them."""
+class SnapshotFeed:
+    """The newest snapshot, the latest predictions, and the messages made of them."""
 
     def __init__(self) -> None:
         self.version = 0
-        """grows with everything published"""
+        """number of updates so far"""
         self.ended = False
-        self._newest: tuple[Snapshot | None, float] = (None, 0.0)  # and when it came
-        self._inbox: deque[tuple[float, str, np.ndarray]] = deque(maxlen=MOST_ANSWERS)
-        self._published = self._newest
-        self._answers: deque[tuple[float, str, str]] = deque(maxlen=MOST_ANSWERS)
-        """time, label, all of it as JSON"""
-        self._count = 0  # of answers so far, those dropped included
-        self._picture = b""
-        self._pictured: Snapshot | None = None  # what it is of
-        self._picture_version = 0
+        self._newest: tuple[Snapshot | None, float] = (None, 0.0)  # with the time when it came
+        self._inbox: deque[tuple[float, str, np.ndarray]] = deque(maxlen=MAX_PREDICTIONS)
+        self._visible = self._newest  # what viewers get
+        self._predictions: deque[tuple[float, str, str]] = deque(maxlen=MAX_PREDICTIONS)
+        """time, label, and the whole prediction as JSON"""
+        self._count = 0  # of all predictions so far, dropped ones included
+        self._jpeg = b""
+        self._jpeg_of: Snapshot | None = None
+        self._jpeg_version = 0
 
-    def put(self, snapshot: Snapshot) -> None:
-        """Take what is newest; from any thread, without waiting for any."""
-        # Both are atomic in CPython. The slot first: no answer is ever ahead of its picture, which
-        # may be one to hide.
+    def publish(self, snapshot: Snapshot) -> None:
+        """Take the newest snapshot, from any thread, without waiting."""
+        # Both assignments are atomic in CPython. The snapshot comes first: no prediction may be
+        # shown before its frame, which may have to be hidden.
         self._newest = (snapshot, time.monotonic())
         self._inbox.append((snapshot.time, snapshot.label, np.array(snapshot.probabilities)))
 
-    def publish(self, watched: bool, last: bool = False) -> bool:
-        """Make what is newest what viewers get; whether that is anything new.
+    def update(self, watched: bool, last: bool = False) -> bool:
+        """Make the newest snapshot visible, and return whether anything is new.
 
         Args:
-            watched: there are viewers: encode the picture too.
-            last: nothing comes after this.
+            watched: whether there are viewers; only then is the frame encoded.
+            last: whether this is the last update.
         """
         newest, self.ended = self._newest, last
         snapshot = newest[0]
-        pictured = snapshot if watched and snapshot and snapshot.frame is not None else None
-        if newest is self._published and pictured is self._pictured and not last:
+        shown = snapshot if watched and snapshot and snapshot.frame is not None else None
+        if newest is self._visible and shown is self._jpeg_of and not last:
             return False
         while self._inbox:
-            self._remember(*self._inbox.popleft())
+            self._append(*self._inbox.popleft())
         self.version += 1
-        self._published = newest
-        if pictured is not self._pictured:
-            self._picture = _jpeg(pictured.frame) if pictured else b""
-            self._pictured, self._picture_version = pictured, self.version
+        self._visible = newest
+        if shown is not self._jpeg_of:
+            self._jpeg = encode_jpeg(shown.frame) if shown else b""
+            self._jpeg_of, self._jpeg_version = shown, self.version
         return True
 
-    def message(self, after: int, seen: int) -> bytes:
-        """What a viewer lacks: length of the JSON (4 bytes), JSON, and the picture if it is new.
+    def delta(self, after: int, seen: int) -> bytes:
+        """The message with everything that a viewer does not have yet.
+
+        It holds the length of the JSON (4 bytes), the JSON, and the JPEG if the frame is new.
 
         Args:
-            after: how many answers the viewer has had, as the last message told it.
-            seen: the version that the viewer had last on this connection; -1: none.
+            after: number of predictions that the viewer has had, as its last message told it.
+            seen: version that the viewer had last on this connection; -1: none.
         """
-        snapshot, came = self._published
-        first = self._count - len(self._answers)
-        missing = itertools.islice(self._answers, max(0, after - first), None)
+        snapshot, came = self._visible
+        first = self._count - len(self._predictions)
+        missing = itertools.islice(self._predictions, max(0, after - first), None)
         head = {
             "first": first,
             "next": self._count,
@@ -88,30 +90,31 @@ class Feed:
             "state": ENDED if self.ended else snapshot.state if snapshot else "",
             "hidden": snapshot is not None and snapshot.frame is None,
         }
-        answers = ",".join(answer for *_, answer in missing)
-        data = f'{json.dumps(head)[:-1]}, "answers": [{answers}]}}'.encode()
-        picture = self._picture if self._picture_version > seen else b""
-        return struct.pack(">I", len(data)) + data + picture
+        predictions = ",".join(prediction for *_, prediction in missing)
+        data = f'{json.dumps(head)[:-1]}, "predictions": [{predictions}]}}'.encode()
+        jpeg = self._jpeg if self._jpeg_version > seen else b""
+        return struct.pack(">I", len(data)) + data + jpeg
 
-    def _remember(self, moment: float, label: str, probabilities: np.ndarray) -> None:
-        """Add an answer, written once for all viewers, and drop what is out of the window."""
-        answers = self._answers
-        if answers and (moment, label) == answers[-1][:2]:
-            return  # said again, while a camera is away: it must not push out what was before
-        if answers and moment < answers[-1][0]:
-            answers.clear()  # the video was wound back, or the stream began anew
-        while answers and answers[0][0] < moment - WINDOW:
-            answers.popleft()
-        known = np.isfinite(probabilities).all()
-        thousandths = np.rint(1000 * probabilities).astype(int).tolist() if known else []
-        answer = json.dumps([round(float(moment), 3), label, thousandths], separators=(",", ":"))
-        answers.append((moment, label, answer))
+    def _append(self, seconds: float, label: str, probabilities: np.ndarray) -> None:
+        """Add a prediction, encoded once for all viewers, and drop those before the window."""
+        predictions = self._predictions
+        if predictions and (seconds, label) == predictions[-1][:2]:
+            return  # repeated while a camera is away: it must not push out earlier predictions
+        if predictions and seconds < predictions[-1][0]:
+            predictions.clear()  # the video was wound back, or the stream began anew
+        while predictions and predictions[0][0] < seconds - WINDOW:
+            predictions.popleft()
+        is_known = np.isfinite(probabilities).all()
+        thousandths = np.rint(1000 * probabilities).astype(int).tolist() if is_known else []
+        values = [round(float(seconds), 3), label, thousandths]
+        predictions.append((seconds, label, json.dumps(values, separators=(",", ":"))))
         self._count += 1
 
 
-def _jpeg(frame: np.ndarray) -> bytes:
+def encode_jpeg(frame: np.ndarray) -> bytes:
+    """A frame `(H, W, 3)`, uint8 RGB, as JPEG, with at most MAX_SIDE pixels per side."""
     image = Image.fromarray(frame)
-    image.thumbnail((LARGEST_PICTURE, LARGEST_PICTURE))
+    image.thumbnail((MAX_SIDE, MAX_SIDE))
     file = io.BytesIO()
     image.save(file, "JPEG", quality=80)
     return file.getvalue()

@@ -1,9 +1,9 @@
-"""A page that shows a model's answers while they come, served to browsers on this machine.
+"""The live page: frames and predictions as they come, served to browsers.
 
-The server has a thread and an event loop of its own. A viewer's browser asks for news over a
-WebSocket, saying what it has had, and gets the newest there is when there is something new: one
-message at a time, so that a slow browser gets fewer pictures and delays nobody. Whoever knows the
-address, which holds a random token, can look.
+The server has a thread and an event loop of its own. A browser asks for an update over a WebSocket,
+tells what it already has, and gets the newest state as soon as something is new. It gets one
+message at a time: a slow browser gets fewer frames and delays nobody. The address holds a random
+token; everybody who knows the address can watch.
 """
 
 import asyncio
@@ -24,16 +24,16 @@ from aiohttp import web
 
 from timeline.segments import Snapshot
 from utils.errors import UserError
-from web.live_feed import WINDOW, Feed
+from web.live_feed import WINDOW, SnapshotFeed
 from web.templating import page_environment, template_text
 
-PICTURES_A_SECOND = 12
+UPDATES_PER_SECOND = 12
 
-SILENCE = 1.0  # seconds after which a viewer is answered though nothing is new
+HEARTBEAT = 1.0  # seconds after which a viewer gets a message although nothing is new
 
-PATIENCE = 10.0  # seconds that a viewer has to take a message and to ask for the next
+RECEIVE_TIMEOUT = 10.0  # seconds that a viewer has to take a message and to ask for the next one
 
-FAREWELL = 1.0  # seconds that viewers have to be told the end
+CLOSE_TIMEOUT = 1.0  # seconds that viewers have to take the last message
 
 HEADERS = {
     "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; "
@@ -42,42 +42,43 @@ HEADERS = {
     "Referrer-Policy": "no-referrer",  # the token is in the address
     "X-Content-Type-Options": "nosniff",
     "Cache-Control": "no-store",
-    "Server": "live page",  # not the versions of Python and aiohttp
+    "Server": "live page",  # without the versions of Python and aiohttp
 }
 
 
 class LivePage:
-    """The page of one run, there for as long as the `with` block lasts."""
+    """The live page of one source, as a context manager that serves it."""
 
     def __init__(
         self, classes: Sequence[str], title: str, host: str = "127.0.0.1", port: int = 0
     ) -> None:
-        """Nothing is opened yet.
+        """Prepare the page; nothing is opened yet.
 
         Args:
-            title: what the page is headed, text of any kind.
-            host: address or name to listen on; others than this machine can look only if it is
-                not a loopback address, and the network in between can read along.
-            port: 0 for any that is free.
+            classes: names of the classes.
+            title: title of the page; it may be any text.
+            host: address or name to listen on. Other machines can watch only if it is not a
+                loopback address; the traffic is then not encrypted.
+            port: port to listen on; 0: any free one.
         """
         self.address = ""
-        """where browsers find the page, from the `with` on"""
+        """address of the page for browsers, known when the server has started"""
         self._title, self._classes = title, list(classes)
         self._host, self._port = host, port
         self._token = secrets.token_urlsafe(24)
-        self._feed = Feed()
+        self._feed = SnapshotFeed()
         self._viewers: set[asyncio.Task] = set()
         self._leaving = threading.Event()
 
     def show(self, snapshot: Snapshot) -> None:
-        """Show this from now on; from any thread, at once, whoever is looking."""
-        self._feed.put(snapshot)
+        """Show a snapshot from now on. It returns at once, in any thread."""
+        self._feed.publish(snapshot)
 
     def __enter__(self) -> Self:
-        """Start to serve.
+        """Start the server.
 
         Raises:
-            UserError: the host or the port cannot be listened on.
+            UserError: it cannot listen on the host or the port.
         """
         listener = _listen(self._host, self._port)
         self.address = f"http://{_authority(self._host, listener)}/{self._token}/"
@@ -93,12 +94,12 @@ class LivePage:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        """Tell the viewers that it is over, and stop."""
+        """Tell the viewers that the run has ended, and stop the server."""
         self._leaving.set()
         self._thread.join(timeout=5)
 
     def _load(self) -> dict[str, tuple[str, str]]:
-        """The files there are: by name, their text and type."""
+        """The files of the page by name, each as text and content type."""
         environment = page_environment()
         page = environment.get_template("live.html.j2").render(
             title=self._title, classes=self._classes, window=WINDOW, root=f"/{self._token}/"
@@ -113,48 +114,48 @@ class LivePage:
         return files
 
     async def _serve(self, listener: socket.socket, started: Future) -> None:
-        """Publish what is newest, and let viewers have it, until the block is left."""
-        self._published = asyncio.Event()
-        # Nothing is logged, of bad requests neither: it would tell the token and who looked.
+        """Update the feed and wake the viewers regularly, until the context is left."""
+        self._updated = asyncio.Event()
+        # Nothing is logged, not even bad requests: a log would hold the token and the viewers.
         silent = logging.Logger("live page", logging.CRITICAL + 1)
-        server = web.Server(self._answer, access_log=None, logger=silent)
+        server = web.Server(self._respond, access_log=None, logger=silent)
         runner = web.ServerRunner(server, shutdown_timeout=0.1)
         await runner.setup()
         await web.SockSite(runner, listener).start()
         started.set_result(None)
         while not self._leaving.is_set():
-            if self._feed.publish(watched=bool(self._viewers)):
+            if self._feed.update(watched=bool(self._viewers)):
                 self._wake_viewers()
-            await asyncio.sleep(1 / PICTURES_A_SECOND)
-        self._feed.publish(watched=bool(self._viewers), last=True)
+            await asyncio.sleep(1 / UPDATES_PER_SECOND)
+        self._feed.update(watched=bool(self._viewers), last=True)
         self._wake_viewers()
         if self._viewers:
-            await asyncio.wait(self._viewers, timeout=FAREWELL)
+            await asyncio.wait(self._viewers, timeout=CLOSE_TIMEOUT)
         await runner.cleanup()
 
     def _wake_viewers(self) -> None:
-        self._published.set()
-        self._published = asyncio.Event()
+        self._updated.set()
+        self._updated = asyncio.Event()
 
-    async def _answer(self, request: web.BaseRequest) -> web.StreamResponse:
-        """Answer a request; one that does not know the token learns nothing."""
+    async def _respond(self, request: web.BaseRequest) -> web.StreamResponse:
+        """Respond to a request. Without the token, every response is an empty 404."""
         host = request.headers.get("Host", "")
         token, _, name = request.path.removeprefix("/").partition("/")
-        known = secrets.compare_digest(token.encode("utf-8", "replace"), self._token.encode())
-        if not (known and _is_ours(host, self._host) and request.method == "GET"):
+        has_token = secrets.compare_digest(token.encode("utf-8", "replace"), self._token.encode())
+        if not (has_token and _is_own_host(host, self._host) and request.method == "GET"):
             return web.Response(status=404, headers=HEADERS)
         if name == "feed":
             if request.headers.get("Origin") != f"http://{host}":
                 return web.Response(status=403, headers=HEADERS)
-            return await self._attend(request)
+            return await self._serve_viewer(request)
         if name not in self._files:
             return web.Response(status=404, headers=HEADERS)
         text, kind = self._files[name]
         return web.Response(text=text, content_type=kind, charset="utf-8", headers=HEADERS)
 
-    async def _attend(self, request: web.BaseRequest) -> web.StreamResponse:
-        """Serve one viewer until it goes, hangs, or there is no more."""
-        viewer = web.WebSocketResponse(max_msg_size=64, compress=False, timeout=FAREWELL)
+    async def _serve_viewer(self, request: web.BaseRequest) -> web.StreamResponse:
+        """Serve one viewer until it leaves, hangs, or the run has ended."""
+        viewer = web.WebSocketResponse(max_msg_size=64, compress=False, timeout=CLOSE_TIMEOUT)
         viewer.headers.update(HEADERS)
         await viewer.prepare(request)
         task = asyncio.current_task()
@@ -162,16 +163,16 @@ class LivePage:
         seen = -1
         try:
             while not self._feed.ended or seen != self._feed.version:
-                after = int(await viewer.receive_str(timeout=PATIENCE))
+                after = int(await viewer.receive_str(timeout=RECEIVE_TIMEOUT))
                 if seen == self._feed.version:
                     with contextlib.suppress(TimeoutError):
-                        await asyncio.wait_for(self._published.wait(), SILENCE)
-                message = self._feed.message(after, seen)
+                        await asyncio.wait_for(self._updated.wait(), HEARTBEAT)
+                message = self._feed.delta(after, seen)
                 seen = self._feed.version
-                await asyncio.wait_for(viewer.send_bytes(message), PATIENCE)
+                await asyncio.wait_for(viewer.send_bytes(message), RECEIVE_TIMEOUT)
             await viewer.close()
         except (TimeoutError, ConnectionError, TypeError, ValueError):
-            # It hangs, is gone or talks nonsense. What is not sent yet goes too.
+            # The viewer hangs, has left, or sent nonsense. Drop what is not sent yet.
             if request.transport:
                 request.transport.abort()
         finally:
@@ -180,12 +181,15 @@ class LivePage:
 
 
 def _listen(host: str, port: int) -> socket.socket:
-    """A socket that listens there."""
+    """A socket that listens on the host and port.
+
+    Raises:
+        UserError: that is not possible.
+    """
     if not 0 <= port <= 65535:
-        raise UserError(f"port {port}: there are only 0 to 65535")
+        raise UserError(f"port {port}: must be from 0 to 65535")
     try:
-        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
-        family, _, _, _, address = found[0]
+        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         return socket.create_server(address[:2], family=family)
     except OSError as error:
         if error.errno == errno.EADDRINUSE:
@@ -195,21 +199,21 @@ def _listen(host: str, port: int) -> socket.socket:
         reason = error.strerror if isinstance(error, socket.gaierror) else os.strerror(error.errno)
         raise UserError(f"cannot listen on {host}: {reason}") from None
     except UnicodeError:
-        raise UserError(f"cannot listen on {host}: not a name of a host") from None
+        raise UserError(f"cannot listen on {host}: not the name of a host") from None
 
 
 def _authority(host: str, listener: socket.socket) -> str:
-    """Host and port as an address has them."""
+    """Host and port as written in an address."""
     if host in ("0.0.0.0", "::"):
-        host = socket.gethostname()  # "all of this machine's" is no place to go to
+        host = socket.gethostname()  # "all addresses" is none that a browser could open
     return f"{f'[{host}]' if ':' in host else host}:{listener.getsockname()[1]}"
 
 
-def _is_ours(authority: str, host: str) -> bool:
-    """Whether a `Host` header can be about this server.
+def _is_own_host(authority: str, host: str) -> bool:
+    """Whether a `Host` header names this server.
 
-    Another site's name may be made to lead here (DNS rebinding), and then its pages could read
-    ours. A number cannot.
+    The name of another site may be pointed to this machine (DNS rebinding), whose pages could then
+    read ours. That is not possible with an IP address.
     """
     try:
         name = urlsplit(f"//{authority}").hostname or ""

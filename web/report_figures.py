@@ -1,4 +1,4 @@
-"""The charts of a report, from a run's numbers."""
+"""The charts of a report, from the numbers of a run."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -6,14 +6,14 @@ from typing import Any
 import numpy as np
 
 from evaluation import metrics
-from evaluation.calibration import temper
+from evaluation.calibration import apply_temperature
 from web import svg_charts as charts
-from web.anonymize import Names
-from web.report_data import History, Run
+from web.anonymize import Pseudonyms
+from web.report_data import History, ReportData
 from web.svg_charts import Axis, Chart, Histogram, Line, Mark, Row, RowChart
 from web.templating import decimals, percent
 
-# Columns of metrics.csv: what they are called and how their lines look.
+# Columns of metrics.csv: their names in the legend, and the style of their lines.
 _LOSS = {"train_loss": ("training", "b"), "val_loss": ("validation", "a")}
 
 _SCORES = {
@@ -38,53 +38,61 @@ def per_class(table: Sequence[Mapping[str, Any]]) -> list[RowChart]:
     ]
     axis = Axis("F1 and recall", 0, 1, (0, 0.5, 1))
     label = "F1 and recall of each class; the table holds the same numbers"
-    return [RowChart(label, axis, part, row_height=30) for part in charts.pages(rows, 30)]
+    return [RowChart(label, axis, part, row_height=30) for part in charts.paginate(rows, 30)]
 
 
-def per_patient(run: Run, names: Names) -> list[RowChart]:
-    """The accuracy of each patient, the lowest first; nothing without patients."""
-    units, right = run.predictions.units("patient"), run.predictions.right
-    found = [(called, right[units == name]) for name, called in names.patients.items()]
-    most = max((len(those) for _, those in found), default=1)
+def per_patient(data: ReportData, names: Pseudonyms) -> list[RowChart]:
+    """The accuracy of each patient, the lowest first; empty if no patient is known."""
+    patients, correct = data.predictions.groups("patient"), data.predictions.correct
+    correct_of = {
+        page_name: correct[patients == name] for name, page_name in names.patients.items()
+    }
+    highest = max(map(len, correct_of.values()), default=1)
     rows = [
         Row(
-            called,
-            float(those.mean()),
-            f"{len(those)} clip{'s' * (len(those) != 1)}",
-            f"{called}: {percent(float(those.mean()))} of {len(those)} clips right",
-            charts.area(len(those), most, largest=7.5),
+            name,
+            float(correct.mean()),
+            f"{len(correct)} clip{'s' * (len(correct) != 1)}",
+            f"{name}: {percent(float(correct.mean()))} of {len(correct)} clips correct",
+            charts.radius_for_count(len(correct), highest, largest=7.5),
         )
-        for called, those in found
+        for name, correct in correct_of.items()
     ]
     label = "Accuracy of each patient, the lowest first"
-    axis = Axis("clips named right (%)", 0, 1, (0, 0.5, 1), percent=True)
-    parts = charts.pages(rows, 20)
-    return [RowChart(label, axis, part, 20, run.results["accuracy"]) for part in parts]
+    axis = Axis("accuracy (%)", 0, 1, (0, 0.5, 1), percent=True)
+    parts = charts.paginate(rows, 20)
+    return [RowChart(label, axis, part, 20, data.results["accuracy"]) for part in parts]
 
 
-def reliability(run: Run) -> dict[str, Any]:
-    """Confidence against accuracy, after and before tempering; clips a bin; the same as a table."""
-    predictions = run.predictions
-    table = metrics.reliability(predictions.confidence, predictions.right)
+def reliability(data: ReportData) -> dict[str, Any]:
+    """The reliability diagram with and without calibration, the clips per bin, and a table."""
+    predictions = data.predictions
+    table = metrics.calibration_curve(predictions.confidence, predictions.correct)
     points = _points(table)
-    most = table["clips"].max()
+    highest = table["clips"].max()
     marks = [
-        Mark(x, y, "a", f"{n} clips: sure {percent(x)}, right {percent(y)}", charts.area(n, most))
+        Mark(
+            x,
+            y,
+            "a",
+            f"{n} clips: confidence {percent(x)}, accuracy {percent(y)}",
+            charts.radius_for_count(n, highest),
+        )
         for (x, y), n in zip(points, table["clips"], strict=True)
     ]
-    lines = [Line("perfect", "guide", ((0, 0), (1, 1))), Line("after", "a", points)]
-    keys = [("a dot", "this model; larger dots: more clips"), ("guide", "perfect agreement")]
-    temperature = run.results["calibration"]["temperature"]
+    lines = [Line("perfect calibration", "guide", ((0, 0), (1, 1))), Line("after", "a", points)]
+    keys = [("a dot", "this model; larger dots: more clips"), ("guide", "perfect calibration")]
+    temperature = data.results["calibration"]["temperature"]
     if temperature not in (None, 1):
-        untempered = temper(predictions.probabilities, 1 / temperature)
-        before = metrics.reliability(untempered.max(axis=1), predictions.right)
+        uncalibrated = apply_temperature(predictions.probabilities, 1 / temperature)
+        before = metrics.calibration_curve(uncalibrated.max(axis=1), predictions.correct)
         lines.insert(1, Line("before", "b", _points(before)))
         keys.insert(1, ("b", "before calibration"))
     label = (
         f"Reliability diagram: confidence against accuracy in {len(points)} bins; "
         "the table below it holds the numbers"
     )
-    axes = charts.share_axis("how sure the model is (%)"), charts.share_axis("how often right (%)")
+    axes = charts.fraction_axis("confidence (%)"), charts.fraction_axis("accuracy (%)")
     width = 1 / metrics.ECE_BINS
     bars = [(b * width, (b + 1) * width, int(n)) for b, n in table["clips"].items()]
     return {
@@ -97,85 +105,85 @@ def reliability(run: Run) -> dict[str, Any]:
     }
 
 
-def risk_coverage(run: Run) -> Chart:
-    """How wrong the answers are if only the surest clips are answered."""
-    coverage, risk = metrics.risk_coverage(run.predictions.confidence, run.predictions.right)
-    selective = run.results["selective"]
-    wanted, error = selective["wanted_error"], selective["error"]
-    keys = [("a", "wrong among the answered")]
+def risk_coverage(data: ReportData) -> Chart:
+    """The error rate if only the most confident clips are answered, for every number of them."""
+    coverage, risk = metrics.risk_coverage(data.predictions.confidence, data.predictions.correct)
+    selective = data.results["selective"]
+    target, error = selective["target_error"], selective["error"]
+    keys = [("a", "error among answered clips")]
     marks = []
-    if wanted is not None:
-        keys.append(("horizontal", f"wanted: at most {percent(wanted)} wrong"))
-    if wanted is not None and error is not None:
-        text = f"threshold: answers {percent(selective['coverage'])}, wrong {percent(error)}"
+    if target is not None:
+        keys.append(("horizontal", f"target: at most {percent(target)}"))
+    if target is not None and error is not None:
+        text = f"threshold: coverage {percent(selective['coverage'])}, error {percent(error)}"
         marks.append(Mark(selective["coverage"], error, "chosen", text, 6))
         keys.append(("chosen dot", text))
     return Chart(
-        "Risk-coverage curve: share of wrong answers against share of clips answered",
-        charts.share_axis("clips answered, the surest first (%)"),
-        charts.percent_axis("wrong among the answered (%)", max(risk.max(), wanted or 0)),
-        [Line("risk", "a", charts.thinned(coverage, risk))],
+        "Risk-coverage curve: error among the answered clips against their fraction of all clips",
+        charts.fraction_axis("coverage: answered clips, most confident first (%)"),
+        charts.percent_axis("error among answered clips (%)", max(risk.max(), target or 0)),
+        [Line("risk", "a", charts.downsample(coverage, risk))],
         marks,
-        horizontal=wanted,
+        horizontal=target,
         keys=keys,
     )
 
 
-def training(run: Run) -> list[tuple[str, Chart]]:
-    """Loss and scores over the epochs, a line a training."""
-    if not run.histories:
+def training(data: ReportData) -> list[tuple[str, Chart]]:
+    """Loss and scores over the epochs, one line per training."""
+    if not data.histories:
         return []
-    losses = [one.table[column] for one in run.histories for column in _LOSS if column in one.table]
-    highest = max((float(values.max()) for values in losses), default=1.0)
-    loss_axis = charts.nice_axis("loss (nats)", 0, highest if np.isfinite(highest) else 1.0)
+    tables = [history.table for history in data.histories]
+    losses = [table[name] for table in tables for name in _LOSS if name in table]
+    highest = max((float(v) for values in losses for v in values if np.isfinite(v)), default=1.0)
+    loss_axis = charts.nice_axis("loss (nats)", 0, highest)
     score_axis = Axis("score", 0, 1, (0, 0.25, 0.5, 0.75, 1))
     return [
-        ("Loss", _curves(run.histories, _LOSS, loss_axis)),
-        ("Scores", _curves(run.histories, _SCORES, score_axis)),
+        ("Loss", _curves(data.histories, _LOSS, loss_axis)),
+        ("Scores", _curves(data.histories, _SCORES, score_axis)),
     ]
 
 
 def _curves(
     histories: Sequence[History], columns: Mapping[str, tuple[str, str]], axis: Axis
 ) -> Chart:
-    """Columns of metrics.csv over the epochs; several trainings have thin lines."""
+    """Columns of metrics.csv over the epochs; the lines of several trainings are thin."""
     several = len(histories) > 1
     lines, keys = [], {}
     for history in histories:
-        epochs = history.table["epoch"].to_numpy(float)
-        for column, (words, style) in columns.items():
+        for column, (text, style) in columns.items():
             if column in history.table:
-                points = charts.thinned(epochs, history.table[column].to_numpy(float))
-                lines.append(Line(f"{history.name} {words}".strip(), style, points, several))
-                keys[style, words] = None
-    chosen = None if several else histories[0].chosen
-    marks = _chosen(histories, list(columns)[-1]) if several else []
-    if chosen:
-        keys["vertical", f"kept: epoch {chosen}"] = None
+                points = charts.downsample(history.table["epoch"], history.table[column])
+                lines.append(Line(f"{history.name} {text}".strip(), style, points, several))
+                keys[style, text] = None
+    best_epoch = None if several else histories[0].best_epoch
+    marks = _best_epochs(histories, list(columns)[-1]) if several else []
+    if best_epoch:
+        keys["vertical", f"kept: epoch {best_epoch}"] = None
     if marks:
         keys["chosen dot", "epoch that was kept"] = None
     last = max(float(history.table["epoch"].max()) for history in histories)
     return Chart(
-        f"{' and '.join(words for words, _ in columns.values())} {axis.label} over the epochs",
-        charts.nice_axis("epoch", 1, last, whole=True),
+        f"{' and '.join(text for text, _ in columns.values())} {axis.label} over the epochs",
+        charts.nice_axis("epoch", 1, last, integer=True),
         axis,
         lines,
         marks,
-        vertical=chosen,
+        vertical=best_epoch,
         keys=list(keys),
     )
 
 
-def _chosen(histories: Sequence[History], column: str) -> list[Mark]:
-    """Where each of several trainings had its best epoch."""
+def _best_epochs(histories: Sequence[History], column: str) -> list[Mark]:
+    """A mark at the epoch that was kept of each training."""
     marks = []
     for history in histories:
-        if history.chosen is None or column not in history.table:
+        if history.best_epoch is None or column not in history.table:
             continue
-        for value in history.table.loc[history.table["epoch"] == history.chosen, column]:
+        for value in history.table[column][history.table["epoch"] == history.best_epoch]:
             if np.isfinite(value):
-                text = f"{history.name}: epoch {history.chosen} was kept"
-                marks.append(Mark(history.chosen, float(value), "chosen", text, 4.5))
+                text = f"{history.name}: epoch {history.best_epoch} was kept"
+                marks.append(Mark(history.best_epoch, float(value), "chosen", text, 4.5))
     return marks
 
 

@@ -1,231 +1,250 @@
-"""The words and tables of a report's sections; report_figures.py makes their charts."""
+"""The texts and tables of a report; report_figures.py makes the charts."""
 
 import json
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-import pandas as pd
 
-from web.anonymize import Names
-from web.report_data import Interval, Run
+from evaluation.bootstrap import Interval
+from web.anonymize import Pseudonyms
+from web.report_data import ReportData, numeric_columns
 from web.svg_charts import Whisker, percent_axis
-from web.templating import decimals, percent, span
+from web.templating import decimals, interval_text, percent
 
-# Of each headline number: its title, and a sentence that the value begins.
-_CARDS = {
-    "accuracy": ("Accuracy", "of the clips are named right."),
+# Title of each headline number, and a sentence that begins with its value.
+_HEADLINES = {
+    "accuracy": ("Accuracy", "of the clips are classified correctly."),
     "balanced_accuracy": (
         "Balanced accuracy",
-        "right on average over the classes: rare ones count as much as frequent ones.",
+        "mean recall of the classes: rare classes count as much as frequent ones.",
     ),
     "macro_f1": (
         "Macro-F1",
-        "mean of the classes’ F1, which missed actions and false alarms both lower. 1 is perfect.",
+        "mean F1 of the classes; missed actions and false alarms both lower it. 1 is perfect.",
     ),
     "ece": (
         "Calibration error (ECE)",
-        "mean distance between how sure the model is and how often it is right. 0 is perfect.",
+        "mean difference between confidence and accuracy. 0 is perfect.",
     ),
-    "coverage": ("Answered", "of the clips get an answer; the others are called “uncertain”."),
-    "error": ("Wrong among answers", "of the given answers are wrong."),
+    "coverage": ("Coverage", "of the clips are answered; the others are called “uncertain”."),
+    "error": ("Error among answered clips", "of the answered clips are classified wrongly."),
 }
 
 _COLUMNS = {"macro_f1": "macro-F1", "ece": "ECE", "brier": "Brier", "nll": "NLL"}
 
+_WARNING_TITLES = {"leakage": "Leakage", "class balance": "Class balance"}
 
-def title(run: Run) -> str:
-    """What the page is about."""
-    model = run.settings.get("model", "Model")
-    if run.split.startswith("out of"):  # so many folds
-        return f"{model}: results {run.split}"
-    split = {"val": "validation", "train": "training"}.get(run.split, run.split)
+
+def title(data: ReportData) -> str:
+    """The title of the page: the model and the split."""
+    model = data.run.config.model_name if data.run.config else "Model"
+    if data.results.get("folds") or data.folds:
+        return f"{model}: results {data.split}"
+    split = {"val": "validation", "train": "training"}.get(data.split, data.split)
     return f"{model}: results on the {split} clips"
 
 
-def warnings(run: Run, names: Names) -> list[tuple[str, str]]:
-    """(title, text) of what a reader must know before believing a number."""
-    results, found = run.results, []
-    if count := results.get("unreadable_clips"):
-        whole = count + results["clips"]
-        text = f"{count} of {whole} clips could not be read and are in none of the numbers below."
-        found.append(("Missing clips", text))
-    for text in results.get("warnings", []):
-        title = "Leakage" if "LEAKAGE" in text else "Warning"
-        found.append((title, names.hide(text.replace("LEAKAGE: ", ""))))
-    # The name of another manifest stands in the split's place.
-    if run.split in ("train", "val") and not results.get("csv"):
-        seen = "was trained on" if run.split == "train" else "was chosen and calibrated on"
-        text = f"The model {seen} these clips: on new ones it will do worse."
-        found.append(("Not a test", text))
+def warnings(data: ReportData, names: Pseudonyms) -> list[tuple[str, str]]:
+    """Title and text of each thing that a reader must know before believing a number."""
+    results, notes = data.results, []
+    if missing := results.get("unreadable_clips"):
+        total = missing + results["clips"]
+        text = f"{missing} of {total} clips could not be read and are in none of the numbers below."
+        notes.append(("Missing clips", text))
+    for warning in results["warnings"]:
+        heading = _WARNING_TITLES.get(warning["kind"], "Warning")
+        notes.append((heading, names.redact(warning["text"])))
+    # With --csv, the split is the name of another manifest.
+    if data.split in ("train", "val") and not results.get("csv"):
+        use = "trained" if data.split == "train" else "chosen and calibrated"
+        text = f"The model was {use} on these clips. On new clips its results will be worse."
+        notes.append(("Not a test", text))
     if results.get("shuffle_frames"):
-        text = "The frames of each clip were shuffled in time: this tests what motion contributes."
-        found.append(("Shuffled frames", text))
-    if adjust := results.get("adjust"):
+        text = "The frames of each clip were shuffled in time, to measure what motion contributes."
+        notes.append(("Shuffled frames", text))
+    if tau := results.get("logit_adjust_tau"):
         text = (
-            f"The logits were adjusted by {adjust:g} x the log of the classes' shares of training."
+            f"The logits were adjusted by {tau:g} times the log of the class frequencies in "
+            "training."
         )
-        found.append(("Adjusted", text))
-    return found
+        notes.append(("Adjusted logits", text))
+    return notes
 
 
-def interval_note(run: Run) -> str:
-    """How much the intervals are worth."""
-    patients, unknown = run.results["patients"], run.results["clips_of_unknown_patient"]
+def interval_note(data: ReportData) -> str:
+    """How far the intervals can be trusted."""
+    patients, unknown = data.results["patients"], data.results["clips_of_unknown_patient"]
     if not patients:
         return (
-            "No patient is known for any clip, so there is no interval worth the name: clips of "
-            "one patient resemble each other, and intervals that overlook it are too narrow. Only "
-            "those are shown, in small print. Give the manifest a column “patient”."
+            "No patient is known for any clip, so there is no interval over patients. Clips of "
+            "one patient resemble each other, and intervals that ignore this are too narrow; only "
+            "such intervals are shown, in small print. To get better ones, add a column “patient” "
+            "to the manifest."
         )
     if patients == 1 and not unknown:
         return (
-            "All clips come from one patient, who cannot tell how patients differ: there is no "
-            "interval worth the name, and nothing here says how the model does on other patients."
+            "All clips come from one patient, so there is no interval over patients: one patient "
+            "does not show how patients differ. Nothing here tells how well the model does on "
+            "other patients."
         )
     note = (
         "The interval to quote resamples whole patients, because clips of one patient resemble "
-        "each other; the one in small print takes every clip as independent and is, as a rule, "
+        "each other. The interval in small print treats all clips as independent and is usually "
         "too narrow."
     )
     if unknown:
-        note += f" {unknown} clips of unknown patients count as a patient each: still too narrow."
+        note += (
+            f" {unknown} clips of unknown patients count as one patient each, so the interval is "
+            "still too narrow."
+        )
     if patients < 10:
-        note += f" With so few patients ({patients}) even the first is rough."
-    if run.results["accuracy"] == 1:
-        note += " No clip was wrong, so the intervals have no width; that proves no perfection."
+        note += f" With only {patients} patients, even the first interval is rough."
+    if data.results["accuracy"] == 1:
+        note += (
+            " No clip was classified wrongly, so the intervals have no width; this does not prove "
+            "that the model makes no mistakes."
+        )
     return note
 
 
-def cards(run: Run, more: Mapping[str, Mapping[str, Interval]]) -> list[dict[str, Any]]:
+def headline_cards(
+    data: ReportData, more_intervals: Mapping[str, Mapping[str, Interval]]
+) -> list[dict[str, Any]]:
     """The headline numbers with both intervals."""
-    results = run.results
+    results = data.results
     values = {**results, **results["selective"], "ece": results["calibration"]["ece"]}
-    known = {**results["intervals"], **more}
-    return [
-        _card(run, name, title, meaning, values[name], known[name])
-        for name, (title, meaning) in _CARDS.items()
-    ]
+    intervals = {**results["intervals"], **more_intervals}
+    return [_card(data, name, values[name], intervals[name]) for name in _HEADLINES]
 
 
 def _card(
-    run: Run,
-    name: str,
-    title: str,
-    meaning: str,
-    value: float | None,
-    found: Mapping[str, Interval],
+    data: ReportData, name: str, value: float | None, intervals: Mapping[str, Interval]
 ) -> dict[str, Any]:
+    heading, meaning = _HEADLINES[name]
     in_percent = name not in ("macro_f1", "ece")
-    wide = found.get("patients") if run.results["patients"] else None
-    naive = found.get("clips")
-    text = percent(value) if in_percent else decimals(value)
-    words = span(wide, in_percent)
+    wide = intervals.get("patients") if data.results["patients"] else None
+    naive = intervals.get("clips")
+    value_text = percent(value) if in_percent else decimals(value)
+    wide_text = interval_text(wide, in_percent)
     high = 1.0
-    if name in ("ece", "error"):  # small, if the model is any good
+    if name in ("ece", "error"):  # small numbers get a scale of their own
         high = percent_axis("", max([value or 0, *(wide or ()), *(naive or ())])).high
-    baseline = run.results["chance_accuracy"] if name == "accuracy" else None
+    baseline = data.results["majority_baseline"] if name == "accuracy" else None
     ends = ("0", percent(high, 0) if in_percent else f"{high:g}")
-    label = f"{title} {text}" + (f", 95 % interval {words}" if words else ", no interval")
+    label = f"{heading} {value_text}, "
+    label += f"95 % interval {wide_text}" if wide_text else "no interval"
     whisker = Whisker(label, value or 0, high, ends, wide, naive, baseline)
     return {
-        "title": title,
-        "value": text,
+        "title": heading,
+        "value": value_text,
         "meaning": meaning,
-        "wide": words,
-        "naive": span(naive, in_percent),
+        "wide": wide_text,
+        "naive": interval_text(naive, in_percent),
         "whisker": None if value is None else whisker,
         "baseline": percent(baseline) if baseline is not None else "",
     }
 
 
-def confusion(run: Run) -> list[dict[str, Any]]:
-    """A row a true class: its name, how many clips, and (count, share or None) a class."""
+def confusion(data: ReportData) -> list[dict[str, Any]]:
+    """One row per true class: its name, its number of clips, and for each predicted class the
+    count and the fraction of the row (None for a class without clips)."""
     rows = []
-    for name, counts in zip(run.classes, run.predictions.confusion, strict=True):
-        whole = int(counts.sum())
-        cells = [(int(count), count / whole if whole else None) for count in counts]
-        rows.append({"name": name, "clips": whole, "cells": cells})
+    for name, counts in zip(data.classes, data.predictions.confusion, strict=True):
+        total = int(counts.sum())
+        cells = [(int(count), count / total if total else None) for count in counts]
+        rows.append({"name": name, "clips": total, "cells": cells})
     return rows
 
 
-def per_class(run: Run, more: Mapping[str, Mapping[str, Interval]]) -> list[dict[str, Any]]:
-    """A row a class: its scores and the patient-level interval of its recall."""
-    table = []
-    for name in run.classes:
-        row = dict(run.results["per_class"][name])
-        known = row["clips"] and run.results["patients"]
-        row["interval"] = more[f"recall of {name}"]["patients"] if known else None
-        table.append({"name": name, **row})
-    return table
-
-
-def averages(run: Run) -> list[dict[str, Any]]:
-    """The scores if every clip, every video, or every patient counts the same."""
+def per_class(
+    data: ReportData, more_intervals: Mapping[str, Mapping[str, Interval]]
+) -> list[dict[str, Any]]:
+    """One row per class: its scores, and the interval of its recall over patients."""
     rows = []
-    for unit, found in run.results["averages"].items():
-        units = run.results["clips"] if unit == "clip" else found.get("units", 0)
-        rows.append({"unit": unit, "units": units, **found})
+    for name in data.classes:
+        row = {"name": name, **data.results["per_class"][name], "interval": None}
+        if row["clips"] and data.results["patients"]:
+            row["interval"] = more_intervals[f"recall of {name}"]["patients"]
+        rows.append(row)
     return rows
 
 
-def mistakes(run: Run, names: Names, most: int) -> list[dict[str, Any]]:
-    """The wrong clips of the highest confidence."""
-    predictions = run.predictions
-    wrong = np.flatnonzero(~predictions.right)
-    worst = wrong[np.argsort(-predictions.confidence[wrong], kind="stable")][:most]
+def averages(data: ReportData) -> list[dict[str, Any]]:
+    """The scores averaged over clips, videos and patients, one row each."""
+    rows = []
+    for kind, scores in data.results["averages"].items():
+        count = data.results["clips"] if kind == "clip" else scores.get("groups", 0)
+        rows.append({**scores, "kind": kind, "count": count})
+    return rows
+
+
+def mistakes(data: ReportData, names: Pseudonyms, max_count: int) -> list[dict[str, Any]]:
+    """The wrong predictions with the highest confidence."""
+    predictions = data.predictions
+    wrong = np.flatnonzero(~predictions.correct)
+    order = np.argsort(-predictions.confidence[wrong], kind="stable")
     return [
         {
-            "clip": names.clips[place],
-            "path": predictions.rows[place].path,
-            "true": run.classes[predictions.labels[place]],
-            "said": run.classes[predictions.predicted[place]],
-            "confidence": float(predictions.confidence[place]),
-            "truth": float(predictions.probabilities[place, predictions.labels[place]]),
-            "answered": bool(run.answered[place]),
+            "clip": names.clips[i],
+            "path": predictions.rows[i].path,
+            "true": data.classes[predictions.labels[i]],
+            "predicted": data.classes[predictions.y_pred[i]],
+            "confidence": float(predictions.confidence[i]),
+            "probability_of_true": float(predictions.probabilities[i, predictions.labels[i]]),
+            "decided": bool(data.run.decided[i]),
         }
-        for place in worst
+        for i in wrong[order][:max_count]
     ]
 
 
-def settings(run: Run, names: Names) -> dict[str, Any]:
-    """Commands, versions, hardware and settings, in text, without anybody's name."""
-    facts = ("checkpoint", "epoch", "split", "views", "crops", "adjust", "command")
-    shown = {name: run.results[name] for name in facts if name in run.results}
+def settings(data: ReportData, names: Pseudonyms) -> dict[str, Any]:
+    """The commands, versions, hardware and settings as text without identifiers."""
+    keys = ("checkpoint", "epoch", "split", "views", "crops", "logit_adjust_tau", "command")
+    evaluation = {key: data.results[key] for key in keys if key in data.results}
     return {
-        "evaluation": {
-            name: (names.hide_command if name == "command" else names.hide)(_text(value))
-            for name, value in shown.items()
-        },
-        "training": [_session(one, names) for one in run.sessions],
-        "evaluations": [_session(one, names) for one in run.evaluations],
-        "config": {name: names.hide(_text(value)) for name, value in run.settings.items()},
+        "evaluation": _redacted(evaluation, names),
+        "training": [_session(session, names) for session in data.sessions],
+        "evaluations": [_session(session, names) for session in data.evaluations],
+        "config": _redacted(data.settings, names),
     }
 
 
-def folds(run: Run, names: Names) -> dict[str, Any] | None:
-    """cross_validation.csv: a name and numbers a row, counts whole, `patients` how many."""
-    if run.folds is None:
+def folds(data: ReportData, names: Pseudonyms) -> dict[str, Any] | None:
+    """cross_validation.csv for people: `columns`, and `rows` of a name and its cells."""
+    if not data.folds:
         return None
-    numbers = run.folds.iloc[:, 1:].select_dtypes("number")
-    whole = [name for name in numbers if (numbers[name].dropna() % 1 == 0).all()]
-    rows = [
-        [
-            "" if pd.isna(value) else f"{value:.0f}" if name in whole else f"{value:.3f}"
-            for name, value in row.items()
-        ]
-        for row in numbers.to_dict("records")
-    ]
-    first = [names.hide(str(name)) for name in run.folds.iloc[:, 0]]
+    row_names = next(iter(data.folds.values()))
+    numbers = {name: data.folds[name] for name in list(data.folds)[1:]}
+    columns = numeric_columns(numbers)
+    cells = [_format_column(values) for values in columns.values()]
     return {
-        "columns": [_COLUMNS.get(name, name.replace("_", " ")) for name in numbers],
-        "rows": list(zip(first, rows, strict=True)),
+        "columns": [_COLUMNS.get(name, name.replace("_", " ")) for name in columns],
+        "rows": [
+            (names.redact(name), [column[i] for column in cells])
+            for i, name in enumerate(row_names)
+        ],
     }
 
 
-def _session(session: Mapping[str, Any], names: Names) -> dict[str, str]:
+def _format_column(values: np.ndarray) -> list[str]:
+    """Three decimals; none in a column of integers; empty without a value."""
+    known = values[~np.isnan(values)]
+    digits = 0 if (known % 1 == 0).all() else 3
+    return ["" if np.isnan(value) else f"{value:.{digits}f}" for value in values]
+
+
+def _session(session: Mapping[str, Any], names: Pseudonyms) -> dict[str, str]:
     texts = {name: _text(value) for name, value in session.items()}
-    return {**texts, "command": names.hide_command(texts.get("command", ""))}
+    return {**texts, "command": names.redact_command(texts.get("command", ""))}
+
+
+def _redacted(values: Mapping[str, Any], names: Pseudonyms) -> dict[str, str]:
+    texts = {name: _text(value) for name, value in values.items()}
+    return {
+        name: names.redact_command(text) if name == "command" else names.redact(text)
+        for name, text in texts.items()
+    }
 
 
 def _text(value: Any) -> str:

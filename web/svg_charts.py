@@ -1,7 +1,7 @@
-"""Where things are in a report's charts; templates/charts.html.j2 draws them as SVG.
+"""The geometry of a report's charts, which templates/charts.html.j2 draws as SVG.
 
-All lengths are units of a viewBox 360 wide: about a phone's pixels, so that text stays readable
-there, and drawn larger elsewhere.
+All lengths are in units of a viewBox that is 360 wide. On a phone a unit is about a pixel, so that
+text stays readable there; on wider screens the charts are enlarged.
 """
 
 import math
@@ -13,9 +13,9 @@ import numpy as np
 
 WIDTH = 360
 
-_NAME_LENGTH = 14  # characters beside a dot
+_NAME_LENGTH = 14  # characters of a name that fit into one line beside a dot
 
-_MOST_POINTS = 400  # of a line: more cannot be seen and only make the page heavy
+_MAX_POINTS = 400  # of a line: more cannot be seen and only make the page larger
 
 
 @dataclass(frozen=True)
@@ -29,19 +29,21 @@ class Axis:
     percent: bool = False
 
     def text(self, value: float) -> str:
+        """The text at a tick."""
         return f"{100 * value:.0f}" if self.percent else f"{value:g}"
 
-    def share(self, value: float) -> float:
-        """0 at the low end, 1 at the high one."""
+    def position(self, value: float) -> float:
+        """Where a value is on the axis: 0 at its low end, 1 at its high end."""
         return min(1.0, max(0.0, (value - self.low) / (self.high - self.low)))
 
 
 @dataclass(frozen=True)
 class Line:
-    """A line through points; `style` names its look in report.css, the dashes included."""
+    """A line through points."""
 
     name: str
     style: str
+    """report.css has its colour and dashes"""
     points: Sequence[tuple[float, float]]
     thin: bool = False
 
@@ -62,16 +64,17 @@ class Chart:
     """Lines and marks over two axes."""
 
     label: str
-    """what a screen reader says instead of it"""
+    """what a screen reader reads out instead of the chart"""
     x: Axis
     y: Axis
     lines: Sequence[Line] = ()
     marks: Sequence[Mark] = ()
     vertical: float | None = None
-    """where a dotted line stands"""
+    """value of x at which a dotted line is drawn"""
     horizontal: float | None = None
+    """value of y at which a dashed line is drawn"""
     keys: Sequence[tuple[str, str]] = ()
-    """(style, words) of the legend"""
+    """style and text of each entry of the legend"""
     height: int = 260
     left: int = 48
     right: int = 12
@@ -79,12 +82,15 @@ class Chart:
     bottom: int = 42
 
     def px(self, value: float) -> float:
-        return round(self.left + self.x.share(value) * (WIDTH - self.left - self.right), 1)
+        """The horizontal coordinate of a value of x."""
+        return round(self.left + self.x.position(value) * (WIDTH - self.left - self.right), 1)
 
     def py(self, value: float) -> float:
-        return round(self.height - self.bottom - self.y.share(value) * self.inner_height, 1)
+        """The vertical coordinate of a value of y."""
+        return round(self.height - self.bottom - self.y.position(value) * self.inner_height, 1)
 
     def path(self, points: Sequence[tuple[float, float]]) -> str:
+        """The coordinates of a polyline."""
         return " ".join(f"{self.px(x)},{self.py(y)}" for x, y in points)
 
     @property
@@ -94,22 +100,23 @@ class Chart:
 
 @dataclass(frozen=True)
 class Row:
-    """A line of a RowChart: a dot, and perhaps a second one with an interval."""
+    """A row of a RowChart: one value as a dot, and possibly a second one with an interval."""
 
     name: str
     value: float | None
-    """None: nothing to show, `note` says why"""
+    """None: there is nothing to draw, and `note` says why"""
     note: str = ""
     title: str = ""
     radius: float = 5.0
     second: float | None = None
     interval: Sequence[float] | None = None
 
-    def lines(self, most: int) -> list[str]:
-        """The name as it fits beside the dot, in `most` lines."""
+    def lines(self, max_lines: int) -> list[str]:
+        """The name in at most `max_lines` lines that fit beside the dot."""
         wrapped = textwrap.wrap(self.name, _NAME_LENGTH) or [""]
-        if len(wrapped) > most:
-            wrapped = [*wrapped[: most - 1], wrapped[most - 1][: _NAME_LENGTH - 1] + "…"]
+        if len(wrapped) > max_lines:
+            last = wrapped[max_lines - 1][: _NAME_LENGTH - 1] + "…"
+            wrapped = [*wrapped[: max_lines - 1], last]
         return wrapped
 
 
@@ -122,37 +129,44 @@ class RowChart:
     rows: Sequence[Row]
     row_height: int = 20
     reference: float | None = None
+    """value at which a dashed line is drawn"""
     left: int = 132
     right: int = 76
     bottom: int = 42
 
     @property
     def name_lines(self) -> int:
+        """How many lines a name may have."""
         return 2 if self.row_height >= 30 else 1
 
     @property
     def bottom_line(self) -> int:
+        """The vertical coordinate of the lower end of the rows."""
         return 6 + len(self.rows) * self.row_height
 
     def px(self, value: float) -> float:
         width = WIDTH - self.left - self.right
-        return round(self.left + self.axis.share(value) * width, 1)
+        return round(self.left + self.axis.position(value) * width, 1)
 
-    def py(self, number: int) -> float:
-        return 6 + (number + 0.5) * self.row_height
+    def py(self, index: int) -> float:
+        """The vertical coordinate of a row."""
+        return 6 + (index + 0.5) * self.row_height
 
 
 @dataclass(frozen=True)
 class Whisker:
-    """A card's estimate on its scale, with the wide and the naive interval."""
+    """The estimate of a headline card on its scale, with its two intervals."""
 
     label: str
     value: float
     high: float
-    """the scale goes from 0 to here"""
+    """the upper end of the scale, which begins at 0"""
     ends: tuple[str, str]
+    """texts at both ends of the scale"""
     wide: Sequence[float] | None = None
+    """the interval over patients"""
     naive: Sequence[float] | None = None
+    """the interval over clips"""
     baseline: float | None = None
 
     def px(self, value: float) -> float:
@@ -161,12 +175,12 @@ class Whisker:
 
 @dataclass(frozen=True)
 class Histogram:
-    """Bars of counts, each with its number."""
+    """Counts as bars, with the number at each bar."""
 
     label: str
     x: Axis
     bars: Sequence[tuple[float, float, int]]
-    """(low end, high end, count)"""
+    """low end, high end and count of each bar"""
     left: int = 48
     right: int = 12
     height: int = 112
@@ -174,59 +188,66 @@ class Histogram:
     heights: Sequence[float] = field(init=False)
 
     def __post_init__(self) -> None:
-        most = max((count for *_, count in self.bars), default=1)
-        object.__setattr__(self, "heights", [66 * count / most for *_, count in self.bars])
+        highest = max((count for *_, count in self.bars), default=1)
+        object.__setattr__(self, "heights", [66 * count / highest for *_, count in self.bars])
 
     def px(self, value: float) -> float:
-        return round(self.left + self.x.share(value) * (WIDTH - self.left - self.right), 1)
+        return round(self.left + self.x.position(value) * (WIDTH - self.left - self.right), 1)
 
 
-def share_axis(label: str) -> Axis:
-    """0 to 100 %."""
+def fraction_axis(label: str) -> Axis:
+    """An axis from 0 to 100 %."""
     return Axis(label, 0, 1, (0, 0.25, 0.5, 0.75, 1), percent=True)
 
 
-def nice_axis(label: str, low: float, high: float, whole: bool = False, most: int = 6) -> Axis:
-    """An axis around values whose ticks are 1, 2 or 5 times a power of ten apart.
+def nice_axis(
+    label: str, low: float, high: float, integer: bool = False, intervals: int = 6
+) -> Axis:
+    """An axis whose ticks are 1, 2 or 5 times a power of ten apart.
 
     Args:
-        whole: ticks are whole numbers (epochs) and the axis ends at its values.
+        low, high: the range of the values.
+        integer: the ticks are integers (epochs), and the axis ends exactly at `low` and `high`.
+        intervals: about how many intervals between ticks there may be.
     """
     if not high > low:
-        low, high = low - 0.5 * whole, low + (0.5 if whole else max(1e-3, abs(low)))
-    step = _step((high - low) / most)
-    step = max(1, step) if whole else step
-    first = math.ceil(low / step - 1e-9) if whole else math.floor(low / step + 1e-9)
-    last = math.floor(high / step + 1e-9) if whole else math.ceil(high / step - 1e-9)
+        low, high = low - 0.5 * integer, low + (0.5 if integer else max(1e-3, abs(low)))
+    step = _step((high - low) / intervals)
+    step = max(1, step) if integer else step
+    first = math.ceil(low / step - 1e-9) if integer else math.floor(low / step + 1e-9)
+    last = math.floor(high / step + 1e-9) if integer else math.ceil(high / step - 1e-9)
     ticks = [float(f"{number * step:.6g}") for number in range(first, last + 1)]
-    return Axis(label, *((low, high) if whole else (ticks[0], ticks[-1])), ticks)
+    return Axis(label, *((low, high) if integer else (ticks[0], ticks[-1])), ticks)
 
 
 def percent_axis(label: str, high: float) -> Axis:
-    """0 % to a round number of per cent above `high`, for shares that are small."""
-    found = nice_axis(label, 0, min(1.0, max(high, 0.01)) * 100, most=5)
-    ticks = [tick / 100 for tick in found.ticks]
+    """An axis from 0 to a round number of per cent above `high`, for small fractions."""
+    in_percent = nice_axis(label, 0, min(1.0, max(high, 0.01)) * 100, intervals=5)
+    ticks = [tick / 100 for tick in in_percent.ticks]
     return Axis(label, 0, ticks[-1], ticks, percent=True)
 
 
-def thinned(x: np.ndarray, y: np.ndarray) -> list[tuple[float, float]]:
-    """The points of a line, or evenly chosen ones of too many; those without a value left out."""
-    chosen = np.unique(np.linspace(0, len(x) - 1, min(len(x), _MOST_POINTS)).round().astype(int))
-    pairs = [(float(x[i]), float(y[i])) for i in chosen]
+def downsample(x: np.ndarray, y: np.ndarray) -> list[tuple[float, float]]:
+    """At most 400 evenly chosen points of a line, without those that are not finite."""
+    indices = np.unique(np.linspace(0, len(x) - 1, min(len(x), _MAX_POINTS)).round().astype(int))
+    pairs = [(float(x[i]), float(y[i])) for i in indices]
     return [pair for pair in pairs if all(map(math.isfinite, pair))]
 
 
-def area(clips: float, most: float, smallest: float = 3.0, largest: float = 9.0) -> float:
-    """The radius of a dot whose area tells how many clips it stands for."""
-    return round(max(smallest, largest * math.sqrt(clips / max(1, most))), 1)
+def radius_for_count(
+    count: float, highest: float, smallest: float = 3.0, largest: float = 9.0
+) -> float:
+    """The radius of a dot whose area is proportional to a count, `largest` for the highest one."""
+    return round(max(smallest, largest * math.sqrt(count / max(1, highest))), 1)
 
 
-def pages(rows: Sequence[Row], row_height: int, tallest: int = 760) -> list[Sequence[Row]]:
-    """Rows in portions that a printed page holds."""
-    most = tallest // row_height
-    return [rows[start : start + most] for start in range(0, len(rows), most)]
+def paginate(rows: Sequence[Row], row_height: int, max_height: int = 760) -> list[Sequence[Row]]:
+    """The rows in parts that fit on a printed page each."""
+    per_page = max_height // row_height
+    return [rows[start : start + per_page] for start in range(0, len(rows), per_page)]
 
 
 def _step(rough: float) -> float:
+    """The lowest of 1, 2 and 5 times the powers of ten that is not below `rough`."""
     power = 10 ** math.floor(math.log10(rough))
     return next(factor * power for factor in (1, 2, 5, 10) if factor * power >= rough * 0.999)

@@ -1,50 +1,55 @@
-"""HTML pages from templates/, for report.py, timeline_page.py and live_page.py."""
+"""The templates of all HTML pages, and how numbers look on them."""
 
 import re
 from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from web.report_data import Interval
+from evaluation.bootstrap import Interval, format_interval
 
 TEMPLATES = Path(__file__).parent / "templates"
 
+_NBSP = "\u00a0"  # keeps a number and its % on one line
+
 
 def page_environment() -> Environment:
-    """Templates that escape everything: class names and paths are anybody's text."""
-    return Environment(
+    """A jinja2 environment that escapes all values: names and paths may hold any text."""
+    environment = Environment(
         loader=FileSystemLoader(TEMPLATES),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    filters = (percent, decimals, interval_text, break_points)
+    environment.filters.update({function.__name__: function for function in filters})
+    return environment
 
 
 def template_text(name: str) -> str:
-    """A style sheet or script that lies beside the templates."""
+    """The text of a style sheet or script in the folder of the templates."""
     return (TEMPLATES / name).read_text(encoding="utf-8")
 
 
-_NBSP = "\u00a0"  # keeps a number and its % on one line
-
-
 def percent(value: float | None, digits: int = 1) -> str:
+    """A fraction in per cent, e.g. `51.9 %`."""
     return "–" if value is None else f"{100 * value:.{digits}f}{_NBSP}%"
 
 
 def decimals(value: float | None) -> str:
+    """A number with three decimals."""
     return "–" if value is None else f"{value:.3f}"
 
 
-def parts(name: str) -> list[str]:
-    """Where a narrow column may break a name: Abdominal|Entry, use_|clipper."""
+def interval_text(interval: Interval, as_percent: bool = True) -> str:
+    """An interval, e.g. `51.9 to 71.7 %`; empty if there is none."""
+    if not as_percent:
+        return format_interval(interval, missing="")
+    scaled = interval and [100 * end for end in interval]
+    text = format_interval(scaled, ".1f", missing="")
+    return f"{text}{_NBSP}%" if text else ""
+
+
+def break_points(name: str) -> list[str]:
+    """The parts of a name between which a line may break: Abdominal|Entry, use_|clipper."""
     return re.split(r"(?<=[a-z])(?=[A-Z])|(?<=[_/.-])(?=\w)", name)
-
-
-def span(interval: Interval, as_percent: bool = True) -> str:
-    """An interval in words; empty without one."""
-    if not interval:
-        return ""
-    low, high = interval
-    return f"{100 * low:.1f} to {percent(high)}" if as_percent else f"{low:.3f} to {high:.3f}"

@@ -1,6 +1,6 @@
-"""One HTML page on which a person looks through a timeline and corrects it.
+"""timeline.html: a page to look through a timeline and to correct it.
 
-The page needs nothing but the video that lies near it: it opens from a disk, without a network.
+The page needs only the video beside it: it opens from a disk, without a network.
 """
 
 import base64
@@ -15,19 +15,20 @@ from urllib.parse import quote, unquote
 import numpy as np
 from markupsafe import Markup
 
-from timeline.segments import MARKS, Timeline
+from timeline.segments import NON_CLASS_LABELS, Timeline
 from utils.files import write_text
 from web.templating import page_environment, template_text
 
-MOST_BINS = 20_000  # of a curve: half a second each in three hours
+MAX_BINS = 20_000  # per curve; in a video of three hours each one is half a second long
 
-MOST_VALUES = 400_000  # of all curves: half a megabyte as base64, whatever the number of classes
+MAX_VALUES = 400_000  # of all curves together: half a megabyte as base64
 
-NO_ANSWER = 255
+NO_PREDICTION = 255  # the value of a bin without a prediction
 
+# In this order: the scripts share one scope, and the later ones use the earlier ones.
 _SCRIPTS = (
     "timeline_data.js",
-    "timeline_looks.js",
+    "timeline_styles.js",
     "timeline_plot.js",
     "timeline_list.js",
     "timeline.js",
@@ -35,15 +36,16 @@ _SCRIPTS = (
 
 
 def build_timeline_page(
-    timeline: Timeline, video: str | None, facts: dict[str, str] | None = None
+    timeline: Timeline, video: str | None, metadata: dict[str, str] | None = None
 ) -> str:
-    """The whole page as HTML.
+    """The page as HTML.
 
     Args:
-        timeline: nobody is named on the page but by `timeline.name`, its notes and the facts.
-        video: a URL of the video, relative to the page and percent-quoted; None: there is none to
-            show (a live stream), and the rest of the page works without it.
-        facts: how the timeline was made (command, model, versions), for the foot of the page.
+        timeline: timeline to show. Names of people can only come from `timeline.name`, its notes
+            and the metadata.
+        video: URL of the video, relative to the page and percent-quoted; None: there is no video to
+            show (a live stream), and the page works without it.
+        metadata: how the timeline was made (command, model, device), for the foot of the page.
     """
     environment = page_environment()
     script = "\n".join(template_text(name) for name in _SCRIPTS)
@@ -52,37 +54,40 @@ def build_timeline_page(
         timeline=timeline,
         video=video,
         video_name=unquote(video or ""),
-        facts=facts or {},
-        length=_in_words(timeline.duration),
+        metadata=metadata or {},
+        length=_format_duration(timeline.duration),
         data=Markup(_json(_data(timeline))),
         script=Markup(script),
         script_hash=base64.b64encode(digest).decode(),
     )
-    return page.encode("utf-8", "replace").decode()  # a file's name may be no text at all
+    return page.encode("utf-8", "replace").decode()  # the name of a file may hold invalid bytes
 
 
 def write_timeline_page(
     path: str | Path,
     timeline: Timeline,
     video_path: Path | None,
-    facts: dict[str, str] | None = None,
+    metadata: dict[str, str] | None = None,
 ) -> None:
-    """Write the page; it finds the video as long as both keep their places to each other."""
+    """Write the page. It finds the video as long as the two are moved only together."""
     video = None if video_path is None else _relative_url(Path(video_path), Path(path).parent)
-    write_text(path, build_timeline_page(timeline, video, facts))
+    write_text(path, build_timeline_page(timeline, video, metadata))
 
 
 def bin_probabilities(times: np.ndarray, probabilities: np.ndarray, duration: float) -> np.ndarray:
-    """Curves small enough for a page: `(bins, num_classes)` uint8 over the whole duration.
+    """Curves that are small enough for a page.
 
-    A bin holds the mean of its answers, 0 to 254 for 0 to 1; means, so that the classes still add
-    up to one and agree with the segments' confidence. An answer holds until the next one is due;
-    where none is, as in a stretch that could not be read, the bin is NO_ANSWER.
+    A bin holds the mean of its predictions, 0 to 254 for 0 to 1. With means, the classes still add
+    up to one and agree with the confidence of the segments. A prediction holds until the next one
+    is due; where there is none, as in a stretch that could not be read, the bin is NO_PREDICTION.
 
     Args:
         times: `(N,)` seconds.
-        probabilities: `(N, num_classes)`; rows that are not finite count as no answer.
-        duration: of the video, seconds.
+        probabilities: `(N, num_classes)`; rows that are not finite are left out.
+        duration: length of the video in seconds.
+
+    Returns:
+        `(bins, num_classes)` uint8 over the whole duration.
     """
     num_classes = probabilities.shape[1]
     known = np.isfinite(probabilities).all(axis=1) & (times >= 0) & (times <= duration)
@@ -91,51 +96,51 @@ def bin_probabilities(times: np.ndarray, probabilities: np.ndarray, duration: fl
         return np.empty((0, num_classes), np.uint8)
     order = np.argsort(times, kind="stable")
     times, probabilities = times[order], probabilities[order]
-    apart = float(np.median(np.diff(times))) if len(times) > 1 else duration
-    most = max(1, min(MOST_BINS, MOST_VALUES // num_classes))
-    bins = min(most, math.ceil(duration / apart)) if apart > 0 else most
+    interval = float(np.median(np.diff(times))) if len(times) > 1 else duration
+    max_bins = max(1, min(MAX_BINS, MAX_VALUES // num_classes))
+    bins = min(max_bins, math.ceil(duration / interval)) if interval > 0 else max_bins
     edges = np.arange(bins) * (duration / bins)
 
-    place = np.clip(np.searchsorted(edges, times, "right") - 1, 0, bins - 1)
-    count = np.bincount(place, minlength=bins)
-    sums = [np.bincount(place, weights=column, minlength=bins) for column in probabilities.T]
+    index = np.clip(np.searchsorted(edges, times, "right") - 1, 0, bins - 1)
+    count = np.bincount(index, minlength=bins)
+    sums = [np.bincount(index, weights=column, minlength=bins) for column in probabilities.T]
     means = np.stack(sums, axis=1) / np.maximum(count, 1)[:, None]
 
-    before = np.searchsorted(times, edges, "right") - 1  # the last answer before each bin
-    held = (count == 0) & (before >= 0) & (edges - times[before] < 2 * apart)
-    means[held] = probabilities[before[held]]
+    before = np.searchsorted(times, edges, "right") - 1  # the last prediction before each bin
+    is_held = (count == 0) & (before >= 0) & (edges - times[before] < 2 * interval)
+    means[is_held] = probabilities[before[is_held]]
     values = np.round(254 * np.clip(means, 0, 1)).astype(np.uint8)
-    values[(count == 0) & ~held] = NO_ANSWER
+    values[(count == 0) & ~is_held] = NO_PREDICTION
     return values
 
 
 def _data(timeline: Timeline) -> dict[str, Any]:
-    """What the page's script reads; see templates/timeline_data.js."""
-    found = (segment.label for segment in timeline.segments)
-    labels = list(dict.fromkeys([*timeline.classes, *MARKS, *found]))
-    number = {label: index for index, label in enumerate(labels)}
+    """The data that the script of the page reads; see templates/timeline_data.js."""
+    in_segments = (segment.label for segment in timeline.segments)
+    labels = list(dict.fromkeys([*timeline.classes, *NON_CLASS_LABELS, *in_segments]))
+    index = {label: i for i, label in enumerate(labels)}
     curves = bin_probabilities(timeline.times, timeline.probabilities, timeline.duration)
     return {
         "duration": timeline.duration,
         "labels": labels,
         "classes": len(timeline.classes),
-        "marks": MARKS,
+        "marks": NON_CLASS_LABELS,
         "segments": [
             [
                 round(segment.start, 3),
                 round(segment.end, 3),
-                number[segment.label],
+                index[segment.label],
                 None if math.isnan(segment.confidence) else round(segment.confidence, 4),
             ]
             for segment in timeline.segments
         ],
         "bins": len(curves),
-        "curves": base64.b64encode(curves.T.tobytes()).decode(),  # class after class
+        "curves": base64.b64encode(curves.T.tobytes()).decode(),  # one class after the other
     }
 
 
 def _json(data: dict[str, Any]) -> str:
-    """JSON that cannot end the <script> it stands in, whatever the classes are called."""
+    """JSON that cannot end the <script> element around it, whatever the classes are called."""
     text = json.dumps(data, separators=(",", ":"), allow_nan=False)
     for character in "<>&":
         text = text.replace(character, f"\\u{ord(character):04x}")
@@ -143,7 +148,7 @@ def _json(data: dict[str, Any]) -> str:
 
 
 def _relative_url(file: Path, folder: Path) -> str:
-    """A URL of a file as seen from a folder. Links are left as they are, as browsers do."""
+    """The URL of a file relative to a folder. Symbolic links are not resolved, as in browsers."""
     try:
         relative = os.path.relpath(file, folder)
     except ValueError:  # on another Windows drive
@@ -151,8 +156,8 @@ def _relative_url(file: Path, folder: Path) -> str:
     return quote(os.fsencode(relative.replace(os.sep, "/")))
 
 
-def _in_words(seconds: float) -> str:
-    """`2 h 5 min`, `9 min 30 s`, `12 s`."""
+def _format_duration(seconds: float) -> str:
+    """Seconds as `2 h 5 min`, `9 min 30 s` or `12 s`."""
     minutes, rest = divmod(round(seconds), 60)
     values = zip((*divmod(minutes, 60), rest), ("h", "min", "s"), strict=True)
     return " ".join([f"{value} {unit}" for value, unit in values if value][:2]) or "0 s"

@@ -11,12 +11,12 @@ import torch
 from helpers import run_script
 
 from benchmarks import data as benchmark_data
-from benchmarks import epoch_time as benchmark_training
+from benchmarks import epoch_time
 from benchmarks.baselines import decode_naively, decoders
 from benchmarks.data import BenchmarkConfig, main
 from benchmarks.timing import interleave
 from benchmarks.videos import write_benchmark_video
-from video.clip_reader import read_clip
+from video.clip_reader import DecodedClip, read_clip
 from video.decoder import read_frames
 
 
@@ -42,17 +42,17 @@ def test_videos_are_as_asked(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", decoders())
 def test_peers_read_the_same_frames(tmp_path: Path, name: str) -> None:
-    """Their resizers differ, but the frame and its place do not."""
+    """Their resizers differ, but the frames and their order do not."""
     write_benchmark_video(tmp_path / "clip.mp4", 180, 50, 10)
-    ours = read_clip(tmp_path / "clip.mp4", 16, size=64).astype(int)
+    ours = read_clip(tmp_path / "clip.mp4", size=64).rgb.astype(int)
     theirs = decoders()[name](tmp_path / "clip.mp4", 16, 64)
     assert theirs.shape == (16, 64, 64, 3)
-    errors = [[np.abs(one - other).mean() for other in theirs] for one in ours]
+    errors = [[np.abs(frame - other).mean() for other in theirs] for frame in ours]
     assert np.argmin(errors, axis=1).tolist() == list(range(16))
 
 
 def config(**changes) -> BenchmarkConfig:
-    settings = {"repeats": 1, "clips": 3, "batch_size": 2, "image_size": 32, "workers": 0}
+    settings = {"repeats": 1, "clips": 3, "batch_size": 2, "image_size": 32, "num_workers": 0}
     return BenchmarkConfig(**{**settings, **changes})
 
 
@@ -68,7 +68,9 @@ def test_decoding_table(tmp_path: Path, monkeypatch) -> None:
 
 def test_wrong_frames_stop_the_benchmark(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr(benchmark_data, "VIDEOS", [(90, 20, 10)])
-    monkeypatch.setattr(benchmark_data, "read_clip", lambda path: decode_naively(path, 16, 224) + 1)
+    monkeypatch.setattr(
+        benchmark_data, "read_clip", lambda path: DecodedClip(decode_naively(path, 16, 224) + 1)
+    )
     with pytest.raises(RuntimeError, match="the frames differ"):
         benchmark_data.time_decoding(config(), tmp_path)
 
@@ -82,16 +84,16 @@ def test_cache_table(tmp_path: Path, monkeypatch) -> None:
 
 
 def test_training_and_memory_tables(tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr(benchmark_training, "HEIGHT", 90)
-    monkeypatch.setattr(benchmark_training, "FRAMES", 20)
+    monkeypatch.setattr(epoch_time, "HEIGHT", 90)
+    monkeypatch.setattr(epoch_time, "FRAMES", 20)
     (tmp_path / "one").mkdir()
-    table = benchmark_training.time_training(config(model="vivit"), tmp_path / "one")
+    table = epoch_time.time_training(config(model_name="vivit"), tmp_path / "one")
     assert len(table) == 3
     assert (table["clips/s"] > 0).all()
     assert table["waiting for clips (%)"].iloc[1:].between(0, 100).all()
     (tmp_path / "two").mkdir()
-    settings = config(model="vivit", epochs=2, workers=1)
-    memory = benchmark_training.watch_memory(settings, tmp_path / "two")
+    settings = config(model_name="vivit", epochs=2, num_workers=1)
+    memory = epoch_time.watch_memory(settings, tmp_path / "two")
     with av.open(str(tmp_path / "two/clips/train_0.mp4")) as video:
         assert (video.streams.video[0].height, video.streams.video[0].frames) == (90, 20)
     assert memory["epoch"].tolist() == ["1", "2"]
@@ -114,6 +116,7 @@ def test_script(tmp_path: Path) -> None:
     [
         (["--repeats", "0"], "repeats = 0: must be at least 1"),
         (["--source", "none.mp4"], "none.mp4: no such file"),
+        (["--workers", "0"], "--workers is now called --num-workers"),
         (["--what", "training", "--device", "tpu"], "device 'tpu' cannot be used here"),
     ],
 )

@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 from helpers import run_script
 
-from clips.audit import AuditConfig, _say_overlaps, audit, composition, overlaps
+from clips.audit import AuditConfig, _print_overlaps, audit, composition, overlaps
 from clips.clip_table import read_clips
 from demo.data import Clip, render
 from prepare_data import main
@@ -76,9 +76,9 @@ def test_leakage_ends_with_exit_code_one_and_names_nobody(
     assert "patients: 1 of 4 train and test share 1, with 3 clips of train and 2 of test" in said
     assert "videos: 1 of 6" in said
     assert "source actions: 1 of 6" in said
-    assert "files: 0 of 8 are there" in said
+    assert "files: 0 of 8 exist" in said
     assert "LEAKAGE" in said
-    folder = tmp_path / f"audit_{leaky.name}"
+    folder = tmp_path / f"runs/audit_{leaky.name}"
     written = "".join(path.read_text() for path in folder.glob("*.csv"))
     assert {path.name for path in folder.iterdir()} == {"composition.csv", "overlaps.csv"}
     assert "007" not in done.stdout + written
@@ -88,7 +88,7 @@ def test_leakage_ends_with_exit_code_one_and_names_nobody(
     assert "007_V001_C1" in (tmp_path / "named/overlaps.csv").read_text()
 
 
-def test_files_are_compared_by_content_and_by_look(tmp_path: Path, capsys) -> None:
+def test_files_are_compared_by_content_and_by_perceptual_hash(tmp_path: Path, capsys) -> None:
     """The same bytes under another name; the same pictures in other bytes; black clips."""
     frames = render(Clip("train", 3, 1, 1, 1, "HookCut"))
     (tmp_path / "clips").mkdir()
@@ -105,23 +105,23 @@ def test_files_are_compared_by_content_and_by_look(tmp_path: Path, capsys) -> No
     (tmp_path / "clips/broken.mp4").write_bytes(b"not a video")
     manifest(tmp_path / "train.csv", [(f"{n}.mp4", "x") for n in ("a", "b", "black", "broken")])
     manifest(tmp_path / "test.csv", [(f"{n}.mp4", "x") for n in ("brighter", "copy", "dark", "c")])
-    config = AuditConfig((str(tmp_path),), output=str(tmp_path / "out"), workers=0)
+    config = AuditConfig((str(tmp_path),), output=str(tmp_path / "out"), num_workers=0)
     assert audit(config) == 1
     said = capsys.readouterr().out
-    assert "files: 8 of 8 are there" in said
+    assert "files: 8 of 8 exist" in said
     assert "1 files cannot be read" in said
     assert "the patient of 8 clips is unknown" in said
     found = pd.read_csv(tmp_path / "out/overlaps.csv")
-    assert found["kind"].tolist() == ["content", "look"]
+    assert found["kind"].tolist() == ["content", "near_duplicate"]
     assert found["lines"].tolist() == ["train.csv:3 test.csv:3", "train.csv:2 test.csv:2"]
     facts = pd.read_csv(tmp_path / "out/files.csv").set_index("split")
     assert facts.loc["train", "files"] == 3
     assert facts.loc["test", "size"] == "128x96 (4)"
-    assert facts.loc["test", "frames a second"] == "25 (4)"
+    assert facts.loc["test", "fps"] == "25 (4)"
     assert facts.loc["test", "seconds"] == pytest.approx(1.2)
     without = AuditConfig((str(tmp_path),), output=str(tmp_path / "names"), contents=False)
     assert audit(without) == 0
-    assert "overlaps of contents were not looked for" in capsys.readouterr().out
+    assert "no file was read" in capsys.readouterr().out
 
 
 def test_clean_splits_pass(tiny_data: Path, tmp_path: Path, capsys) -> None:
@@ -171,7 +171,7 @@ def test_patient_pattern_and_folders_of_videos(tmp_path: Path) -> None:
         (["."], "holds neither train.csv nor any video"),
         (["empty.csv"], "empty.csv: lists no clip"),
         (["m.csv", "--patient-pattern", "("], "is no regular expression"),
-        (["m.csv", "--workers", "-1"], "must be at least 0"),
+        (["m.csv", "--num-workers", "-1"], "must be at least 0"),
         (["m.csv", "--looped", "none.csv"], "none.csv: no such manifest"),
     ],
 )
@@ -222,13 +222,13 @@ def test_videos_and_actions_are_a_patients_own(tmp_path: Path) -> None:
     assert len(overlaps(clips)) == 0
 
 
-@pytest.mark.parametrize("kind", ["patient", "video", "action", "content", "look"])
+@pytest.mark.parametrize("kind", ["patient", "video", "action", "content", "near_duplicate"])
 def test_every_kind_of_overlap_is_leakage(kind: str, capsys) -> None:
     clips = pd.DataFrame({"split": ["train", "test"], kind: ["one", "one"]}).astype(object)
-    assert _say_overlaps(clips)
+    assert _print_overlaps(clips)
     assert "LEAKAGE" in capsys.readouterr().out
     clips[kind] = ["one", "other"]
-    assert not _say_overlaps(clips)
+    assert not _print_overlaps(clips)
 
 
 def test_a_file_that_may_not_be_read_is_counted(tmp_path: Path, monkeypatch, capsys) -> None:
@@ -238,9 +238,9 @@ def test_a_file_that_may_not_be_read_is_counted(tmp_path: Path, monkeypatch, cap
     def denied(_: Path) -> str:
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr("clips.audit.content_hash", denied)
+    monkeypatch.setattr("clips.audit.sha256_file", denied)
     output = str(tmp_path / "out")
-    assert audit(AuditConfig((str(tmp_path / "m.csv"),), output=output, workers=0)) == 0
+    assert audit(AuditConfig((str(tmp_path / "m.csv"),), output=output, num_workers=0)) == 0
     assert "1 files cannot be read" in capsys.readouterr().out
 
 

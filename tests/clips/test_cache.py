@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 
 from clips.cache import CacheSettings, ClipCache
-from video.clip_reader import clip_indices, read_clip
+from video.clip_reader import FrameSampler, read_clip
 from video.container import ClipError
 from video.encoder import write_video
 
-SETTINGS = CacheSettings(n_frames=4, image_size=48, per_segment=3)
+SETTINGS = CacheSettings(n_frames=4, image_size=48, frames_per_segment=3)
 
 
 def gradients(count: int) -> np.ndarray:
@@ -33,11 +33,12 @@ def make(folder: Path, count: int, name: str = "clip.mp4") -> tuple[ClipCache, P
 def test_cached_frames_are_the_decoded_ones(tmp_path: Path, count: int, sampling: str) -> None:
     cache, clip = make(tmp_path, count)
     cache.write(clip)
-    draws = [0.1, 0.9, 0.5, 0.49] if sampling == "random" else None
-    cached = cache.read(clip, 4, sampling, draws)
-    if draws and count > 12:  # of a long clip, the nearest of three in each segment
-        draws = [1 / 6, 5 / 6, 0.5, 0.5]
-    decoded = read_clip(clip, 4, sampling, 48, draws)
+    sampler = FrameSampler(4, sampling)
+    offsets = [0.1, 0.9, 0.5, 0.49] if sampling == "random" else None
+    cached = cache.read(clip, sampler, offsets).rgb
+    if offsets and count > 12:  # of a long clip, the nearest of three in each segment
+        offsets = [1 / 6, 5 / 6, 0.5, 0.5]
+    decoded = read_clip(clip, sampler, 48, offsets).rgb
     assert cached.shape == decoded.shape
     assert cached.dtype == np.uint8
     error = np.abs(cached.astype(int) - decoded)
@@ -49,12 +50,12 @@ def test_short_clip_is_kept_whole_and_long_one_evenly(tmp_path: Path) -> None:
     for count, kept in ((12, 12), (13, 12), (60, 12)):
         cache, clip = make(tmp_path, count, f"{count}.mp4")
         cache.write(clip)
-        with open(cache.place(clip), "rb") as file:
-            facts = cache._header(file, clip)
-        assert facts["count"] == count
-        assert len(facts["numbers"]) == kept
-        assert set(clip_indices(count, 4)) <= set(facts["numbers"])
-        assert set(clip_indices(count, 4, views=3)) <= set(facts["numbers"])
+        with open(cache.path(clip), "rb") as file:
+            header = cache._read_header(file, clip)
+        assert header["count"] == count
+        assert len(header["numbers"]) == kept
+        for views in (1, 3):
+            assert set(FrameSampler(4, views=views).indices(count)) <= set(header["numbers"])
 
 
 def test_frames_that_are_not_kept_are_refused(tmp_path: Path) -> None:
@@ -62,34 +63,34 @@ def test_frames_that_are_not_kept_are_refused(tmp_path: Path) -> None:
     cache.write(clip)
     for wanted in ({"n_frames": 5}, {"sampling": "first"}, {"views": 2}):
         with pytest.raises(ClipError, match="keeps 12 of 60 frames"):
-            cache.read(clip, **{"n_frames": 4, **wanted})
+            cache.read(clip, FrameSampler(**{"n_frames": 4, **wanted}))
 
 
 def test_stale_entries_are_noticed(tmp_path: Path) -> None:
     cache, clip = make(tmp_path, 8)
-    assert cache.problem(clip) == "not in the cache"
+    assert cache.check(clip) == "not in the cache"
     with pytest.raises(ClipError, match="not in the cache: run prepare_data"):
         cache.read(clip)
     cache.write(clip)
-    assert cache.problem(clip) is None
+    assert cache.check(clip) is None
     os.utime(clip, ns=(1, 1))
-    assert cache.problem(clip) == "changed since it was cached"
+    assert cache.check(clip) == "changed since it was cached"
     with pytest.raises(ClipError, match="changed since it was cached: run prepare_data"):
         cache.read(clip)
     cache.write(clip)
     other = ClipCache.create(tmp_path / "cache", tmp_path / "data", CacheSettings(4, 40))
-    assert other.problem(clip) == "cached with other settings"
+    assert other.check(clip) == "cached with other settings"
     other.write(clip)
-    assert other.read(clip, 4).shape == (4, 40, 40, 3)
+    assert other.read(clip, FrameSampler(4)).rgb.shape == (4, 40, 40, 3)
 
 
 @pytest.mark.parametrize("keep", [0, 5, 30, -1])
 def test_damaged_entries_are_noticed(tmp_path: Path, keep: int) -> None:
     cache, clip = make(tmp_path, 8)
     cache.write(clip)
-    place = cache.place(clip)
-    place.write_bytes(place.read_bytes()[:keep])
-    assert cache.problem(clip) == "damaged in the cache"
+    path = cache.path(clip)
+    path.write_bytes(path.read_bytes()[:keep])
+    assert cache.check(clip) == "damaged in the cache"
     with pytest.raises(ClipError, match="damaged in the cache"):
         cache.read(clip)
 
@@ -98,8 +99,8 @@ def test_unreadable_clip_gives_the_error_of_its_video(tmp_path: Path) -> None:
     cache, clip = make(tmp_path, 8)
     clip.write_bytes(b"no video")
     _, error = cache.write(clip)
-    assert cache.problem(clip) is None
-    assert cache.problem(clip, unreadable=True) == "could not be read"
+    assert cache.check(clip) is None
+    assert cache.check(clip, unreadable=True) == "could not be read"
     with pytest.raises(ClipError) as decoding:
         read_clip(clip)
     with pytest.raises(ClipError) as reading:
@@ -115,7 +116,7 @@ def test_data_and_cache_may_move(tmp_path: Path) -> None:
     for name in ("data", "cache"):
         (tmp_path / name).rename(tmp_path / "elsewhere" / name)
     moved = ClipCache(tmp_path / "elsewhere/cache", tmp_path / "elsewhere/data")
-    assert moved.problem(tmp_path / "elsewhere/data/clip.mp4") is None
+    assert moved.check(tmp_path / "elsewhere/data/clip.mp4") is None
 
 
 def test_noise_is_compressed_until_it_fits(tmp_path: Path) -> None:
@@ -126,14 +127,14 @@ def test_noise_is_compressed_until_it_fits(tmp_path: Path) -> None:
     cache = ClipCache.create(tmp_path / "cache", tmp_path, CacheSettings())
     size, error = cache.write(clip)
     assert error is None
-    assert cache.place(clip).stat().st_size == size <= 252_000
+    assert cache.path(clip).stat().st_size == size <= 252_000
 
 
 def test_names_give_nobody_away_and_folders_stay_short(tmp_path: Path) -> None:
     cache = ClipCache.create(tmp_path / "cache", tmp_path, SETTINGS)
-    places = {cache.place(tmp_path / f"clips/Clip_P{i:03d}_V1_C1_x.mp4") for i in range(4000)}
-    assert len(places) == 4000
-    assert not any("P0" in place.name for place in places)
-    folders = [place.parent.name for place in places]
+    paths = {cache.path(tmp_path / f"clips/Clip_P{i:03d}_V1_C1_x.mp4") for i in range(4000)}
+    assert len(paths) == 4000
+    assert not any("P0" in path.name for path in paths)
+    folders = [path.parent.name for path in paths]
     assert max(folders.count(name) for name in set(folders)) < 12
     assert json.loads((tmp_path / "cache/cache.json").read_text())["n_frames"] == 4

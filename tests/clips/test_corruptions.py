@@ -120,9 +120,9 @@ def test_each_severity_is_further_from_the_clean_clip(name: str, scene: torch.Te
 @pytest.mark.parametrize("name", NAMES)
 def test_the_seed_decides_what_is_drawn(name: str, scene: torch.Tensor) -> None:
     variants = [corrupt(scene, name, 3, seed) for seed in range(4)]
-    alike = [torch.equal(one, variants[0]) for one in variants]
-    assert alike == ([True] * 4 if name in NOT_DRAWN else [True, *alike[1:]])
-    assert (sum(alike) == 4) == (name in NOT_DRAWN)
+    equal = [torch.equal(variant, variants[0]) for variant in variants]
+    assert equal == ([True] * 4 if name in NOT_DRAWN else [True, *equal[1:]])
+    assert (sum(equal) == 4) == (name in NOT_DRAWN)
 
 
 def test_name_and_seed_decide_the_draw_and_severity_does_not(

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from clips.manifest import CLASSES, get_num_classes, match_class, patient_overlap, read_manifest
+from clips.manifest import CLASSES, get_num_classes, parse_label, patient_overlap, read_manifest
 from clips.manifest import read_splits as read
 from utils.errors import UserError
 
@@ -102,7 +102,7 @@ def test_the_199_real_slam_paths(real: Path, tmp_path) -> None:
         name: [row for row, one in zip(rows, looped, strict=True) if one["phase"] == name]
         for name in ("train", "val", "test")
     }
-    warnings = " ".join(patient_overlap(splits))
+    warnings = " ".join(warning["text"] for warning in patient_overlap(splits))
     shared = {
         row.patient
         for name, others in splits.items()
@@ -131,26 +131,26 @@ def test_the_199_real_slam_paths(real: Path, tmp_path) -> None:
     ],
 )
 def test_labels(label: str, name: str | None) -> None:
-    assert match_class(label, CLASSES) == (None if name is None else CLASSES.index(name))
+    assert parse_label(label, CLASSES) == (None if name is None else CLASSES.index(name))
 
 
 def test_other_classes_come_before_aliases_and_numbers() -> None:
-    assert match_class("Needle", ("Suturing", "Needle")) == 1
-    assert match_class("1", ("2", "1", "0")) == 1
-    assert match_class("fight", ("Fight", "noFight")) == 0
+    assert parse_label("Needle", ("Suturing", "Needle")) == 1
+    assert parse_label("1", ("2", "1", "0")) == 1
+    assert parse_label("fight", ("Fight", "noFight")) == 0
 
 
 @pytest.mark.parametrize(
     ("text", "files", "message"),
     [
-        ("path,label\na.mp4,HookCut\n", (), "not there"),
+        ("path,label\na.mp4,HookCut\n", (), "do not exist"),
         ("path,label\na.mp4,HokCut\n", ("a.mp4",), "'HokCut' (1 row, did you mean 'HookCut'?)"),
         ("path,label\na.mp4,0\na.mp4,0\n", ("a.mp4",), "in more than one row"),
         ("path,label\n", (), "lists no clip"),
         ("", (), "lists no clip"),
         ("path,label\na.mp4\n", ("a.mp4",), "line 2: neither"),
         ("0,a.mp4,HookCut\n1,b\n", ("a.mp4",), "line 2: neither"),
-        ("path,label\n../../../../etc\0,0\n", (), "not there"),
+        ("path,label\n../../../../etc\0,0\n", (), "do not exist"),
     ],
 )
 def test_problems_of_one_manifest(tmp_path, text: str, files, message: str) -> None:
@@ -204,9 +204,10 @@ def test_shared_patients_are_a_warning_with_counts(tmp_path) -> None:
     write(tmp_path, header + "2.mp4,x,Ben\n3.mp4,x,Cy\n4.mp4,x,Ben\n", (), "test.csv")
     manifests = {name: tmp_path / f"{name}.csv" for name in ("train", "test")}
     warnings = patient_overlap(read(manifests, tmp_path, ("x", "y")))
-    assert len(warnings) == 1
-    assert "1 of 2 patients of test are also in train (2 of 3 test clips)" in warnings[0]
-    assert "Ben" not in warnings[0]
+    assert [warning["kind"] for warning in warnings] == ["leakage"]
+    text = warnings[0]["text"]
+    assert "1 of 2 patients of test are also in train (2 of 3 test clips)" in text
+    assert "Ben" not in text
 
 
 def test_long_lists_are_cut_short(tmp_path) -> None:

@@ -17,8 +17,8 @@ SPLITS = ("train", "val", "test")
 
 def test_every_clip_is_tested_once_and_validates_once() -> None:
     numbers = np.array([0, 0, 1, 2, 2, 2])
-    parts = np.stack(list(fold_splits(numbers)))
-    assert parts.tolist() == [
+    splits = np.stack(list(fold_splits(numbers)))
+    assert splits.tolist() == [
         ["test", "test", "val", "train", "train", "train"],
         ["train", "train", "test", "val", "val", "val"],
         ["val", "val", "train", "test", "test", "test"],
@@ -60,12 +60,12 @@ def test_script_writes_folds_and_says_what_is_unbalanced(listed: Path, mistake) 
         assert sum(map(len, patients)) == 8
         merged = pd.concat(fold.values()).merge(source, on="path", suffixes=("", "_source"))
         assert (merged["label"] == merged["label_source"]).all()
-    assert "imbalance left" in done.stdout
+    assert "imbalance: " in done.stdout
     assert "cross_validate.py --folds folds --data-root ." in done.stdout
     before = {path: path.read_bytes() for path in (listed / "folds").rglob("*.csv")}
     code, stderr = mistake(main, *arguments, cwd=listed)
     assert code == 2
-    assert "folds: is there already" in stderr
+    assert "folds: exists already" in stderr
     assert {path: path.read_bytes() for path in (listed / "folds").rglob("*.csv")} == before
     split(SplitConfig(str(listed / "all.csv"), str(listed / "twin"), folds=4))
     for path, content in before.items():  # the same bytes again
@@ -79,11 +79,11 @@ def test_one_split_and_too_few_patients(listed: Path, capsys) -> None:
     split(SplitConfig(str(listed / "all.csv"), str(listed / "one"), seed=4))
     said = capsys.readouterr().out
     assert "too few patients: rare has 1, not enough for train, val and test" in said
-    assert "no val clip of rare: it is not judged there" in said
+    assert "no val clip of rare: it is not evaluated there" in said
     assert "train.py --train-csv" in said
-    parts = read(listed / "one")
-    assert set(parts["train"]["label"]) == {"a", "b", "c", "rare"}  # what is rare is learnt
-    assert sum(map(len, parts.values())) == len(table)
+    tables = read(listed / "one")
+    assert set(tables["train"]["label"]) == {"a", "b", "c", "rare"}  # what is rare is learnt
+    assert sum(map(len, tables.values())) == len(table)
 
 
 def test_the_official_split_is_divided_anew(tmp_path: Path) -> None:
@@ -137,7 +137,7 @@ def test_nothing_is_left_of_a_split_that_failed(listed: Path, monkeypatch) -> No
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["all.csv", "--output", "o", "--folds", "2"], "folds = 2: at least 3"),
+        (["all.csv", "--output", "o", "--folds", "2"], "folds = 2: must be at least 3"),
         (["all.csv", "--output", "o", "--folds", "9"], "8 patients (or other groups) cannot"),
         (["all.csv", "--output", "o", "--test", "0"], "val and test must be above 0"),
         (["none.csv", "--output", "o"], "none.csv: no such manifest"),

@@ -1,4 +1,4 @@
-"""One draw a clip; geometry equals torchvision's affine; colours equal their formulas."""
+"""Transforms: one draw per clip, geometry as in torchvision's affine, colours by their formulas."""
 
 import colorsys
 import json
@@ -17,26 +17,35 @@ from torchvision.transforms.v2 import functional as tv
 
 import evaluate
 import train
-from checkpoint import build_from_checkpoint, load_checkpoint
-from clips.image_filters import LUMA
+from checkpoint import load_checkpoint, rebuild_model
 from clips.manifest import ClipRow, read_manifest
 from clips.transforms import (
-    SHARE,
-    Augment,
-    StrongAugment,
-    colour_maps,
-    inverse_maps,
-    recolour,
+    CROP_RATIO,
+    ClipAugment,
+    RandAugmentErase,
+    apply_color,
+    color_maps,
+    inverse_affine,
     sampling_grid,
     spatial_crops,
     warp,
 )
 from config import TrainConfig
-from dataset import ClipsDataset, get_train_transform, get_val_transform
+from dataset import ClipsDataset, collate, get_train_transform, get_val_transform
 from train import main
 from training.loaders import build_dataloaders
+from video.container import LUMA
 
-NAMES = ("flip", "rotation", "translate", "zoom", "brightness", "contrast", "saturation", "hue")
+NAMES = (
+    "hflip_prob",
+    "rotation",
+    "translate",
+    "scale",
+    "brightness",
+    "contrast",
+    "saturation",
+    "hue",
+)
 OFF = dict.fromkeys(NAMES, 0.0)
 SAME = [1.0, 0.0, 0.0, 0.0, 1.0, 1.0, 1.0, 1.0, 0.0]
 
@@ -58,7 +67,7 @@ def draw(**changes: float) -> torch.Tensor:
 
 def coloured(clip: torch.Tensor, one: torch.Tensor) -> torch.Tensor:
     """Recoloured by one draw, the mean taken of all pixels."""
-    return recolour(clip, *colour_maps(one[None], clip.mean((1, 3, 4))))
+    return apply_color(clip, *color_maps(one[None], clip.mean((1, 3, 4))))
 
 
 @pytest.mark.parametrize(
@@ -71,7 +80,7 @@ def test_geometry_is_torchvisions(flip: bool, angle, right, down, scale) -> None
     one = draw(
         flip=-1.0 if flip else 1.0, angle=angle, right=right / size, down=down / size, scale=scale
     )
-    grid = sampling_grid(inverse_maps(one[None]), (size, size))
+    grid = sampling_grid(inverse_affine(one[None]), (size, size))
     ours = warp(clip.float(), grid)[0].round()
     # PIL does not blend the outermost pixels with the black around them.
     inside = warp(torch.ones_like(clip, dtype=torch.float32), grid)[0] > 0.999
@@ -87,13 +96,13 @@ def test_geometry_is_torchvisions(flip: bool, angle, right, down, scale) -> None
 
 def test_nothing_drawn_is_nothing_changed() -> None:
     clip = blurred(clips=2)
-    assert torch.equal(Augment(96).apply(clip, torch.tensor([SAME, SAME])), clip)
-    assert torch.equal(Augment(96, **OFF)(clip[0]), clip[0])
+    assert torch.equal(ClipAugment(96).apply(clip, torch.tensor([SAME, SAME])), clip)
+    assert torch.equal(ClipAugment(96, **OFF)(clip[0]), clip[0])
 
 
 def test_flip_is_the_exact_mirror_image() -> None:
     clip = blurred()[0]
-    assert torch.equal(Augment(96, **{**OFF, "flip": 1.0})(clip), clip.flip(-1))
+    assert torch.equal(ClipAugment(96, **{**OFF, "hflip_prob": 1.0})(clip), clip.flip(-1))
 
 
 def test_brightness_contrast_saturation_by_their_formulas() -> None:
@@ -131,8 +140,8 @@ def test_hue_turns_colours_and_keeps_luma_and_greys(hue: float) -> None:
 
 def test_each_clip_of_a_batch_has_its_own_draw() -> None:
     """What a GPU does to a batch is what a worker does to each clip."""
-    augment, clips = Augment(96), blurred(clips=3)
-    draws = torch.stack([augment.draw() for _ in range(3)])
+    augment, clips = ClipAugment(96), blurred(clips=3)
+    draws = torch.stack([augment.sample_params() for _ in range(3)])
     together = augment.apply(clips, draws)
     alone = [
         augment.apply(clip[None], one[None])[0] for clip, one in zip(clips, draws, strict=True)
@@ -142,8 +151,8 @@ def test_each_clip_of_a_batch_has_its_own_draw() -> None:
 
 
 def test_draws_stay_within_their_strengths() -> None:
-    augment = Augment(96, 0.25, 20, 0.1, 0.3, 0.2, 1.5, 0.4, 0.05)
-    draws = torch.stack([augment.draw() for _ in range(4000)])
+    augment = ClipAugment(96, 0.25, 20, 0.1, 0.3, 0.2, 1.5, 0.4, 0.05)
+    draws = torch.stack([augment.sample_params() for _ in range(4000)])
     assert (draws[:, 0] < 0).float().mean() == pytest.approx(0.25, abs=0.03)
     low, high = draws.amin(0)[1:], draws.amax(0)[1:]
     wanted = [(-20, 20), (-0.1, 0.1), (-0.1, 0.1), (0.7, 1.3), (0.8, 1.2), (0, 2.5), (0.6, 1.4),
@@ -155,9 +164,9 @@ def test_draws_stay_within_their_strengths() -> None:
 
 def test_clips_of_another_size_are_resized_first() -> None:
     clip = blurred(size=64)[0]
-    assert Augment(96)(clip).shape == (4, 3, 96, 96)
+    assert ClipAugment(96)(clip).shape == (4, 3, 96, 96)
     with pytest.raises(ValueError, match="uint8"):
-        Augment(96)(clip.float())
+        ClipAugment(96)(clip.float())
 
 
 def ramp(channels: int = 3, size: int = 64) -> torch.Tensor:
@@ -186,7 +195,7 @@ def test_where_the_crops_are(count: int, middles: list[tuple[float, float]]) -> 
         assert crop[:, 0].float().mean() / 255 == pytest.approx(right, abs=0.01)
         assert crop[:, 1].float().mean() / 255 == pytest.approx(down, abs=0.01)
         span = (crop[0, 0].max().item() - crop[0, 0].min().item()) / 255
-        assert span == pytest.approx(SHARE, abs=0.02)
+        assert span == pytest.approx(CROP_RATIO, abs=0.02)
 
 
 def test_one_crop_is_the_clip_itself() -> None:
@@ -206,7 +215,7 @@ def test_the_data_set_puts_crops_of_a_view_side_by_side(tiny_data: Path) -> None
 
     def item(views: int, crops: int) -> torch.Tensor:
         clips = ClipsDataset(rows, 4, 32, "uniform", get_val_transform(32), views, crops=crops)
-        assert clips.answers == views * crops
+        assert clips.num_views == views * crops
         return clips[0][0]
 
     views, both = item(2, 1), item(2, 3)
@@ -223,12 +232,12 @@ def test_evaluate_averages_the_probabilities(
     flags = [*TINY_FLAGS, "--epochs", 1, "--data-root", tiny_data, "--run-dir", tmp_path / "runs"]
     run_main(train.main, *flags, cwd=tmp_path)
     (run,) = (tmp_path / "runs").iterdir()
-    run_main(evaluate.main, run, "--views", "2", "--crops", "3", "--workers", 0, cwd=tmp_path)
+    run_main(evaluate.main, run, "--views", "2", "--crops", "3", "--num-workers", 0, cwd=tmp_path)
     folder = run / "evaluate_test_views2_crops3"
     facts = json.loads((folder / "test_metrics.json").read_text())
     assert (facts["views"], facts["crops"]) == (2, 3)
     state = load_checkpoint(run)
-    model = build_from_checkpoint(state)
+    model = rebuild_model(state)
     config = state["config"]
     rows = read_manifest(tiny_data / "test.csv", tiny_data, tuple(config["classes"]))
     clips = ClipsDataset(rows, config["n_frames"], config["image_size"], views=2)
@@ -261,7 +270,7 @@ def rows(tiny_data: Path) -> list[ClipRow]:
 def test_all_frames_share_the_draw() -> None:
     """Identical frames stay identical, for every operation, sign and box."""
     still = noise(1).repeat(4, 1, 1, 1)
-    strong, changed = StrongAugment(2, 20, 0.5), 0
+    strong, changed = RandAugmentErase(2, 20, 0.5), 0
     for seed in range(60):
         torch.manual_seed(seed)
         out = strong(still)
@@ -280,7 +289,7 @@ def test_the_number_of_operations_and_their_strength() -> None:
 
     def unchanged(operations: int, magnitude: int) -> float:
         torch.manual_seed(0)
-        strong = StrongAugment(operations, magnitude)
+        strong = RandAugmentErase(operations, magnitude)
         return np.mean([torch.equal(strong(clip), clip) for _ in range(200)])
 
     assert unchanged(0, 30) == 1
@@ -294,7 +303,7 @@ def test_the_box_has_one_place_and_one_colour_in_all_frames() -> None:
     erased, areas = 0, []
     torch.manual_seed(0)
     for _ in range(100):
-        out = StrongAugment(erasing=0.5)(clip)
+        out = RandAugmentErase(random_erase=0.5)(clip)
         box = (out == GREY.view(3, 1, 1)).all(dim=1)  # (T, H, W)
         changed = (out != clip).any(dim=1)
         if not changed.any():
@@ -315,22 +324,22 @@ def test_the_box_has_one_place_and_one_colour_in_all_frames() -> None:
 
 def test_channels_besides_rgb_are_refused() -> None:
     with pytest.raises(ValueError, match="not 5 channels"):
-        StrongAugment(1)(torch.zeros(2, 5, 8, 8, dtype=torch.uint8))
+        RandAugmentErase(1)(torch.zeros(2, 5, 8, 8, dtype=torch.uint8))
 
 
 def test_a_clip_is_the_same_whoever_reads_it_and_wherever_the_rest_is_done(rows) -> None:
-    transform, strong = get_train_transform(32), StrongAugment(2, 15, 0.5)
+    transform, strong = get_train_transform(32), RandAugmentErase(2, 15, 0.5)
     settings = (rows, 4, 32, "random", transform)
-    clips = ClipsDataset(*settings, strong=strong)
+    clips = ClipsDataset(*settings, pre_transform=strong)
     draws = [(index, 100 + index) for index in range(6)]
     here, elsewhere = (
-        next(iter(DataLoader(clips, 6, sampler=draws, num_workers=workers)))[0]
-        for workers in (0, 1)
+        next(iter(DataLoader(clips, 6, sampler=draws, num_workers=n, collate_fn=collate))).clips
+        for n in (0, 1)
     )
     assert torch.equal(here, elsewhere)
-    # On a GPU `Augment` comes later, by the draw that is handed on: strong changes do not wait.
-    deferred = ClipsDataset(*settings, strong=strong, defer=True)
-    plain = ClipsDataset(*settings, defer=True)
+    # On a GPU `ClipAugment` comes later, by the draw that is handed on: strong changes do not wait.
+    deferred = ClipsDataset(*settings, pre_transform=strong, augment_on_device=True)
+    plain = ClipsDataset(*settings, augment_on_device=True)
     changed = 0
     for number, draw in enumerate(draws):
         clip, _, numbers = deferred[draw]
@@ -346,24 +355,24 @@ def test_settings_reach_the_training_clips_only(tiny_data: Path, monkeypatch) ->
         "classes": ("dark", "grey", "light"),
         "n_frames": 4,
         "image_size": 32,
-        "workers": 0,
+        "num_workers": 0,
         "device": "cpu",
     }
-    flags = {"rand_augment": 2, "rand_magnitude": 17, "erasing": 0.3}
+    flags = {"rand_augment": 2, "ra_magnitude": 17, "random_erase": 0.3}
     train, val, test, _ = build_dataloaders(TrainConfig(**common, **flags))
-    strong = train.dataset.clips.strong
+    strong = train.dataset.pre_transform
     assert (strong.operations.num_ops, strong.operations.magnitude) == (2, 17)
     assert strong.erase.p == 0.3
-    assert val.dataset.clips.strong is None
-    assert test.dataset.clips.strong is None
-    # Off, nothing is drawn: clips are those of a version that knew nothing of this.
-    train = build_dataloaders(TrainConfig(**common))[0].dataset.clips
+    assert val.dataset.pre_transform is None
+    assert test.dataset.pre_transform is None
+    # Without these settings nothing is drawn for them: the clips are those of a plain data set.
+    train = build_dataloaders(TrainConfig(**common))[0].dataset
     rows = train.rows
     before = ClipsDataset(rows, 4, 32, "random", get_train_transform(32))
     assert torch.equal(train[3, 8][0], before[3, 8][0])
 
 
-@pytest.mark.parametrize("flag", ["--rand-magnitude=31", "--rand-augment=-1", "--erasing=1.5"])
+@pytest.mark.parametrize("flag", ["--ra-magnitude=31", "--rand-augment=-1", "--random-erase=1.5"])
 def test_impossible_strengths_are_refused(flag: str, tiny_data, tmp_path, mistake) -> None:
     done = mistake(main, "--data-root", tiny_data, *TINY_FLAGS, flag, cwd=tmp_path)
     assert flag[2:].split("=")[0].replace("-", "_") in done.stderr

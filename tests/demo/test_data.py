@@ -1,4 +1,4 @@
-"""The demo data: SLAM's layout, nothing half done, and actions that only motion tells apart."""
+"""The demo data: SLAM's layout, no incomplete folders, and actions that only motion tells apart."""
 
 import csv
 import json
@@ -14,7 +14,7 @@ from pathlib import Path
 import av
 import numpy as np
 import pytest
-from helpers import ROOT
+from helpers import ROOT, run_script
 
 from clips.manifest import CLASSES, read_manifest
 from demo import data as demo_data
@@ -34,13 +34,13 @@ TWO_CLIPS = {
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A clip of each class in each split, read-only."""
-    return render_demo(tmp_path_factory.mktemp("demo") / "new" / "demo", **TINY, workers=2)
+    return render_demo(tmp_path_factory.mktemp("demo") / "new" / "demo", **TINY, num_workers=2)
 
 
 @pytest.fixture(scope="module")
 def two_clips(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The smallest data set, read-only."""
-    return render_demo(tmp_path_factory.mktemp("two") / "demo", **TWO_CLIPS, workers=1)
+    return render_demo(tmp_path_factory.mktemp("two") / "demo", **TWO_CLIPS, num_workers=1)
 
 
 def contents(root: Path) -> dict[str, bytes]:
@@ -111,21 +111,62 @@ def test_clips_have_30_frames_and_show_what_was_drawn(demo: Path) -> None:
     assert np.abs(read.astype(int) - frames).mean() < 6  # not scrambled, not shifted by a frame
 
 
+def test_workers_import_neither_the_script_nor_torch(tmp_path: Path) -> None:
+    """train.py imports torch, and a worker would import train.py again."""
+    (tmp_path / "script.py").write_text(
+        "import torch\n"
+        "from demo import data\n"
+        "data.render = lambda *_: exit('the script was imported')\n"
+        "if __name__ == '__main__':\n"
+        f"    data.render_demo('demo', **{TWO_CLIPS}, num_workers=1)\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    subprocess.run([sys.executable, "script.py"], cwd=tmp_path, env=environment, check=True)
+    assert len(list(tmp_path.rglob("*.mp4"))) == 2
+    code = (
+        "import sys, demo.data\n"
+        "heavy = {'torch', 'torchvision', 'pandas', 'matplotlib', 'PIL', 'tyro', 'tqdm'}\n"
+        "assert not heavy & sys.modules.keys()"
+    )
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+
+
+def test_the_module_is_a_script(tmp_path: Path, monkeypatch) -> None:
+    marker = {"version": 2, "seed": 0, "patients": PATIENTS}
+    (tmp_path / "demo").mkdir()
+    (tmp_path / "demo" / MARKER).write_text(
+        json.dumps({**marker, "clips_per_patient": CLIPS_PER_PATIENT})
+    )
+    done = run_script("demo.data", "demo", cwd=tmp_path)  # complete already
+    assert done.stdout.strip() == str(tmp_path / "demo")
+
+
+def test_a_killed_worker_is_one_line(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(demo_data, "_start_worker", _die)
+    with pytest.raises(UserError, match="a process was killed"):
+        render_demo(tmp_path / "demo", **TWO_CLIPS, num_workers=1)
+    assert not any(tmp_path.iterdir())
+
+
+def _die() -> None:
+    os._exit(1)
+
+
 def test_same_seed_same_frames_and_bytes(two_clips: Path, tmp_path) -> None:
-    again = render_demo(tmp_path / "again", **TWO_CLIPS, workers=2)
+    again = render_demo(tmp_path / "again", **TWO_CLIPS, num_workers=2)
     assert contents(again) == contents(two_clips)
     clip = next(plan_clips(**TINY))
     assert np.array_equal(render(clip, 3), render(clip, 3))
     assert not np.array_equal(render(clip, 3), render(clip, 4))
 
 
-def test_finished_is_reused_and_another_recipe_rendered_anew(two_clips: Path, tmp_path) -> None:
+def test_finished_is_reused_and_other_settings_are_rendered_anew(two_clips: Path, tmp_path) -> None:
     root = shutil.copytree(two_clips, tmp_path / "demo")
     times = {path: path.stat().st_mtime_ns for path in root.rglob("*")}
     render_demo(root, **TWO_CLIPS)
     assert {path: path.stat().st_mtime_ns for path in root.rglob("*")} == times
     before = contents(root)
-    render_demo(root, **TWO_CLIPS, seed=1, workers=1)
+    render_demo(root, **TWO_CLIPS, seed=1, num_workers=1)
     after = contents(root)
     assert before.keys() == after.keys()
     assert all(before[name] != after[name] for name in before if name.endswith(".mp4"))
@@ -154,12 +195,12 @@ def test_a_file_in_the_way_is_left_alone(tmp_path) -> None:
 def test_an_empty_folder_and_an_odd_name_are_fine(tmp_path) -> None:
     root = tmp_path / "demo [1] 腹腔鏡.x"
     root.mkdir()
-    render_demo(root, **TWO_CLIPS, workers=1)
+    render_demo(root, **TWO_CLIPS, num_workers=1)
     assert len(list(root.rglob("*.mp4"))) == 2
 
 
 def alive(process: int) -> bool:
-    """Runs still; a zombie that nobody has collected does not."""
+    """Whether a process still runs; a zombie does not."""
     try:
         return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except OSError:
@@ -169,7 +210,7 @@ def alive(process: int) -> bool:
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks up processes in /proc")
 def test_a_killed_rendering_leaves_nothing_that_looks_finished(tmp_path) -> None:
     root = tmp_path / "demo"
-    code = f"from demo.data import render_demo; render_demo({str(root)!r}, workers=2)"
+    code = f"from demo.data import render_demo; render_demo({str(root)!r}, num_workers=2)"
     process = subprocess.Popen(
         [sys.executable, "-c", f"if __name__ == '__main__': {code}"],
         cwd=ROOT,
@@ -187,13 +228,13 @@ def test_a_killed_rendering_leaves_nothing_that_looks_finished(tmp_path) -> None
         process.wait()
     assert not root.exists()
     assert any(tmp_path.iterdir())  # the leftover, hidden
-    while any(alive(int(child)) for child in children):  # workers notice, and end
+    while any(alive(int(child)) for child in children):  # workers exit with their parent
         assert time.monotonic() < deadline
         time.sleep(0.05)
     # Another process that is rendering now must not lose its folder to the cleaning.
     busy = tmp_path / f".demo.{os.getppid()}.unfinished"
     busy.mkdir()
-    render_demo(root, **TWO_CLIPS, workers=1)
+    render_demo(root, **TWO_CLIPS, num_workers=1)
     assert {path.name for path in tmp_path.iterdir()} == {"demo", busy.name}
     assert json.loads((root / MARKER).read_text())["patients"] == TWO_CLIPS["patients"]
 
@@ -204,17 +245,17 @@ def test_of_two_renderings_at_once_the_first_to_finish_stays(tmp_path, monkeypat
     def overtaken(*arguments) -> None:
         monkeypatch.undo()
         monkeypatch.setattr(os, "getpid", os.getppid)
-        render_demo(root, **TWO_CLIPS, workers=1)  # somebody else, faster
+        render_demo(root, **TWO_CLIPS, num_workers=1)  # another process, which is faster
         (root / "theirs").touch()
         render_all(*arguments)
 
     monkeypatch.setattr(demo_data, "_render_all", overtaken)
-    render_demo(root, **TWO_CLIPS, workers=1)
+    render_demo(root, **TWO_CLIPS, num_workers=1)
     assert (root / "theirs").exists()
     assert [path.name for path in tmp_path.iterdir()] == ["demo"]
 
 
-# What moves. Every measure is taken from pixels, over several patients.
+# What moves. Everything is measured on pixels, over several patients.
 
 
 def clips_of(action: str, count: int = 4) -> list[np.ndarray]:
@@ -222,7 +263,7 @@ def clips_of(action: str, count: int = 4) -> list[np.ndarray]:
 
 
 def expansion(frames: np.ndarray) -> float:
-    """Mean rate at which the picture grows, 1/frame: least squares of -dI/dt = e (x Ix + y Iy)."""
+    """Mean rate at which the image grows, 1/frame: least squares of -dI/dt = e (x Ix + y Iy)."""
     grey = frames.mean(axis=3)
     height, width = grey.shape[1:]
     dt = np.diff(grey, axis=0)
@@ -233,7 +274,7 @@ def expansion(frames: np.ndarray) -> float:
 
 
 def sinking(frames: np.ndarray) -> float:
-    """Mean downward motion of red-green edges in the lower two thirds, pixels a frame."""
+    """Mean downward motion of red-green edges in the lower two thirds, pixels per frame."""
     contrast = frames[..., 1] - 0.4 * frames[..., 0]  # blood has far less green than tissue
     dt = np.diff(contrast, axis=0)[:, 30:92, 30:98]
     _, dy, _ = np.gradient((contrast[1:] + contrast[:-1]) / 2)
@@ -246,7 +287,7 @@ def test_entry_expands_and_panoview_backwards_is_an_entry() -> None:
     views = [expansion(frames) for frames in clips_of("PanoView")]
     assert min(entries) > 0.002 and max(views) < -0.002
     backwards = [expansion(frames[::-1]) for frames in clips_of("AbdominalEntry")]
-    assert max(backwards) < -0.002  # no entry any more: a PanoView
+    assert max(backwards) < -0.002  # an entry played backwards is a PanoView
     others = [expansion(clip) for name in ("LocPanoView", "Suction") for clip in clips_of(name)]
     assert max(map(abs, others)) < min(*entries, *(-view for view in views))
 
@@ -268,7 +309,7 @@ def test_tissue_moves_in_locpanoview_and_rests_in_suction() -> None:
     assert moving > 1.2 * max(map(change, clips_of("Suction")))
 
 
-def test_filmstrip_is_a_picture(tmp_path) -> None:
+def test_filmstrip_is_an_image(tmp_path) -> None:
     draw_filmstrip(tmp_path / "strip.png", columns=2)
     assert (tmp_path / "strip.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
     assert [path.name for path in tmp_path.iterdir()] == ["strip.png"]

@@ -1,4 +1,4 @@
-"""The demo operation: its truth is what it shows, and nobody has seen its patient."""
+"""The demo operation: it shows what its CSV says, and its patient is not in the demo data."""
 
 import itertools
 from collections import Counter
@@ -11,7 +11,14 @@ from helpers import run_script
 
 from clips.manifest import CLASSES
 from demo.data import CLIPS_PER_PATIENT, PATIENTS, plan_clips, render
-from demo.operation import CLIPS, PATIENT, main, plan_operation, render_operation, true_segments
+from demo.operation import (
+    PATIENT,
+    SEGMENT_CLIPS,
+    main,
+    plan_operation,
+    render_operation,
+    true_segments,
+)
 from timeline.segments import read_timeline
 
 
@@ -62,7 +69,7 @@ def test_the_plan_of_ten_minutes() -> None:
     assert sum(map(len, plan)) == 500
     assert true_segments(plan)[-1].end == 600
     lengths = [len(clips) for clips in plan[:-1]]  # the last one is cut
-    assert min(lengths) >= CLIPS[0] and max(lengths) <= CLIPS[1] and len(plan[-1]) <= CLIPS[1]
+    assert min(lengths) >= SEGMENT_CLIPS[0] and max(map(len, plan)) <= SEGMENT_CLIPS[1]
     actions = [clips[0].action for clips in plan]
     assert set(actions) == set(CLASSES)
     assert all(a != b for a, b in itertools.pairwise(actions))
@@ -70,10 +77,10 @@ def test_the_plan_of_ten_minutes() -> None:
 
 def test_actions_are_as_frequent_as_in_the_demo_data() -> None:
     counts = Counter(clips[0].action for clips in plan_operation(1000))
-    shares = np.array([counts[action] for action in CLASSES]) / counts.total()
+    fractions = np.array([counts[action] for action in CLASSES]) / counts.total()
     expected = np.array([CLIPS_PER_PATIENT[action] for action in CLASSES])
     expected = expected / expected.sum()
-    assert np.abs(shares - expected).max() < 0.03  # not equal: nothing follows itself
+    assert np.abs(fractions - expected).max() < 0.03  # not exactly: no action follows itself
 
 
 def test_a_segment_has_one_patient_and_scene_and_no_clip_comes_twice() -> None:
@@ -93,7 +100,7 @@ def test_nobody_has_seen_the_patient() -> None:
 def test_frames_are_drawn_as_they_are_asked_for(monkeypatch) -> None:
     """Not all at once: those of ten minutes are half a gigabyte."""
     drawn = []
-    monkeypatch.setattr("demo.operation.render", lambda *of: drawn.append(of) or render(*of))
+    monkeypatch.setattr("demo.operation.render", lambda *args: drawn.append(args) or render(*args))
     frames = render_operation(plan_operation(10))
     for _ in range(31):
         assert next(frames).shape == (96, 128, 3)
@@ -113,8 +120,8 @@ def test_mistakes(tmp_path, mistake) -> None:
 
     for name in ("op.csv", "film.mp4"):
         (tmp_path / name).write_text("years of work")
-    assert "op.csv: is there already" in refused("op.mp4")
-    assert "film.mp4: is there already" in refused("film.mp4")
+    assert "op.csv exists already" in refused("op.mp4")
+    assert "film.mp4 exists already" in refused("film.mp4")
     assert "must end in .mp4" in refused("op.avi")
     assert "must end in .mp4" in refused("op")
     for minutes in ("0", "-1", "nan", "inf"):

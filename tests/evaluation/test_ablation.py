@@ -1,4 +1,4 @@
-"""Levers: gains by hand, intervals that know that seeds share their clips."""
+"""Ablations: differences by hand, and intervals that respect that seeds share their clips."""
 
 from pathlib import Path
 
@@ -6,18 +6,18 @@ import numpy as np
 import pytest
 
 from clips.manifest import ClipRow
-from evaluation.ablation import lever_table
+from evaluation.ablation import ablation_table
 from evaluation.predictions import Predictions
 from utils.errors import UserError
 
 
-def said(right: list[bool], order: list[int] | None = None) -> Predictions:
-    """Two classes, four clips a patient; where not right, the other class."""
-    labels = np.arange(len(right)) % 2
-    rows = [ClipRow(Path(f"{n:03d}.mp4"), int(labels[n]), f"p{n // 4}") for n in range(len(right))]
-    answers = np.where(right, labels, 1 - labels)
-    probabilities = np.where(np.arange(2) == answers[:, None], 0.9, 0.1)
-    order = order or list(range(len(right)))
+def predictions(correct: list[bool], order: list[int] | None = None) -> Predictions:
+    """Two classes and four clips per patient; a wrong prediction is the other class."""
+    n, labels = len(correct), np.arange(len(correct)) % 2
+    rows = [ClipRow(Path(f"{i:03d}.mp4"), int(labels[i]), f"p{i // 4}") for i in range(n)]
+    y_pred = np.where(correct, labels, 1 - labels)
+    probabilities = np.where(np.arange(2) == y_pred[:, None], 0.9, 0.1)
+    order = order or list(range(n))
     return Predictions([rows[n] for n in order], probabilities[order])
 
 
@@ -25,47 +25,56 @@ ALL = [True] * 16
 NONE_OF_P0 = [n >= 4 for n in range(16)]
 
 
-def test_means_deviations_and_gains() -> None:
+def test_means_deviations_and_deltas() -> None:
     two_wrong = [n >= 2 for n in range(16)]
-    table = lever_table(
-        {"recipe": [said(two_wrong), said(ALL)], "other": [said(NONE_OF_P0), said(two_wrong)]}
+    table = ablation_table(
+        {
+            "baseline": [predictions(two_wrong), predictions(ALL)],
+            "other": [predictions(NONE_OF_P0), predictions(two_wrong)],
+        }
     )
-    recipe, other = table.to_dict(orient="records")
-    assert recipe["accuracy"] == pytest.approx((14 / 16 + 1) / 2)
-    assert recipe["accuracy sd"] == pytest.approx(np.std([14 / 16, 1], ddof=1))
-    assert recipe["accuracy gain"] == recipe["accuracy gain low"] == 0
+    baseline, other = table.to_dict(orient="records")
+    assert baseline["accuracy"] == pytest.approx((14 / 16 + 1) / 2)
+    assert baseline["accuracy sd"] == pytest.approx(np.std([14 / 16, 1], ddof=1))
+    assert baseline["accuracy delta"] == baseline["accuracy delta low"] == 0
     assert other["accuracy"] == pytest.approx((12 / 16 + 14 / 16) / 2)
-    assert other["accuracy gain"] == pytest.approx(-0.125)
-    f1 = np.mean([said(NONE_OF_P0).scores["macro_f1"], said(two_wrong).scores["macro_f1"]])
+    assert other["accuracy delta"] == pytest.approx(-0.125)
+    f1 = np.mean(
+        [predictions(NONE_OF_P0).scores["macro_f1"], predictions(two_wrong).scores["macro_f1"]]
+    )
     assert other["macro_f1"] == pytest.approx(f1)
     assert other["seeds"] == 2
 
 
-def test_the_same_answers_gain_exactly_nothing() -> None:
+def test_the_same_predictions_have_a_delta_of_exactly_zero() -> None:
     shuffled = np.random.default_rng(0).permutation(16).tolist()  # folds come in any order
-    table = lever_table({"recipe": [said(NONE_OF_P0)], "same": [said(NONE_OF_P0, shuffled)]})
+    table = ablation_table(
+        {"baseline": [predictions(NONE_OF_P0)], "same": [predictions(NONE_OF_P0, shuffled)]}
+    )
     same = table.iloc[1]
     for name in ("accuracy", "macro_f1"):
         assert same[name] == table.iloc[0][name]
-        assert same[f"{name} gain"] == same[f"{name} gain low"] == same[f"{name} gain high"] == 0
+        assert same[f"{name} delta"] == same[f"{name} delta low"] == same[f"{name} delta high"] == 0
     assert np.isnan(same["accuracy sd"])
 
 
-def test_a_gain_with_one_patient_alone_may_be_chance() -> None:
-    """Eight clips gained: of two patients whole, or one each of eight among ten."""
+def test_a_delta_of_two_patients_may_be_chance() -> None:
+    """Eight clips gained: all of two patients, or one each of eight patients among ten."""
     two_patients = [n >= 8 for n in range(40)]
     one_each = [n % 4 > 0 or n >= 32 for n in range(40)]
     found = {}
-    for name, recipe in (("two", two_patients), ("each", one_each)):
-        found[name] = lever_table({"recipe": [said(recipe)], name: [said([True] * 40)]}).iloc[1]
-        assert found[name]["accuracy gain"] == pytest.approx(0.2)
-    assert found["two"]["accuracy gain low"] == 0
-    assert found["each"]["accuracy gain low"] > 0.01
-    assert found["each"]["accuracy gain high"] < found["two"]["accuracy gain high"]
+    for name, baseline in (("two", two_patients), ("each", one_each)):
+        found[name] = ablation_table(
+            {"baseline": [predictions(baseline)], name: [predictions([True] * 40)]}
+        ).iloc[1]
+        assert found[name]["accuracy delta"] == pytest.approx(0.2)
+    assert found["two"]["accuracy delta low"] == 0
+    assert found["each"]["accuracy delta low"] > 0.01
+    assert found["each"]["accuracy delta high"] < found["two"]["accuracy delta high"]
 
 
 def test_other_clips_are_refused() -> None:
-    fewer = said(ALL)
+    fewer = predictions(ALL)
     fewer = Predictions(fewer.rows[:-1], fewer.probabilities[:-1])
-    with pytest.raises(UserError, match=r"lever: was tested on other clips than recipe"):
-        lever_table({"recipe": [said(ALL)], "lever": [fewer]})
+    with pytest.raises(UserError, match=r"other: was tested on other clips than baseline"):
+        ablation_table({"baseline": [predictions(ALL)], "other": [fewer]})

@@ -7,48 +7,58 @@ import pytest
 import torch
 from scipy.special import log_softmax, softmax
 
-from evaluation.calibration import Calibration, calibrate, choose_threshold, fit_temperature, temper
-from evaluation.metrics import selective
+from evaluation.calibration import (
+    Calibration,
+    apply_temperature,
+    calibrate,
+    choose_threshold,
+    fit_temperature,
+)
+from evaluation.metrics import selective_risk
 
 
 def simulated(clips: int, scale: float, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """Labels, and the probabilities of a model whose logits are `scale` times the honest ones."""
+    """Labels, and the probabilities of a model whose logits are `scale` times the true ones."""
     rng = np.random.default_rng(seed)
-    honest = rng.normal(0, 1.5, (clips, 4))
-    below = np.cumsum(softmax(honest, axis=1), axis=1)
+    true_logits = rng.normal(0, 1.5, (clips, 4))
+    below = np.cumsum(softmax(true_logits, axis=1), axis=1)
     labels = (rng.random((clips, 1)) > below).sum(axis=1).clip(max=3)
-    return labels, softmax(scale * honest, axis=1)
+    return labels, softmax(scale * true_logits, axis=1)
 
 
-def test_tempering_divides_the_logits() -> None:
+def test_temperature_divides_the_logits() -> None:
     logits = np.random.default_rng(0).normal(0, 3, (20, 5))
     for temperature in (0.3, 1.0, 4.0):
         expected = softmax(logits / temperature, axis=1)
-        assert np.allclose(temper(softmax(logits, axis=1), temperature), expected, atol=1e-12)
-    each = np.linspace(0.2, 5, 20)  # a temperature a clip
+        assert np.allclose(
+            apply_temperature(softmax(logits, axis=1), temperature), expected, atol=1e-12
+        )
+    each = np.linspace(0.2, 5, 20)  # one temperature per clip
     expected = softmax(logits / each[:, None], axis=1)
-    assert np.allclose(temper(softmax(logits, axis=1), each), expected, atol=1e-12)
+    assert np.allclose(apply_temperature(softmax(logits, axis=1), each), expected, atol=1e-12)
     # logits ln 4 and 0 are 0.8 and 0.2; halved, ln 2 and 0 are 2/3 and 1/3
-    assert temper(np.array([[0.8, 0.2]]), 2.0)[0].tolist() == pytest.approx([2 / 3, 1 / 3])
+    assert apply_temperature(np.array([[0.8, 0.2]]), 2.0)[0].tolist() == pytest.approx(
+        [2 / 3, 1 / 3]
+    )
 
 
-def test_tempering_survives_certainty() -> None:
+def test_temperature_of_certain_predictions() -> None:
     for temperature in (0.05, 20.0):
         with np.errstate(divide="raise", invalid="raise"):  # no warning of log(0) either
-            tempered = temper(np.array([[1.0, 0.0, 0.0]]), temperature)
-        assert np.isfinite(tempered).all()
-        assert tempered.sum() == pytest.approx(1)
-        assert tempered.argmax() == 0
+            calibrated = apply_temperature(np.array([[1.0, 0.0, 0.0]]), temperature)
+        assert np.isfinite(calibrated).all()
+        assert calibrated.sum() == pytest.approx(1)
+        assert calibrated.argmax() == 0
 
 
-def test_no_temperature_changes_the_answer() -> None:
+def test_no_temperature_changes_the_prediction() -> None:
     rng = np.random.default_rng(0)
     vague = rng.dirichlet(np.ones(7), 500)
     certain = rng.dirichlet(np.full(7, 0.01), 500)  # most of them 1 and 0 to many digits
     for probabilities in (vague, certain):
-        answers = probabilities.argmax(axis=1)
+        y_pred = probabilities.argmax(axis=1)
         for temperature in (0.05, 0.7, 3.0, 20.0, rng.uniform(0.05, 20, 500)):
-            assert (temper(probabilities, temperature).argmax(axis=1) == answers).all()
+            assert (apply_temperature(probabilities, temperature).argmax(axis=1) == y_pred).all()
 
 
 @pytest.mark.parametrize("scale", [2.5, 1.0, 0.4])
@@ -76,12 +86,12 @@ def test_temperature_is_the_minimum_of_the_smoothed_loss() -> None:
 
 
 @pytest.mark.parametrize("clips", [1, 5, 30])
-def test_a_perfect_tiny_validation_set_does_not_make_certain(clips: int) -> None:
-    """All clips alike: the best confidence is the target itself, 1 - 1/(N + 2)."""
+def test_a_perfect_tiny_validation_set_does_not_give_certainty(clips: int) -> None:
+    """All clips are alike: the best confidence is the target itself, 1 - 1/(N + 2)."""
     labels = np.arange(clips) % 3
     probabilities = np.where(np.eye(3)[labels] > 0, 0.98, 0.01)
     temperature = fit_temperature(labels, probabilities)
-    confidence = temper(probabilities, temperature).max(axis=1)
+    confidence = apply_temperature(probabilities, temperature).max(axis=1)
     assert confidence.tolist() == pytest.approx([1 - 1 / (clips + 2)] * clips, abs=1e-4)
 
 
@@ -91,7 +101,7 @@ def test_a_perfect_mixed_validation_set() -> None:
     probabilities = np.where(np.eye(3)[labels] > 0, sure, (1 - sure) / 2)
     temperature = fit_temperature(labels, probabilities)
     assert np.isfinite(temperature)
-    confidence = temper(probabilities, temperature).max(axis=1)
+    confidence = apply_temperature(probabilities, temperature).max(axis=1)
     assert confidence.mean() == pytest.approx(1 - 1 / 14, abs=0.03)
 
 
@@ -111,22 +121,22 @@ def threshold_above(confidence: np.ndarray, lowest: float | None) -> object:
 
 
 @pytest.mark.parametrize(
-    ("confidence", "right", "wanted", "lowest"),
+    ("confidence", "correct", "target", "lowest"),
     [
         # (wrong + 1) / (n + 2) of the 1, 2, 3, 4 most confident: 1/3, 1/4, 2/5, 2/6
         ([0.9, 0.8, 0.7, 0.6], "++-+", 0.24, None),
         ([0.9, 0.8, 0.7, 0.6], "++-+", 0.25, 0.8),
         ([0.9, 0.8, 0.7, 0.6], "++-+", 0.33, 0.8),
-        ([0.9, 0.8, 0.7, 0.6], "++-+", 1 / 3, 0.6),  # past a worse stretch: more is answered
+        ([0.9, 0.8, 0.7, 0.6], "++-+", 1 / 3, 0.6),  # beyond a worse part: more clips are answered
         ([0.9, 0.8, 0.7, 0.6], "++-+", 1.0, 0.6),
-        ([0.6, 0.7, 0.9, 0.8], "+-++", 0.25, 0.8),  # the order of the clips is nothing
+        ([0.6, 0.7, 0.9, 0.8], "+-++", 0.25, 0.8),  # the order of the clips does not matter
         ([0.9, 0.8], "-+", 0.49, None),  # 2/3, 2/4
         ([0.9, 0.8], "-+", 0.5, 0.8),
         ([0.9, 0.8], "--", 0.5, None),  # 2/3, 3/4
-        ([0.9, 0.8], "++", 0.1, None),  # two right ones promise no 10 %: 1/3, 1/4
+        ([0.9, 0.8], "++", 0.1, None),  # two correct ones do not promise 10 %: 1/3, 1/4
         ([0.9] * 8, "++++++++", 0.1, 0.9),  # eight do: 1/10
         ([0.9] * 7, "+++++++", 0.1, None),  # seven do not: 1/9
-        # equals are answered together or not: 1/3, then 2/5 for three, then 3/6
+        # clips of equal confidence are answered together or not: 1/3, then 2/5 for three, then 3/6
         ([0.9, 0.7, 0.7, 0.5], "++--", 0.39, 0.9),
         ([0.9, 0.7, 0.7, 0.5], "+-+-", 0.39, 0.9),
         ([0.9, 0.7, 0.7, 0.5], "++--", 0.4, 0.7),
@@ -136,55 +146,59 @@ def threshold_above(confidence: np.ndarray, lowest: float | None) -> object:
     ],
 )
 def test_threshold_by_hand(
-    confidence: list[float], right: str, wanted: float, lowest: float | None
+    confidence: list[float], correct: str, target: float, lowest: float | None
 ) -> None:
-    marks = np.array([mark == "+" for mark in right], bool)
-    threshold = choose_threshold(np.array(confidence), marks, wanted)
+    marks = np.array([mark == "+" for mark in correct], bool)
+    threshold = choose_threshold(np.array(confidence), marks, target)
     assert threshold == threshold_above(confidence, lowest)
     assert threshold is None or threshold < lowest  # rounding must not exclude it
 
 
-def test_threshold_answers_the_most() -> None:
+def test_threshold_answers_as_many_as_possible() -> None:
     rng = np.random.default_rng(0)
-    nothing = 0
+    unanswered = 0
     for _ in range(200):
-        confidence = rng.integers(3, 11, 12) / 10  # many equals
-        right = rng.random(12) < confidence
-        wanted = rng.choice([0.1, 0.2, 1 / 3])
+        confidence = rng.integers(3, 11, 12) / 10  # many equal ones
+        correct = rng.random(12) < confidence
+        target = rng.choice([0.1, 0.2, 1 / 3])
         kept = []
-        for place in confidence:
-            answers = right[confidence >= place]
-            if ((~answers).sum() + 1) / (len(answers) + 2) <= wanted + 1e-9:  # 1/3 may be 0.33...34
-                kept.append(place)
+        for threshold in confidence:
+            answered = correct[confidence >= threshold]
+            if ((~answered).sum() + 1) / (
+                len(answered) + 2
+            ) <= target + 1e-9:  # 1/3 may be 0.33...34
+                kept.append(threshold)
         lowest = min(kept, default=None)
-        nothing += lowest is None
-        assert choose_threshold(confidence, right, wanted) == threshold_above(confidence, lowest)
-    assert 0 < nothing < 200
+        unanswered += lowest is None
+        assert choose_threshold(confidence, correct, target) == threshold_above(confidence, lowest)
+    assert 0 < unanswered < 200
 
 
-def test_calibrate_keeps_the_wanted_error_on_its_clips() -> None:
+def test_calibrate_keeps_the_target_error_on_its_clips() -> None:
     labels, probabilities = simulated(300, 2.5)
     fitted = calibrate(labels, probabilities, 0.2)
     assert fitted.temperature == fit_temperature(labels, probabilities)
-    tempered = temper(probabilities, fitted.temperature)
-    assert fitted.confidence == tuple(tempered.max(axis=1))
-    assert fitted.right == tuple(probabilities.argmax(axis=1) == labels)
-    assert fitted.wanted_error == 0.2
-    answers = selective(tempered.max(axis=1), np.array(fitted.right), fitted.lowest_answered)
+    calibrated = apply_temperature(probabilities, fitted.temperature)
+    assert fitted.confidence == tuple(calibrated.max(axis=1))
+    assert fitted.correct == tuple(probabilities.argmax(axis=1) == labels)
+    assert fitted.target_error == 0.2
+    answers = selective_risk(
+        calibrated.max(axis=1), np.array(fitted.correct), fitted.min_confidence
+    )
     assert answers["error"] <= 0.2
     assert 0 < answers["coverage"] < 1
 
 
-def test_another_wanted_error() -> None:
+def test_another_target_error() -> None:
     first = Calibration(1.7, 0.0, 0.8, (0.9, 0.8, 0.7, 0.6), (True, True, False, True))
-    other = first.with_wanted_error(0.25)
-    assert (other.wanted_error, other.threshold) == (0.25, pytest.approx(0.75))
+    other = first.with_target_error(0.25)
+    assert (other.target_error, other.threshold) == (0.25, pytest.approx(0.75))
     assert (other.temperature, other.confidence) == (1.7, first.confidence)
-    assert other.right == first.right
-    assert (first.wanted_error, first.threshold) == (0.0, 0.8)
-    never = Calibration(1.7, 0.5, 0.8, (0.9, 0.8), (False, True)).with_wanted_error(0.1)
+    assert other.correct == first.correct
+    assert (first.target_error, first.threshold) == (0.0, 0.8)
+    never = Calibration(1.7, 0.5, 0.8, (0.9, 0.8), (False, True)).with_target_error(0.1)
     assert never.threshold is None
-    assert never.lowest_answered == np.inf
+    assert never.min_confidence == np.inf
 
 
 @pytest.mark.parametrize(
@@ -196,16 +210,23 @@ def test_another_wanted_error() -> None:
         calibrate(np.array([0, 1, 0]), np.array([[0.9, 0.1], [0.6, 0.4], [0.7, 0.3]]), 0.1),
     ],
 )
-def test_a_checkpoint_keeps_it(calibration: Calibration, tmp_path: Path) -> None:
-    torch.save({"calibration": calibration.state()}, tmp_path / "c.pt")
+def test_it_comes_back_from_a_checkpoint(calibration: Calibration, tmp_path: Path) -> None:
+    torch.save({"calibration": calibration.state_dict()}, tmp_path / "c.pt")
     state = torch.load(tmp_path / "c.pt", weights_only=True)
-    assert Calibration.from_state(state["calibration"]) == calibration
+    assert Calibration.from_state_dict(state["calibration"]) == calibration
 
 
-def test_without_calibration_all_is_answered_as_it_is() -> None:
-    none = Calibration.from_state(None)
+def test_checkpoints_of_earlier_versions_are_read() -> None:
+    state = {"temperature": 1.7, "wanted_error": 0.1, "threshold": 0.8}
+    state |= {"confidence": [0.9, 0.8], "right": [True, False]}
+    calibration = Calibration.from_state_dict(state)
+    assert calibration == Calibration(1.7, 0.1, 0.8, (0.9, 0.8), (True, False))
+
+
+def test_without_calibration_every_clip_is_answered() -> None:
+    none = Calibration.from_state_dict(None)
     assert none == Calibration()
     assert none.temperature == 1
-    assert none.wanted_error is None
-    answers = selective(np.array([0.0, 0.2, 1.0]), np.array([True] * 3), none.lowest_answered)
+    assert none.target_error is None
+    answers = selective_risk(np.array([0.0, 0.2, 1.0]), np.array([True] * 3), none.min_confidence)
     assert answers["coverage"] == 1

@@ -8,32 +8,32 @@ from sklearn.metrics import balanced_accuracy_score, f1_score
 
 from evaluation.metrics import (
     area_under_risk_coverage,
-    averaged_over,
+    average_by_action,
     brier_scores,
+    calibration_curve,
     confusion_matrix,
     expected_calibration_error,
-    log_losses,
+    grouped_scores,
     per_class,
-    reliability,
+    per_sample_nll,
     risk_coverage,
     scores,
-    selective,
+    selective_risk,
     summarize,
-    vote,
 )
 
 
 def objects(*names: str | None) -> np.ndarray:
-    """As `Predictions.units` gives them: None where a name is unknown."""
+    """As `Predictions.groups` returns them: None where a name is unknown."""
     array = np.empty(len(names), object)
     array[:] = names
     return array
 
 
 def test_hand_computed_case() -> None:
-    #          truth  a a a a b b c      said  a a a b b a a
-    labels, said = np.array([0, 0, 0, 0, 1, 1, 2]), np.array([0, 0, 0, 1, 1, 0, 0])
-    matrix = confusion_matrix(labels, said, 3)
+    #          truth  a a a a b b c  predicted  a a a b b a a
+    labels, y_pred = np.array([0, 0, 0, 0, 1, 1, 2]), np.array([0, 0, 0, 1, 1, 0, 0])
+    matrix = confusion_matrix(labels, y_pred, 3)
     assert matrix.tolist() == [[3, 1, 0], [1, 1, 0], [1, 0, 0]]
     table = per_class(matrix, "abc")
     assert table["precision"].tolist() == pytest.approx([3 / 5, 1 / 2, 0])
@@ -44,7 +44,7 @@ def test_hand_computed_case() -> None:
     assert summary["accuracy"] == pytest.approx(4 / 7)
     assert summary["balanced_accuracy"] == pytest.approx((3 / 4 + 1 / 2 + 0) / 3)
     assert summary["macro_f1"] == pytest.approx((2 / 3 + 1 / 2 + 0) / 3)
-    assert summary["chance_accuracy"] == pytest.approx(4 / 7)
+    assert summary["majority_baseline"] == pytest.approx(4 / 7)
     assert (summary["classes_present"], summary["clips"]) == (3, 7)
 
 
@@ -63,13 +63,13 @@ def test_absent_class_is_left_out_not_zero() -> None:
 
 def test_equals_scikit_learn_when_all_classes_are_there() -> None:
     rng = np.random.default_rng(0)
-    labels, said = rng.integers(0, 7, 500), rng.integers(0, 7, 500)
-    summary = summarize(confusion_matrix(labels, said, 7))
-    assert summary["macro_f1"] == pytest.approx(f1_score(labels, said, average="macro"))
-    assert summary["balanced_accuracy"] == pytest.approx(balanced_accuracy_score(labels, said))
+    labels, y_pred = rng.integers(0, 7, 500), rng.integers(0, 7, 500)
+    summary = summarize(confusion_matrix(labels, y_pred, 7))
+    assert summary["macro_f1"] == pytest.approx(f1_score(labels, y_pred, average="macro"))
+    assert summary["balanced_accuracy"] == pytest.approx(balanced_accuracy_score(labels, y_pred))
 
 
-def test_confusion_matrix_has_all_classes_though_the_last_is_never_seen() -> None:
+def test_confusion_matrix_has_all_classes_although_the_last_has_no_clip() -> None:
     assert confusion_matrix(np.array([0, 1]), np.array([1, 1]), 3).tolist() == [
         [0, 1, 0],
         [0, 1, 0],
@@ -84,14 +84,14 @@ def test_scores_of_many_matrices_are_those_of_each() -> None:
     matrices[1, 3, :, 1] = 0  # the second class is never predicted
     matrices[1, 4, :2] = 0  # clips of one class alone
     batched = scores(matrices)
-    for place in np.ndindex(2, 6):
-        alone = summarize(matrices[place])
+    for index in np.ndindex(2, 6):
+        alone = summarize(matrices[index])
         for name in ("accuracy", "balanced_accuracy", "macro_f1"):
             assert batched[name].shape == (2, 6)
-            assert batched[name][place] == pytest.approx(alone[name], abs=1e-15), (name, place)
+            assert batched[name][index] == pytest.approx(alone[name], abs=1e-15), (name, index)
 
 
-def test_scores_do_not_depend_on_the_unit_of_the_weights() -> None:
+def test_scores_do_not_depend_on_the_scale_of_the_weights() -> None:
     matrix = np.array([[3, 1, 0], [1, 1, 0], [1, 0, 0]])
     for name, value in scores(matrix / 7).items():
         assert value == pytest.approx(float(scores(matrix)[name])), name
@@ -102,7 +102,7 @@ def test_per_class_counts_known_patients() -> None:
     patients = objects("x", "x", "y", "x", None, None)
     matrix = confusion_matrix(labels, labels, 3)
     table = per_class(matrix, "abc", labels, patients)
-    # a: x and y; b: x, two clips of nobody known; c: no clip at all
+    # a: x and y; b: x, and two clips of unknown patients; c: no clip at all
     assert table["patients"].tolist() == [2, 1, 0]
     assert table["clips"].tolist() == [3, 3, 0]
     assert "patients" not in per_class(matrix, "abc")
@@ -110,89 +110,91 @@ def test_per_class_counts_known_patients() -> None:
     assert unknown["patients"].tolist() == [0, 0, 0]
 
 
-def test_every_unit_counts_the_same() -> None:
-    #                  x x x x  y y  z    two clips of nobody known
-    units = objects("x", "x", "x", "x", "y", "y", "z", None, None)
+def test_every_group_counts_the_same() -> None:
+    #                   x x x x  y y  z    two clips of an unknown group
+    groups = objects("x", "x", "x", "x", "y", "y", "z", None, None)
     labels = np.array([0, 0, 0, 1, 0, 1, 2, 0, 0])
-    said = np.array([0, 0, 0, 0, 1, 1, 2, 1, 1])
-    found = averaged_over(units, labels, said, 3)
-    # x: 3 of 4 right; recalls 1 and 0; F1 of a 2*3/(3+4) = 6/7, of b 0; c is absent
-    # y: 1 of 2 right; recalls 0 and 1; F1 of a 0, of b 2*1/(1+2) = 2/3; c is absent
-    # z: 1 of 1 right; recall 1; F1 of c 1; a and b are absent
+    y_pred = np.array([0, 0, 0, 0, 1, 1, 2, 1, 1])
+    found = grouped_scores(groups, labels, y_pred, 3)
+    # x: 3 of 4 correct; recalls 1 and 0; F1 of a 2*3/(3+4) = 6/7, of b 0; c is absent
+    # y: 1 of 2 correct; recalls 0 and 1; F1 of a 0, of b 2*1/(1+2) = 2/3; c is absent
+    # z: 1 of 1 correct; recall 1; F1 of c 1; a and b are absent
     assert found == {
         "accuracy": pytest.approx((3 / 4 + 1 / 2 + 1) / 3),
         "balanced_accuracy": pytest.approx((1 / 2 + 1 / 2 + 1) / 3),
         "macro_f1": pytest.approx((3 / 7 + 1 / 3 + 1) / 3),
         "worst_accuracy": pytest.approx(1 / 2),
-        "units": 3,
+        "groups": 3,
     }
 
 
-def test_averages_over_unknown_units_are_empty() -> None:
-    assert averaged_over(objects(None, None), np.array([0, 1]), np.array([0, 1]), 2) == {}
+def test_averages_over_unknown_groups_are_empty() -> None:
+    assert grouped_scores(objects(None, None), np.array([0, 1]), np.array([0, 1]), 2) == {}
 
 
-def test_vote_is_the_mean_of_an_actions_parts() -> None:
+def test_an_action_gets_the_mean_of_its_parts() -> None:
     actions = objects("x", "y", "x", None, "x", "x")
     labels = np.array([0, 1, 0, 1, 1, 0])
     probabilities = np.array(
         [[0.9, 0.1], [0.3, 0.7], [0.4, 0.6], [0.0, 1.0], [0.2, 0.8], [0.5, 0.5]]
     )
-    voted_labels, voted = vote(actions, labels, probabilities)
-    found = sorted((int(label), *row) for label, row in zip(voted_labels, voted, strict=True))
+    action_labels, means = average_by_action(actions, labels, probabilities)
+    found = sorted((int(label), *row) for label, row in zip(action_labels, means, strict=True))
     expected = [
         (0, (0.9 + 0.4 + 0.5) / 3, (0.1 + 0.6 + 0.5) / 3),  # x, class 0: three parts
         (1, 0.2, 0.8),  # x again, but of class 1: another action
-        (1, 0.3, 0.7),  # y; the clip of no known action is in none of them
+        (1, 0.3, 0.7),  # y; the clip of an unknown action is in none of them
     ]
     assert np.allclose(found, expected, atol=1e-12)
     assert len(found) == 3
 
 
-def test_vote_without_known_actions_is_empty() -> None:
-    labels, probabilities = vote(objects(None, None), np.array([0, 1]), np.full((2, 3), 1 / 3))
+def test_without_known_actions_there_is_no_average() -> None:
+    labels, probabilities = average_by_action(
+        objects(None, None), np.array([0, 1]), np.full((2, 3), 1 / 3)
+    )
     assert labels.shape == (0,)
     assert probabilities.shape == (0, 3)
 
 
-def test_log_losses_by_hand() -> None:
+def test_per_sample_nll_by_hand() -> None:
     labels = np.array([0, 1, 0])
     probabilities = np.array([[0.5, 0.5], [0.75, 0.25], [0.0, 1.0]])
-    losses = log_losses(labels, probabilities)
-    # surely wrong is not infinite: 12 powers of ten are 12 * ln 10 = 27.63 nats
+    losses = per_sample_nll(labels, probabilities)
+    # certain and wrong is not infinite: 12 powers of ten are 12 * ln 10 = 27.63 nats
     assert losses.tolist() == pytest.approx([np.log(2), np.log(4), 12 * np.log(10)])
 
 
 def test_brier_scores_by_hand() -> None:
     labels = np.array([0, 0, 0, 1])
     probabilities = np.array([[1, 0, 0], [0, 1, 0], [0.5, 0.25, 0.25], [0.5, 0.25, 0.25]])
-    # perfect; surely wrong, 1 + 1; 0.5² + 0.25² + 0.25²; 0.5² + 0.75² + 0.25²
+    # perfect; certain and wrong, 1 + 1; 0.5² + 0.25² + 0.25²; 0.5² + 0.75² + 0.25²
     assert brier_scores(labels, probabilities).tolist() == pytest.approx([0, 2, 0.375, 0.875])
 
 
-def test_reliability_by_hand() -> None:
+def test_calibration_curve_by_hand() -> None:
     #                      (0, .2] | (.4, .6]  | (.8, 1]
     confidence = np.array([0.1, 0.45, 0.55, 0.6, 0.85, 1.0])
-    right = np.array([False, True, False, False, True, True])
-    table = reliability(confidence, right, bins=5)
+    correct = np.array([False, True, False, False, True, True])
+    table = calibration_curve(confidence, correct, bins=5)
     assert table.index.tolist() == [0, 2, 4]  # no clip in the others: no row
     assert table["clips"].tolist() == [1, 3, 2]
     assert table["confidence"].tolist() == pytest.approx([0.1, 1.6 / 3, 1.85 / 2])
     assert table["accuracy"].tolist() == pytest.approx([0, 1 / 3, 1])
     # 1/6 * |0 - 0.1| + 3/6 * |1/3 - 1.6/3| + 2/6 * |1 - 0.925| = 0.1/6 + 0.6/6 + 0.15/6
-    assert expected_calibration_error(confidence, right, bins=5) == pytest.approx(0.85 / 6)
+    assert expected_calibration_error(confidence, correct, bins=5) == pytest.approx(0.85 / 6)
 
 
 @pytest.mark.parametrize("bins", [10, 15])
 def test_a_confidence_on_an_edge_belongs_to_the_lower_bin(bins: int) -> None:
     for number in range(bins):
         edge = (number + 1) / bins
-        table = reliability(np.array([edge - 1e-6, edge]), np.array([True, True]), bins)
+        table = calibration_curve(np.array([edge - 1e-6, edge]), np.array([True, True]), bins)
         assert table["clips"].to_dict() == {number: 2}
         if edge < 1:
-            above = reliability(np.array([edge + 1e-6]), np.array([True]), bins)
+            above = calibration_curve(np.array([edge + 1e-6]), np.array([True]), bins)
             assert above.index.tolist() == [number + 1]
-    assert reliability(np.array([0.0]), np.array([False]), bins).index.tolist() == [0]
+    assert calibration_curve(np.array([0.0]), np.array([False]), bins).index.tolist() == [0]
 
 
 def test_calibration_error_of_extremes() -> None:
@@ -204,50 +206,56 @@ def test_calibration_error_of_extremes() -> None:
 
 def test_risk_coverage_by_hand() -> None:
     confidence = np.array([0.6, 0.9, 0.7, 0.8])
-    right = np.array(
+    correct = np.array(
         [True, True, True, False]
-    )  # in order of confidence: right, wrong, right, right
-    coverage, risk = risk_coverage(confidence, right)
+    )  # in order of confidence: correct, wrong, correct, correct
+    coverage, risk = risk_coverage(confidence, correct)
     assert coverage.tolist() == [1 / 4, 2 / 4, 3 / 4, 1]
     assert risk.tolist() == pytest.approx([0, 1 / 2, 1 / 3, 1 / 4])
-    area = area_under_risk_coverage(confidence, right)
+    area = area_under_risk_coverage(confidence, correct)
     assert area == pytest.approx((0 + 1 / 2 + 1 / 3 + 1 / 4) / 4)
 
 
-def test_equal_confidences_are_in_no_order() -> None:
+def test_equal_confidences_have_no_order() -> None:
     confidence = np.array([0.9, 0.5, 0.5, 0.5, 0.2])
-    right = np.array([True, True, False, False, False])
+    correct = np.array([True, True, False, False, False])
     # the three at 0.5 are wrong by 2/3 each: errors 0, 2/3, 4/3, 2, then 3, over 1, 2, 3, 4, 5
     expected = [0, 1 / 3, 4 / 9, 2 / 4, 3 / 5]
     for order in map(list, itertools.permutations(range(5))):
-        coverage, risk = risk_coverage(confidence[order], right[order])
+        coverage, risk = risk_coverage(confidence[order], correct[order])
         assert coverage.tolist() == pytest.approx([0.2, 0.4, 0.6, 0.8, 1])
         assert risk.tolist() == pytest.approx(expected)
-        area = area_under_risk_coverage(confidence[order], right[order])
+        area = area_under_risk_coverage(confidence[order], correct[order])
         assert area == pytest.approx(sum(expected) / 5)
 
 
 def test_area_with_ties_is_the_mean_over_their_orders() -> None:
     confidence = np.array([0.9, 0.9, 0.5, 0.5, 0.5])
-    right = np.array([False, True, True, True, False])
+    correct = np.array([False, True, True, True, False])
     areas = []
     for order in map(list, itertools.permutations(range(5))):
-        ranked = sorted(order, key=lambda place: -confidence[place])  # stable: ties as they come
-        wrong = np.cumsum(~right[ranked])
+        ranked = sorted(order, key=lambda i: -confidence[i])  # stable: ties keep their order
+        wrong = np.cumsum(~correct[ranked])
         areas.append(np.mean(wrong / np.arange(1, 6)))
     assert len(set(np.round(areas, 9))) > 1  # orders do differ
-    assert area_under_risk_coverage(confidence, right) == pytest.approx(np.mean(areas))
+    assert area_under_risk_coverage(confidence, correct) == pytest.approx(np.mean(areas))
 
 
-def test_selective_by_hand() -> None:
+def test_selective_risk_by_hand() -> None:
     confidence = np.array([0.9, 0.8, 0.6, 0.4])
-    right = np.array([True, False, True, False])
-    assert selective(confidence, right, 0.8) == {"coverage": 2 / 4, "error": 1 / 2}  # 0.8 answers
-    assert selective(confidence, right, 0.81) == {"coverage": 1 / 4, "error": 0}
-    assert selective(confidence, right, 0) == {"coverage": 1, "error": 2 / 4}
-    assert selective(confidence, right, np.inf) == {"coverage": 0, "error": None}
-    # one threshold a clip: 0.9 >= 0.95 no, 0.8 >= 0.5 yes, 0.6 >= inf no, 0.4 >= 0.4 yes
+    correct = np.array([True, False, True, False])
+    assert selective_risk(confidence, correct, 0.8) == {
+        "coverage": 2 / 4,
+        "error": 1 / 2,
+    }  # 0.8 answers
+    assert selective_risk(confidence, correct, 0.81) == {"coverage": 1 / 4, "error": 0}
+    assert selective_risk(confidence, correct, 0) == {"coverage": 1, "error": 2 / 4}
+    assert selective_risk(confidence, correct, np.inf) == {"coverage": 0, "error": None}
+    # one threshold per clip: 0.9 >= 0.95 no, 0.8 >= 0.5 yes, 0.6 >= inf no, 0.4 >= 0.4 yes
     thresholds = np.array([0.95, 0.5, np.inf, 0.4])
-    assert selective(confidence, right, thresholds) == {"coverage": 2 / 4, "error": 2 / 2}
-    # one for all may come as an array, too
-    assert selective(confidence, right, np.array([0.6])) == {"coverage": 3 / 4, "error": 1 / 3}
+    assert selective_risk(confidence, correct, thresholds) == {"coverage": 2 / 4, "error": 2 / 2}
+    # one threshold for all may also be an array
+    assert selective_risk(confidence, correct, np.array([0.6])) == {
+        "coverage": 3 / 4,
+        "error": 1 / 3,
+    }

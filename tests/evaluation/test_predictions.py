@@ -1,4 +1,4 @@
-"""predictions.csv: what is written comes back, whatever clips, patients and classes are called."""
+"""predictions.csv comes back as it was written, whatever clips, patients and classes are called."""
 
 from pathlib import Path
 
@@ -11,11 +11,11 @@ from evaluation.predictions import Predictions, read_predictions, write_predicti
 from utils.errors import UserError
 
 CLASSES = ["cut", "sew", "look"]
-HEADER = "path,label,prediction,answer,patient,video,action,p_cut,p_sew\n"
+HEADER = "path,label,prediction,decision,patient,video,action,p_cut,p_sew\n"
 
 
 def of_rows(*rows: ClipRow, num_classes: int = 3) -> Predictions:
-    """Random probabilities, with all digits that a float has, for these clips."""
+    """Predictions for these clips: random probabilities with all digits of a float."""
     rng = np.random.default_rng(len(rows))
     return Predictions(list(rows), rng.dirichlet(np.ones(num_classes), len(rows)))
 
@@ -29,21 +29,21 @@ def test_properties_by_hand() -> None:
     predictions = Predictions(rows, np.array([[0.5, 0.3, 0.2], [0.1, 0.7, 0.2], [0.25, 0.35, 0.4]]))
     assert len(predictions) == 3
     assert predictions.labels.tolist() == [0, 2, 2]
-    assert predictions.predicted.tolist() == [0, 1, 2]
+    assert predictions.y_pred.tolist() == [0, 1, 2]
     assert predictions.confidence.tolist() == [0.5, 0.7, 0.4]
-    assert predictions.right.tolist() == [True, False, True]
+    assert predictions.correct.tolist() == [True, False, True]
     assert predictions.confusion.tolist() == [[1, 0, 0], [0, 0, 0], [0, 1, 1]]
     assert predictions.loss == pytest.approx(-(np.log(0.5) + np.log(0.2) + np.log(0.4)) / 3)
-    assert predictions.units("patient").tolist() == ["x", None, "y"]
-    assert predictions.units("video").tolist() == ["v", "v", None]
-    assert predictions.units("action").tolist() == ["s", None, "s"]
+    assert predictions.groups("patient").tolist() == ["x", None, "y"]
+    assert predictions.groups("video").tolist() == ["v", "v", None]
+    assert predictions.groups("action").tolist() == ["s", None, "s"]
 
 
-def test_units_of_equally_long_names_stay_names() -> None:
-    """Of some lists numpy makes an array of letters or of numbers."""
-    units = of_rows(ClipRow(Path("a"), 0, "058"), ClipRow(Path("b"), 1, "058")).units("patient")
-    assert units.shape == (2,)
-    assert units.dtype == object
+def test_groups_of_equally_long_names_stay_names() -> None:
+    """numpy turns some lists of names into arrays of letters or numbers."""
+    groups = of_rows(ClipRow(Path("a"), 0, "058"), ClipRow(Path("b"), 1, "058")).groups("patient")
+    assert groups.shape == (2,)
+    assert groups.dtype == object
 
 
 @pytest.mark.parametrize(
@@ -68,14 +68,14 @@ def test_patients_come_back_by_their_names(name: str, tmp_path: Path) -> None:
     rows = [ClipRow(Path("a.mp4"), 1, name, name, name), ClipRow(Path("b.mp4"), 0)]
     written = of_rows(*rows)
     write_predictions(tmp_path / "p.csv", written, CLASSES, 0.0)
-    read, _ = read_predictions(tmp_path / "p.csv")
+    read, _, _ = read_predictions(tmp_path / "p.csv")
     assert read.rows == rows
 
 
 def test_an_empty_name_is_an_unknown_one(tmp_path: Path) -> None:
     written = of_rows(ClipRow(Path("a"), 1, "", None, ""), ClipRow(Path("b"), 0, None, "", None))
     write_predictions(tmp_path / "p.csv", written, CLASSES, 0.0)
-    read, _ = read_predictions(tmp_path / "p.csv")
+    read, _, _ = read_predictions(tmp_path / "p.csv")
     assert read.rows == [ClipRow(Path("a"), 1), ClipRow(Path("b"), 0)]
 
 
@@ -96,7 +96,7 @@ def test_an_empty_name_is_an_unknown_one(tmp_path: Path) -> None:
 def test_paths_come_back(path: str, tmp_path: Path) -> None:
     rows = [ClipRow(Path(path), 2, "x"), ClipRow(Path("/other/clip.mp4"), 0, "y")]
     write_predictions(tmp_path / "p.csv", of_rows(*rows), CLASSES, 0.0)
-    read, _ = read_predictions(tmp_path / "p.csv")
+    read, _, _ = read_predictions(tmp_path / "p.csv")
     assert read.rows == rows
 
 
@@ -115,17 +115,17 @@ def test_classes_come_back_in_their_order(classes: list[str], tmp_path: Path) ->
     rows = [ClipRow(Path(f"{number}.mp4"), number % 3) for number in range(6)]
     written = of_rows(*rows)
     write_predictions(tmp_path / "p.csv", written, classes, 0.0)
-    read, names = read_predictions(tmp_path / "p.csv")
+    read, names, _ = read_predictions(tmp_path / "p.csv")
     assert names == classes
     assert read.rows == rows
-    assert (read.predicted == written.predicted).all()
+    assert (read.y_pred == written.y_pred).all()
 
 
 def test_probabilities_come_back_to_nine_digits(tmp_path: Path) -> None:
     written = of_rows(*[ClipRow(Path(str(number)), 0) for number in range(50)])
     written.probabilities[:3] = [[1, 0, 0], [1 - 2e-12, 1e-12, 1e-12], [1e-300, 0.5, 0.5]]
     write_predictions(tmp_path / "p.csv", written, CLASSES, 0.0)
-    read, _ = read_predictions(tmp_path / "p.csv")
+    read, _, _ = read_predictions(tmp_path / "p.csv")
     assert read.probabilities.dtype == float
     assert np.allclose(read.probabilities, written.probabilities, rtol=1e-8, atol=0)
     assert read.loss == pytest.approx(written.loss)
@@ -135,14 +135,14 @@ def test_probabilities_come_back_to_nine_digits(tmp_path: Path) -> None:
     ("thresholds", "expected"),
     [
         (0.0, ["cut", "sew", "look"]),
-        (0.7, ["uncertain", "sew", "uncertain"]),  # exactly the threshold is an answer
+        (0.7, ["uncertain", "sew", "uncertain"]),  # exactly the threshold is enough
         (0.71, ["uncertain"] * 3),
         (np.inf, ["uncertain"] * 3),
         (np.array([0.5]), ["cut", "sew", "uncertain"]),
-        (np.array([0.6, np.inf, 0.4]), ["uncertain", "uncertain", "look"]),  # one a clip
+        (np.array([0.6, np.inf, 0.4]), ["uncertain", "uncertain", "look"]),  # one per clip
     ],
 )
-def test_below_the_threshold_the_answer_is_uncertain(
+def test_below_the_threshold_the_decision_is_uncertain(
     thresholds: float | np.ndarray, expected: list[str], tmp_path: Path
 ) -> None:
     predictions = Predictions(
@@ -151,10 +151,12 @@ def test_below_the_threshold_the_answer_is_uncertain(
     )
     write_predictions(tmp_path / "p.csv", predictions, CLASSES, thresholds)
     table = pd.read_csv(tmp_path / "p.csv")
-    assert table["answer"].tolist() == expected
-    assert table["prediction"].tolist() == ["cut", "sew", "look"]  # what it would have said
+    assert table["decision"].tolist() == expected
+    assert table["prediction"].tolist() == ["cut", "sew", "look"]
     assert table["label"].tolist() == ["cut"] * 3
     assert table["p_sew"].tolist() == [0.3, 0.7, 0.35]
+    decided = read_predictions(tmp_path / "p.csv")[2]
+    assert decided.tolist() == [name != "uncertain" for name in expected]
 
 
 @pytest.mark.parametrize(
@@ -183,10 +185,27 @@ def test_what_is_not_ours_is_one_line(text: str | None, message: str, tmp_path: 
     assert "\n" not in str(raised.value)
 
 
+def test_files_of_earlier_versions_are_read(tmp_path: Path) -> None:
+    """The column `decision` was called `answer`, and before that there was none."""
+    rows = ("a,sew,cut,cut,x,,,0.6,0.4\n", "b,sew,cut,uncertain,x,,,0.5,0.5\n")
+    (tmp_path / "p.csv").write_text(HEADER.replace("decision", "answer") + "".join(rows))
+    assert read_predictions(tmp_path / "p.csv")[2].tolist() == [True, False]
+    (tmp_path / "p.csv").write_text(HEADER.replace("decision,", "") + "a,sew,cut,x,,,0.6,0.4\n")
+    read, _, decided = read_predictions(tmp_path / "p.csv")
+    assert (decided.tolist(), read.rows[0].patient) == ([True], "x")
+
+
+def test_folds_are_a_column_of_their_own(tmp_path: Path) -> None:
+    written = of_rows(ClipRow(Path("a"), 1, "x"), ClipRow(Path("b"), 0))
+    write_predictions(tmp_path / "p.csv", written, CLASSES, 0.0, ["fold2", "fold1"])
+    assert pd.read_csv(tmp_path / "p.csv")["fold"].tolist() == ["fold2", "fold1"]
+    assert read_predictions(tmp_path / "p.csv")[0].rows == written.rows
+
+
 def test_the_same_file_without_the_mistake_is_read(tmp_path: Path) -> None:
-    """What the cases above differ from."""
+    """The file that the cases above were made from."""
     (tmp_path / "p.csv").write_text(HEADER + "a,sew,cut,cut,x,,,0.6,0.4\n")
-    read, classes = read_predictions(tmp_path / "p.csv")
+    read, classes, _ = read_predictions(tmp_path / "p.csv")
     assert classes == ["cut", "sew"]
     assert read.rows == [ClipRow(Path("a"), 1, "x")]
     assert read.probabilities.tolist() == [[0.6, 0.4]]

@@ -1,4 +1,4 @@
-"""What a test reports: every number of a small case by hand, as JSON and as words."""
+"""The results of a test: every number of a small case by hand, as JSON and as text."""
 
 import json
 from pathlib import Path
@@ -8,11 +8,17 @@ import pandas as pd
 import pytest
 
 from clips.manifest import ClipRow
-from evaluation import results
-from evaluation.calibration import Calibration, temper
-from evaluation.metrics import brier_scores, expected_calibration_error, log_losses
+from evaluation.calibration import Calibration, apply_temperature
+from evaluation.metrics import brier_scores, expected_calibration_error, per_sample_nll
 from evaluation.predictions import Predictions, read_predictions
-from evaluation.results import assess, describe, headline, headline_scores, write_results
+from evaluation.results import (
+    compute_results,
+    format_results,
+    headline,
+    read_results,
+    write_results,
+)
+from utils.errors import UserError
 
 CLASSES = ("cut", "sew", "look")  # no clip of the last one
 ANNA, BERT = "Smith, Anna", "Jones, Bert"
@@ -26,19 +32,19 @@ ROWS = (
 )
 # fmt: off
 PROBABILITIES = np.array([
-    [0.90, 0.05, 0.05],  # cut, right
-    [0.30, 0.60, 0.10],  # cut, wrong; but its action's other part outvotes it: 0.6 to 0.325
-    [0.20, 0.80, 0.00],  # sew, right
-    [0.70, 0.20, 0.10],  # cut, right
-    [0.45, 0.50, 0.05],  # sew, right
-    [0.85, 0.10, 0.05],  # sew, wrong; and the vote is lost: 0.65 to 0.3
+    [0.90, 0.05, 0.05],  # cut, correct
+    [0.30, 0.60, 0.10],  # cut, wrong; but the mean of its action is correct: 0.6 to 0.325
+    [0.20, 0.80, 0.00],  # sew, correct
+    [0.70, 0.20, 0.10],  # cut, correct
+    [0.45, 0.50, 0.05],  # sew, correct
+    [0.85, 0.10, 0.05],  # sew, wrong; and so is the mean: 0.65 to 0.3
 ])
 # fmt: on
 FITTED = Calibration(1.0, 0.25, 0.65, (0.9, 0.65), (True, True))
 
 
 def small(**changes: object) -> Predictions:
-    """The case above, all rows changed."""
+    """The case above, with these changes to all rows."""
     return Predictions([row._replace(**changes) for row in ROWS], PROBABILITIES)
 
 
@@ -47,16 +53,16 @@ def strict(found: dict) -> str:
 
 
 def test_all_numbers_by_hand() -> None:
-    found = assess(small(), CLASSES, [FITTED])
+    found = compute_results(small(), CLASSES, [FITTED])
     assert set(found) == {
-        *("accuracy", "balanced_accuracy", "macro_f1", "chance_accuracy", "classes_present"),
+        *("accuracy", "balanced_accuracy", "macro_f1", "majority_baseline", "classes_present"),
         *("clips", "loss", "unreadable_clips", "patients", "clips_of_unknown_patient"),
         *("intervals", "averages", "actions", "calibration", "selective", "per_class"),
     }
-    # cut: 2 of 3 found, 2 of 3 said; sew: 2 of 3 found, 2 of 3 said
+    # cut: recall 2 of 3, precision 2 of 3; sew: the same
     pooled = {name: pytest.approx(2 / 3) for name in ("accuracy", "balanced_accuracy", "macro_f1")}
     assert {name: found[name] for name in pooled} == pooled
-    assert found["chance_accuracy"] == 1 / 2
+    assert found["majority_baseline"] == 1 / 2
     assert (found["classes_present"], found["clips"], found["unreadable_clips"]) == (2, 6, 0)
     assert (found["patients"], found["clips_of_unknown_patient"]) == (2, 0)
     nll = -np.log([0.9, 0.3, 0.8, 0.7, 0.5, 0.1]).mean()
@@ -69,15 +75,15 @@ def test_all_numbers_by_hand() -> None:
             "balanced_accuracy": pytest.approx((1 / 2 + 1 + 3 / 4) / 3),
             "macro_f1": pytest.approx((2 / 3 + 1 + 2 / 3) / 3),
             "worst_accuracy": pytest.approx(1 / 2),
-            "units": 3,
+            "groups": 3,
         },
         "patient": {
-            # Anna: cut 1 of 2, sew 1 of 1, said sew twice; Bert: cut 1 of 1, sew 1 of 2
+            # Anna: cut 1 of 2, sew 1 of 1, sew predicted twice; Bert: cut 1 of 1, sew 1 of 2
             "accuracy": pytest.approx(2 / 3),
             "balanced_accuracy": pytest.approx(3 / 4),
             "macro_f1": pytest.approx(2 / 3),
             "worst_accuracy": pytest.approx(2 / 3),
-            "units": 2,
+            "groups": 2,
         },
     }
     actions = found["actions"]  # deeds 1 and 3 are cut, both found; 2 and 4 sew, one found
@@ -95,12 +101,12 @@ def test_all_numbers_by_hand() -> None:
     assert found["calibration"]["temperature"] == 1
     assert found["calibration"]["brier"] == pytest.approx(brier / 6)
     assert found["calibration"]["nll"] == pytest.approx(nll)
-    # No two confidences share one of 15 bins: the mean of |right - confidence|.
+    # No two confidences are in the same one of 15 bins: the mean of |correct - confidence|.
     ece = (0.1 + 0.6 + 0.2 + 0.3 + 0.5 + 0.85) / 6
     assert found["calibration"]["ece"] == pytest.approx(ece)
-    # From sure to unsure: 0.9 right, 0.85 wrong, 0.8, 0.7 right, 0.6 wrong, 0.5 right
+    # By falling confidence: 0.9 correct, 0.85 wrong, 0.8, 0.7 correct, 0.6 wrong, 0.5 correct
     assert found["selective"] == {
-        "wanted_error": 0.25,
+        "target_error": 0.25,
         "threshold": 0.65,
         "coverage": pytest.approx(4 / 6),
         "error": pytest.approx(1 / 4),
@@ -108,15 +114,15 @@ def test_all_numbers_by_hand() -> None:
     }
 
 
-def test_headline_scores_count_what_is_missing() -> None:
+def test_the_summary_counts_missing_clips() -> None:
     predictions = small()
     predictions.unreadable += ["6.mp4: damaged", "7.mp4: damaged"]
-    found = headline_scores(predictions)
+    found = predictions.summary()
     assert found["unreadable_clips"] == 2
     assert found["clips"] == 6
     assert "MISSING: 2 clips" in headline(found)
-    assert "MISSING: 2 clips" in describe(assess(predictions, CLASSES, [FITTED]))
-    assert "MISSING" not in describe(assess(small(), CLASSES, [FITTED]))
+    assert "MISSING: 2 clips" in format_results(compute_results(predictions, CLASSES, [FITTED]))
+    assert "MISSING" not in format_results(compute_results(small(), CLASSES, [FITTED]))
 
 
 def some_unknown() -> Predictions:
@@ -132,7 +138,7 @@ def some_unknown() -> Predictions:
         (small(patient=None), 0, 6),
         (small(patient=None, video=None, action=None), 0, 6),
         (some_unknown(), 1, 3),
-        (small(label=2), 2, 0),  # one class, never found
+        (small(label=2), 2, 0),  # one class, never predicted
         (Predictions(ROWS[:1], PROBABILITIES[:1]), 1, 0),  # a single clip
     ],
     ids=["all", "one patient", "no patients", "nothing known", "unknown", "one class", "one clip"],
@@ -143,92 +149,97 @@ def some_unknown() -> Predictions:
 def test_json_knows_every_number(
     predictions: Predictions, patients: int, unknown: int, calibration: Calibration
 ) -> None:
-    with np.errstate(divide="raise", invalid="raise"):  # no warning on the screen either
-        found = assess(predictions, CLASSES, [calibration])
+    with np.errstate(divide="raise", invalid="raise"):  # not even a warning
+        found = compute_results(predictions, CLASSES, [calibration])
     assert json.loads(strict(found)) == found
     assert (found["patients"], found["clips_of_unknown_patient"]) == (patients, unknown)
-    assert describe(json.loads(strict(found))) == describe(found)
+    assert format_results(json.loads(strict(found))) == format_results(found)
 
 
 def test_one_patient_has_no_interval() -> None:
-    found = assess(small(patient=ANNA), CLASSES, [FITTED])
+    found = compute_results(small(patient=ANNA), CLASSES, [FITTED])
     assert [both["patients"] for both in found["intervals"].values()] == [None] * 5
     assert None not in [both["clips"] for both in found["intervals"].values()]
-    assert "no 95 % interval: one patient" in describe(found)
+    assert "no 95 % interval: one patient" in format_results(found)
 
 
-def test_no_patient_known_is_said() -> None:
-    words = describe(assess(small(patient=None), CLASSES, [FITTED]))
-    assert words.count("no patient is known, so it may be far too narrow") == 2
-    assert "over 0 patients" not in words
-    assert "averaged over 3 videos" in words
-    assert "far too narrow" not in describe(assess(small(), CLASSES, [FITTED]))
+def test_unknown_patients_are_reported() -> None:
+    text = format_results(compute_results(small(patient=None), CLASSES, [FITTED]))
+    assert text.count("no patient is known, so it may be far too narrow") == 2
+    assert "over 0 patients" not in text
+    assert "averaged over 3 videos" in text
+    assert "far too narrow" not in format_results(compute_results(small(), CLASSES, [FITTED]))
 
 
-def test_nothing_is_said_of_what_is_unknown() -> None:
-    found = assess(small(patient=None, video=None, action=None), CLASSES, [FITTED])
+def test_unknown_groups_are_not_reported() -> None:
+    found = compute_results(small(patient=None, video=None, action=None), CLASSES, [FITTED])
     assert found["actions"] == {}
     assert found["averages"]["video"] == found["averages"]["patient"] == {}
-    words = describe(found)
-    assert "averaged over" not in words
-    assert "source actions" not in words
+    text = format_results(found)
+    assert "averaged over" not in text
+    assert "source actions" not in text
 
 
-def test_words_hold_the_numbers() -> None:
-    found = assess(small(), CLASSES, [FITTED])
-    words = describe(found)
-    assert "6 clips: accuracy 0.6667" in words
+def test_the_text_holds_the_numbers() -> None:
+    found = compute_results(small(), CLASSES, [FITTED])
+    text = format_results(found)
+    assert "6 clips: accuracy 0.6667" in text
     low, high = found["intervals"]["accuracy"]["patients"]
     naive = found["intervals"]["accuracy"]["clips"]
-    assert f"accuracy: 95 % interval {low:.3f} to {high:.3f} over 2 patients" in words
-    assert f"(clips taken as independent: {naive[0]:.3f} to {naive[1]:.3f})" in words
-    assert "averaged over 2 patients: accuracy 0.6667 (the worst: 0.6667)" in words
-    assert "averaged over 3 videos: accuracy 0.7222 (the worst: 0.5000)" in words
-    assert "one vote for each of 4 source actions: accuracy 0.7500" in words
-    assert "at temperature 1.000" in words
-    assert "uncertain below 0.650 (for at most 25% wrong" in words
-    assert "answers 66.7% of the clips, 25.0% of the answers are wrong" in words
-    look = next(line for line in words.splitlines() if line.startswith("look"))
+    assert f"accuracy: 95 % interval {low:.3f} to {high:.3f} over 2 patients" in text
+    assert f"(clips taken as independent: {naive[0]:.3f} to {naive[1]:.3f})" in text
+    assert "averaged over 2 patients: accuracy 0.6667 (the worst: 0.6667)" in text
+    assert "averaged over 3 videos: accuracy 0.7222 (the worst: 0.5000)" in text
+    assert "one prediction per source action (4): accuracy 0.7500" in text
+    assert "at temperature 1.000" in text
+    assert "uncertain below a confidence of 0.650 (for an error rate of at most 25% on" in text
+    assert "66.7% of the clips are answered, 25.0% of the answers are wrong" in text
+    look = next(line for line in text.splitlines() if line.startswith("look"))
     assert look.split() == ["look", "-", "-", "-", "0", "0"]  # no clip: no score
 
 
-def test_words_about_the_threshold() -> None:
+def test_the_text_about_the_threshold() -> None:
     none = Calibration()
     never = Calibration(1.0, 0.1, None, (0.9,), (False,))
-    assert "the checkpoint has no threshold" in describe(assess(small(), CLASSES, [none]))
-    assert "all is uncertain (for at most 10% wrong" in describe(assess(small(), CLASSES, [never]))
+    assert "the checkpoint has no threshold" in format_results(
+        compute_results(small(), CLASSES, [none])
+    )
+    assert "every clip is uncertain (for an error rate of at most 10% on" in format_results(
+        compute_results(small(), CLASSES, [never])
+    )
 
 
 @pytest.mark.parametrize("patients", [(ANNA, BERT), (ANNA, ANNA), (ANNA, None)])
-def test_words_name_nobody(patients: tuple[str | None, str | None]) -> None:
+def test_the_text_names_nobody(patients: tuple[str | None, str | None]) -> None:
     names = dict(zip((ANNA, BERT), patients, strict=True))
     rows = [row._replace(patient=names[row.patient]) for row in ROWS]
     predictions = Predictions(rows, PROBABILITIES, [f"/data/{ANNA}/film-9.mp4: damaged"])
-    words = describe(assess(predictions, CLASSES, [FITTED]))
+    text = format_results(compute_results(predictions, CLASSES, [FITTED]))
     for part in ("Smith", "Anna", "Jones", "Bert", "film-", "deed-", ".mp4"):
-        assert part not in words
+        assert part not in text
 
 
 def test_every_clip_by_the_model_of_its_fold() -> None:
     first = Calibration(2.0, 0.1, 0.75, (0.9,), (True,))
     second = Calibration(0.5, 0.1, 0.6, (0.9,), (True,))
-    found = assess(small(), CLASSES, [first] * 3 + [second] * 3)
+    found = compute_results(small(), CLASSES, [first] * 3 + [second] * 3)
     assert found["calibration"]["temperature"] is None
     assert found["selective"]["threshold"] is None
-    # first: 0.9, 0.6, 0.8 above 0.75: two, right; second: 0.7, 0.5, 0.85 above 0.6: two, one wrong
+    # first: of 0.9, 0.6, 0.8 two are above 0.75, both correct
+    # second: of 0.7, 0.5, 0.85 two are above 0.6, one of them wrong
     assert found["selective"]["coverage"] == pytest.approx(4 / 6)
     assert found["selective"]["error"] == pytest.approx(1 / 4)
-    words = describe(found)
-    assert "at each model's temperature" in words
-    assert "uncertain below each model's threshold" in words
-    same = assess(small(), CLASSES, [first] * 6)
-    assert same == assess(small(), CLASSES, [first])
+    text = format_results(found)
+    assert "at each model's temperature" in text
+    assert "uncertain below a confidence of each model's threshold" in text
+    same = compute_results(small(), CLASSES, [first] * 6)
+    assert same == compute_results(small(), CLASSES, [first])
     assert (same["calibration"]["temperature"], same["selective"]["threshold"]) == (2.0, 0.75)
 
 
 def test_a_fold_that_answers_nothing() -> None:
     never = Calibration(1.0, 0.1, None, (0.9,), (False,))
-    found = assess(small(), CLASSES, [never] * 3 + [FITTED] * 3)
+    found = compute_results(small(), CLASSES, [never] * 3 + [FITTED] * 3)
     assert found["selective"]["threshold"] is None
     # of the second fold's 0.7, 0.5, 0.85 two are above 0.65, one of them wrong
     assert found["selective"]["coverage"] == pytest.approx(2 / 6)
@@ -237,58 +248,88 @@ def test_a_fold_that_answers_nothing() -> None:
 
 
 @pytest.mark.parametrize("temperatures", [[2.5], [0.4], [2.5, 2.5, 2.5, 0.4, 0.4, 1.0]])
-def test_before_is_before_tempering(temperatures: list[float]) -> None:
+def test_before_is_before_the_temperature(temperatures: list[float]) -> None:
     raw = PROBABILITIES * 0.97 + 0.01
     labels = small().labels
-    tempered = Predictions(list(ROWS), temper(raw, np.array(temperatures)))
+    calibrated = Predictions(list(ROWS), apply_temperature(raw, np.array(temperatures)))
     calibrations = [Calibration(one, 0.1, 0.5, (0.9,), (True,)) for one in temperatures]
-    found = assess(tempered, CLASSES, calibrations)["calibration"]
-    for scores, probabilities in ((found["before"], raw), (found, tempered.probabilities)):
+    found = compute_results(calibrated, CLASSES, calibrations)["calibration"]
+    for scores, probabilities in ((found["before"], raw), (found, calibrated.probabilities)):
         right = probabilities.argmax(axis=1) == labels
         ece = expected_calibration_error(probabilities.max(axis=1), right)
         assert scores["ece"] == pytest.approx(ece)
         assert scores["brier"] == pytest.approx(brier_scores(labels, probabilities).mean())
-        assert scores["nll"] == pytest.approx(log_losses(labels, probabilities).mean())
+        assert scores["nll"] == pytest.approx(per_sample_nll(labels, probabilities).mean())
     assert found["nll"] != pytest.approx(found["before"]["nll"], rel=1e-3)
 
 
 def test_files(tmp_path: Path) -> None:
     folder = tmp_path / "new" / "folder"
-    words = write_results(small(), CLASSES, folder, [FITTED], {"split": "test", "views": 2})
-    found = assess(small(), CLASSES, [FITTED])
-    assert words == describe(found)
+    results = write_results(small(), CLASSES, folder, [FITTED], {"split": "test", "views": 2})
+    found = compute_results(small(), CLASSES, [FITTED])
+    assert results == {**found, "split": "test", "views": 2}
     assert {path.name for path in folder.iterdir()} == {
         *("test_metrics.json", "predictions.csv", "confusion_matrix.csv", "confusion_matrix.png")
     }
     written = json.loads((folder / "test_metrics.json").read_text())
-    assert written == {**found, "split": "test", "views": 2}
+    assert written == results
     counts = pd.read_csv(folder / "confusion_matrix.csv", index_col=0)
     assert counts.index.tolist() == counts.columns.tolist() == list(CLASSES)
     assert counts.to_numpy().tolist() == [[2, 1, 0], [1, 2, 0], [0, 0, 0]]
-    read, classes = read_predictions(folder / "predictions.csv")
+    read, classes, decided = read_predictions(folder / "predictions.csv")
     assert classes == list(CLASSES)
     assert read.rows == list(ROWS)
-    answers = pd.read_csv(folder / "predictions.csv")["answer"].tolist()
-    assert answers == ["cut", "uncertain", "sew", "cut", "uncertain", "cut"]  # below 0.65
+    decisions = pd.read_csv(folder / "predictions.csv")["decision"].tolist()
+    assert decisions == ["cut", "uncertain", "sew", "cut", "uncertain", "cut"]  # below 0.65
+    assert decided.tolist() == [True, False, True, True, False, True]
+
+
+def test_results_of_earlier_versions_are_read(tmp_path: Path) -> None:
+    results = write_results(small(), CLASSES, tmp_path, [FITTED], {"logit_adjust_tau": 0.5})
+    text = json.dumps({**results, "warnings": ["LEAKAGE: of 2 patients", "drawn twice"]})
+    for old, new in (
+        ("chance_accuracy", "majority_baseline"),
+        ("wanted_error", "target_error"),
+        ("units", "groups"),
+        ("adjust", "logit_adjust_tau"),
+    ):
+        assert f'"{new}"' in text
+        text = text.replace(f'"{new}"', f'"{old}"')
+    (tmp_path / "test_metrics.json").write_text(text)
+    warnings = [
+        {"kind": "leakage", "text": "of 2 patients"},
+        {"kind": "other", "text": "drawn twice"},
+    ]
+    read = read_results(tmp_path / "test_metrics.json")
+    assert read == {**results, "warnings": warnings}
+    assert format_results(read) == format_results(results)
+    assert read_results(tmp_path / "none.json") == {}
+    (tmp_path / "test_metrics.json").write_text("{")
+    with pytest.raises(UserError, match="is damaged: evaluate again"):
+        read_results(tmp_path / "test_metrics.json")
 
 
 def test_files_of_several_folds(tmp_path: Path) -> None:
     never = Calibration(1.0, 0.1, None, (0.9,), (False,))
-    write_results(small(), CLASSES, tmp_path, [never] * 3 + [FITTED] * 3)
-    answers = pd.read_csv(tmp_path / "predictions.csv")["answer"].tolist()
-    assert answers == ["uncertain"] * 3 + ["cut", "uncertain", "cut"]
+    folds = ["fold1"] * 3 + ["fold2"] * 3
+    write_results(small(), CLASSES, tmp_path, [never] * 3 + [FITTED] * 3, folds=folds)
+    table = pd.read_csv(tmp_path / "predictions.csv")
+    assert table["fold"].tolist() == folds
+    assert table["decision"].tolist() == ["uncertain"] * 3 + ["cut", "uncertain", "cut"]
 
 
-@pytest.mark.parametrize("writer", ["plot_confusion", "write_predictions"])
+@pytest.mark.parametrize(
+    "writer", ["evaluation.plots.plot_confusion", "evaluation.results.write_predictions"]
+)
 def test_metrics_are_written_last(
     writer: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Who finds a test_metrics.json finds everything else."""
+    """Where there is a test_metrics.json, there is everything else."""
 
     def fail(*_: object) -> None:
         raise RuntimeError("disk full")
 
-    monkeypatch.setattr(results, writer, fail)
+    monkeypatch.setattr(writer, fail)
     with pytest.raises(RuntimeError, match="disk full"):
         write_results(small(), CLASSES, tmp_path, [FITTED])
     assert not list(tmp_path.glob("*test_metrics*"))

@@ -1,17 +1,17 @@
-"""What frame models are shown: RGB, motion, or both, each way equal to doing it by hand."""
+"""The input of frame encoders: RGB, motion or both; each kind equals a computation by hand."""
 
 import pytest
 import torch
+from helpers import make_model
 from torch import nn
 
 from config import TrainConfig
-from modeling.frame_encoder import FrameModel, decode_motion, global_motion, temporal_gradients
-from models import build_model
-from timeline.streaming import can_stream
+from modeling.frame_encoder import FrameEncoder, camera_motion, decode_motion, rgb_difference
+from timeline.streaming import supports_streaming
 from training.checks import resolve
 from utils.errors import UserError
 
-every_model = pytest.mark.parametrize("name", ["tsm", "cnn_lstm"])
+every_model = pytest.mark.parametrize("name", ["tsm_resnet", "cnnlstm"])
 
 
 def clips(channels: int = 3, n: int = 2, frames: int = 3, seed: int = 0) -> torch.Tensor:
@@ -20,9 +20,9 @@ def clips(channels: int = 3, n: int = 2, frames: int = 3, seed: int = 0) -> torc
     return torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
 
 
-def lively(name: str, **options: object) -> FrameModel:
+def lively(name: str, **options: object) -> FrameEncoder:
     torch.manual_seed(0)
-    model = build_model(name, 4, **options).eval()
+    model = make_model(name, 4, **options).eval()
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
             nn.init.normal_(module.running_mean, std=0.1)
@@ -30,11 +30,11 @@ def lively(name: str, **options: object) -> FrameModel:
     return model
 
 
-def shown(model: FrameModel, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """RGB as the network sees it, and motion as three channels, `(B * T, 3, H, W)` each."""
+def network_inputs(model: FrameEncoder, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The input of the networks: RGB, and motion as three channels, `(B * T, 3, H, W)` each."""
     rgb = model.normalize(x[:, :, :3])
     if x.shape[2] == 3:
-        motion = 2 * temporal_gradients(rgb)
+        motion = 2 * rgb_difference(rgb)
     else:
         field = decode_motion(x[:, :, 3:]) / 0.025
         speed = (field[:, :, :1] ** 2 + field[:, :, 1:] ** 2).sqrt()
@@ -42,36 +42,36 @@ def shown(model: FrameModel, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tenso
     return rgb.flatten(0, 1), motion.flatten(0, 1)
 
 
-@pytest.mark.parametrize("motion", ["gradients", "flow", "vectors"])
+@pytest.mark.parametrize("motion", ["rgbdiff", "flow", "mv"])
 @torch.no_grad()
 def test_features_by_hand(motion: str) -> None:
-    x = clips(3 if motion == "gradients" else 5)
-    alone = lively("cnn_lstm", inputs=motion)
-    rgb, picture = shown(alone, x)
-    wanted = alone.backbone(picture).unflatten(0, (2, 3))
-    torch.testing.assert_close(alone.per_frame(x), wanted, atol=1e-4, rtol=1e-3)
+    x = clips(3 if motion == "rgbdiff" else 5)
+    alone = lively("cnnlstm", modality=motion)
+    rgb, image = network_inputs(alone, x)
+    wanted = alone.backbone(image).unflatten(0, (2, 3))
+    torch.testing.assert_close(alone.frame_features(x), wanted, atol=1e-4, rtol=1e-3)
 
-    late = lively("cnn_lstm", inputs=f"rgb+{motion}", fusion="late")
-    wanted = torch.cat((late.backbone(rgb), late.motion_backbone(picture)), 1)
-    assert late.width == 1024
-    torch.testing.assert_close(late.per_frame(x).flatten(0, 1), wanted, atol=1e-4, rtol=1e-3)
+    late = lively("cnnlstm", modality=f"rgb+{motion}", fusion="late")
+    wanted = torch.cat((late.backbone(rgb), late.motion_backbone(image)), 1)
+    assert late.num_features == 1024
+    torch.testing.assert_close(late.frame_features(x).flatten(0, 1), wanted, atol=1e-4, rtol=1e-3)
 
-    early = lively("cnn_lstm", inputs=f"rgb+{motion}", fusion="early")
-    extra = picture if motion == "gradients" else picture[:, :2]
+    early = lively("cnnlstm", modality=f"rgb+{motion}", fusion="early")
+    extra = image if motion == "rgbdiff" else image[:, :2]
     wanted = early.backbone(torch.cat((rgb, extra), 1))
-    torch.testing.assert_close(early.per_frame(x).flatten(0, 1), wanted, atol=1e-4, rtol=1e-3)
+    torch.testing.assert_close(early.frame_features(x).flatten(0, 1), wanted, atol=1e-4, rtol=1e-3)
 
 
 @torch.no_grad()
-def test_the_summary_stands_behind_the_features() -> None:
+def test_the_summary_follows_the_features() -> None:
     x = clips(5)
-    model = lively("cnn_lstm", inputs="rgb+flow", fusion="summary")
-    features = model.per_frame(x)
-    rgb, _ = shown(model, x)
+    model = lively("cnnlstm", modality="rgb+flow", fusion="summary")
+    features = model.frame_features(x)
+    rgb, _ = network_inputs(model, x)
     torch.testing.assert_close(
         features[..., :512].flatten(0, 1), model.backbone(rgb), atol=1e-4, rtol=1e-3
     )
-    wanted = global_motion(decode_motion(x[:, :, 3:])) / 0.025
+    wanted = camera_motion(decode_motion(x[:, :, 3:])) / 0.025
     torch.testing.assert_close(features[..., 512:], wanted, atol=1e-4, rtol=1e-3)
 
 
@@ -79,7 +79,7 @@ def test_the_summary_stands_behind_the_features() -> None:
 @torch.no_grad()
 def test_early_motion_starts_as_the_mean_filter(name: str) -> None:
     plain = lively(name)
-    model = lively(name, inputs="rgb+flow", fusion="early")
+    model = lively(name, modality="rgb+flow", fusion="early")
     conv, rgb = model.backbone.conv1.weight, plain.backbone.conv1.weight
     assert conv.shape == (64, 5, 7, 7)
     torch.testing.assert_close(conv[:, 3:], conv[:, :3].mean(1, keepdim=True).expand(-1, 2, -1, -1))
@@ -90,9 +90,9 @@ def test_early_motion_starts_as_the_mean_filter(name: str) -> None:
 
 
 @every_model
-@pytest.mark.parametrize("inputs", ["gradients", "rgb+gradients", "flow", "rgb+vectors"])
-def test_motion_changes_the_answer_and_learns(name: str, inputs: str) -> None:
-    model = lively(name, inputs=inputs)
+@pytest.mark.parametrize("modality", ["rgbdiff", "rgb+rgbdiff", "flow", "rgb+mv"])
+def test_motion_changes_the_logits_and_learns(name: str, modality: str) -> None:
+    model = lively(name, modality=modality)
     x = clips(model.channels)
     other = x.clone()
     if model.channels == 5:
@@ -107,37 +107,43 @@ def test_motion_changes_the_answer_and_learns(name: str, inputs: str) -> None:
 
 
 def test_a_second_network_shifts_too() -> None:
-    model = lively("tsm", inputs="rgb+gradients", fusion="late", shift_mode="causal")
+    model = lively("tsm_resnet", modality="rgb+rgbdiff", fusion="late", shift_mode="causal")
     x = clips(frames=4)
     with torch.no_grad():
-        before, kept = model.per_frame(x)
+        before, kept = model.frame_logits(x)
         assert len(kept) == 16  # eight blocks each
         x[:, 3] = 0
-        after, _ = model.per_frame(x)
+        after, _ = model.frame_logits(x)
     torch.testing.assert_close(before[:, :3], after[:, :3])
     assert not torch.allclose(before[:, 3], after[:, 3])
 
 
 @every_model
-def test_gradients_need_windows(name: str) -> None:
-    causal = {"shift_mode": "causal"} if name == "tsm" else {}
-    assert can_stream(build_model(name, 3, **causal))
-    assert not can_stream(build_model(name, 3, inputs="gradients", **causal))
-    assert not can_stream(build_model(name, 3, inputs="rgb+gradients", **causal))
+def test_rgb_differences_need_windows(name: str) -> None:
+    causal = {"shift_mode": "causal"} if name == "tsm_resnet" else {}
+    assert supports_streaming(make_model(name, 3, **causal))
+    assert not supports_streaming(make_model(name, 3, modality="rgbdiff", **causal))
+    assert not supports_streaming(make_model(name, 3, modality="rgb+rgbdiff", **causal))
 
 
 @pytest.mark.parametrize(
-    ("settings", "told"),
+    ("settings", "message"),
     [
-        ({"inputs": "rgb+gradients", "fusion": "summary"}, "summary needs a field of motion"),
-        ({"fusion": "early"}, r"fusion is a setting of inputs rgb\+gradients"),
-        ({"inputs": "flow", "fusion": "early"}, r"fusion is a setting of inputs rgb\+gradients"),
-        ({"model": "vivit", "inputs": "gradients"}, "inputs is a setting of tsm, cnn_lstm"),
-        ({"model": "r2plus1d", "backbone": "resnet50"}, "backbone is a setting of tsm, cnn_lstm"),
-        ({"backbone": "convnext_tiny", "image_size": 16}, "convnext_tiny needs 32"),
-        ({"inputs": "rgb+flow", "erasing": 0.5}, "RGB alone"),
+        ({"modality": "rgb+rgbdiff", "fusion": "summary"}, "summary needs a field of motion"),
+        ({"fusion": "early"}, r"fusion is a setting of modality rgb\+rgbdiff"),
+        ({"modality": "flow", "fusion": "early"}, r"fusion is a setting of modality rgb\+rgbdiff"),
+        (
+            {"model_name": "vivit", "modality": "rgbdiff"},
+            "modality is a setting of tsm_resnet, cnnlstm",
+        ),
+        (
+            {"model_name": "r2plus1d", "backbone": "resnet50"},
+            "backbone is a setting of tsm_resnet, cnnlstm",
+        ),
+        ({"backbone": "convnext_tiny", "image_size": 16}, "convnext_tiny needs at least 32"),
+        ({"modality": "rgb+flow", "random_erase": 0.5}, "RGB alone"),
     ],
 )
-def test_settings_that_cannot_work(settings: dict, told: str) -> None:
-    with pytest.raises(UserError, match=told):
+def test_settings_that_cannot_work(settings: dict, message: str) -> None:
+    with pytest.raises(UserError, match=message):
         resolve(TrainConfig(**settings))

@@ -4,20 +4,21 @@ import copy
 
 import pytest
 import torch
+from helpers import make_model
 from torch import nn
 
 from modeling.inference import fold_batchnorms, pack_convolutions, prepare_for_inference
-from models import MODELS, build_model
+from models import MODELS
 
 CPU = torch.device("cpu")
-BATCHNORMS = {"tsm": 20, "cnn_lstm": 20, "r2plus1d": 37, "vivit": 0}
+BATCHNORMS = {"tsm_resnet": 20, "cnnlstm": 20, "r2plus1d": 37, "vivit": 0}
 
 
 def trained(name: str, n_frames: int = 8, size: int = 64) -> nn.Module:
     """A model whose BatchNorms have statistics and weights worth folding."""
     torch.manual_seed(0)
     options = {"n_frames": n_frames, "image_size": size} if name == "vivit" else {}
-    model = build_model(name, 7, **options).eval()
+    model = make_model(name, 7, **options).eval()
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d | nn.BatchNorm3d):
             nn.init.uniform_(module.running_mean, -0.3, 0.3)
@@ -110,10 +111,10 @@ def test_what_cannot_be_folded_is_not(clips: torch.Tensor) -> None:
 
 
 @torch.inference_mode()
-@pytest.mark.parametrize("name", ["tsm", "cnn_lstm"])
+@pytest.mark.parametrize("name", ["tsm_resnet", "cnnlstm"])
 def test_packed_convolutions_give_the_same(name: str) -> None:
     torch.manual_seed(0)
-    model = prepare_for_inference(build_model(name, 3), CPU)
+    model = prepare_for_inference(make_model(name, 3), CPU)
     packed = copy.deepcopy(model)
     assert pack_convolutions(packed) == 20
     for size, frames in ((32, 4), (48, 2)):  # the second with weights packed for the first
@@ -122,7 +123,7 @@ def test_packed_convolutions_give_the_same(name: str) -> None:
 
 
 def test_what_cannot_be_packed_stays() -> None:
-    half = prepare_for_inference(build_model("tsm", 3), CPU, torch.bfloat16)
+    half = prepare_for_inference(make_model("tsm_resnet", 3), CPU, torch.bfloat16)
     assert pack_convolutions(half) == 0
     odd = torch.nn.Sequential(
         torch.nn.Conv2d(3, 4, 3, padding="same"),

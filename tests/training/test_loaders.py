@@ -1,4 +1,4 @@
-"""The samplers' mathematics, and loaders that leave nothing out and nothing twice."""
+"""The sampler's mathematics, and loaders that neither leave out nor repeat clips."""
 
 import os
 import subprocess
@@ -10,11 +10,9 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from helpers import ROOT, TINY_FLAGS
+from helpers import ROOT, TINY_FLAGS, tiny_config
 
-from config import TrainConfig
 from train import train
-from training.checks import resolve
 from training.loaders import TrainSampler, build_dataloaders
 
 LABELS = [0] * 60 + [1] * 30 + [2] * 10
@@ -33,9 +31,9 @@ def test_classes_are_drawn_in_proportion_to_count_to_the_1_minus_tau(tau: float)
     counts = Counter(drawn(TrainSampler(LABELS, tau, seed=0), epochs))
     wanted = np.array([60, 30, 10]) ** (1 - tau)
     wanted /= wanted.sum()
-    share = np.array([counts[label] for label in range(3)]) / (epochs * len(LABELS))
-    error = np.sqrt(wanted * (1 - wanted) / (epochs * len(LABELS)))  # of a binomial share
-    assert (np.abs(share - wanted) < 4 * error).all()
+    fraction = np.array([counts[label] for label in range(3)]) / (epochs * len(LABELS))
+    error = np.sqrt(wanted * (1 - wanted) / (epochs * len(LABELS)))  # of a binomial fraction
+    assert (np.abs(fraction - wanted) < 4 * error).all()
 
 
 def test_tau_zero_is_plain_shuffling() -> None:
@@ -47,7 +45,7 @@ def test_tau_zero_is_plain_shuffling() -> None:
     assert first != second != list(range(100))
 
 
-def test_draws_depend_on_seed_and_epoch_alone() -> None:
+def test_samples_depend_on_seed_and_epoch_alone() -> None:
     one, two, other = (
         TrainSampler(LABELS, 1, 3),
         TrainSampler(LABELS, 1, 3),
@@ -57,7 +55,7 @@ def test_draws_depend_on_seed_and_epoch_alone() -> None:
     assert list(one) == list(two)
     assert list(one) != list(other)
     seeds = [seed for _, seed in one]
-    assert len(set(seeds)) == len(seeds)  # a clip drawn twice is augmented twice
+    assert len(set(seeds)) == len(seeds)  # a clip drawn twice is augmented in two ways
 
 
 @pytest.mark.parametrize("tau", [0, 1])
@@ -68,30 +66,22 @@ def test_processes_together_see_the_batches_of_one(tau: float, world: int) -> No
     parts = [list(TrainSampler(LABELS, tau, 5, rank, world)) for rank in range(world)]
     assert len({len(part) for part in parts}) == 1
     for step in range(len(LABELS) // 6):
-        together = {draw for part in parts for draw in part[step * batch : (step + 1) * batch]}
+        together = {pair for part in parts for pair in part[step * batch : (step + 1) * batch]}
         assert together == set(one[step * 6 : (step + 1) * 6])
-    assert TrainSampler(LABELS, tau, 5, 0, world).total == len(parts[0])
+    assert TrainSampler(LABELS, tau, 5, 0, world).clips_per_epoch == len(parts[0])
 
 
-def test_start_goes_on_in_the_middle() -> None:
+def test_start_continues_in_the_middle() -> None:
     whole = list(TrainSampler(LABELS, 1, 0))
     sampler = TrainSampler(LABELS, 1, 0)
     sampler.start = 42
     assert list(sampler) == whole[42:]
     assert len(sampler) == 58
-    assert sampler.total == 100
-
-
-def config(tiny_data: Path, **changes) -> TrainConfig:
-    settings = {"data_root": str(tiny_data), "classes": ("dark", "grey", "light")}
-    settings |= {"image_size": 32, "n_frames": 4, "batch_size": 4, "workers": 0, "weights": "none"}
-    settings |= {"model": "vivit"}
-    return resolve(TrainConfig(**{**settings, **changes}))
+    assert sampler.clips_per_epoch == 100
 
 
 def test_build_dataloaders(tiny_data: Path) -> None:
-    assert "--classes" in TINY_FLAGS
-    train, val, test, num_classes = build_dataloaders(config(tiny_data))
+    train, val, test, num_classes = build_dataloaders(tiny_config(tiny_data, batch_size=4))
     assert num_classes == 3
     assert sum(len(batch.labels) for batch in train) == 18
     for loader in (val, test):
@@ -99,41 +89,41 @@ def test_build_dataloaders(tiny_data: Path) -> None:
         assert torch.cat([batch.indices for batch in batches]).tolist() == list(range(9))
         assert [len(batch.labels) for batch in batches] == [4, 4, 1]
         assert batches[0].clips.shape == (4, 4, 3, 32, 32)
-        rows = loader.dataset.clips.rows
+        rows = loader.dataset.rows
         labels = torch.cat([batch.labels for batch in batches]).tolist()
         assert labels == [row.label for row in rows]
 
 
 def test_batches_are_the_same_whatever_the_workers(tiny_data: Path) -> None:
     one, two = (
-        [batch.clips for batch in build_dataloaders(config(tiny_data, workers=workers))[0]]
+        [batch.clips for batch in build_dataloaders(tiny_config(tiny_data, num_workers=workers))[0]]
         for workers in (0, 2)
     )
     assert all(torch.equal(a, b) for a, b in zip(one, two, strict=True))
 
 
-def test_training_with_deferred_augmentation_is_the_same(
+def test_training_with_augmentation_on_the_device_is_the_same(
     tiny_data: Path, tmp_path: Path, monkeypatch
 ) -> None:
-    """As on a GPU: the training step augments. Here it does so on the CPU."""
+    """On a GPU the training step augments; here it does so on the CPU."""
     losses = []
     for device in ("cpu", "cuda"):
-        monkeypatch.setattr("training.loaders.choose_device", lambda _, d=device: torch.device(d))
-        run = train(config(tiny_data, epochs=2, device="cpu", run_dir=str(tmp_path), amp="fp32"))
+        monkeypatch.setattr("training.loaders.get_device", lambda _, d=device: torch.device(d))
+        run = train(tiny_config(tiny_data, epochs=2, batch_size=4, run_dir=str(tmp_path)))
         losses.append(pd.read_csv(run / "metrics.csv")["train_loss"].to_numpy())
     assert np.allclose(*losses, rtol=0.02)
     assert losses[0].min() > 0
 
 
 def test_a_program_that_fails_ends_with_its_workers(tiny_data: Path, tmp_path: Path) -> None:
-    """A bug of ours must be a traceback, not a program that waits for its workers for ever."""
+    """A bug of ours must give a traceback, not a program that waits for its workers for ever."""
     (tmp_path / "broken.py").write_text(
         "import train\n"
         "def broken(*_): raise ValueError('a bug of ours')\n"
-        "train.headline_scores = broken\n"
+        "train.epoch_line = broken\n"
         "train.main()\n"
     )
-    flags = ("--data-root", tiny_data, *TINY_FLAGS, "--workers", "2", "--epochs", "1")
+    flags = ("--data-root", tiny_data, *TINY_FLAGS, "--num-workers", "2", "--epochs", "1")
     done = subprocess.run(
         [sys.executable, "broken.py", *map(str, flags)],
         cwd=tmp_path,

@@ -1,4 +1,4 @@
-"""losses.py: each loss against its paper's formula, and what a training and a test make of it."""
+"""Losses against their papers' formulas, in training, and with logit adjustment in a test."""
 
 import copy
 import csv
@@ -13,22 +13,29 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from helpers import TINY_FLAGS
+from helpers import (
+    TINY_FLAGS,
+    make_model,
+    make_state,
+    same_tensors,
+    tiny_config,
+    train_epoch,
+)
 from torch.nn import functional as F
+from torch.utils.data import DataLoader
 
 from checkpoint import load_checkpoint, save_checkpoint
 from config import TrainConfig, from_dict
 from evaluate import main as evaluate_main
-from models import build_model
 from train import main
 from training import losses
 from training.checks import resolve
-from training.engine import train_one_epoch
 from training.loaders import build_dataloaders
-from training.losses import Criterion, adjusted_twice, double_correction
-from training.state import Training
-from utils.errors import UserError
-from utils.interrupt import Interrupt
+from training.losses import Criterion, warn_double_adjustment, warn_double_balancing
+from training.state import TrainState
+from utils.errors import UserError, format_warning
+
+pytestmark = pytest.mark.usefixtures("no_figures")
 
 COUNTS = (60, 30, 6, 4)
 CLASSES = ("dark", "grey", "light")
@@ -46,7 +53,7 @@ def criterion(counts: tuple[int, ...] = COUNTS, **settings: object) -> Criterion
 
 
 def by_hand(logits: torch.Tensor, labels: torch.Tensor, one_clip) -> list[float]:
-    """`one_clip(z, y)` of each clip, on plain lists."""
+    """`one_clip(z, y)` for each clip, on plain lists."""
     return [one_clip(z, y) for z, y in zip(logits.tolist(), labels.tolist(), strict=True)]
 
 
@@ -54,24 +61,24 @@ def log_softmax(z: list[float], y: int) -> float:
     return z[y] - math.log(sum(math.exp(one) for one in z))
 
 
-def smoothed(z: list[float], y: int, share: float) -> float:
-    """Cross entropy of a softmax and a target that is spread by `share`."""
+def smoothed(z: list[float], y: int, smoothing: float) -> float:
+    """Cross entropy of a softmax with a smoothed target."""
     k = len(z)
-    targets = [share / k + (1 - share) * (j == y) for j in range(k)]
+    targets = [smoothing / k + (1 - smoothing) * (j == y) for j in range(k)]
     return -sum(target * log_softmax(z, j) for j, target in enumerate(targets))
 
 
-def test_the_default_is_the_cross_entropy_of_before() -> None:
-    """Gradients bit for bit; the sum but for rounding."""
+def test_the_default_is_plain_cross_entropy() -> None:
+    """The gradients are equal bit for bit, the sum up to rounding."""
     for n in (1, 5, 64):
         logits, labels = batch(n)
         logits.requires_grad_()
-        before = F.cross_entropy(logits, labels, reduction="sum")
-        (expected,) = torch.autograd.grad(before / 8, logits)
-        now = Criterion(TrainConfig())(logits, labels, 0)
-        assert now.shape == (n,)
-        assert torch.equal(torch.autograd.grad(now.sum() / 8, logits)[0], expected)
-        assert now.sum().item() == pytest.approx(before.item(), rel=1e-6)
+        plain = F.cross_entropy(logits, labels, reduction="sum")
+        (expected,) = torch.autograd.grad(plain / 8, logits)
+        losses = Criterion(TrainConfig())(logits, labels, 0)
+        assert losses.shape == (n,)
+        assert torch.equal(torch.autograd.grad(losses.sum() / 8, logits)[0], expected)
+        assert losses.sum().item() == pytest.approx(plain.item(), rel=1e-6)
 
 
 @pytest.mark.parametrize("gamma", [0.0, 0.5, 2.0])
@@ -97,10 +104,12 @@ def test_focal_loss_of_certain_clips_has_a_gradient() -> None:
         assert found[2].item() == pytest.approx(wrong**gamma * -math.log1p(-wrong), rel=2e-3)
 
 
-def test_ldam_takes_margins_by_the_fourth_root() -> None:
+def test_ldam_margins_follow_the_fourth_root() -> None:
     logits, labels = batch()
     found = criterion(loss="ldam")(logits, labels, 9)
-    margins = [0.5 * (4 / count) ** 0.25 for count in COUNTS]  # 4: the rarest, whose is 0.5
+    margins = [
+        0.5 * (4 / count) ** 0.25 for count in COUNTS
+    ]  # 4: the rarest class, whose margin is 0.5
 
     def one_clip(z: list[float], y: int) -> float:
         others = sum(math.exp(one) for j, one in enumerate(z) if j != y)
@@ -117,7 +126,7 @@ def test_ldam_takes_margins_by_the_fourth_root() -> None:
     [
         ({"loss": "balanced_softmax"}, 1.0),
         ({"loss": "logit_adjustment"}, 1.0),
-        ({"loss": "logit_adjustment", "adjustment_tau": 0.5}, 0.5),
+        ({"loss": "logit_adjustment", "logit_adjust_tau": 0.5}, 0.5),
     ],
 )
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
@@ -148,9 +157,9 @@ def test_balanced_softmax_is_least_at_the_balanced_posterior() -> None:
         assert gradient(balanced, **settings).abs().max() < 1e-6
         assert gradient(plain, **settings)[1] < -0.1  # a step raises the rare class's logit
     assert gradient(plain).abs().max() < 1e-6
-    # With tau = 1/2 the prior is taken off half: p(y | x) / prior^(1/2).
+    # With tau = 1/2 half of the prior is removed: p(y | x) / prior^(1/2).
     half = plain - 0.5 * torch.tensor([0.9, 0.1]).log()
-    assert gradient(half, loss="logit_adjustment", adjustment_tau=0.5).abs().max() < 1e-6
+    assert gradient(half, loss="logit_adjustment", logit_adjust_tau=0.5).abs().max() < 1e-6
 
 
 def test_class_weights_by_hand() -> None:
@@ -192,7 +201,7 @@ def test_ldam_is_weighted_in_the_last_fifth() -> None:
             assert torch.equal(deferred(logits, labels, epoch), expected)
 
 
-def test_losses_that_need_counts_say_so() -> None:
+def test_losses_that_need_counts_are_refused_without() -> None:
     for settings in ({"loss": "ldam"}, {"class_weights": "inverse"}):
         with pytest.raises(ValueError, match="counts"):
             criterion((), **settings)
@@ -204,9 +213,9 @@ def test_losses_that_need_counts_say_so() -> None:
         ({"loss": "focal", "label_smoothing": 0.2}, "label_smoothing"),
         ({"loss": "ldam", "label_smoothing": 0.2}, "label_smoothing"),
         ({"focal_gamma": 1.0}, "focal_gamma"),
-        ({"loss": "balanced_softmax", "adjustment_tau": 0.5}, "adjustment_tau"),
-        ({"class_weights": "inverse", "effective_beta": 0.9}, "effective_beta"),
-        ({"class_weights": "effective", "effective_beta": 1.0}, "effective_beta"),
+        ({"loss": "balanced_softmax", "logit_adjust_tau": 0.5}, "logit_adjust_tau"),
+        ({"class_weights": "inverse", "class_balanced_beta": 0.9}, "class_balanced_beta"),
+        ({"class_weights": "effective", "class_balanced_beta": 1.0}, "class_balanced_beta"),
     ],
 )
 def test_settings_that_would_be_ignored_are_refused(settings: dict, name: str) -> None:
@@ -214,39 +223,32 @@ def test_settings_that_would_be_ignored_are_refused(settings: dict, name: str) -
         resolve(TrainConfig(**settings))
     _, *problems = str(error.value).splitlines()
     assert [problem.split()[0] for problem in problems] == [name]
-    resolve(TrainConfig(**settings | {name: 0}))  # says that it is not wanted
+    resolve(TrainConfig(**settings | {name: 0}))  # 0 switches it off
 
 
-def test_a_second_correction_is_warned_of() -> None:
+def test_a_second_correction_gives_a_warning() -> None:
     def warned(**settings: object) -> bool:
-        return bool(double_correction(TrainConfig(**settings)))
+        return bool(warn_double_balancing(TrainConfig(**settings)))
 
     for loss in ("ldam", "balanced_softmax", "logit_adjustment"):
         assert warned(loss=loss)
-        assert not warned(loss=loss, tau=0)
-    assert warned(class_weights="inverse") and not warned(class_weights="inverse", tau=0)
-    assert warned(loss="balanced_softmax", class_weights="inverse", tau=0)
-    assert not warned(loss="ldam", class_weights="effective", tau=0)
+        assert not warned(loss=loss, sampler_tau=0)
+    assert warned(class_weights="inverse") and not warned(class_weights="inverse", sampler_tau=0)
+    assert warned(loss="balanced_softmax", class_weights="inverse", sampler_tau=0)
+    assert not warned(loss="ldam", class_weights="effective", sampler_tau=0)
     assert not warned() and not warned(loss="focal")
 
 
-def test_an_adjustment_on_top_is_warned_of() -> None:
-    """Clips drawn with n^-tau leave n^(1 - tau) to adjust for."""
+def test_an_adjustment_after_another_correction_gives_a_warning() -> None:
+    """After drawing clips with n^-tau, n^(1 - tau) is left to adjust for."""
 
     def warned(adjust: float, **settings: object) -> bool:
-        return bool(adjusted_twice(TrainConfig(**settings), adjust))
+        return bool(warn_double_adjustment(TrainConfig(**settings), adjust))
 
     assert warned(1.0) and warned(0.6) and not warned(0.5) and not warned(0)
-    assert not warned(1.0, tau=0) and not warned(2.0, tau=0)
-    assert warned(0.1, tau=0, loss="logit_adjustment") and warned(0.1, tau=1)
-    assert warned(1.0, tau=0, class_weights="inverse")
-
-
-@pytest.fixture(autouse=True)
-def no_pictures(monkeypatch) -> None:
-    """Drawing takes longer than training here."""
-    monkeypatch.setattr("train.plot_curves", lambda *_: None)
-    monkeypatch.setattr("evaluation.results.plot_confusion", lambda *_: None)
+    assert not warned(1.0, sampler_tau=0) and not warned(2.0, sampler_tau=0)
+    assert warned(0.1, sampler_tau=0, loss="logit_adjustment") and warned(0.1, sampler_tau=1)
+    assert warned(1.0, sampler_tau=0, class_weights="inverse")
 
 
 @pytest.fixture(scope="module")
@@ -261,98 +263,91 @@ def uneven(tiny_data: Path, tmp_path_factory) -> list[object]:
     return ["--data-root", tiny_data, "--train-csv", path, *TINY_FLAGS]
 
 
-def settings_of(flags: list[object]) -> dict[str, object]:
-    """The same as fields of a config, without augmentation, so that clips are known."""
-    still = dict.fromkeys(("flip", "rotation", "translate", "zoom"), 0.0)
+def uneven_run(flags: list[object], **settings: object) -> tuple[TrainState, DataLoader]:
+    """A run on these clips, without anything random, and its loader."""
+    still = dict.fromkeys(("hflip_prob", "rotation", "translate", "scale"), 0.0)
     still |= dict.fromkeys(("brightness", "contrast", "saturation", "hue"), 0.0)
-    tiny = {"classes": CLASSES, "weights": "none", "image_size": 32, "n_frames": 4, "workers": 0}
-    tiny |= {"amp": "fp32", "device": "cpu", "model": "vivit", "sampling": "uniform", "tau": 0.0}
-    return {**still, **tiny, "data_root": str(flags[1]), "train_csv": str(flags[3])}
+    still |= {"train_csv": str(flags[3]), "sampling": "uniform", "sampler_tau": 0.0}
+    config = tiny_config(flags[1], **still, **settings)
+    return fresh(config), build_dataloaders(config)[0]
 
 
-def fresh(config: TrainConfig) -> Training:
+def fresh(config: TrainConfig) -> TrainState:
     torch.manual_seed(0)
-    model = build_model("vivit", 3, n_frames=4, image_size=32)
-    return Training(config, model, torch.device("cpu"), 11 // config.batch_size + 1, (6, 3, 2))
+    model = make_model("vivit", 3, n_frames=4, image_size=32)
+    return make_state(config, model, 11 // config.batch_size + 1, (6, 3, 2))
 
 
 def test_the_gradient_is_the_mean_of_weighted_losses(uneven: list[object]) -> None:
-    """Over the clips, not over their weights; one step on all clips."""
-    more = {"batch_size": 16, "clip_norm": 0.0, "class_weights": "inverse", "epochs": 4}
-    config = resolve(TrainConfig(**settings_of(uneven), **more))
-    loader = build_dataloaders(config)[0]
-    run = fresh(config)
+    """The mean is over the clips, not over their weights; one step on all clips."""
+    settings = {"batch_size": 16, "max_grad_norm": 0.0, "class_weights": "inverse", "epochs": 4}
+    state, loader = uneven_run(uneven, **settings)
     (all_clips,) = loader
-    logits = run.model.train()(all_clips.clips)
+    logits = state.model.train()(all_clips.clips)
     weights = torch.tensor([1 / 2, 1, 3 / 2])  # 1/6, 1/3 and 1/2 over their mean
     plain = F.cross_entropy(logits, all_clips.labels, reduction="none")
     expected = weights[all_clips.labels] * plain
-    head = run.model.head[-1].weight
+    head = state.model.head[-1].weight
     (gradient,) = torch.autograd.grad(expected.mean(), head)
     before = head.detach().clone()
-    run.optimizer = torch.optim.SGD(run.model.parameters(), lr=1.0)
-    train_one_epoch(run, run.model, loader, Interrupt())
-    assert run.totals[0] == pytest.approx(expected.sum().item(), rel=1e-5)
+    state.optimizer = torch.optim.SGD(state.model.parameters(), lr=1.0)
+    train_epoch(state, loader)
+    assert state.progress.running_sums[0] == pytest.approx(expected.sum().item(), rel=1e-5)
     assert torch.allclose(before - head, gradient, atol=1e-6)
 
 
 def test_deferred_weights_survive_a_stop(uneven: list[object]) -> None:
-    """Stopped in the second of two epochs, which is the weighted one."""
+    """A run is stopped in the second of two epochs, the one with weights, and resumed."""
 
     class Stop(Exception):
         pass
 
-    class AfterOneStep:
-        def check(self) -> None:
-            raise Stop
+    def stop() -> None:
+        raise Stop
 
-    more = {"batch_size": 4, "learning_rate": 1e-3, "epochs": 2, "loss": "ldam"}
-    config = resolve(TrainConfig(**settings_of(uneven), **more, class_weights="inverse"))
+    settings = {"batch_size": 4, "learning_rate": 1e-3, "epochs": 2, "loss": "ldam"}
+    whole, loader = uneven_run(uneven, **settings, class_weights="inverse")
 
-    loader = build_dataloaders(config)[0]
+    def resume(saved: dict, config: TrainConfig = whole.config) -> TrainState:
+        state = fresh(config)
+        state.load_state_dict(copy.deepcopy(saved))  # AdamW changes the tensors that it was given
+        return state
 
-    def from_state(state: dict, config: TrainConfig = config) -> Training:
-        run = fresh(config)
-        run.load_state(copy.deepcopy(state))  # AdamW moves on the tensors it was given
-        return run
-
-    whole = fresh(config)
-    train_one_epoch(whole, whole.model, loader, Interrupt())
-    whole.epoch, whole.step = 1, 0
-    first = copy.deepcopy(whole.state())
-    train_one_epoch(whole, whole.model, loader, Interrupt())
-    stopped = from_state(first)
+    train_epoch(whole, loader)
+    whole.progress.end_epoch()
+    first = copy.deepcopy(whole.state_dict())
+    train_epoch(whole, loader)
+    stopped = resume(first)
     with pytest.raises(Stop):
-        train_one_epoch(stopped, stopped.model, loader, AfterOneStep())
-    resumed = from_state(stopped.state())
-    assert (resumed.epoch, resumed.step) == (1, 1)
-    train_one_epoch(resumed, resumed.model, loader, Interrupt())
-    never = from_state(first, dataclasses.replace(config, class_weights="none"))
-    train_one_epoch(never, never.model, loader, Interrupt())
-    for name, value in whole.model.state_dict().items():
-        assert torch.equal(resumed.model.state_dict()[name], value)
-    assert not torch.equal(never.model.head[-1].weight, whole.model.head[-1].weight)
+        train_epoch(stopped, loader, stop)
+    resumed = resume(stopped.state_dict())
+    assert (resumed.progress.epoch, resumed.progress.step) == (1, 1)
+    train_epoch(resumed, loader)
+    unweighted = resume(first, dataclasses.replace(whole.config, class_weights="none"))
+    train_epoch(unweighted, loader)
+    assert same_tensors(whole.model.state_dict(), resumed.model.state_dict())
+    assert not torch.equal(unweighted.model.head[-1].weight, whole.model.head[-1].weight)
 
 
 RUNS = {
-    "focal": ["--tau", "0"],
-    "ldam": ["--class-weights", "effective", "--tau", "0"],
-    "balanced_softmax": ["--mixup", "0.5"],
-    "logit_adjustment": ["--tau", "0"],
+    "focal": ["--sampler-tau", "0"],
+    "ldam": ["--class-weights", "effective", "--sampler-tau", "0"],
+    "balanced_softmax": ["--mixup-alpha", "0.5"],
+    "logit_adjustment": ["--sampler-tau", "0"],
 }
 
 
 @pytest.fixture
 def trained(uneven, tmp_path_factory, run_main) -> Callable[[str], Path]:
-    """The run of a loss, trained when it is first asked for."""
+    """The run of a loss, which is trained at the first call."""
 
     def find(loss: str) -> Path:
         base = tmp_path_factory.getbasetemp()
-        place = base / "losses" / loss
-        if not place.exists():
-            more = ["--loss", loss, *RUNS[loss], "--epochs", 2, "--run-dir", place]
+        folder = base / "losses" / loss
+        if not folder.exists():
+            more = ["--loss", loss, *RUNS[loss], "--epochs", 2, "--run-dir", folder]
             run_main(main, *uneven, *more, cwd=base)
-        (run,) = place.iterdir()
+        (run,) = folder.iterdir()
         return run
 
     return find
@@ -367,14 +362,15 @@ def test_every_loss_trains(loss: str, trained) -> None:
         assert load_checkpoint(run, name)["class_counts"] == [6, 3, 2]
     config = from_dict(load_checkpoint(run)["config"])
     warnings = json.loads((run / "test_metrics.json").read_text())["warnings"]
-    assert warnings == double_correction(config)
+    assert warnings == warn_double_balancing(config)
     assert bool(warnings) == (loss == "balanced_softmax")
-    assert all(warning in (run / "train.log").read_text() for warning in warnings)
+    log = (run / "train.log").read_text()
+    assert all(format_warning(warning) in log for warning in warnings)
 
 
 @pytest.fixture
 def run(trained) -> Path:
-    """A run that made up for nothing."""
+    """A run that corrects for no class sizes."""
     return trained("focal")
 
 
@@ -384,31 +380,31 @@ def probabilities(folder: Path) -> np.ndarray:
 
 def test_adjusted_predictions_by_hand(run: Path, run_main, tmp_path: Path) -> None:
     """softmax((z - TAU log prior) / T), from z / T = log p of the plain predictions."""
-    run_main(evaluate_main, run, "--workers", 0, "--adjust", 0.5, cwd=tmp_path)
-    adjusted = run / "evaluate_test_adjust0.5"
-    facts = json.loads((adjusted / "test_metrics.json").read_text())
-    assert (facts["adjust"], facts["warnings"]) == (0.5, [])
-    temperature = facts["calibration"]["temperature"]
+    run_main(evaluate_main, run, "--num-workers", 0, "--logit-adjust-tau", 0.5, cwd=tmp_path)
+    adjusted = run / "evaluate_test_adjusted0.5"
+    results = json.loads((adjusted / "test_metrics.json").read_text())
+    assert (results["logit_adjust_tau"], results["warnings"]) == (0.5, [])
+    temperature = results["calibration"]["temperature"]
     assert abs(temperature - 1) > 0.01
     odds = probabilities(run) * (np.array([6, 3, 2]) / 11) ** (-0.5 / temperature)
     expected = odds / odds.sum(axis=1, keepdims=True)
     assert np.allclose(probabilities(adjusted), expected, atol=1e-6)
     # Before the temperature: softmax(z - TAU log prior).
     powers = odds**temperature
-    untempered = powers / powers.sum(axis=1, keepdims=True)
+    uncalibrated = powers / powers.sum(axis=1, keepdims=True)
     truth = pd.read_csv(run / "predictions.csv")["label"].map(CLASSES.index)
-    loss = -np.log(untempered[np.arange(9), truth]).mean()
-    assert facts["calibration"]["before"]["nll"] == pytest.approx(loss, abs=1e-5)
+    loss = -np.log(uncalibrated[np.arange(9), truth]).mean()
+    assert results["calibration"]["before"]["nll"] == pytest.approx(loss, abs=1e-5)
 
 
-def test_nothing_is_adjusted_unless_told(run: Path, run_main, tmp_path: Path) -> None:
+def test_nothing_is_adjusted_by_default(run: Path, run_main, tmp_path: Path) -> None:
     output = tmp_path / "plain"
-    run_main(evaluate_main, run, "--workers", 0, "--output", output, cwd=tmp_path)
+    run_main(evaluate_main, run, "--num-workers", 0, "--output", output, cwd=tmp_path)
     assert np.array_equal(probabilities(output), probabilities(run))
-    assert json.loads((output / "test_metrics.json").read_text())["adjust"] == 0
+    assert json.loads((output / "test_metrics.json").read_text())["logit_adjust_tau"] == 0
 
 
-def test_a_run_without_counts_gets_them_by_resuming(
+def test_a_run_without_class_counts_gets_them_by_resuming(
     run: Path, run_main, mistake, tmp_path: Path
 ) -> None:
     old = tmp_path / "old"
@@ -417,9 +413,11 @@ def test_a_run_without_counts_gets_them_by_resuming(
         state = load_checkpoint(old, name)
         del state["class_counts"]
         save_checkpoint(old / name, state)
-    _, stderr = mistake(evaluate_main, old, "--adjust", 1, "--workers", 0, cwd=tmp_path)
+    _, stderr = mistake(
+        evaluate_main, old, "--logit-adjust-tau", 1, "--num-workers", 0, cwd=tmp_path
+    )
     assert len(stderr.strip().splitlines()) == 1 and str(old) in stderr
     run_main(main, "--resume", old, cwd=tmp_path)
     assert load_checkpoint(old)["class_counts"] == [6, 3, 2]
-    _, stderr = mistake(evaluate_main, old, "--adjust", -1, cwd=tmp_path)
+    _, stderr = mistake(evaluate_main, old, "--logit-adjust-tau", -1, cwd=tmp_path)
     assert len(stderr.strip().splitlines()) == 1

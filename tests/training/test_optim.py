@@ -1,22 +1,35 @@
-"""The average of the weights: its formula, what it leaves alone, when it stands still."""
+"""The schedule, and the average of the weights: its formula, and what does not change it."""
 
 import multiprocessing
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from helpers import make_model, make_state, same_tensors, tiny_config, train_epoch
 from torch import nn
+from torch.utils.data import DataLoader
 
-from config import TrainConfig
-from models import build_model, freeze
-from training.checks import resolve
-from training.engine import train_one_epoch
+from models import freeze
 from training.loaders import build_dataloaders
-from training.optim import WeightAverage
-from training.state import Training
-from utils.interrupt import Interrupt
+from training.optim import ModelEma, cosine_with_warmup
+from training.state import TrainState
 from video.container import ClipError
+
+
+def test_schedule_is_linear_then_cosine() -> None:
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
+    scheduler = cosine_with_warmup(optimizer, total_steps=100, warmup_steps=10)
+    rates = []
+    for _ in range(100):
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        scheduler.step()
+    assert rates[:10] == pytest.approx([0.01 + 0.099 * i for i in range(10)])
+    cosine = [0.5 * (1 + np.cos(np.pi * i / 90)) for i in range(90)]
+    assert rates[10:] == pytest.approx(cosine, abs=1e-9)
+    assert optimizer.param_groups[0]["lr"] == pytest.approx(0, abs=1e-9)
 
 
 @pytest.mark.parametrize(
@@ -26,7 +39,7 @@ def test_three_steps_by_hand(decay: float, wanted: tuple[float, ...]) -> None:
     """Decays 1/10, 2/11 and 3/12, or 0.15 from the second on; the weight goes 0, 5, 10, 20."""
     model = nn.Linear(1, 1, bias=False)
     nn.init.zeros_(model.weight)
-    average = WeightAverage(model, decay)
+    average = ModelEma(model, decay)
     for weight, mean in zip((5, 10, 20), wanted, strict=True):
         nn.init.constant_(model.weight, weight)
         average.update(model)
@@ -38,7 +51,7 @@ def test_statistics_are_averaged_counters_copied_and_frozen_weights_kept() -> No
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 2))
     model[0].requires_grad_(False)
-    average = WeightAverage(model, 0.9)
+    average = ModelEma(model, 0.9)
     mean, variance = torch.zeros(4), torch.ones(4)
     for step in range(3):
         model(torch.randn(8, 3) * 5)
@@ -53,97 +66,96 @@ def test_statistics_are_averaged_counters_copied_and_frozen_weights_kept() -> No
     assert not any(parameter.requires_grad for parameter in average.model.parameters())
 
 
-def training(tiny_data: Path, model: str = "vivit", **changes: object) -> tuple[Training, object]:
-    """Three batches an epoch, at a learning rate that moves the weights."""
-    settings = {"data_root": str(tiny_data), "classes": ("dark", "grey", "light")}
-    settings |= {"image_size": 32, "n_frames": 4, "batch_size": 6, "workers": 0, "weights": "none"}
-    settings |= {"amp": "fp32", "device": "cpu", "model": model, "learning_rate": 1e-2}
-    config = resolve(TrainConfig(**{**settings, "warmup_epochs": 0, **changes}))
+def training(
+    tiny_data: Path, name: str = "vivit", **settings: object
+) -> tuple[TrainState, DataLoader]:
+    """A run with three batches per epoch, at a learning rate that changes the weights."""
+    more = {"model_name": name, "learning_rate": 1e-2, "warmup_epochs": 0}
+    config = tiny_config(tiny_data, **more, **settings)
     loader = build_dataloaders(config)[0]
     torch.manual_seed(1)
-    options = {"n_frames": 4, "image_size": 32} if model == "vivit" else {}
-    built = build_model(model, 3, **options)
-    if config.freeze_to:
-        freeze(built, config.freeze_to)
-    return Training(config, built, torch.device("cpu"), 3), loader
+    options = {"n_frames": 4, "image_size": 32} if name == "vivit" else {}
+    model = make_model(name, 3, **options)
+    if config.freeze_until:
+        freeze(model, config.freeze_until)
+    return make_state(config, model), loader
 
 
 def test_every_step_of_an_epoch_is_averaged(tiny_data: Path) -> None:
-    run, loader = training(tiny_data, "tsm", ema=0.2, freeze_to="layer1")
-    start = {name: value.clone() for name, value in run.model.state_dict().items()}
+    state, loader = training(tiny_data, "tsm_resnet", ema_decay=0.2, freeze_until="layer1")
+    start = {name: value.clone() for name, value in state.model.state_dict().items()}
     wanted = {name: value.double() for name, value in start.items()}
     decays = iter([0.1, 2 / 11, 0.2])
 
     def stepped(*_: object) -> None:
         decay = next(decays)
-        for name, value in run.model.state_dict().items():
+        for name, value in state.model.state_dict().items():
             wanted[name] = decay * wanted[name] + (1 - decay) * value
 
-    run.optimizer.register_step_post_hook(stepped)
-    train_one_epoch(run, run.model, loader, Interrupt())
-    assert run.average.steps == 3
+    state.optimizer.register_step_post_hook(stepped)
+    train_epoch(state, loader)
+    assert state.ema.steps == 3
     frozen = ("backbone.conv1", "backbone.bn1", "backbone.layer1")
-    for name, mean in run.tested.state_dict().items():
+    for name, mean in state.eval_model.state_dict().items():
         if mean.is_floating_point():
             assert torch.allclose(mean.double(), wanted[name], atol=1e-6), name
         assert torch.equal(mean, start[name]) == name.startswith(frozen), name
 
 
-def test_the_average_leaves_the_training_alone(tiny_data: Path) -> None:
-    averaged, loader = training(tiny_data, ema=0.9)
-    train_one_epoch(averaged, averaged.model, loader, Interrupt())
+def test_the_average_does_not_change_the_training(tiny_data: Path) -> None:
+    averaged, loader = training(tiny_data, ema_decay=0.9)
+    train_epoch(averaged, loader)
     plain, loader = training(tiny_data)
-    train_one_epoch(plain, plain.model, loader, Interrupt())
-    one, two = averaged.state(), plain.state()
-    assert plain.tested is plain.model
+    train_epoch(plain, loader)
+    one, two = averaged.state_dict(), plain.state_dict()
+    assert plain.eval_model is plain.model
     assert set(one) - set(two) == {"trained", "averaged_steps"}
-    for name, value in two["model"].items():
-        assert torch.equal(one["trained"][name], value), name
+    assert same_tensors(one["trained"], two["model"])
     assert any(not torch.equal(mean, one["trained"][name]) for name, mean in one["model"].items())
 
 
-def test_a_step_that_was_left_out_does_not_move_the_average(tiny_data: Path, monkeypatch) -> None:
-    run, loader = training(tiny_data, ema=0.9)
-    start = {name: value.clone() for name, value in run.model.state_dict().items()}
-    for parameter in run.average.model.parameters():
-        parameter.add_(1)  # so that an update would show although the weights stay
-    run.scaler = torch.amp.GradScaler("cpu", init_scale=3e38)  # overflows, as fp16 does
-    train_one_epoch(run, run.model, loader, Interrupt())
-    assert run.scaler.get_scale() < 3e38 / 4
+def test_a_skipped_step_does_not_change_the_average(tiny_data: Path, monkeypatch) -> None:
+    state, loader = training(tiny_data, ema_decay=0.9)
+    start = {name: value.clone() for name, value in state.model.state_dict().items()}
+    for parameter in state.ema.model.parameters():
+        parameter.add_(1)  # an update would show, although the weights stay
+    state.scaler = torch.amp.GradScaler("cpu", init_scale=3e38)  # overflows, as fp16 does
+    train_epoch(state, loader)
+    assert state.scaler.get_scale() < 3e38 / 4
 
     def unreadable(path: Path, *_: object) -> None:
         raise ClipError(path, "broken")
 
     monkeypatch.setattr("dataset.read_clip", unreadable)
-    run.scaler = torch.amp.GradScaler("cpu", enabled=False)
-    run.step = 0
-    train_one_epoch(run, run.model, loader, Interrupt())
-    assert run.unreadable
-    assert run.average.steps == 0
-    for name, value in run.model.state_dict().items():
+    state.scaler = torch.amp.GradScaler("cpu", enabled=False)
+    state.progress.step = 0
+    train_epoch(state, loader)
+    assert state.progress.unreadable
+    assert state.ema.steps == 0
+    for name, value in state.model.state_dict().items():
         assert torch.equal(value, start[name]), name
-    for name, mean in run.average.model.named_parameters():
+    for name, mean in state.ema.model.named_parameters():
         assert torch.equal(mean, start[name] + 1), name
 
 
 def _process(rank: int, folder: Path) -> None:
-    """One of two processes whose weights differ, laid out as convolutions are."""
+    """One of two processes, whose weights differ and are in channels-last layout."""
     rendezvous = f"file://{folder / 'rendezvous'}"
     dist.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=2)
     torch.manual_seed(rank)
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)).to(
         memory_format=torch.channels_last
     )
-    average = WeightAverage(model, 0.9)
+    average = ModelEma(model, 0.9)
     model(torch.rand(2, 3, 8, 8))
     average.update(model)
     before = {name: value.clone() for name, value in average.model.state_dict().items()}
-    average.agree()
+    average.broadcast()
     torch.save((before, average.model.state_dict()), folder / f"{rank}.pt")
     dist.destroy_process_group()
 
 
-def test_processes_agree_on_the_first_ones_average(tmp_path: Path) -> None:
+def test_all_processes_take_over_the_average_of_the_first(tmp_path: Path) -> None:
     fork = multiprocessing.get_context("fork")
     processes = [fork.Process(target=_process, args=(rank, tmp_path)) for rank in (0, 1)]
     for process in processes:

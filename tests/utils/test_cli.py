@@ -1,4 +1,4 @@
-"""script.py: what ends in one line, and what stays a traceback."""
+"""Command lines: which errors end in one line, which keep a traceback, and renamed flags."""
 
 import errno
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from utils.allocator import SWITCH
-from utils.cli import script
+from utils.cli import cli_main
 from utils.errors import UserError
 
 
@@ -30,7 +30,7 @@ def full() -> None:
     ("main", "words"),
     [
         (too_much, "(lower batch_size, image_size or n_frames)"),
-        (no_primitive, "give --amp fp32"),
+        (no_primitive, "give --precision fp32"),
         (mistaken, "clips: no such folder"),
         (full, "No space left on device: the disk"),
     ],
@@ -38,7 +38,7 @@ def full() -> None:
 def test_one_line_and_code_2(main, words: str, monkeypatch, capsys) -> None:
     monkeypatch.setenv(SWITCH, "default")
     with pytest.raises(SystemExit) as end:
-        script(main)()
+        cli_main(main)()
     assert end.value.code == 2
     said = capsys.readouterr().err
     assert words in said
@@ -51,4 +51,4 @@ def test_a_bug_of_ours_keeps_its_traceback(monkeypatch) -> None:
 
     monkeypatch.setenv(SWITCH, "default")
     with pytest.raises(RuntimeError, match="shapes"):
-        script(broken)()
+        cli_main(broken)()

@@ -1,4 +1,4 @@
-"""video.py on clips whose every pixel is known."""
+"""The decoder on clips whose every pixel is known."""
 
 import os
 import pickle
@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 from helpers import ROOT
 
-from video import decoder as video
-from video.clip_reader import read_clip, sample_indices
+from video import decoder
+from video.clip_reader import FrameSampler
+from video.clip_reader import read_clip as read_decoded_clip
 from video.container import ClipError
 from video.decoder import read_frames
 from video.encoder import write_video
@@ -20,6 +21,14 @@ from video.encoder import write_video
 
 def frames(count: int, height: int = 48, width: int = 64) -> np.ndarray:
     return np.random.default_rng(0).integers(0, 256, (count, height, width, 3), dtype=np.uint8)
+
+
+def sample_indices(n: int, t: int, sampling: str = "uniform", offsets=None) -> list[int]:
+    return FrameSampler(t, sampling).indices(n, offsets)
+
+
+def read_clip(path, t: int = 16, sampling: str = "uniform", size=224, offsets=None) -> np.ndarray:
+    return read_decoded_clip(path, FrameSampler(t, sampling), size, offsets).rgb
 
 
 def by_hand(n: int, t: int, inside: float) -> list[int]:
@@ -33,15 +42,15 @@ def test_sampling_follows_its_definition(n: int, t: int) -> None:
     short = [*range(n), *[n - 1] * (t - n)]
     assert sample_indices(n, t, "first") == (short if n < t else list(range(t)))
     assert sample_indices(n, t, "uniform") == (short if n < t else by_hand(n, t, 0.5))
-    draws = np.random.default_rng(n).random(t)
-    drawn = sample_indices(n, t, "random", draws)
+    offsets = np.random.default_rng(n).random(t)
+    indices = sample_indices(n, t, "random", offsets)
     if n <= t:
-        assert drawn == short
+        assert indices == short
     else:
         edges = np.arange(t + 1) * n / t
-        assert all(np.floor(a) <= i < b for i, a, b in zip(drawn, edges, edges[1:], strict=False))
-    assert len(drawn) == t
-    assert drawn == sorted(drawn)
+        assert all(np.floor(a) <= i < b for i, a, b in zip(indices, edges, edges[1:], strict=False))
+    assert len(indices) == t
+    assert indices == sorted(indices)
 
 
 def test_random_sampling_can_reach_every_frame() -> None:
@@ -51,9 +60,8 @@ def test_random_sampling_can_reach_every_frame() -> None:
 
 
 def test_views_see_different_frames() -> None:
-    first, second = (sample_indices(64, 16, "uniform", view=(k, 2)) for k in range(2))
-    assert first == list(range(1, 64, 4))
-    assert second == list(range(3, 64, 4))
+    indices = FrameSampler(16, "uniform", views=2).indices(64)
+    assert indices == [*range(1, 64, 4), *range(3, 64, 4)]
 
 
 @pytest.mark.parametrize("sampling", ["first", "uniform"])
@@ -74,8 +82,9 @@ def test_short_clip_repeats_its_last_frame(tmp_path) -> None:
 def test_views_of_a_clip_are_read_one_after_the_other(tmp_path) -> None:
     source = frames(64)
     write_video(tmp_path / "clip.mp4", source, lossless=True)
-    clip = read_clip(tmp_path / "clip.mp4", 16, size=None, views=2)
-    assert np.array_equal(clip, source[[*range(1, 64, 4), *range(3, 64, 4)]])
+    clip = read_decoded_clip(tmp_path / "clip.mp4", FrameSampler(16, views=2), size=None)
+    assert clip.motion is None
+    assert np.array_equal(clip.rgb, source[[*range(1, 64, 4), *range(3, 64, 4)]])
 
 
 def test_same_frames_give_the_same_bytes(tmp_path) -> None:
@@ -94,18 +103,18 @@ def test_failed_writing_leaves_nothing(tmp_path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def mux(path, picture: np.ndarray, n: int = 8, **settings) -> None:
-    """Write a constant picture (rgb) with the given pix_fmt, colour matrix and range."""
+def mux(path, image: np.ndarray, n: int = 8, **settings) -> None:
+    """Write a constant image (rgb) with the given pix_fmt, colour matrix and range."""
     with av.open(str(path), "w") as container:
         stream = container.add_stream(settings.pop("codec", "libx264"), rate=25)
-        stream.height, stream.width = picture.shape[:2]
+        stream.height, stream.width = image.shape[:2]
         stream.pix_fmt = settings.pop("pix_fmt", "yuv420p")
         stream.options = {"crf": "1"}
         matrix, colour_range = settings.get("matrix", 5), settings.get("range", 1)
         stream.codec_context.colorspace = matrix
         stream.codec_context.color_range = colour_range
         for _ in range(n):
-            frame = av.VideoFrame.from_ndarray(picture, format="rgb24").reformat(
+            frame = av.VideoFrame.from_ndarray(image, format="rgb24").reformat(
                 format=stream.pix_fmt, dst_colorspace=matrix, dst_color_range=colour_range
             )
             container.mux(stream.encode(frame))
@@ -118,17 +127,17 @@ def mux(path, picture: np.ndarray, n: int = 8, **settings) -> None:
 def test_colours_survive_range_matrix_and_depth(
     tmp_path, pix_fmt: str, colour_range: int, matrix: int
 ) -> None:
-    picture = np.empty((64, 64, 3), np.uint8)
-    picture[:32], picture[32:] = (180, 60, 40), (30, 140, 200)
+    image = np.empty((64, 64, 3), np.uint8)
+    image[:32], image[32:] = (180, 60, 40), (30, 140, 200)
     settings = {"pix_fmt": pix_fmt, "range": colour_range, "matrix": matrix}
-    mux(tmp_path / "clip.mp4", picture, **settings)
+    mux(tmp_path / "clip.mp4", image, **settings)
     clip = read_clip(tmp_path / "clip.mp4", 4, size=None).astype(int)
-    assert np.abs(clip[:, 8:24] - picture[8:24].astype(int)).max() <= 4
-    assert np.abs(clip[:, 40:56] - picture[40:56].astype(int)).max() <= 4
+    assert np.abs(clip[:, 8:24] - image[8:24].astype(int)).max() <= 4
+    assert np.abs(clip[:, 40:56] - image[40:56].astype(int)).max() <= 4
 
 
 def write_with_cover(path, source: np.ndarray) -> None:
-    """An MP4 of `source` with a white cover picture; without frames, cover and sound only."""
+    """An MP4 of `source` with a white cover image; without frames, cover and sound only."""
     with av.open(str(path), "w") as container:
         cover = container.add_stream("mjpeg", rate=1)
         cover.width = cover.height = 64
@@ -194,8 +203,8 @@ def test_metadata_that_is_not_utf8_is_tolerated(tmp_path) -> None:
         stream = container.add_stream("libx264", rate=25)
         stream.width = stream.height = 32
         stream.pix_fmt = "yuv420p"
-        picture = np.zeros((32, 32, 3), np.uint8)
-        container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+        image = np.zeros((32, 32, 3), np.uint8)
+        container.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
         container.mux(stream.encode(None))
     path.write_bytes(path.read_bytes().replace(b"XXXX", b"K\xfcl\xe9"))  # Latin-1
     title = b"OP-Saal K\xfcl\xe9"
@@ -259,7 +268,7 @@ def test_memory_is_bounded_by_the_clip_not_by_the_file(tmp_path) -> None:
     code = (
         "import resource, sys; from video.clip_reader import read_clip\n"
         "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
-        "assert read_clip(sys.argv[1]).shape == (16, 224, 224, 3)\n"
+        "assert read_clip(sys.argv[1]).rgb.shape == (16, 224, 224, 3)\n"
         "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)"
     )
     done = subprocess.run(
@@ -270,8 +279,8 @@ def test_memory_is_bounded_by_the_clip_not_by_the_file(tmp_path) -> None:
 
 
 def write_h264(path, count: int = 70, times=None, **options: str) -> None:
-    """Moving noise as x264 compresses it, 25 frames a second or at the given times (1/1000 s)."""
-    picture = np.random.default_rng(0).integers(0, 256, (80, 200, 3), dtype=np.uint8)
+    """Moving noise as x264 compresses it, 25 frames per second or at the given times (1/1000 s)."""
+    image = np.random.default_rng(0).integers(0, 256, (80, 200, 3), dtype=np.uint8)
     with av.open(str(path), "w") as container:
         stream = container.add_stream("libx264", rate=25)
         stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
@@ -279,7 +288,7 @@ def write_h264(path, count: int = 70, times=None, **options: str) -> None:
         if times is not None:
             stream.codec_context.time_base = Fraction(1, 1000)
         for number in range(count):
-            shifted = np.ascontiguousarray(picture[number % 30 :][:48, number : number + 64])
+            shifted = np.ascontiguousarray(image[number % 30 :][:48, number : number + 64])
             frame = av.VideoFrame.from_ndarray(shifted, format="rgb24")
             if times is not None:
                 frame.pts, frame.time_base = int(times[number]), Fraction(1, 1000)
@@ -290,7 +299,7 @@ def write_h264(path, count: int = 70, times=None, **options: str) -> None:
 H264 = {
     "usual": ("mp4", {}),
     "short groups": ("mp4", {"g": "9"}),
-    "one picture a group": ("mp4", {"g": "1"}),
+    "one picture per group": ("mp4", {"g": "1"}),
     "no B-frames": ("mp4", {"bf": "0"}),
     "many B-frames": ("mp4", {"x264-params": "bframes=16:b-adapt=0:b-pyramid=strict"}),
     "no B-pyramid": ("mp4", {"x264-params": "bframes=3:b-adapt=0:b-pyramid=none"}),
@@ -313,16 +322,16 @@ def test_decoding_the_needed_packets_equals_decoding_all(tmp_path, monkeypatch, 
     write_h264(path, **options)
     plain = read_frames(path, range, size=32, stop_after=10**6)  # stop_after: never the fast path
     assert len(plain) == 70
-    fast, read_needed = [], video._read_needed
+    fast, read_needed = [], decoder._read_needed
 
     def watched(*arguments):
         fast.append(read_needed(*arguments))
         return fast[-1]
 
-    monkeypatch.setattr(video, "_read_needed", watched)
-    for draws in np.random.default_rng(0).random((8, t)):
-        clip = read_clip(path, t, "random", 32, draws)
-        assert np.array_equal(clip, plain[sample_indices(70, t, "random", draws)])
+    monkeypatch.setattr(decoder, "_read_needed", watched)
+    for offsets in np.random.default_rng(0).random((8, t)):
+        clip = read_clip(path, t, "random", 32, offsets)
+        assert np.array_equal(clip, plain[sample_indices(70, t, "random", offsets)])
     assert all((result is None) == (name in FALLS_BACK) for result in fast)
 
 
@@ -337,14 +346,14 @@ def test_uneven_times_do_not_matter(tmp_path) -> None:
 
 def test_disposable_pictures_are_not_decoded(tmp_path, monkeypatch) -> None:
     write_h264(tmp_path / "clip.mp4", **H264["no B-pyramid"][1])
-    decoded, decode_needed = [], video._decode_needed
+    decoded, decode_needed = [], decoder._decode_needed
 
     def counted(*arguments):
         for frame in decode_needed(*arguments):
             decoded.append(frame.pts)
             yield frame
 
-    monkeypatch.setattr(video, "_decode_needed", counted)
+    monkeypatch.setattr(decoder, "_decode_needed", counted)
     read_clip(tmp_path / "clip.mp4", 4, size=32)
     assert len(decoded) < 30  # of 70: every fourth, and the wanted ones
 
@@ -353,9 +362,9 @@ def test_edit_list_takes_the_plain_path(tmp_path) -> None:
     """A file cut without re-encoding shows fewer frames than it stores."""
     write_h264(tmp_path / "whole.mp4", g="50")
     data = bytearray((tmp_path / "whole.mp4").read_bytes())
-    place = data.find(b"elst")
-    assert place > 0
-    entry = place + 4 + 4 + 4  # version and flags, number of entries
+    position = data.find(b"elst")
+    assert position > 0
+    entry = position + 4 + 4 + 4  # version and flags, number of entries
     scale = int.from_bytes(data[data.find(b"mdhd") + 16 :][:4], "big")
     start = int.from_bytes(data[entry + 4 : entry + 8], "big")
     data[entry + 4 : entry + 8] = (start + scale).to_bytes(4, "big")  # the first second is cut

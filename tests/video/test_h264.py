@@ -1,4 +1,4 @@
-"""Which packets are needed, on packets written by hand."""
+"""The packets that must be decoded, on packets written by hand."""
 
 import pytest
 
@@ -61,7 +61,7 @@ TWO_GROUPS = stream(
 
 def test_frames_are_numbered_in_display_order() -> None:
     assert frame_numbers(TWO_GROUPS) == [0, 4, 2, 1, 3, 5, 7, 6]
-    late = [one._replace(pts=one.pts * 3 - 77) for one in TWO_GROUPS]  # only the order counts
+    late = [p._replace(pts=p.pts * 3 - 77) for p in TWO_GROUPS]  # only the order counts
     assert frame_numbers(late) == [0, 4, 2, 1, 3, 5, 7, 6]
 
 

@@ -1,6 +1,5 @@
-"""Motion from its measurement to the models' input: sampling, cache, augmenting, and the maths."""
+"""Motion from its measurement to the input of the models: sampling, cache, augmentation, maths."""
 
-import json
 from pathlib import Path
 
 import numpy as np
@@ -15,21 +14,21 @@ import predict
 import prepare_data
 import train
 from clips.cache import CacheSettings, ClipCache
+from clips.corruptions import ShuffleFrames
 from clips.manifest import ClipRow
-from clips.transforms import Augment, inverse_maps, sampling_grid, warp, warp_motion
-from dataset import ClipsDataset
+from clips.transforms import ClipAugment, inverse_affine, sampling_grid, warp, warp_motion
+from dataset import ClipsDataset, concat_motion
 from modeling.frame_encoder import (
+    camera_motion,
     decode_motion,
-    global_motion,
     inflate_first_conv,
-    join_motion,
-    temporal_gradients,
+    rgb_difference,
 )
-from video.clip_reader import read_clip, read_motion_clip, read_with_motion
+from video.clip_reader import FrameSampler, read_clip, read_frames_and_motion
 from video.encoder import write_video
-from video.motion import NONE, RANGE, encode_motion, flow_fields
+from video.motion import MAX_MOTION, ZERO, encode_motion, flow_fields
 
-MEASURES = ["rgb+flow", "rgb+vectors"]
+KINDS = ["flow", "mv"]
 LARGE = 192
 
 
@@ -46,98 +45,127 @@ def test_flow_of_a_pan(right: int, down: int) -> None:
     assert np.allclose(pixels(flow_fields([(first, second)], SIDE)[0]), (right, down), atol=0.3)
 
 
-@pytest.mark.parametrize("inputs", MEASURES)
-def test_motion_depends_on_the_frame_alone(tmp_path: Path, inputs: str) -> None:
+@pytest.mark.parametrize("motion", KINDS)
+def test_motion_depends_on_the_frame_alone(tmp_path: Path, motion: str) -> None:
     """It is the motion since the frame before in the file, whichever were sampled."""
     clip = moving(tmp_path / "clip.mp4")
-    frames, fields = read_with_motion(clip, lambda n: range(n), 64, inputs)
+    frames, fields = read_frames_and_motion(clip, lambda n: range(n), 64, motion)
     assert frames.shape == (12, 64, 64, 3)
     assert fields.shape == (12, 2, 16, 16)
-    assert (fields[0] == NONE).all()
+    assert (fields[0] == ZERO).all()
     for field in fields[1:]:
         assert np.allclose(pixels(field), (3, -2), atol=0.3)
     for wanted in ([5], [0, 4, 9], [11, 11, 2]):
-        some, motion = read_with_motion(clip, lambda n, wanted=wanted: wanted, 64, inputs)
-        assert np.array_equal(some, frames[wanted])
-        assert np.array_equal(motion, fields[wanted])
+        chosen = read_frames_and_motion(clip, lambda n, wanted=wanted: wanted, 64, motion)
+        assert np.array_equal(chosen.rgb, frames[wanted])
+        assert np.array_equal(chosen.motion, fields[wanted])
 
 
-@pytest.mark.parametrize("inputs", MEASURES)
-def test_dataset_gives_pictures_and_their_motion(tmp_path: Path, inputs: str) -> None:
+@pytest.mark.parametrize("motion", KINDS)
+def test_dataset_gives_frames_and_their_motion(tmp_path: Path, motion: str) -> None:
     clip = moving(tmp_path / "clip.mp4")
     rows = [ClipRow(clip, 0)]
-    both, _ = ClipsDataset(rows, 4, 64, inputs=inputs)[0]
+    both, _ = ClipsDataset(rows, 4, 64, motion=motion)[0]
     rgb, _ = ClipsDataset(rows, 4, 64)[0]
     assert both.shape == (4, 5, 64, 64)
     assert both.is_contiguous()
     assert torch.equal(both[:, :3], rgb)
     centre = decode_motion(both[:, 3:, 24:40, 24:40]).mean((2, 3)) * SIDE
     assert torch.allclose(centre, torch.tensor([3.0, -2.0]).expand(4, 2), atol=0.3)
-    whole, _ = ClipsDataset(rows, 12, 64, inputs=inputs)[0]
-    assert [bool((frame == NONE).all()) for frame in whole[:, 3:]] == [True, *[False] * 11]
-    views, _ = ClipsDataset(rows, 2, 64, views=2, inputs=inputs)[0]
+    whole, _ = ClipsDataset(rows, 12, 64, motion=motion)[0]
+    assert [bool((frame == ZERO).all()) for frame in whole[:, 3:]] == [True, *[False] * 11]
+    views, _ = ClipsDataset(rows, 2, 64, views=2, motion=motion)[0]
     assert views.shape == (2, 2, 5, 64, 64)
-    shuffled, _ = ClipsDataset(rows, 4, 64, shuffle_frames=True, inputs=inputs)[0]
-    plain, _ = ClipsDataset(rows, 4, 64, shuffle_frames=True)[0]
+    shuffle = [ShuffleFrames()]
+    shuffled, _ = ClipsDataset(rows, 4, 64, motion=motion, perturbations=shuffle)[0]
+    plain, _ = ClipsDataset(rows, 4, 64, perturbations=shuffle)[0]
     order = [int((rgb == frame).flatten(1).all(1).nonzero()) for frame in plain]
     assert order != [0, 1, 2, 3]
     assert torch.equal(shuffled, both[order])
 
 
-@pytest.mark.parametrize("inputs", MEASURES)
+@pytest.mark.parametrize("motion", KINDS)
 @pytest.mark.parametrize("frames", [10, 40])  # kept whole, and some of them
-def test_cache_keeps_motion_exactly(tmp_path: Path, inputs: str, frames: int) -> None:
+def test_cache_keeps_motion_exactly(tmp_path: Path, motion: str, frames: int) -> None:
     clip = moving(tmp_path / "data/clip.mp4", 1, -1, frames)
-    settings = CacheSettings(4, 64, per_segment=3, inputs=inputs)
+    settings = CacheSettings(4, 64, frames_per_segment=3, modality=f"rgb+{motion}")
     cache = ClipCache.create(tmp_path / "cache", tmp_path / "data", settings)
     size, error = cache.write(clip)
     assert error is None
-    assert cache.place(clip).stat().st_size == size
-    for sampling, draws in (("uniform", None), ("random", [1 / 6, 5 / 6, 0.5, 0.5])):
-        cached, motion = cache.read_motion(clip, 4, sampling, draws)
-        decoded, field = read_motion_clip(clip, 4, sampling, 64, draws, 1, inputs)
-        assert np.array_equal(motion, field)
-        assert cached.shape == decoded.shape
-        assert np.array_equal(cache.read(clip, 4, sampling, draws), cached)
+    assert cache.path(clip).stat().st_size == size
+    for sampling, offsets in (("uniform", None), ("random", [1 / 6, 5 / 6, 0.5, 0.5])):
+        sampler = FrameSampler(4, sampling)
+        cached = cache.read(clip, sampler, offsets, motion)
+        decoded = read_clip(clip, sampler, 64, offsets, motion)
+        assert np.array_equal(cached.motion, decoded.motion)
+        assert cached.rgb.shape == decoded.rgb.shape
+        assert np.array_equal(cache.read(clip, sampler, offsets).rgb, cached.rgb)
     rgb, _ = ClipsDataset([ClipRow(clip, 0)], 4, 64, cache=cache)[0]
-    both, _ = ClipsDataset([ClipRow(clip, 0)], 4, 64, cache=cache, inputs=inputs)[0]
+    both, _ = ClipsDataset([ClipRow(clip, 0)], 4, 64, cache=cache, motion=motion)[0]
     assert torch.equal(both[:, :3], rgb)
-    cache.place(clip).write_bytes(cache.place(clip).read_bytes()[:-1])
-    assert cache.problem(clip) == "damaged in the cache"
+    cache.path(clip).write_bytes(cache.path(clip).read_bytes()[:-1])
+    assert cache.check(clip) == "damaged in the cache"
 
 
 def test_older_caches_stay_valid(tmp_path: Path) -> None:
-    """Those from before there was motion do not name their inputs, in the folder or its files."""
-    clip = moving(tmp_path / "data/clip.mp4")
-    cache = ClipCache.create(tmp_path / "cache", tmp_path / "data", CacheSettings(4, 64))
-    cache.write(clip)
-    place, header = cache.place(clip), tmp_path / "cache/cache.json"
-    content = json.loads(header.read_text())
-    assert content.pop("inputs") == "rgb"
-    header.write_text(json.dumps(content))
-    start, old = place.read_bytes(), b', "inputs": "rgb"'
-    assert old in start
-    length = int.from_bytes(start[8:12], "little") - len(old)
-    place.write_bytes(start[:8] + length.to_bytes(4, "little") + start[12:].replace(old, b""))
-    older = ClipCache(tmp_path / "cache", tmp_path / "data")
-    assert older.problem(clip) is None
-    assert np.array_equal(older.read(clip, 4), cache.read(clip, 4))
-    flow = CacheSettings(4, 64, inputs="rgb+flow")
-    other = ClipCache.create(tmp_path / "cache", tmp_path / "data", flow)
-    assert other.problem(clip) == "cached with other settings"
+    """Caches of earlier versions have other names, and the first ones held no motion."""
+    clip, sampler = moving(tmp_path / "data/clip.mp4"), FrameSampler(4)
+
+    def make_old(folder: Path, modality: str, old: dict[str, str]) -> tuple:
+        """Make a cache and rename its settings in the folder and its files.
+
+        Returns its settings and the clip as it was read before.
+        """
+        settings = CacheSettings(4, 64, modality=modality)
+        cache = ClipCache.create(folder, tmp_path / "data", settings)
+        cache.write(clip)
+        decoded = cache.read(clip, sampler, motion=settings.motion)
+        header, file = folder / "cache.json", cache.path(clip)
+        content, length = file.read_bytes(), int.from_bytes(file.read_bytes()[8:12], "little")
+        texts = [header.read_text(), content[12 : 12 + length].decode()]
+        for name, older in old.items():
+            assert all(name in text for text in texts)
+            texts = [text.replace(name, older) for text in texts]
+        header.write_text(texts[0].replace(",\n}", "\n}"))
+        encoded = texts[1].encode()
+        start = content[:8] + len(encoded).to_bytes(4, "little") + encoded
+        file.write_bytes(start + content[12 + length :])
+        return settings, decoded
+
+    names = {"frames_per_segment": "per_segment", '"modality": ': '"inputs": '}
+    for modality, old in (
+        ("rgb", names),
+        ("rgb", {**names, '"inputs": "rgb"': '"quality": 92'}),  # before there was motion
+        ("rgb+flow", names),
+        ("rgb+mv", {**names, "rgb+mv": "rgb+vectors"}),
+    ):
+        folder = tmp_path / f"cache{len(list(tmp_path.iterdir()))}"
+        settings, before = make_old(folder, modality, old)
+        older = ClipCache(folder, tmp_path / "data")
+        assert older.settings == settings
+        assert older.check(clip) is None
+        again = older.read(clip, sampler, motion=settings.motion)
+        assert np.array_equal(again.rgb, before.rgb)
+        assert np.array_equal(again.motion, before.motion)
+        other = CacheSettings(4, 64, modality="rgb+flow" if modality != "rgb+flow" else "rgb")
+        assert ClipCache.create(folder, tmp_path / "data", other).check(clip) == (
+            "cached with other settings"
+        )
 
 
-def test_codes_are_shares_of_the_side() -> None:
-    shares = np.array([-1.0, -RANGE, -0.01, 0.0, 0.02, RANGE, 0.3])
-    codes = encode_motion(shares)
+def test_codes_are_fractions_of_the_side() -> None:
+    fractions = np.array([-1.0, -MAX_MOTION, -0.01, 0.0, 0.02, MAX_MOTION, 0.3])
+    codes = encode_motion(fractions)
     assert codes.tolist() == [1, 1, 103, 128, 179, 255, 255]
     back = decode_motion(torch.from_numpy(codes))
-    assert torch.allclose(back, torch.from_numpy(shares).float().clamp(-RANGE, RANGE), atol=2e-4)
+    assert torch.allclose(
+        back, torch.from_numpy(fractions).float().clamp(-MAX_MOTION, MAX_MOTION), atol=2e-4
+    )
     assert torch.allclose(decode_motion(torch.from_numpy(codes) / 255), back, atol=1e-7)
-    large = join_motion(torch.zeros(1, 3, 32, 32, dtype=torch.uint8), smooth_field(8)[0, :1])
+    large = concat_motion(torch.zeros(1, 3, 32, 32, dtype=torch.uint8), smooth_field(8)[0, :1])
     assert large.shape == (1, 5, 32, 32)
     level = torch.full((1, 2, 8, 8), 77, dtype=torch.uint8)
-    assert (join_motion(large[:, :3], level)[:, 3:] == 77).all()
+    assert (concat_motion(large[:, :3], level)[:, 3:] == 77).all()
 
 
 def draw(flip: float = 1.0, angle=0.0, right=0.0, down=0.0, scale=1.0) -> torch.Tensor:
@@ -155,9 +183,9 @@ def draw(flip: float = 1.0, angle=0.0, right=0.0, down=0.0, scale=1.0) -> torch.
     ],
 )
 def test_vectors_turn_with_the_picture(change: dict, expected: tuple[int, int]) -> None:
-    field = torch.tensor([30, 20]).view(1, 1, 2, 1, 1).expand(1, 2, 2, 32, 32) + NONE
-    maps = inverse_maps(draw(**change))
-    out = warp_motion(field.to(torch.uint8), sampling_grid(maps, (32, 32)), maps).int() - NONE
+    field = torch.tensor([30, 20]).view(1, 1, 2, 1, 1).expand(1, 2, 2, 32, 32) + ZERO
+    maps = inverse_affine(draw(**change))
+    out = warp_motion(field.to(torch.uint8), sampling_grid(maps, (32, 32)), maps).int() - ZERO
     centre = out[..., 12:20, 12:20]
     wanted = torch.tensor(expected).view(2, 1, 1)
     assert (centre - wanted).abs().max() <= 1
@@ -171,12 +199,12 @@ def test_augmented_field_is_the_field_of_the_augmented_clip(change: dict) -> Non
     """Flow measured after augmenting equals flow augmented after measuring."""
     first, second = pan(3, -2, 2, LARGE, LARGE)
     clip = torch.from_numpy(np.stack([first, second])).permute(0, 3, 1, 2)[None]  # (1, 2, 3, H, W)
-    maps = inverse_maps(draw(**change))
+    maps = inverse_affine(draw(**change))
     grid = sampling_grid(maps, (LARGE, LARGE))
     warped = warp(clip.float(), grid).round().to(torch.uint8)[0].permute(0, 2, 3, 1).numpy()
     measured = flow_fields([(warped[0], warped[1])], LARGE)[0]
     field = torch.from_numpy(flow_fields([(first, second)], LARGE))
-    joined = join_motion(clip[0, 1:], field)[None, :, 3:]
+    joined = concat_motion(clip[0, 1:], field)[None, :, 3:]
     augmented = warp_motion(joined, grid, maps)[0, 0]
     inside = slice(LARGE // 3, -LARGE // 3)
     ours = np.median(decode_motion(augmented)[:, inside, inside].numpy(), axis=(1, 2)) * LARGE
@@ -184,21 +212,21 @@ def test_augmented_field_is_the_field_of_the_augmented_clip(change: dict) -> Non
     assert np.allclose(pixels(measured[:, centre, centre], LARGE), ours, atol=0.35)
 
 
-def test_augmenting_leaves_the_picture_as_without_motion() -> None:
+def test_augmenting_leaves_the_frames_as_without_motion() -> None:
     generator = torch.Generator().manual_seed(2)
     clips = torch.randint(0, 256, (2, 5, 3, 48, 48), dtype=torch.uint8, generator=generator)
     motion = smooth_field(48, 5).expand(2, -1, -1, -1, -1)
-    augment = Augment(48)
-    draws = torch.stack([augment.draw() for _ in range(2)])
-    draws[:, 3] = 0.4  # much comes in from above
-    both = augment.apply(torch.cat([clips, motion], 2), draws)
-    assert torch.equal(both[:, :, :3], augment.apply(clips, draws))
-    assert (both[:, :, 3:, :8] == NONE).all()
-    assert not (both[:, :, 3:, 24:] == NONE).all()
-    colours = Augment(48, flip=0, rotation=0, translate=0, zoom=0)
-    kept = colours.apply(torch.cat([clips, motion], 2), torch.stack([colours.draw()] * 2))
+    augment = ClipAugment(48)
+    params = torch.stack([augment.sample_params() for _ in range(2)])
+    params[:, 3] = 0.4  # much comes in from above
+    both = augment.apply(torch.cat([clips, motion], 2), params)
+    assert torch.equal(both[:, :, :3], augment.apply(clips, params))
+    assert (both[:, :, 3:, :8] == ZERO).all()
+    assert not (both[:, :, 3:, 24:] == ZERO).all()
+    colours = ClipAugment(48, hflip_prob=0, rotation=0, translate=0, scale=0)
+    kept = colours.apply(torch.cat([clips, motion], 2), torch.stack([colours.sample_params()] * 2))
     assert torch.equal(kept[:, :, 3:], motion)
-    still = Augment(48).apply(torch.cat([clips, motion], 2), draw().expand(2, -1))
+    still = ClipAugment(48).apply(torch.cat([clips, motion], 2), draw().expand(2, -1))
     assert torch.equal(still[:, :, 3:], motion)
 
 
@@ -213,7 +241,7 @@ def similarity(shift_x: float, shift_y: float, zoom: float, turn: float, side: i
     return field
 
 
-def test_global_motion_is_the_least_squares_fit() -> None:
+def test_camera_motion_is_the_least_squares_fit() -> None:
     rng = np.random.default_rng(0)
     fields = rng.normal(0, 0.02, (2, 3, 2, 10, 14))
     y, x = np.meshgrid((np.arange(10) + 0.5) / 10 - 0.5, (np.arange(14) + 0.5) / 14 - 0.5,
@@ -221,7 +249,7 @@ def test_global_motion_is_the_least_squares_fit() -> None:
     one, zero = np.ones_like(x), np.zeros_like(x)
     rows = [np.stack([one, zero, x, -y], -1), np.stack([zero, one, y, x], -1)]
     design = np.concatenate([part.reshape(-1, 4) for part in rows])
-    ours = global_motion(torch.from_numpy(fields)).numpy()
+    ours = camera_motion(torch.from_numpy(fields)).numpy()
     assert ours.shape == (2, 3, 6)
     for field, found in zip(fields.reshape(-1, 2, 10, 14), ours.reshape(-1, 6), strict=True):
         solution, squares, *_ = np.linalg.lstsq(design, field.reshape(-1), rcond=None)
@@ -230,37 +258,37 @@ def test_global_motion_is_the_least_squares_fit() -> None:
         assert np.allclose(found, wanted, atol=1e-6)
 
 
-def test_global_motion_of_a_camera_leaves_nothing_over() -> None:
+def test_camera_motion_of_a_camera_leaves_nothing_over() -> None:
     camera = (0.01, -0.02, 0.03, -0.04)
-    found = global_motion(torch.from_numpy(similarity(*camera, 24))[None, None])[0, 0]
+    found = camera_motion(torch.from_numpy(similarity(*camera, 24))[None, None])[0, 0]
     assert torch.allclose(found[:4], torch.tensor(camera), atol=1e-6)
     assert found[5] < 1e-6
 
 
 @pytest.mark.parametrize(("zoom", "turn"), [(0.03, 0.0), (-0.03, 0.0), (0.0, 0.03), (0.0, -0.03)])
-def test_global_motion_of_measured_flow(zoom: float, turn: float) -> None:
+def test_camera_motion_of_measured_flow(zoom: float, turn: float) -> None:
     """A picture that was enlarged and turned clockwise about its centre."""
     still = torch.from_numpy(scene(2 * LARGE, 2 * LARGE)).permute(2, 0, 1).float()[None, None]
-    maps = inverse_maps(draw(angle=float(np.degrees(turn)), scale=1 + zoom))
+    maps = inverse_affine(draw(angle=float(np.degrees(turn)), scale=1 + zoom))
     moved = warp(still, sampling_grid(maps, still.shape[-2:]))
     pair = [one[0, 0, :, 96:288, 96:288].round().byte() for one in (still, moved)]
     first, second = (one.permute(1, 2, 0).contiguous().numpy() for one in pair)
     field = decode_motion(torch.from_numpy(flow_fields([(first, second)], LARGE)))
-    found = global_motion(field[None])[0, 0]
+    found = camera_motion(field[None])[0, 0]
     assert found[2].item() == pytest.approx(zoom, rel=0.1, abs=0.003)
     assert found[3].item() == pytest.approx(turn, rel=0.1, abs=0.003)
     assert found[:2].abs().max() < 0.003
 
 
-def test_temporal_gradients() -> None:
+def test_rgb_difference() -> None:
     clips = torch.randint(0, 256, (2, 4, 3, 5, 6), dtype=torch.uint8)
-    changes = temporal_gradients(clips)
+    changes = rgb_difference(clips)
     assert (changes[:, 0] == 0).all()
     for t in range(1, 4):
         wanted = (clips[:, t].int() - clips[:, t - 1].int()) / 255
         assert torch.allclose(changes[:, t], wanted, atol=1e-6)
-    assert torch.allclose(temporal_gradients(clips / 255), changes, atol=1e-6)
-    assert temporal_gradients(clips[:, :1]).shape == (2, 1, 3, 5, 6)
+    assert torch.allclose(rgb_difference(clips / 255), changes, atol=1e-6)
+    assert rgb_difference(clips[:, :1]).shape == (2, 1, 3, 5, 6)
 
 
 @pytest.mark.parametrize("kind", [nn.Conv2d, nn.Conv3d])
@@ -283,41 +311,48 @@ def test_inflated_convolution(kind: type) -> None:
 
 def test_flow_without_opencv_is_said_at_once(mistake, tiny_data, tmp_path, monkeypatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "cv2", None)
-    arguments = ["--data-root", tiny_data, *TINY_FLAGS, "--model", "tsm", "--inputs", "rgb+flow"]
+    arguments = [
+        "--data-root",
+        tiny_data,
+        *TINY_FLAGS,
+        "--model-name",
+        "tsm_resnet",
+        "--modality",
+        "rgb+flow",
+    ]
     said = mistake(train.main, *arguments, cwd=tmp_path).stderr
-    assert "pip install -r requirements-flow.txt" in said
+    assert "pip install -r requirements-optional.txt" in said
     assert len(said.strip().splitlines()) == 1
-    filling = ["cache", tiny_data, "--output", tmp_path / "cache", "--inputs", "rgb+flow"]
-    assert "requirements-flow.txt" in mistake(prepare_data.main, *filling, cwd=tmp_path).stderr
+    filling = ["cache", tiny_data, "--output", tmp_path / "cache", "--modality", "rgb+flow"]
+    assert "requirements-optional.txt" in mistake(prepare_data.main, *filling, cwd=tmp_path).stderr
     assert not (tmp_path / "cache").exists()
 
 
 def test_cache_without_motion_is_refused(run_main, mistake, tiny_data, tmp_path) -> None:
-    filling = ["cache", tiny_data, "--output", tmp_path / "cache", "--workers", "0"]
+    filling = ["cache", tiny_data, "--output", tmp_path / "cache", "--num-workers", "0"]
     size = ["--image-size", "32", "--n-frames", "4"]
     run_main(prepare_data.main, *filling, *size, cwd=tmp_path)
-    training = ["--data-root", tiny_data, *TINY_FLAGS, "--model", "tsm"]
+    training = ["--data-root", tiny_data, *TINY_FLAGS, "--model-name", "tsm_resnet"]
     training += ["--cache", tmp_path / "cache"]
-    said = mistake(train.main, *training, "--inputs", "rgb+vectors", cwd=tmp_path).stderr
-    assert "cached with inputs rgb, not rgb+vectors" in said
-    both = [*training, "--inputs", "rgb+vectors", "--erasing", "0.5"]
+    said = mistake(train.main, *training, "--modality", "rgb+mv", cwd=tmp_path).stderr
+    assert "cached with modality rgb, not rgb+mv" in said
+    both = [*training, "--modality", "rgb+mv", "--random-erase", "0.5"]
     assert "change RGB alone" in mistake(train.main, *both, cwd=tmp_path).stderr
 
 
 def test_what_cannot_follow_motion_says_so(mistake, tmp_path: Path, monkeypatch) -> None:
     write_video(tmp_path / "operation.mp4", pan(1, 1, 3))
-    state = {"config": {"inputs": "rgb+flow", "classes": ["a", "b"], "n_frames": 4}}
-    for script in (predict, evaluate):
-        monkeypatch.setattr(script, "load_checkpoint", lambda run: state)
-    monkeypatch.setattr(evaluate, "post_hoc_shift", lambda *_: 0.0)
+    state = {"config": {"modality": "rgb+flow", "classes": ["a", "b"], "n_frames": 4}}
+    monkeypatch.setattr("checkpoint.load_checkpoint", lambda run: state)
+    monkeypatch.setattr("training.losses.logit_adjustment", lambda *_: 0.0)
     said = mistake(predict.main, "run", "operation.mp4", cwd=tmp_path).stderr
-    assert "trained with rgb+flow" in said
+    assert "trained with modality rgb+flow" in said
     said = mistake(evaluate.main, "run", "--corruptions", cwd=tmp_path).stderr
-    assert "trained with rgb+flow" in said
+    assert "trained with modality rgb+flow" in said
 
 
-def test_read_clip_is_what_it_was(tmp_path: Path) -> None:
+def test_without_motion_only_frames_are_read(tmp_path: Path) -> None:
     clip = moving(tmp_path / "clip.mp4")
-    frames, nothing = read_with_motion(clip, lambda n: [1, 4], 64, "rgb")
-    assert nothing is None
-    assert np.array_equal(frames, read_clip(clip, 12, size=64)[[1, 4]])
+    frames, motion = read_frames_and_motion(clip, lambda n: [1, 4], 64, None)
+    assert motion is None
+    assert np.array_equal(frames, read_clip(clip, FrameSampler(12), 64).rgb[[1, 4]])

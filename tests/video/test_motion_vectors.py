@@ -1,6 +1,7 @@
 """Motion vectors of encoded clips, and by hand; every real file gives a clip or one error."""
 
 import csv
+import shutil
 import struct
 from pathlib import Path
 
@@ -9,19 +10,18 @@ import numpy as np
 import pytest
 from helpers import SIDE, moving, pan, pixels, scene
 
-from video import decoder as video
-from video import h264
-from video.clip_reader import read_with_motion
+from video import decoder, h264
+from video.clip_reader import read_frames_and_motion
 from video.container import ClipError
 from video.decoder import read_frames
-from video.motion import NONE, encode_motion
+from video.motion import ZERO, encode_motion
 from video.motion_vectors import (
     block_sums,
     decoding_order,
     mean_motion,
-    on_grid,
     reference_distances,
-    turned,
+    resample_sums,
+    rotate_field,
 )
 
 FIELDS = ("source", "w", "h", "dst_x", "dst_y", "motion_x", "motion_y", "motion_scale")
@@ -41,8 +41,8 @@ def encode(
         stream.pix_fmt = "yuvj420p" if codec == "mjpeg" else "yuv420p"
         stream.bit_rate = 2_000_000
         for frame in frames:
-            picture = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")
-            container.mux(stream.encode(picture))
+            video_frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")
+            container.mux(stream.encode(video_frame))
         container.mux(stream.encode(None))
     if rotation:
         turn(path, rotation)
@@ -62,7 +62,7 @@ def turn(path: Path, degrees: int) -> None:
 
 
 def all_fields(path: Path, size: int = 64) -> tuple[np.ndarray, np.ndarray]:
-    return read_with_motion(path, lambda n: range(n), size, "rgb+vectors")
+    return read_frames_and_motion(path, lambda n: range(n), size, "mv")
 
 
 @pytest.mark.parametrize("options", [{"bf": "0"}, {"bf": "2", "b-pyramid": "none"}, {"bf": "3"}])
@@ -72,7 +72,7 @@ def test_vectors_of_a_pan(tmp_path: Path, options: dict, right: int, down: int) 
     types = encode(tmp_path / "clip.mp4", pan(right, down), **options, b_strategy="0")
     assert ("B" in types) == (options["bf"] != "0")
     _, fields = all_fields(tmp_path / "clip.mp4")
-    assert (fields[0] == NONE).all()
+    assert (fields[0] == ZERO).all()
     for field in fields[1:]:
         assert np.allclose(pixels(field), (right, down), atol=0.3), types
 
@@ -107,7 +107,7 @@ def test_vectors_turn_with_the_file(tmp_path: Path, rotation: int) -> None:
     for frame in frames:
         frame[:, : SIDE // 2] = still[:, : SIDE // 2]  # nothing moves on the left
     encode(tmp_path / "plain.mp4", frames)
-    encode(tmp_path / "turned.mp4", frames, rotation=rotation)
+    turn(Path(shutil.copy(tmp_path / "plain.mp4", tmp_path / "turned.mp4")), rotation)
     straight, fields = all_fields(tmp_path / "plain.mp4")
     upright, motion = all_fields(tmp_path / "turned.mp4")
     quarters = rotation // 90
@@ -115,7 +115,7 @@ def test_vectors_turn_with_the_file(tmp_path: Path, rotation: int) -> None:
     wanted = {90: (2 / 64, -4 / SIDE), 180: (-4 / SIDE, -2 / 64), 270: (-2 / 64, 4 / SIDE)}
     part = np.rot90(np.arange(256).reshape(16, 16) % 16 >= 9, quarters)
     for before, field in zip(fields, motion, strict=True):
-        again = encode_motion(turned(decoded(before), quarters))
+        again = encode_motion(rotate_field(decoded(before), quarters))
         assert np.abs(field.astype(int) - again).max() < 2
     moved = np.median(decoded(motion[1:])[:, :, part], axis=(0, 2))
     assert np.allclose(moved, wanted[rotation], atol=0.004)
@@ -132,9 +132,9 @@ def test_needed_pictures_have_the_motion_of_a_full_decoding(
     encode(tmp_path / "clip.mp4", pan(2, 1, 24), **options)
     frames, fields = all_fields(tmp_path / "clip.mp4")
     wanted = [0, 3, 4, 13, 22, 23]
-    some = read_with_motion(tmp_path / "clip.mp4", lambda n: wanted, 64, "rgb+vectors")
-    monkeypatch.setattr(video, "_read_needed", lambda *_: None)
-    every = read_with_motion(tmp_path / "clip.mp4", lambda n: wanted, 64, "rgb+vectors")
+    some = read_frames_and_motion(tmp_path / "clip.mp4", lambda n: wanted, 64, "mv")
+    monkeypatch.setattr(decoder, "_read_needed", lambda *_: None)
+    every = read_frames_and_motion(tmp_path / "clip.mp4", lambda n: wanted, 64, "mv")
     for part, whole in ((some, every), (some, (frames[wanted], fields[wanted]))):
         assert np.array_equal(part[0], whole[0])
         assert np.array_equal(part[1], whole[1])
@@ -181,7 +181,7 @@ def test_blocks_are_added_to_the_cells_they_cover() -> None:
 def test_grid_ends_with_the_picture() -> None:
     """Two cells a side of a picture that is one and a half of them wide, one and a quarter high."""
     sums = np.broadcast_to(np.float32([[1, 3], [5, 7]]), (2, 3, 2, 2))
-    grid = on_grid(sums, 12, 10, 3)
+    grid = resample_sums(sums, 12, 10, 3)
     assert grid.shape == (2, 3, 3, 3)
     across = np.array([1, 1.5, 2.5])  # at 1/4, 3/4 and 5/4 cells, of 1 and 3 at 1/2 and 3/2
     assert np.allclose(grid[0, 0], across + np.array([[0], [0.5], [13 / 6]]), atol=1e-5)
@@ -222,13 +222,13 @@ with open(Path(__file__).parent.parent / "real_outcomes.csv", encoding="utf-8") 
     OUTCOMES = list(csv.DictReader(table))
 
 
-@pytest.mark.parametrize(("inputs", "step"), [("rgb+vectors", 1), ("rgb+flow", 6)])
-def test_real_files_give_a_clip_or_one_error(real: Path, inputs: str, step: int) -> None:
+@pytest.mark.parametrize(("motion", "step"), [("mv", 1), ("flow", 6)])
+def test_real_files_give_a_clip_or_one_error(real: Path, motion: str, step: int) -> None:
     odd = [row for row in OUTCOMES if row["path"].startswith("odd/")]
     for row in odd[::step]:
         path = real / row["path"]
         try:
-            frames, fields = read_with_motion(path, lambda n: [0, n // 2, n - 1], 32, inputs)
+            frames, fields = read_frames_and_motion(path, lambda n: [0, n // 2, n - 1], 32, motion)
         except ClipError as error:
             assert row["outcome"] != "clip" or "no motion vectors" in error.reason, error
             continue
@@ -240,5 +240,5 @@ def test_real_files_give_a_clip_or_one_error(real: Path, inputs: str, step: int)
 def test_real_fights_have_vectors(real: Path) -> None:
     paths = sorted((real / "fights").glob("*/*.mp4"))[::8]
     for path in paths:
-        _, fields = read_with_motion(path, lambda n: range(1, n, 7), 64, "rgb+vectors")
-        assert (fields != NONE).mean() > 0.01, path
+        _, fields = read_frames_and_motion(path, lambda n: range(1, n, 7), 64, "mv")
+        assert (fields != ZERO).mean() > 0.01, path

@@ -1,4 +1,4 @@
-"""live_page.py: who may look, what viewers get and when, and what a browser makes of it."""
+"""The live page: who may watch, what viewers get and when, and how a browser shows it."""
 
 import asyncio
 import http.client
@@ -22,37 +22,36 @@ from helpers import HOSTILE, PALE_TEXTS
 from PIL import Image
 
 from clips.manifest import UNCERTAIN
-from timeline.segments import MARKS, OUT_OF_BODY, UNREADABLE, Snapshot
+from timeline.segments import NON_CLASS_LABELS, OUT_OF_BODY, UNREADABLE, Snapshot
 from utils.errors import UserError
-from web import live_feed
-from web import live_server as live_page
-from web.live_feed import MOST_ANSWERS, WINDOW, Feed
+from web import live_feed, live_server
+from web.live_feed import MAX_PREDICTIONS, WINDOW, SnapshotFeed
 from web.live_server import LivePage
 
 CLASSES = ("cut", "sew", "look")
 
 
 def snapshot(moment: float = 1.0, label: str = "sew", state: str = "", size: int = 48) -> Snapshot:
-    """One whose picture is as grey as its time tells; without one out of the body."""
+    """A snapshot whose frame is as grey as its time; out of the body it has no frame."""
     probabilities = np.array([0.125, 0.625, 0.25])
     frame = np.full((size, size, 3), int(moment) % 250, np.uint8)
     return Snapshot(moment, label, probabilities, None if label == OUT_OF_BODY else frame, state)
 
 
 def read(message: bytes) -> tuple[dict[str, Any], bytes]:
-    """A message's JSON and its picture."""
+    """The JSON of a message, and its JPEG."""
     (length,) = struct.unpack(">I", message[:4])
     return json.loads(message[4 : 4 + length]), message[4 + length :]
 
 
-def grey(picture: bytes) -> int:
-    return Image.open(io.BytesIO(picture)).convert("L").getpixel((3, 3))
+def grey(jpeg: bytes) -> int:
+    return Image.open(io.BytesIO(jpeg)).convert("L").getpixel((3, 3))
 
 
 def fetch(
     page: LivePage, path: str = "", method: str = "GET", **headers: str
 ) -> tuple[http.client.HTTPResponse, bytes]:
-    """Ask the page's server for a path below its address, or an absolute one."""
+    """Request a path below the address of a page, or an absolute one."""
     address = urlsplit(page.address)
     connection = http.client.HTTPConnection(address.hostname, address.port, timeout=20)
     path = path if path.startswith("/") else address.path + path
@@ -66,8 +65,8 @@ def fetch(
 Viewer = aiohttp.ClientWebSocketResponse
 
 
-def look(page: LivePage, visit: Callable[..., Awaitable[Any]], viewers: int = 1) -> Any:
-    """Run `visit` with viewers that are connected. In a thread: Playwright has this one's loop."""
+def watch(page: LivePage, visit: Callable[..., Awaitable[Any]], viewers: int = 1) -> Any:
+    """Run `visit` with connected viewers, in a thread: Playwright has the loop of this one."""
     origin = page.address.removesuffix(urlsplit(page.address).path)
 
     async def session() -> Any:
@@ -90,19 +89,20 @@ async def ask(viewer: Viewer, after: int = 0) -> tuple[dict[str, Any], bytes]:
 async def ask_until(
     viewer: Viewer, wanted: Callable[[dict[str, Any]], bool]
 ) -> tuple[list[Any], dict[str, Any], bytes]:
-    """Follow the feed up to a message: all answers on the way, that message, the last picture."""
-    answers, last, after = [], b"", 0
+    """Ask until a message is `wanted`: all predictions so far, that message, the last JPEG."""
+    predictions, last, after = [], b"", 0
     while True:
-        head, picture = await ask(viewer, after)
-        answers, after, last = answers + head["answers"], head["next"], picture or last
+        head, jpeg = await ask(viewer, after)
+        predictions, after = predictions + head["predictions"], head["next"]
+        last = jpeg or last
         if wanted(head):
-            return answers, head, last
+            return predictions, head, last
 
 
-# Who may look --------------------------------------------------------------------------------
+# Who may watch -------------------------------------------------------------------------------
 
 
-def test_only_who_knows_the_address_may_look() -> None:
+def test_only_who_knows_the_address_may_watch() -> None:
     with LivePage(CLASSES, "run") as page:
         token = urlsplit(page.address).path.strip("/")
         assert len(token) >= 22
@@ -115,7 +115,7 @@ def test_only_who_knows_the_address_may_look() -> None:
                 fetch(page, path)
                 for path in ("/", "/live.js", f"/{token[:-1]}/", "/%C3%A9", "//", "/*")
             ),
-            *(fetch(page, path) for path in ("nothing", "../live_page.py", "live.html.j2")),
+            *(fetch(page, path) for path in ("nothing", "../live_server.py", "live.html.j2")),
             *(fetch(page, Host=host) for host in ("evil.example", "127.0.0.1.evil.example", "[")),
             fetch(page, method="POST"),
             fetch(page, "feed", Host="evil.example", Origin="http://evil.example"),
@@ -125,8 +125,8 @@ def test_only_who_knows_the_address_may_look() -> None:
 
 
 def test_tokens_differ() -> None:
-    with LivePage(CLASSES, "a") as one, LivePage(CLASSES, "a") as other:
-        assert urlsplit(one.address).path != urlsplit(other.address).path
+    with LivePage(CLASSES, "a") as first, LivePage(CLASSES, "a") as other:
+        assert urlsplit(first.address).path != urlsplit(other.address).path
 
 
 def test_another_sites_pages_cannot_listen() -> None:
@@ -163,24 +163,24 @@ def test_the_token_is_not_logged(
         address = urlsplit(page.address)
         fetch(page)
         fetch(page, "nothing")
-        look(page, ask)
+        watch(page, ask)
         for line in (f"GET {address.path}\x01 HTTP/1.1", f"{address.path} GET", "GET"):
             with socket.create_connection((address.hostname, address.port), timeout=20) as raw:
                 raw.sendall(f"{line}\r\n\r\n".encode())
                 raw.recv(1000)
-    said = caplog.text + "".join(capfd.readouterr())
-    assert address.path.strip("/") not in said
+    logged = caplog.text + "".join(capfd.readouterr())
+    assert address.path.strip("/") not in logged
 
 
 @pytest.mark.parametrize(
     ("host", "port", "words"),
     [
-        ("127.0.0.1", -1, "port -1: there are only 0 to 65535"),
-        ("127.0.0.1", 70000, "port 70000: there are only 0 to 65535"),
+        ("127.0.0.1", -1, "port -1: must be from 0 to 65535"),
+        ("127.0.0.1", 70000, "port 70000: must be from 0 to 65535"),
         ("nowhere.invalid", 0, "cannot listen on nowhere.invalid: "),
         ("192.0.2.1", 0, "cannot listen on 192.0.2.1: Cannot assign requested address"),
         ("", 0, "cannot listen on : "),  # not everywhere
-        ("a" * 99, 0, "not a name of a host"),
+        ("a" * 99, 0, "not the name of a host"),
     ],
 )
 def test_where_it_cannot_listen(host: str, port: int, words: str) -> None:
@@ -201,17 +201,19 @@ def test_a_port_in_use() -> None:
 # What viewers get ----------------------------------------------------------------------------
 
 
-def test_viewers_get_the_same_and_a_picture_is_encoded_once(
+def test_viewers_get_the_same_and_a_frame_is_encoded_once(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     encoded = []
-    jpeg = live_feed._jpeg
-    monkeypatch.setattr(live_feed, "_jpeg", lambda frame: encoded.append(frame) or jpeg(frame))
+    encode = live_feed.encode_jpeg
+    monkeypatch.setattr(
+        live_feed, "encode_jpeg", lambda frame: encoded.append(frame) or encode(frame)
+    )
     with LivePage(CLASSES, "run") as page:
         for moment in range(5):
             page.show(snapshot(moment))
         time.sleep(0.3)
-        assert encoded == []  # nobody looks
+        assert encoded == []  # nobody watches
 
         async def visit(*viewers: Viewer) -> list[Any]:
             for moment in range(5, 120):
@@ -221,17 +223,17 @@ def test_viewers_get_the_same_and_a_picture_is_encoded_once(
                 *(ask_until(viewer, lambda head: head["next"] == 120) for viewer in viewers)
             )
 
-        got = look(page, visit, viewers=3)
-        for answers, head, picture in got:
-            assert [time for time, _, _ in answers] == list(range(120))
-            assert answers[0] == [0, "sew", [125, 625, 250]]
+        got = watch(page, visit, viewers=3)
+        for predictions, head, jpeg in got:
+            assert [time for time, _, _ in predictions] == list(range(120))
+            assert predictions[0] == [0, "sew", [125, 625, 250]]
             assert head["age"] < 10
             assert not head["hidden"]
-            assert grey(picture) == pytest.approx(119, abs=2)
+            assert grey(jpeg) == pytest.approx(119, abs=2)
         assert len(encoded) < 60  # far fewer than shown, and not three times
 
 
-def test_a_slow_viewer_misses_pictures_but_no_answer() -> None:
+def test_a_slow_viewer_misses_frames_but_no_prediction() -> None:
     with LivePage(CLASSES, "run") as page:
 
         async def visit(viewer: Viewer) -> None:
@@ -239,18 +241,18 @@ def test_a_slow_viewer_misses_pictures_but_no_answer() -> None:
             await ask_until(viewer, lambda head: head["next"] == 1)
             for moment in range(1, 50):
                 page.show(snapshot(moment))
-            answers, _, picture = await ask_until(viewer, lambda head: head["next"] == 50)
-            assert len(answers) == 50
-            assert grey(picture) == pytest.approx(49, abs=2)
-            head, picture = await ask(viewer, 50)  # nothing new, and told so after a second
-            assert (head["answers"], picture) == ([], b"")
+            predictions, _, jpeg = await ask_until(viewer, lambda head: head["next"] == 50)
+            assert len(predictions) == 50
+            assert grey(jpeg) == pytest.approx(49, abs=2)
+            head, jpeg = await ask(viewer, 50)  # nothing new: a message after a second
+            assert (head["predictions"], jpeg) == ([], b"")
             assert head["age"] > 0.5
 
-        look(page, visit)
+        watch(page, visit)
 
 
 def test_a_stuck_viewer_delays_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(live_page, "PATIENCE", 1.0)
+    monkeypatch.setattr(live_server, "RECEIVE_TIMEOUT", 1.0)
     noise = np.random.default_rng(0).integers(0, 255, (700, 700, 3), dtype=np.uint8)
     with LivePage(CLASSES, "run") as page:
         address = urlsplit(page.address)
@@ -269,15 +271,15 @@ def test_a_stuck_viewer_delays_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
             async def visit(viewer: Viewer) -> None:
                 for moment in range(3000):
                     page.show(snapshot(moment / 100)._replace(frame=noise))
-                answers, _, picture = await ask_until(viewer, lambda head: head["next"] == 3000)
-                assert len(answers) == 3000
-                assert Image.open(io.BytesIO(picture)).size == (700, 700)
+                predictions, _, jpeg = await ask_until(viewer, lambda head: head["next"] == 3000)
+                assert len(predictions) == 3000
+                assert Image.open(io.BytesIO(jpeg)).size == (700, 700)
                 count = 3000
                 while len(page._viewers) > 1:  # the other is dropped
                     page.show(snapshot(40 + count / 100)._replace(frame=noise))
                     count = (await ask(viewer, count))[0]["next"]
 
-            look(page, visit)
+            watch(page, visit)
 
 
 def test_a_late_viewer_gets_the_last_two_minutes() -> None:
@@ -285,98 +287,98 @@ def test_a_late_viewer_gets_the_last_two_minutes() -> None:
         for number in range(600):
             page.show(snapshot(number / 2, UNCERTAIN if number % 2 else "sew"))
         time.sleep(0.3)
-        head, _ = look(page, ask)
-        times = [time for time, _, _ in head["answers"]]
+        head, _ = watch(page, ask)
+        times = [time for time, _, _ in head["predictions"]]
         assert (times[0], times[-1]) == (299.5 - WINDOW, 299.5)
         assert head["next"] - head["first"] == len(times) == 241
-        assert {label for _, label, _ in head["answers"]} == {UNCERTAIN, "sew"}
+        assert {label for _, label, _ in head["predictions"]} == {UNCERTAIN, "sew"}
 
 
-def test_before_the_first_answer() -> None:
+def test_before_the_first_prediction() -> None:
     with LivePage(CLASSES, "run") as page:
-        head, picture = look(page, ask)
+        head, jpeg = watch(page, ask)
     assert head == {
         "first": 0,
         "next": 0,
         "age": None,
         "state": "",
         "hidden": False,
-        "answers": [],
+        "predictions": [],
     }
-    assert picture == b""
+    assert jpeg == b""
 
 
 def test_what_is_kept_is_bounded() -> None:
-    feed = Feed()
-    for number in range(3 * MOST_ANSWERS):  # a hundred a second, published now and then
-        feed.put(snapshot(number / 100, size=2))
+    feed = SnapshotFeed()
+    for number in range(3 * MAX_PREDICTIONS):  # a hundred per second, with an update now and then
+        feed.publish(snapshot(number / 100, size=2))
         if number % 40 == 0:
-            feed.publish(watched=False)
-    feed.publish(watched=False)
-    assert len(feed._answers) == MOST_ANSWERS
+            feed.update(watched=False)
+    feed.update(watched=False)
+    assert len(feed._predictions) == MAX_PREDICTIONS
     assert not feed._inbox
-    for number in range(3 * MOST_ANSWERS):  # never published
-        feed.put(snapshot(500 + number / 100, size=2))
-    assert len(feed._inbox) == MOST_ANSWERS
+    for number in range(3 * MAX_PREDICTIONS):  # without an update
+        feed.publish(snapshot(500 + number / 100, size=2))
+    assert len(feed._inbox) == MAX_PREDICTIONS
 
 
 def test_where_time_jumps_back_the_history_begins_anew() -> None:
-    feed = Feed()
+    feed = SnapshotFeed()
     for moment in (10, 11, 12, 5, 6, 7):
-        feed.put(snapshot(moment))
-    feed.publish(watched=False)
-    head, _ = read(feed.message(after=2, seen=-1))
-    assert [time for time, _, _ in head["answers"]] == [5, 6, 7]
+        feed.publish(snapshot(moment))
+    feed.update(watched=False)
+    head, _ = read(feed.delta(after=2, seen=-1))
+    assert [time for time, _, _ in head["predictions"]] == [5, 6, 7]
     assert (head["first"], head["next"]) == (3, 6)
-    feed.put(snapshot(500))
-    feed.publish(watched=False)
-    head, _ = read(feed.message(after=6, seen=-1))
+    feed.publish(snapshot(500))
+    feed.update(watched=False)
+    head, _ = read(feed.delta(after=6, seen=-1))
     assert (head["first"], head["next"]) == (6, 7)
 
 
-def test_an_answer_said_again_is_kept_once() -> None:
-    """While a camera is away, the same is shown again and again, with a note."""
-    feed = Feed()
+def test_a_repeated_prediction_is_kept_once() -> None:
+    """While a camera is away, the same snapshot is shown again and again, with a message."""
+    feed = SnapshotFeed()
     for label in ("sew", "sew", UNREADABLE, UNREADABLE):
-        feed.put(snapshot(6, label, state="reconnecting to the camera"))
-    assert feed.publish(watched=False)
-    head, _ = read(feed.message(0, -1))
-    assert [label for _, label, _ in head["answers"]] == ["sew", UNREADABLE]
-    feed.put(snapshot(6, UNREADABLE, state="ended"))
-    assert feed.publish(watched=False)  # the note is new
-    head, _ = read(feed.message(2, -1))
-    assert (head["state"], head["answers"]) == ("ended", [])
+        feed.publish(snapshot(6, label, state="reconnecting to the camera"))
+    assert feed.update(watched=False)
+    head, _ = read(feed.delta(0, -1))
+    assert [label for _, label, _ in head["predictions"]] == ["sew", UNREADABLE]
+    feed.publish(snapshot(6, UNREADABLE, state="ended"))
+    assert feed.update(watched=False)  # the message is new
+    head, _ = read(feed.delta(2, -1))
+    assert (head["state"], head["predictions"]) == ("ended", [])
 
 
-def test_a_hidden_picture_is_not_sent() -> None:
-    feed = Feed()
-    feed.put(snapshot(1))
-    assert feed.publish(watched=True)
-    assert read(feed.message(0, -1))[1]
-    assert not feed.publish(watched=True)
-    assert read(feed.message(1, feed.version))[1] == b""  # it had it
-    feed.put(snapshot(2, OUT_OF_BODY))
-    assert feed.publish(watched=True)
-    head, picture = read(feed.message(0, -1))
+def test_a_hidden_frame_is_not_sent() -> None:
+    feed = SnapshotFeed()
+    feed.publish(snapshot(1))
+    assert feed.update(watched=True)
+    assert read(feed.delta(0, -1))[1]
+    assert not feed.update(watched=True)
+    assert read(feed.delta(1, feed.version))[1] == b""  # the viewer has it
+    feed.publish(snapshot(2, OUT_OF_BODY))
+    assert feed.update(watched=True)
+    head, jpeg = read(feed.delta(0, -1))
     assert head["hidden"]
-    assert picture == b""
-    feed.put(snapshot(3))
-    feed.publish(watched=True)
-    feed.put(snapshot(4))
-    feed.publish(watched=False)
-    assert read(feed.message(0, -1))[1] == b""  # nor one of the time before anybody looked
+    assert jpeg == b""
+    feed.publish(snapshot(3))
+    feed.update(watched=True)
+    feed.publish(snapshot(4))
+    feed.update(watched=False)
+    assert read(feed.delta(0, -1))[1] == b""  # nor an old frame, from before anybody watched
 
 
-def test_answers_without_probabilities() -> None:
-    feed = Feed()
-    feed.put(snapshot(1, UNREADABLE)._replace(probabilities=np.full(3, np.nan)))
-    feed.publish(watched=False)
-    assert read(feed.message(0, -1))[0]["answers"] == [[1, UNREADABLE, []]]
+def test_predictions_without_probabilities() -> None:
+    feed = SnapshotFeed()
+    feed.publish(snapshot(1, UNREADABLE)._replace(probabilities=np.full(3, np.nan)))
+    feed.update(watched=False)
+    assert read(feed.delta(0, -1))[0]["predictions"] == [[1, UNREADABLE, []]]
 
 
-def test_large_pictures_are_made_smaller() -> None:
-    picture = live_feed._jpeg(np.zeros((1080, 1920, 3), np.uint8))
-    assert Image.open(io.BytesIO(picture)).size == (960, 540)
+def test_large_frames_are_made_smaller() -> None:
+    jpeg = live_feed.encode_jpeg(np.zeros((1080, 1920, 3), np.uint8))
+    assert Image.open(io.BytesIO(jpeg)).size == (960, 540)
 
 
 def test_leaving_tells_viewers_and_frees_the_port() -> None:
@@ -389,15 +391,15 @@ def test_leaving_tells_viewers_and_frees_the_port() -> None:
             await ask(viewer)
             page.show(snapshot(7))
             threading.Thread(target=page.__exit__).start()
-            answers, _, picture = await ask_until(viewer, lambda head: head["state"] == "ended")
-            assert [time for time, _, _ in answers] == [7]
-            assert grey(picture) == pytest.approx(7, abs=2)
+            predictions, _, jpeg = await ask_until(viewer, lambda head: head["state"] == "ended")
+            assert [time for time, _, _ in predictions] == [7]
+            assert grey(jpeg) == pytest.approx(7, abs=2)
             assert (await viewer.receive(timeout=10)).type == aiohttp.WSMsgType.CLOSE
 
-        look(page, visit, viewers=2)
+        watch(page, visit, viewers=2)
         page._thread.join(timeout=10)
         assert not page._thread.is_alive()
-    page.show(snapshot(8))  # nobody minds
+    page.show(snapshot(8))  # this does no harm
     with LivePage(CLASSES, "run", port=port):
         pass
 
@@ -406,7 +408,7 @@ def test_leaving_tells_viewers_and_frees_the_port() -> None:
 
 
 class Tab:
-    """A tab that looks at an address, and all that it complained about or asked for."""
+    """A browser tab with its console messages and its requests."""
 
     def __init__(self, browser, address: str, **settings: Any) -> None:
         self.context = browser.new_context(**settings)
@@ -423,15 +425,15 @@ class Tab:
         return self.page.locator(css).inner_text().replace("\u00a0", " ")
 
     def wait(self, expression: str) -> None:
-        """Until a JavaScript expression holds. (The page forbids what Playwright's own does.)"""
+        """Wait until a JavaScript expression is true. (The page forbids Playwright's.)"""
         for _ in range(500):
             if self.page.evaluate(expression):
                 return
             self.page.wait_for_timeout(30)
-        raise AssertionError(f"never held: {expression}; the page says {self.text('body')}")
+        raise AssertionError(f"never true: {expression}; the page shows {self.text('body')}")
 
     def wait_for(self, css: str, text: str) -> None:
-        """Until an element's text holds this."""
+        """Wait until the text of an element contains this."""
         arguments = f"document.querySelector({json.dumps(css)}).textContent"
         self.wait(f"{arguments}.replaceAll('\\u00a0', ' ').includes({json.dumps(text)})")
 
@@ -454,7 +456,7 @@ COLOURS = """id => {
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_the_page(browser, scheme: str) -> None:
-    """Hostile names are text, nothing foreign is loaded, all can be read, nothing sticks out."""
+    """Hostile names stay text, nothing foreign is loaded, all is readable, nothing overflows."""
     title = "<script>alert(0)</script> 'run'"
     many = len(HOSTILE)
     probabilities = np.full(many, 0.1)
@@ -463,42 +465,42 @@ def test_the_page(browser, scheme: str) -> None:
         LivePage(HOSTILE, title) as page,
         opened(browser, page.address, color_scheme=scheme) as tab,
     ):
-        tab.wait_for("#state", "Waiting for the first answer")
+        tab.wait_for("#state", "Waiting for the first prediction")
         assert tab.page.title() == f"Live: {title}"
         assert tab.text("h1") == title
         bars = tab.page.locator("#bars .name").all_inner_texts()
         assert bars == list(HOSTILE)
         empty = tab.page.evaluate(COLOURS, "strip")
-        for number, label in enumerate((*HOSTILE, *MARKS, HOSTILE[0])):
+        for number, label in enumerate((*HOSTILE, *NON_CLASS_LABELS, HOSTILE[0])):
             for step in range(10):
                 moment = 8 * number + 0.8 * step
                 page.show(snapshot(moment, label)._replace(probabilities=probabilities))
         tab.wait_for("#state", "Live")
-        tab.wait_for("#answer", HOSTILE[0])
-        assert tab.text("#answer") == HOSTILE[0]
+        tab.wait_for("#prediction", HOSTILE[0])
+        assert tab.text("#prediction") == HOSTILE[0]
         assert tab.text("#detail") == "Probability 40 %"
         assert tab.text("#bars .now .value") == "40 %"
         assert tab.page.locator("#bars .bar").first.evaluate("b => b.style.transform") == (
             "scaleX(0.4)"
         )
         assert tab.page.evaluate(COLOURS, "strip") > empty + many
-        assert tab.page.locator("#legend li").count() == many + len(MARKS)
+        assert tab.page.locator("#legend li").count() == many + len(NON_CLASS_LABELS)
         assert "out of body 8 s" in tab.page.get_attribute("#strip", "aria-label")
         page.show(snapshot(90, HOSTILE[6])._replace(probabilities=probabilities[::-1].copy()))
-        tab.wait_for("#answer", HOSTILE[6])
+        tab.wait_for("#prediction", HOSTILE[6])
         tab.wait_for("#bars li:last-child .value", "40")
         tab.page.locator("summary").click()
         for width in (390, 1280):
             tab.page.set_viewport_size({"width": width, "height": 800})
-            for label in (HOSTILE[3], *MARKS):
+            for label in (HOSTILE[3], *NON_CLASS_LABELS):
                 page.show(snapshot(91, label)._replace(probabilities=probabilities))
-                tab.wait_for("#answer", label.replace("_", " "))
+                tab.wait_for("#prediction", label.replace("_", " "))
                 assert tab.page.evaluate("document.documentElement.scrollWidth <= innerWidth")
                 seen, pale = tab.page.evaluate(PALE_TEXTS)
                 assert seen > 25
                 assert pale == []
         assert tab.page.evaluate(COLOURS, "lanes") > many
-        assert tab.page.locator("script, iframe, b, img").count() == 1  # its own script
+        assert tab.page.locator("script, iframe, b, img").count() == 1  # only its own script
         page.__exit__()
         tab.wait_for("#state", "Ended")
         assert tab.page.evaluate(PALE_TEXTS)[1] == []
@@ -506,14 +508,14 @@ def test_the_page(browser, scheme: str) -> None:
         assert tab.text("#state") == "Ended"
         assert tab.messages == []
         own = page.address.removeprefix("http")
-        assert {one.removeprefix("http").removeprefix("ws") for one in tab.requests} - {
+        assert {url.removeprefix("http").removeprefix("ws") for url in tab.requests} - {
             "data:,"
         } == {own + name for name in ("", "live.css", "live.js", "live_charts.js", "feed")}
 
 
-def test_a_picture_is_shown_and_hidden(browser) -> None:
+def test_a_frame_is_shown_and_hidden(browser) -> None:
     pixel = """() => {
-      const canvas = document.getElementById("picture");
+      const canvas = document.getElementById("image");
       return canvas.hidden ? -1 : canvas.getContext("2d").getImageData(3, 3, 1, 1).data[0];
     }"""
     with LivePage(CLASSES, "run") as page, opened(browser, page.address) as tab:
@@ -522,7 +524,7 @@ def test_a_picture_is_shown_and_hidden(browser) -> None:
         tab.wait("document.getElementById('placeholder').hidden")
         page.show(snapshot(201, OUT_OF_BODY))
         tab.wait(f"({pixel})() === -1")
-        tab.wait_for("#placeholder", "picture hidden: out of body")
+        tab.wait_for("#placeholder", "frame hidden: out of body")
         tab.wait("!document.getElementById('placeholder').hidden")
         assert tab.text("#detail") == "The camera is outside the body."
         page.show(snapshot(100))  # wound back
@@ -531,16 +533,17 @@ def test_a_picture_is_shown_and_hidden(browser) -> None:
         tab.wait("document.querySelectorAll('#legend li').length === 1")  # a new history
 
 
-def test_the_answer_is_read_aloud_only_where_it_changes(browser) -> None:
+def test_the_prediction_is_read_aloud_only_when_it_changes(browser) -> None:
     count = """() => {
       window.changes = 0;
       new MutationObserver(() => { window.changes += 1; }).observe(
-        document.getElementById("answer"), { childList: true, characterData: true, subtree: true });
+        document.getElementById("prediction"),
+        { childList: true, characterData: true, subtree: true });
     }"""
     with LivePage(CLASSES, "run") as page, opened(browser, page.address) as tab:
         page.show(snapshot(1))
-        tab.wait_for("#answer", "sew")
-        assert tab.page.get_attribute("#answer", "aria-live") == "polite"
+        tab.wait_for("#prediction", "sew")
+        assert tab.page.get_attribute("#prediction", "aria-live") == "polite"
         tab.page.evaluate(count)
         for moment in range(2, 30):
             page.show(snapshot(moment))
@@ -548,22 +551,22 @@ def test_the_answer_is_read_aloud_only_where_it_changes(browser) -> None:
         tab.wait_for("#clock", "0:00:29")
         assert tab.page.evaluate("window.changes") == 0
         page.show(snapshot(31, "cut"))
-        tab.wait_for("#answer", "cut")
+        tab.wait_for("#prediction", "cut")
         assert tab.page.evaluate("window.changes") == 1
 
 
-def test_old_news_look_old(browser) -> None:
+def test_an_old_prediction_looks_old(browser) -> None:
     with LivePage(CLASSES, "run") as page, opened(browser, page.address) as tab:
         page.show(snapshot(1))
         tab.wait_for("#state", "Live")
         assert not tab.page.locator("#overlay").is_visible()
-        assert tab.text("#answer-title") == "Answer now"
+        assert tab.text("#prediction-title") == "Prediction now"
         tab.wait_for("#state", "no news for 3 s")
         assert tab.page.locator("#overlay").is_visible()
         assert "no news for" in tab.text("#overlay")
-        assert tab.text("#answer-title") == "Last answer"
+        assert tab.text("#prediction-title") == "Last prediction"
         assert tab.page.evaluate(PALE_TEXTS)[1] == []
-        with opened(browser, page.address) as late:  # as old for who comes only now
+        with opened(browser, page.address) as late:  # it is old for a new viewer, too
             late.wait_for("#state", "no news for")
         page.show(snapshot(2, state="reconnecting to the camera"))
         tab.wait_for("#state", "reconnecting to the camera")
@@ -574,7 +577,7 @@ def test_old_news_look_old(browser) -> None:
 
 
 class Cable:
-    """What lies between a browser and the page, to be cut."""
+    """A connection between a browser and the page that can be cut."""
 
     def __init__(self, page: LivePage) -> None:
         address = urlsplit(page.address)
@@ -614,7 +617,7 @@ class Cable:
         self._is_cut = False
 
 
-def test_a_lost_connection_is_told_and_found_again(browser) -> None:
+def test_a_lost_connection_is_shown_and_restored(browser) -> None:
     with LivePage(CLASSES, "run") as page:
         cable = Cable(page)
         with opened(browser, cable.address) as tab:
@@ -626,7 +629,7 @@ def test_a_lost_connection_is_told_and_found_again(browser) -> None:
             page.show(snapshot(2, "cut"))
             tab.wait_for("#state", "trying again in 2 s")  # it waits longer each time
             cable.mend()
-            tab.wait_for("#answer", "cut")
+            tab.wait_for("#prediction", "cut")
             tab.wait("document.getElementById('strip').ariaLabel.includes('sew')")
             page.show(snapshot(3))
             tab.wait_for("#state", "Live")
@@ -634,17 +637,17 @@ def test_a_lost_connection_is_told_and_found_again(browser) -> None:
 
 
 def test_the_strips_stretches_and_marks(browser) -> None:
-    runs = """async answers => {
+    runs = """async predictions => {
       const { MARKS, runsOf } = await import(new URL("live_charts.js", location.href));
-      return [Object.keys(MARKS), runsOf(answers).map(run => [run.label, run.start, run.end])];
+      return [Object.keys(MARKS), runsOf(predictions).map(run => [run.label, run.start, run.end])];
     }"""
-    answers = [[10, "a"], [11, "a"], [12, "b"], [13, "b"], [33, "b"], [34, UNCERTAIN]]
+    predictions = [[10, "a"], [11, "a"], [12, "b"], [13, "b"], [33, "b"], [34, UNCERTAIN]]
     with (
         LivePage(CLASSES, "run") as page,
         opened(browser, page.address, reduced_motion="reduce") as tab,
     ):
-        marks, stretches = tab.page.evaluate(runs, [[*answer, []] for answer in answers])
-        assert marks == list(MARKS)
+        marks, stretches = tab.page.evaluate(runs, [[*values, []] for values in predictions])
+        assert marks == list(NON_CLASS_LABELS)
         assert stretches == [["a", 10, 11], ["b", 11, 13], ["b", 32, 33], [UNCERTAIN, 33, 34]]
         assert tab.page.evaluate(runs, [])[1] == []
         page.show(snapshot(1))
@@ -661,7 +664,7 @@ def test_many_classes_scroll_by_keyboard(browser) -> None:
         opened(browser, page.address, viewport={"width": 390, "height": 800}) as tab,
     ):
         page.show(snapshot(1, classes[59])._replace(probabilities=probabilities))
-        tab.wait_for("#answer", "step 59")
+        tab.wait_for("#prediction", "step 59")
         assert tab.page.locator("#bars li").count() == 60
         tab.page.keyboard.press("Tab")
         assert tab.page.evaluate("document.activeElement.id") == "bars"

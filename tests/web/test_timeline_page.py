@@ -1,4 +1,4 @@
-"""timeline_page.py: the page in a real browser, with a real video beside it."""
+"""timeline.html in a real browser, with a real video beside it."""
 
 import itertools
 import json
@@ -16,8 +16,8 @@ from clips.manifest import CLASSES, UNCERTAIN
 from timeline.segments import OUT_OF_BODY, UNREADABLE, Segment, Timeline, read_timeline
 from video.encoder import write_video
 from web.timeline_page import (
-    MOST_BINS,
-    NO_ANSWER,
+    MAX_BINS,
+    NO_PREDICTION,
     bin_probabilities,
     build_timeline_page,
     write_timeline_page,
@@ -49,7 +49,7 @@ PARTS = [  # ten seconds
 def make_timeline(
     segments: list[Segment] = PARTS, classes: tuple[str, ...] = ("cut", "sew", "look")
 ) -> Timeline:
-    """16 answers a second that agree with the segments; none where it is unreadable."""
+    """16 predictions per second that agree with the segments; none where it is unreadable."""
     duration = segments[-1].end
     times = np.arange(0, duration, 1 / 16)
     probabilities = np.full((len(times), len(classes)), 1 / len(classes))
@@ -84,28 +84,30 @@ def make_long() -> Timeline:
     return Timeline("long", CLASSES, 10800, segments, np.arange(172_800) / 16, probabilities)
 
 
-def test_a_bin_is_the_mean_of_its_answers() -> None:
+def test_a_bin_is_the_mean_of_its_predictions() -> None:
     rng = np.random.default_rng(1)
-    probabilities = rng.dirichlet(np.ones(3), 4 * MOST_BINS)
-    found = bin_probabilities(np.arange(4 * MOST_BINS) / 16, probabilities, MOST_BINS / 4)
-    assert found.dtype == np.uint8
-    means = probabilities.reshape(MOST_BINS, 4, 3).mean(axis=1)
-    assert np.array_equal(found, np.round(254 * means))
+    probabilities = rng.dirichlet(np.ones(3), 4 * MAX_BINS)
+    curves = bin_probabilities(np.arange(4 * MAX_BINS) / 16, probabilities, MAX_BINS / 4)
+    assert curves.dtype == np.uint8
+    means = probabilities.reshape(MAX_BINS, 4, 3).mean(axis=1)
+    assert np.array_equal(curves, np.round(254 * means))
 
 
-def test_an_answer_holds_until_the_next_is_due() -> None:
+def test_a_prediction_holds_until_the_next_is_due() -> None:
     times = np.array([1.0, 2.05, 2.95, 4.0, 8.0, 9.0, 10.0])
     values = np.array([0.1, 0.2, 0.3, 0.4, 0.8, np.nan, 0.9])
-    found = bin_probabilities(times, np.stack([values, 1 - values], axis=1), 12.0)
-    shown = [None if value == NO_ANSWER else round(float(value) / 254, 2) for value in found[:, 0]]
-    # Bin 2 has two answers; bin 3 holds the second; bin 7 lies in the gap.
+    curves = bin_probabilities(times, np.stack([values, 1 - values], axis=1), 12.0)
+    shown = [
+        None if value == NO_PREDICTION else round(float(value) / 254, 2) for value in curves[:, 0]
+    ]
+    # Bin 2 has two predictions; bin 3 holds the second one; bin 7 lies in the gap.
     assert shown == [None, 0.1, 0.25, 0.3, 0.4, 0.4, 0.4, None, 0.8, 0.8, 0.9, 0.9]
 
 
 @pytest.mark.parametrize("number", [0, 1])
-def test_curves_of_few_answers(number: int) -> None:
-    found = bin_probabilities(np.zeros(number), np.ones((number, 2)), 5.0)
-    assert found.tolist() == [[254, 254]] * number
+def test_curves_of_few_predictions(number: int) -> None:
+    curves = bin_probabilities(np.zeros(number), np.ones((number, 2)), 5.0)
+    assert curves.tolist() == [[254, 254]] * number
 
 
 def test_a_long_page_is_small() -> None:
@@ -138,15 +140,15 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
     frames = np.zeros((250, 48, 64, 3), np.uint8)
     frames[:, 10:30, 10:50] = np.arange(250, dtype=np.uint8)[:, None, None, None]
     write_video(root / VIDEO, frames)
-    (root / "answers").mkdir()
-    path = root / "answers" / "timeline.html"
+    (root / "results").mkdir()
+    path = root / "results" / "timeline.html"
     write_timeline_page(path, make_timeline(), root / VIDEO, {"command": "predict.py <op>"})
     return path
 
 
 @pytest.fixture
 def visit(browser) -> Iterator[Callable]:
-    """Open a page; at the end nothing may have been loaded or complained of."""
+    """Open a page; at the end there must be no other request and no console message."""
     contexts, messages, requests, allowed = [], [], [], set()
 
     def visit(path: Path, width: int = 1280, complaints: bool = False, **settings: object):
@@ -171,7 +173,7 @@ def visit(browser) -> Iterator[Callable]:
 
 
 def wait_until(tab, expression: str) -> None:
-    """As tab.wait_for_function, which the page's policy forbids: it uses eval."""
+    """Like tab.wait_for_function, which uses eval and is forbidden by the policy of the page."""
     for _ in range(200):
         if tab.evaluate(expression):
             return
@@ -192,7 +194,7 @@ def time_of(tab) -> float:
 
 
 def press(tab, *keys: str) -> list[float]:
-    """The video's time after each key."""
+    """The time of the video after each key."""
     times = []
     for key in keys:
         tab.keyboard.press(key)
@@ -200,11 +202,11 @@ def press(tab, *keys: str) -> list[float]:
     return times
 
 
-def click_at(tab, selector: str, share: float) -> None:
-    """Click on a canvas, at a share of its width."""
+def click_at(tab, selector: str, fraction: float) -> None:
+    """Click on a canvas, at a fraction of its width."""
     tab.locator(selector).scroll_into_view_if_needed()
     box = tab.locator(selector).bounding_box()
-    tab.mouse.click(box["x"] + share * box["width"], box["y"] + box["height"] / 2)
+    tab.mouse.click(box["x"] + fraction * box["width"], box["y"] + box["height"] / 2)
 
 
 def totals(tab) -> list[str]:
@@ -269,7 +271,7 @@ def test_the_keyboard_does_it_all(visit, page: Path) -> None:
     for keys, words in (("++", "Shown: 0:00 to 0:02"), ("-", "Shown: 0:00 to 0:05"), ("0", "")):
         press(tab, *keys)
         wait_until(tab, f"{shown} === '{words}'")
-    # None of it while somebody chooses from a list.
+    # The keys do nothing while somebody chooses from a list.
     tab.focus("[data-number='0'] select")
     now = time_of(tab)
     assert press(tab, "n", "]", "0") == [now] * 3
@@ -441,7 +443,7 @@ def test_a_stream_that_never_came(visit, tmp_path: Path) -> None:
     empty = Timeline("nothing", ("a", "b"), 0.0, [], np.empty(0), np.empty((0, 2)))
     write_timeline_page(tmp_path / "x.html", empty, None)
     tab = visit(tmp_path / "x.html")
-    assert tab.inner_text("#now") == "No answer"
+    assert tab.inner_text("#now") == "No prediction"
     assert tab.locator("#none").is_visible()
 
 
@@ -469,7 +471,7 @@ def test_hours_are_loaded_and_zoomed(visit, tmp_path: Path) -> None:
     tab.mouse.move(x - 200, y, steps=4)
     tab.mouse.up()
     wait_until(tab, f"{shown} !== '{zoomed}'")
-    assert tab.inner_text("#clock") == "0:00:00 of 3:00:00"  # to drag is not to click
+    assert tab.inner_text("#clock") == "0:00:00 of 3:00:00"  # a drag is not a click
     tab.click("#zoom-whole")
     wait_until(tab, f"{shown} === ''")
 
@@ -494,7 +496,7 @@ def test_hours_are_loaded_and_zoomed(visit, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_all_can_be_read_and_nothing_sticks_out(
+def test_all_is_readable_and_nothing_overflows(
     visit, page: Path, tmp_path: Path, scheme: str
 ) -> None:
     classes = (*CLASSES, "A" * 60, *(f"step {number}" for number in range(20)))
@@ -507,7 +509,9 @@ def test_all_can_be_read_and_nothing_sticks_out(
         tab = visit(path, complaints=path != page, color_scheme=scheme)
         tab.select_option("[data-number='1'] select", index=0)
         tab.click("[data-number='2'] .go")
-        tab.evaluate("document.querySelectorAll('details').forEach(one => { one.open = true })")
+        tab.evaluate(
+            "document.querySelectorAll('details').forEach(details => { details.open = true })"
+        )
         tab.hover("#actions")
         for width in (390, 1280):
             tab.set_viewport_size({"width": width, "height": 900})
@@ -533,9 +537,9 @@ def test_all_controls_have_names(visit, page: Path) -> None:
     tab = visit(page)
     nameless = tab.evaluate("""[...document.querySelectorAll(
       'button, select, input, canvas[role], [role=slider], video'
-    )].filter(one => !one.hidden && !one.getAttribute('aria-label')
-      && !one.labels?.[0]?.textContent.trim()
-      && !(one.tagName === 'BUTTON' && one.textContent.trim())).length""")
+    )].filter(element => !element.hidden && !element.getAttribute('aria-label')
+      && !element.labels?.[0]?.textContent.trim()
+      && !(element.tagName === 'BUTTON' && element.textContent.trim())).length""")
     assert nameless == 0
 
 

@@ -1,10 +1,10 @@
-// The live page: asks the server for news, shows them, and says how old they are.
+// The live page: it asks the server for updates, shows them, and tells how old they are.
 
 import { MARKS, classColour, drawLanes, drawStrip, drawSwatch, runsOf } from "./live_charts.js";
 
-const OLD = 2; // seconds after which the newest answer is called old
-const SILENT = 5000; // milliseconds without a word from the server: it says something each second
-const FIRST_WAIT = 500; // milliseconds before the first new try; each further one waits twice as long
+const OLD = 2; // seconds after which the newest prediction is shown as old
+const SILENT = 5000; // milliseconds without a message of the server, which sends one per second
+const FIRST_WAIT = 500; // milliseconds before the first new attempt; each further one waits twice as long
 const LONGEST_WAIT = 10000;
 
 const classes = JSON.parse(document.body.dataset.classes);
@@ -12,11 +12,11 @@ const span = Number(document.body.dataset.window);
 const $ = (id) => document.getElementById(id);
 
 const news = {
-  answers: [], // [time, label, thousandths of each class], oldest first
-  next: 0, // how many answers there have been
-  state: "", // the server's note
+  predictions: [], // [time, label, thousandths of each class], oldest first
+  next: 0, // number of predictions so far
+  state: "", // message of the server
   hidden: false,
-  cameAt: null, // when the newest snapshot came, by this browser's clock; null: none yet
+  cameAt: null, // when the newest snapshot came, by the clock of this browser; null: none yet
 };
 const line = { socket: null, open: false, heardAt: 0, retryAt: null, wait: FIRST_WAIT };
 
@@ -37,8 +37,8 @@ function connect() {
     if (socket !== line.socket) return;
     Object.assign(line, { open: true, retryAt: null, wait: FIRST_WAIT });
     line.heardAt = performance.now();
-    await take(event.data);
-    if (socket.readyState === WebSocket.OPEN) socket.send(String(news.next)); // ask for the next
+    await receive(event.data);
+    if (socket.readyState === WebSocket.OPEN) socket.send(String(news.next)); // ask for the next message
   };
   socket.onclose = () => lose(socket);
 }
@@ -61,25 +61,25 @@ function watch() {
   render();
 }
 
-/** Take a message apart: length of the JSON, JSON, and a JPEG if there is a new picture. */
-async function take(data) {
+/** Read a message: length of the JSON, JSON, and a JPEG if there is a new frame. */
+async function receive(data) {
   const length = new DataView(data).getUint32(0);
   const head = JSON.parse(new TextDecoder().decode(new Uint8Array(data, 4, length)));
-  news.answers.push(...head.answers);
-  // The server drops what is too old, and all of it where time jumps back: so does the page.
-  news.answers.splice(0, news.answers.length - (head.next - head.first));
+  news.predictions.push(...head.predictions);
+  // The server drops old predictions, and all of them where time jumps back; so does the page.
+  news.predictions.splice(0, news.predictions.length - (head.next - head.first));
   news.next = head.next;
   news.state = head.state;
   news.hidden = head.hidden;
   news.cameAt = head.age === null ? null : performance.now() - 1000 * head.age;
-  if (head.hidden) $("picture").hidden = true;
-  else if (data.byteLength > 4 + length) await drawPicture(new Uint8Array(data, 4 + length));
+  if (head.hidden) $("image").hidden = true;
+  else if (data.byteLength > 4 + length) await drawFrame(new Uint8Array(data, 4 + length));
   render();
 }
 
-async function drawPicture(jpeg) {
+async function drawFrame(jpeg) {
   const image = await createImageBitmap(new Blob([jpeg], { type: "image/jpeg" }));
-  const canvas = $("picture");
+  const canvas = $("image");
   if (canvas.width !== image.width || canvas.height !== image.height) {
     canvas.width = image.width;
     canvas.height = image.height;
@@ -90,10 +90,10 @@ async function drawPicture(jpeg) {
   canvas.hidden = false;
 }
 
-// What is shown --------------------------------------------------------------------------------
+// The page -------------------------------------------------------------------------------------
 
-/** Where things stand: a kind for the style, words, and what changes each second. */
-function standing() {
+/** The state of the page: its kind (for the style), a text, and a detail that changes each second. */
+function pageState() {
   const age = news.cameAt === null ? 0 : (performance.now() - news.cameAt) / 1000;
   const silence = age > OLD ? `no news for ${Math.floor(age)}\u00a0s` : "";
   if (news.state === "ended") return ["ended", "Ended", ""];
@@ -102,7 +102,7 @@ function standing() {
     return ["lost", "Connection lost", seconds > 0 ? `trying again in ${seconds}\u00a0s` : "trying again"];
   }
   if (!line.open) return ["waiting", "Connecting", ""];
-  if (news.cameAt === null) return ["waiting", "Waiting for the first answer", ""];
+  if (news.cameAt === null) return ["waiting", "Waiting for the first prediction", ""];
   if (news.state) return ["note", news.state, silence];
   if (silence) return ["stale", "Not live", silence];
   return ["live", "Live", ""];
@@ -110,7 +110,7 @@ function standing() {
 
 let asked = false;
 
-/** Show everything, at the next time that the screen is drawn. */
+/** Show everything at the next animation frame. */
 function render() {
   if (!asked) requestAnimationFrame(show);
   asked = true;
@@ -118,52 +118,52 @@ function render() {
 
 function show() {
   asked = false;
-  const [kind, words, more] = standing();
-  const detail = more && `: ${more}`;
+  const [kind, text, extra] = pageState();
+  const detail = extra && `: ${extra}`;
   $("state").dataset.kind = kind;
-  write("state-word", words);
+  write("state-word", text);
   write("state-detail", detail);
   const isOld = kind !== "live" && news.cameAt !== null;
   $("frame").classList.toggle("old", isOld);
   $("overlay").hidden = !isOld;
-  write("overlay", words + detail);
-  const [time, label, probabilities] = news.answers.at(-1) ?? [null, "", []];
-  const noPicture = label === "out_of_body" ? "picture hidden: out of body" : "no picture";
-  write("placeholder", news.hidden ? noPicture : "no picture yet");
-  $("placeholder").hidden = !$("picture").hidden;
-  showAnswer(label, probabilities, isOld);
+  write("overlay", text + detail);
+  const [time, label, probabilities] = news.predictions.at(-1) ?? [null, "", []];
+  const noFrame = label === "out_of_body" ? "frame hidden: out of body" : "no frame";
+  write("placeholder", news.hidden ? noFrame : "no frame yet");
+  $("placeholder").hidden = !$("image").hidden;
+  showPrediction(label, probabilities, isOld);
   showBars(label, probabilities);
   write("clock", time === null ? "" : `Video time ${clock(time)}`);
   const end = isOld ? "last" : "now";
-  drawStrip($("strip"), news.answers, classes, span, end);
+  drawStrip($("strip"), news.predictions, classes, span, end);
   showLegend();
-  if ($("curves").open) drawLanes($("lanes"), news.answers, classes, span, end);
+  if ($("curves").open) drawLanes($("lanes"), news.predictions, classes, span, end);
 }
 
-function showAnswer(label, probabilities, isOld) {
-  const card = document.querySelector(".answer");
+function showPrediction(label, probabilities, isOld) {
+  const card = document.querySelector(".prediction");
   const mark = MARKS[label];
   const number = classes.indexOf(label);
   card.classList.toggle("old", isOld);
-  write("answer-title", isOld ? "Last answer" : "Answer now");
-  write("answer", mark?.name ?? (label || "–")); // read aloud, so only where it changes
+  write("prediction-title", isOld ? "Last prediction" : "Prediction now");
+  write("prediction", mark?.name ?? (label || "–")); // read aloud, so it is written only when it changes
   $("symbol").hidden = !label;
   write("symbol", mark?.symbol ?? String(number + 1));
   if (mark) card.dataset.mark = label;
   else delete card.dataset.mark;
   const colour = mark ? `var(${mark.colour})` : number < 0 ? "var(--rule)" : classColour(number);
-  card.style.setProperty("--answer", colour);
+  card.style.setProperty("--prediction", colour);
   write("detail", describe(label, probabilities));
 }
 
 function describe(label, probabilities) {
-  if (!label) return "No answer yet.";
+  if (!label) return "No prediction yet.";
   if (label === "unreadable") return "The video cannot be read here.";
   if (label === "out_of_body") return "The camera is outside the body.";
   if (!probabilities.length) return "";
   if (label !== "uncertain") return `Probability ${percent(probabilities[classes.indexOf(label)])}`;
   const likeliest = probabilities.indexOf(Math.max(...probabilities));
-  return `Not sure enough to answer. Likeliest: ${classes[likeliest]}, ${percent(probabilities[likeliest])}`;
+  return `Not sure enough to predict. Likeliest: ${classes[likeliest]}, ${percent(probabilities[likeliest])}`;
 }
 
 const rows = classes.map((name, number) => {
@@ -181,7 +181,7 @@ const rows = classes.map((name, number) => {
   return { row, ...parts };
 });
 if (classes.length > 12) {
-  $("bars").className = "many"; // it scrolls, by keyboard too
+  $("bars").className = "many"; // the list scrolls, by keyboard too
   $("bars").tabIndex = 0;
 }
 
@@ -197,15 +197,15 @@ function showBars(label, probabilities) {
 let legend = "";
 
 function showLegend(again = false) {
-  const runs = runsOf(news.answers);
+  const runs = runsOf(news.predictions);
   const seconds = new Map();
   for (const { label, start, end } of runs) {
     seconds.set(label, (seconds.get(label) ?? 0) + end - start);
   }
   const labels = [...classes, ...Object.keys(MARKS)].filter((label) => seconds.has(label));
   const name = (label) => MARKS[label]?.name ?? label;
-  const told = labels.map((label) => `${name(label)} ${Math.round(seconds.get(label))} s`);
-  $("strip").setAttribute("aria-label", told.join(", ") || "No answers yet");
+  const totals = labels.map((label) => `${name(label)} ${Math.round(seconds.get(label))} s`);
+  $("strip").setAttribute("aria-label", totals.join(", ") || "No predictions yet");
   if (legend === JSON.stringify(labels) && !again) return;
   legend = JSON.stringify(labels);
   $("legend").replaceChildren(

@@ -1,29 +1,30 @@
-// What is drawn of the last two minutes: the strip of answers, its legend, a lane for each class.
+// The charts of the last two minutes: a strip of predictions, its legend, and one lane per class.
 
 export const MARKS = {
-  // Labels that are no class (timeline.MARKS): told by symbol and pattern, not by colour alone.
+  // Labels that are not classes (NON_CLASS_LABELS in timeline/segments.py). They have a symbol and a
+  // pattern, because a colour alone is not enough.
   uncertain: { name: "uncertain", symbol: "?", colour: "--warn" },
   unreadable: { name: "unreadable", symbol: "×", colour: "--alert" },
   out_of_body: { name: "out of body", symbol: "–", colour: "--soft" },
 };
 const FIXED_COLOURS = 8; // --class-0 to --class-7 in live.css
-const AXIS = 20; // pixels below a chart for its times
-const GAP = 3; // seconds without an answer that are left blank, unless answers are that rare
+const AXIS = 20; // height in pixels of the times below a chart
+const GAP = 3; // longer times without a prediction (in seconds) are left blank, unless all are that long
 
 const css = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
 
-/** The colour of a class by its number, in the present colour scheme. */
+/** The colour of a class by its index, in the current colour scheme. */
 export function classColour(number) {
   if (number < FIXED_COLOURS) return css(`--class-${number}`);
   return `hsl(${(number * 137.5) % 360} ${css("--more-classes")})`; // the golden angle
 }
 
-/** Stretches of one label, oldest first: {label, start, end}. An answer is about the time before it. */
-export function runsOf(answers) {
-  const { usual, gap } = stepsOf(answers);
+/** Runs of one label, oldest first: {label, start, end}. A prediction covers the time before it. */
+export function runsOf(predictions) {
+  const { usual, gap } = stepsOf(predictions);
   const runs = [];
-  answers.forEach(([time, label], i) => {
-    const step = i ? time - answers[i - 1][0] : 0;
+  predictions.forEach(([time, label], i) => {
+    const step = i ? time - predictions[i - 1][0] : 0;
     const start = step > gap ? time - usual : time - step;
     const last = runs.at(-1);
     if (last && last.label === label && last.end === start) last.end = time;
@@ -32,21 +33,21 @@ export function runsOf(answers) {
   return runs;
 }
 
-/** Seconds that usually lie between answers, and from how many on it is a gap. */
-function stepsOf(answers) {
-  const steps = answers.slice(1).map(([time], i) => time - answers[i][0]);
+/** The usual seconds between predictions, and the seconds from which on they are a gap. */
+function stepsOf(predictions) {
+  const steps = predictions.slice(1).map(([time], i) => time - predictions[i][0]);
   const usual = steps.sort((a, b) => a - b)[steps.length >> 1] ?? 0;
   return { usual, gap: Math.max(GAP, 3 * usual) };
 }
 
-/** Answers as coloured stretches on an axis of time whose right end is the newest. */
-export function drawStrip(canvas, answers, classes, span, end) {
+/** Draw the predictions as coloured runs on a time axis; the newest one is at the right end. */
+export function drawStrip(canvas, predictions, classes, span, end) {
   const { pen, width, height } = prepare(canvas, canvas.clientHeight);
-  const now = answers.length ? answers.at(-1)[0] : 0;
+  const now = predictions.length ? predictions.at(-1)[0] : 0;
   const x = (time) => width * (1 - (now - time) / span);
   pen.fillStyle = css("--grid");
   pen.fillRect(0, 0, width, height - AXIS);
-  for (const run of runsOf(answers)) {
+  for (const run of runsOf(predictions)) {
     const left = Math.max(0, x(run.start));
     const right = x(run.end);
     if (right > left) paint(pen, run.label, classes, left, right - left, height - AXIS);
@@ -54,20 +55,20 @@ export function drawStrip(canvas, answers, classes, span, end) {
   drawAxis(pen, width, height, span, end);
 }
 
-/** A label's sample for the legend. */
+/** Draw the sample of a label for the legend. */
 export function drawSwatch(canvas, label, classes) {
   const { pen, width, height } = prepare(canvas, 20);
   paint(pen, label, classes, 0, width, height, true);
 }
 
-/** The probability of each class over time: a lane each, its name above it. */
-export function drawLanes(canvas, answers, classes, span, end) {
-  const lane = Math.min(46, 14000 / classes.length); // a canvas can only be so high
+/** Draw the probability of each class over time, one lane per class, with its name above. */
+export function drawLanes(canvas, predictions, classes, span, end) {
+  const lane = Math.min(46, 14000 / classes.length); // the height of a canvas is limited
   const caption = lane > 32 ? 20 : 0;
   const { pen, width, height } = prepare(canvas, lane * classes.length + AXIS);
-  const now = answers.length ? answers.at(-1)[0] : 0;
+  const now = predictions.length ? predictions.at(-1)[0] : 0;
   const x = (time) => width * (1 - (now - time) / span);
-  const { gap } = stepsOf(answers);
+  const { gap } = stepsOf(predictions);
   pen.font = "12px system-ui, sans-serif";
   pen.textBaseline = "middle";
   classes.forEach((name, number) => {
@@ -76,8 +77,8 @@ export function drawLanes(canvas, answers, classes, span, end) {
     pen.fillRect(0, floor, width, 1);
     pen.fillStyle = classColour(number);
     pen.beginPath();
-    let before = null; // the time of the answer before, unless there is a gap
-    for (const [time, , probabilities] of answers) {
+    let before = null; // time of the previous prediction; null: there is a gap
+    for (const [time, , probabilities] of predictions) {
       const known = probabilities.length > 0;
       if (before !== null && !(known && time - before <= gap)) {
         pen.lineTo(x(before), floor);
@@ -99,7 +100,7 @@ export function drawLanes(canvas, answers, classes, span, end) {
 function prepare(canvas, height) {
   const width = canvas.clientWidth;
   const scale = window.devicePixelRatio || 1;
-  canvas.width = Math.round(width * scale); // empties it
+  canvas.width = Math.round(width * scale); // this clears it
   canvas.height = Math.round(height * scale);
   if (canvas.id === "lanes") canvas.style.height = `${height}px`;
   const pen = canvas.getContext("2d");
@@ -119,7 +120,7 @@ function paint(pen, label, classes, left, width, height, isSwatch = false) {
   } else {
     pen.fillStyle = classColour(number);
     pen.fillRect(left, 0, width, height);
-    pen.fillStyle = css("--surface"); // keeps neighbours apart
+    pen.fillStyle = css("--surface"); // separates neighbours
     if (!isSwatch && width > 3) pen.fillRect(left + width - 1, 0, 1, height);
   }
   const short = number < 0 ? mark.symbol : `${number + 1}`;
@@ -139,7 +140,7 @@ function paint(pen, label, classes, left, width, height, isSwatch = false) {
   pen.restore();
 }
 
-/** Stripes; crossed for `unreadable`, dots for `out_of_body`. */
+/** Draw stripes; crossed ones for `unreadable`, dots for `out_of_body`. */
 function hatch(pen, label, colour, left, width, height) {
   pen.fillStyle = css("--surface");
   pen.fillRect(left, 0, width, height);
@@ -163,13 +164,13 @@ function hatch(pen, label, colour, left, width, height) {
   pen.strokeRect(left + 0.75, 0.75, width - 1.5, height - 1.5);
 }
 
-function shorten(pen, text, most) {
+function shorten(pen, text, width) {
   let shown = text;
-  while (shown.length > 2 && pen.measureText(shown).width > most) shown = `${shown.slice(0, -2)}…`;
+  while (shown.length > 2 && pen.measureText(shown).width > width) shown = `${shown.slice(0, -2)}…`;
   return shown;
 }
 
-/** Times before the newest answer; `end` says in a word when that was. */
+/** Draw an axis of the time before the newest prediction; `end` is the word for its right end. */
 function drawAxis(pen, width, height, span, end) {
   pen.font = "12px system-ui, sans-serif";
   pen.textBaseline = "alphabetic";

@@ -1,8 +1,8 @@
-// The player, the keyboard, and what follows from each change.
+// The player, the keyboard, and the update of the page after each change.
 
-const video = $("video"); // null if there is none
+const video = $("video"); // null: there is no video
 let playable = Boolean(video);
-let cursor = 0; // seconds, where no video keeps the time
+let cursor = 0; // position in seconds when no video can be played
 
 const position = () => playable ? Math.min(duration, video.currentTime) : cursor;
 
@@ -13,7 +13,7 @@ function seek(time) {
   follow(true);
 }
 
-// The next shown segment in a direction; going back, first to the start of the one at the cursor.
+// Go to the next shown segment in a direction; back: first to the start of the current one.
 function step(direction) {
   const now = position(), here = segmentAt(now);
   let number = here + direction;
@@ -23,29 +23,29 @@ function step(direction) {
   if (segments[number]) seek(segments[number].start);
 }
 
-let told = {};
+let current = {}; // segment and label that are shown
 
-// Show where the video is; `moved`: somebody chose the place, so the list goes there too.
+// Show the position of the video. `moved`: a person chose it, so the list scrolls there too.
 function follow(moved) {
   const time = position(), number = segmentAt(time);
   $("clock").textContent = `${clock(time)} of ${clock(duration)}`;
   placeHeads();
   if (hovered === null) showValues(time);
   const label = number < 0 ? null : labelOf(number);
-  const isNew = number !== told.number || label !== told.label;
-  if (isNew) tell(number, label);
+  const isNew = number !== current.number || label !== current.label;
+  if (isNew) showCurrent(number, label);
   if (isNew || moved) {
     $("slider").setAttribute("aria-valuenow", time.toFixed(1));
     $("slider").setAttribute("aria-valuetext", `${clock(time)}, ${$("now").textContent}`);
-    // Not away from under a hand that is at work there.
+    // The list does not scroll away while somebody uses it.
     markRow(number, moved || !$("list").matches(":hover, :focus-within"));
   }
 }
 
-function tell(number, label) {
-  told = { number, label };
+function showCurrent(number, label) {
+  current = { number, label };
   $("now-chip").hidden = number < 0;
-  $("now").textContent = number < 0 ? "No answer" : nameOf(label);
+  $("now").textContent = number < 0 ? "No prediction" : nameOf(label);
   if (number < 0) return;
   dress($("now-chip"), label);
   const { confidence } = segments[number];
@@ -57,23 +57,23 @@ function changed() {
   showTotals();
   showList();
   redraw();
-  told = {};
+  current = {};
   follow(false);
-  tellSaved();
+  showSaved();
 }
 
-function tellSaved() {
+function showSaved() {
   const count = corrections.size;
   const words = `${count} ${count === 1 ? "segment" : "segments"} corrected`;
   $("saved").textContent = count ? `${words}${isExported() ? ", exported." : ", not exported yet."}`
-    : isExported() ? "" : "Corrections taken back since the last export.";
+    : isExported() ? "" : "Corrections were undone since the last export.";
   $("undo").disabled = !steps.length;
   $("reset").disabled = !count;
 }
 
 function play() {
   if (!playable) return;
-  if (video.paused) video.play().catch(() => {}); // the reason comes as an event of its own
+  if (video.paused) video.play().catch(() => {}); // an error event gives the reason
   else video.pause();
 }
 
@@ -89,7 +89,7 @@ function listenToVideo() {
   let before = 0;
   const frame = () => {
     const time = position();
-    if (before <= view.to && time > view.to) reveal(time); // unless somebody looks elsewhere
+    if (before <= view.to && time > view.to) reveal(time); // unless another part is in view
     before = time;
     follow(false);
     if (!video.paused && playable) requestAnimationFrame(frame);
@@ -99,7 +99,7 @@ function listenToVideo() {
     video.addEventListener(name, () => playable && follow(false));
   }
   video.addEventListener("error", cannotPlay);
-  // A file of which only the sound is understood has no width.
+  // A file of which only the sound can be played has no width.
   video.addEventListener("loadedmetadata", () => video.videoWidth || cannotPlay());
   if (video.error || video.networkState === HTMLMediaElement.NETWORK_NO_SOURCE) cannotPlay();
 }
@@ -152,7 +152,7 @@ for (const [id, act] of Object.entries({
   previous: back, next: on, "zoom-in": zoomIn, "zoom-out": zoomOut, "zoom-whole": zoomWhole,
   undo: () => { undo(); changed(); },
   reset: () => { correctNone(); changed(); },
-  export: () => { exportCsv(); tellSaved(); },
+  export: () => { exportCsv(); showSaved(); },
 })) $(id).addEventListener("click", act);
 addEventListener("beforeunload", event => {
   if (!isExported()) event.preventDefault();

@@ -1,18 +1,18 @@
-// What the page knows: what timeline_page.py wrote into it, and the corrections made here.
+// The data of the page: what timeline_page.py wrote into it, and the corrections made here.
 
 const $ = id => document.getElementById(id);
 const data = JSON.parse($("data").textContent);
-const { duration, labels, bins } = data; // the labels: all classes, then the marks
+const { duration, labels, bins } = data; // labels: all classes, then the marks
 const segments = data.segments.map(([start, end, label, confidence]) => (
-  { start, end, label, confidence })); // seconds; a label by its number
-const NO_ANSWER = 255;
-const curves = Uint8Array.from(atob(data.curves), c => c.charCodeAt(0)); // class after class
+  { start, end, label, confidence })); // times in seconds; a label is an index into labels
+const NO_PREDICTION = 255;
+const curves = Uint8Array.from(atob(data.curves), c => c.charCodeAt(0)); // one class after the other
 
 const isMark = label => data.marks.includes(labels[label]);
 const nameOf = label => isMark(label) ? labels[label].replaceAll("_", " ") : labels[label];
 
-let corrections = new Map(); // a segment's number: its label
-const steps = []; // the corrections before each change, to undo it
+let corrections = new Map(); // index of a segment: its label
+const steps = []; // the corrections before each change, for undo
 let exported = state();
 
 const labelOf = number => corrections.get(number) ?? segments[number].label;
@@ -37,7 +37,8 @@ function undo() {
   corrections = steps.pop() ?? corrections;
 }
 
-// The last segment that starts by a time, -1 before all. Times from a player are off by some ns.
+// Index of the last segment that starts at or before a time, -1: none. The times of a player are
+// off by some ns.
 function segmentAt(time) {
   let low = 0, high = segments.length;
   while (low < high) {
@@ -48,16 +49,16 @@ function segmentAt(time) {
   return low - 1;
 }
 
-// 0 to 1, or null where the model gave no answer.
+// The probability of a label, 0 to 1, or null where there is no prediction.
 function probabilityAt(label, time) {
   if (!bins) return null;
   const bin = Math.min(bins - 1, Math.floor(time / duration * bins));
   const value = curves[label * bins + bin];
-  return value === NO_ANSWER ? null : value / 254;
+  return value === NO_PREDICTION ? null : value / 254;
 }
 
-// As RFC 4180 has it. A label is written as it is, even if a spreadsheet takes it for a formula:
-// it must come back as the same label.
+// The corrected timeline as CSV (RFC 4180). A label is written unchanged, even if a spreadsheet
+// takes it for a formula: it must be read back as the same label.
 function toCsv() {
   const quote = text => /[",\r\n]/.test(text) ? `"${text.replaceAll('"', '""')}"` : text;
   const rows = segments.map(({ start, end, label, confidence }, number) => {
@@ -74,11 +75,11 @@ function exportCsv() {
   link.href = URL.createObjectURL(new Blob([toCsv()], { type: "text/csv" }));
   link.download = "timeline_corrected.csv";
   link.click();
-  setTimeout(() => URL.revokeObjectURL(link.href), 60_000); // a phone may ask where to first
+  setTimeout(() => URL.revokeObjectURL(link.href), 60_000); // a phone may first ask for the folder
   exported = state();
 }
 
-// h:mm:ss, or m:ss in a video below an hour; with decimals if asked for.
+// Seconds as h:mm:ss, or as m:ss in a video below an hour; with decimals if asked for.
 function clock(seconds, decimals = 0) {
   const unit = 10 ** decimals;
   const ticks = decimals ? Math.round(seconds * unit) : Math.floor(seconds + 0.0005);
@@ -88,11 +89,11 @@ function clock(seconds, decimals = 0) {
   return `${Math.floor(minutes / 60)}:${String(minutes % 60).padStart(2, "0")}:${rest}`;
 }
 
-// Write a name into an element; it may break between its words.
+// Write a name into an element; lines may break between its words.
 function write(element, text) {
   const parts = text.split(/(?<=[a-z])(?=[A-Z])|(?<=[_/.-])(?=\w)/);
   element.replaceChildren(...parts.flatMap((part, i) => i ? [document.createElement("wbr"), part] : [part]));
 }
 
-const percent = (share, decimals = 0) =>
-  share === null ? "–" : `${(100 * share).toFixed(decimals)}\u00a0%`;
+const percent = (fraction, decimals = 0) =>
+  fraction === null ? "–" : `${(100 * fraction).toFixed(decimals)}\u00a0%`;

@@ -1,9 +1,9 @@
-// The actions with their totals and ticks, and the list of segments.
+// The table of actions with totals and check boxes, and the list of segments.
 
 const shownLabels = new Set(labels.keys());
-const totalOf = new Map(); // a label's number: its row of totals
-const rows = new Map(); // a segment's number: its row, if it is on the screen
-let listed = []; // numbers of the segments in the list
+const totalOf = new Map(); // index of a label: its row of totals
+const rows = new Map(); // index of a segment: its row, if it is on the screen
+let listed = []; // indices of the segments in the list
 let currentRow = -1;
 
 function makeTotals(changed) {
@@ -57,27 +57,27 @@ function showList() {
   placeRows();
 }
 
-// Thousands of rows would make the page slow: only those in sight are there, each at its place.
+// Thousands of rows would make the page slow: only those in view exist, each at its position.
 function placeRows(everything = false) {
   const height = rowHeight(), box = $("list");
   $("rows").style.height = `${listed.length * height}px`;
   const first = everything ? 0 : Math.max(0, Math.floor(box.scrollTop / height) - 6);
   const last = everything ? listed.length : first + Math.ceil(box.clientHeight / height) + 12;
   const wanted = new Set(listed.slice(first, last));
-  for (const [number, row] of rows) { // a row in which somebody works stays
+  for (const [number, row] of rows) { // a row with the focus stays
     if (!wanted.has(number) && !row.contains(document.activeElement)) dropRow(number);
   }
   let next = $("rows").firstElementChild;
-  listed.forEach((number, place) => {
+  listed.forEach((number, position) => {
     let row = rows.get(number);
-    if (!row && !(place >= first && place < last)) return;
+    if (!row && !(position >= first && position < last)) return;
     if (row) next = row.nextElementSibling;
     else {
       row = makeRow(number);
       $("rows").insertBefore(row, next);
     }
-    row.style.top = `${place * height}px`;
-    row.setAttribute("aria-rowindex", place + 2);
+    row.style.top = `${position * height}px`;
+    row.setAttribute("aria-rowindex", position + 2);
   });
 }
 
@@ -114,20 +114,20 @@ function fillRow(row, number) {
   row.querySelector(".value").textContent = corrected ? "" : percent(confidence);
   row.classList.toggle("corrected", corrected);
   row.querySelector(".restore").hidden = !corrected;
-  row.querySelector(".restore").textContent = nameOf(before); // after "Back to", says timeline.css
+  row.querySelector(".restore").textContent = nameOf(before); // timeline.css writes "Back to" before it
 }
 
-// Mark a segment's row as the one that is played; bring it into sight if asked for.
+// Mark the row of the segment that is played; scroll to it if `bring`.
 function markRow(number, bring) {
   rows.get(currentRow)?.classList.remove("current");
   rows.get(currentRow)?.removeAttribute("aria-current");
   currentRow = number;
-  const place = listed.indexOf(number), box = $("list");
-  if (bring && place >= 0) {
-    const height = rowHeight(), top = place * height;
+  const position = listed.indexOf(number), box = $("list");
+  if (bring && position >= 0) {
+    const height = rowHeight(), top = position * height;
     const head = box.firstElementChild.offsetHeight;
-    const isSeen = top >= box.scrollTop && top + height <= box.scrollTop + box.clientHeight - head;
-    if (!isSeen) box.scrollTop = top - (box.clientHeight - head) / 3;
+    const isVisible = top >= box.scrollTop && top + height <= box.scrollTop + box.clientHeight - head;
+    if (!isVisible) box.scrollTop = top - (box.clientHeight - head) / 3;
     placeRows();
   }
   rows.get(number)?.classList.add("current");
@@ -148,7 +148,7 @@ function listenToList(seek, changed) {
   });
   const change = (number, label) => {
     correct(number, label);
-    shownLabels.add(label); // else the row would vanish under the hand
+    shownLabels.add(label); // otherwise the row would disappear at once
     changed();
     rows.get(number)?.querySelector("select").focus({ preventScroll: true });
   };

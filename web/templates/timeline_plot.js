@@ -1,9 +1,9 @@
-// The drawn part: the whole video, the part of it in view, and a curve for each class.
+// The plots: the whole video, the part in view, and one curve per class.
 
 const AXIS_STEPS = [0.1, 0.5, 1, 2, 5, 10, 15, 30, 60, 120, 300, 600, 900, 1800, 3600];
 const SMALLEST_VIEW = Math.min(duration, 2); // seconds
 const view = { from: 0, to: duration };
-const laneOf = new Map(); // a class's number: its row of the plot
+const laneOf = new Map(); // index of a class: its row of the plot
 let onSeek = () => {};
 let drawing = 0;
 
@@ -13,7 +13,7 @@ function makeCurves() {
     dress(row.querySelector(".chip"), label);
     write(row.querySelector(".name"), nameOf(label));
     row.querySelector("canvas").setAttribute("aria-label",
-      `Probability of ${nameOf(label)} over time; its value at the cursor stands beside it`);
+      `Probability of ${nameOf(label)} over time; the value at the cursor is shown beside it`);
     $("curves").append(row);
     laneOf.set(label, row);
   }
@@ -36,21 +36,21 @@ function setView(from, to) {
 
 function zoom(factor, around) {
   const span = Math.min(duration, Math.max(SMALLEST_VIEW, (view.to - view.from) * factor));
-  const share = (around - view.from) / (view.to - view.from);
-  setView(around - share * span, around + (1 - share) * span);
+  const fraction = (around - view.from) / (view.to - view.from);
+  setView(around - fraction * span, around + (1 - fraction) * span);
 }
 
 function pan(seconds) {
   setView(view.from + seconds, view.to + seconds);
 }
 
-// Move the view so that a time is in it.
+// Move the view to a time, unless it is in view.
 function reveal(time) {
   const span = view.to - view.from;
   if (time < view.from || time > view.to) setView(time - 0.15 * span, time + 0.85 * span);
 }
 
-// All drawing waits for the next frame, however often it is asked for.
+// Draw at the next animation frame, once, however often this is called.
 function redraw() {
   drawing ||= requestAnimationFrame(draw);
 }
@@ -92,13 +92,13 @@ function drawSegments(canvas, from, to, named) {
   ctx.font = `600 13px ${getComputedStyle(document.body).fontFamily}`;
   ctx.textBaseline = "middle";
   for (let i = Math.max(0, segmentAt(from)); i < segments.length && segments[i].start < to; i++) {
-    const label = labelOf(i), look = looks[label];
+    const label = labelOf(i), style = styles[label];
     const left = Math.max(0, (segments[i].start - from) * scale);
     const wide = Math.min(width, (segments[i].end - from) * scale) - left;
     const seen = shownLabels.has(label);
     ctx.globalAlpha = seen ? 1 : 0.14;
-    ctx.fillStyle = look.fill;
-    ctx.fillRect(left, 0, wide > 4 ? wide - 1 : wide, height); // a gap between wide ones
+    ctx.fillStyle = style.fill;
+    ctx.fillRect(left, 0, wide > 4 ? wide - 1 : wide, height); // with a gap between wide segments
     if (corrections.has(i)) {
       ctx.fillStyle = ink;
       ctx.fillRect(left, height - 4, Math.max(2, wide - 1), 4);
@@ -106,9 +106,9 @@ function drawSegments(canvas, from, to, named) {
     if (!named || !seen || wide < 24) continue;
     const text = nameOf(label), room = ctx.measureText(text).width;
     if (room + 14 > wide) continue;
-    ctx.fillStyle = look.colour; // a plain ground where there is a pattern
+    ctx.fillStyle = style.colour; // a plain background where there is a pattern
     ctx.fillRect(left + 3, height / 2 - 9, room + 8, 18);
-    ctx.fillStyle = look.ink;
+    ctx.fillStyle = style.ink;
     ctx.fillText(text, left + 7, height / 2 + 0.5);
   }
 }
@@ -116,7 +116,7 @@ function drawSegments(canvas, from, to, named) {
 function drawAxis() {
   const { ctx, width } = prepare($("axis"));
   const perPixel = (view.to - view.from) / width;
-  const step = AXIS_STEPS.find(one => one / perPixel >= 76) ?? AXIS_STEPS.at(-1);
+  const step = AXIS_STEPS.find(seconds => seconds / perPixel >= 76) ?? AXIS_STEPS.at(-1);
   ctx.fillStyle = ctx.strokeStyle = themed("--soft");
   ctx.font = `12px ${getComputedStyle(document.body).fontFamily}`;
   for (let n = Math.ceil(view.from / step); n * step <= view.to; n++) {
@@ -127,8 +127,8 @@ function drawAxis() {
   }
 }
 
-// A column of pixels shows the mean of its bins, and paler the largest of them, so that a moment's
-// answer is not lost in the view of hours.
+// A column of pixels shows the mean of its bins, and in a paler colour the largest of them: a short
+// peak stays visible in a view of hours.
 function drawCurve(canvas, label) {
   const { ctx, width, height } = prepare(canvas);
   const first = label * bins, perPixel = (view.to - view.from) / duration * bins / width;
@@ -142,7 +142,7 @@ function drawCurve(canvas, label) {
     let sum = 0, count = 0, peak = 0;
     for (let bin = from; bin < to; bin++) {
       const value = curves[first + bin];
-      if (value === NO_ANSWER) continue;
+      if (value === NO_PREDICTION) continue;
       sum += value;
       count += 1;
       if (value > peak) peak = value;
@@ -157,13 +157,13 @@ function drawCurve(canvas, label) {
     else edge.moveTo(x, y(sum / count));
     joined = true;
   }
-  ctx.fillStyle = looks[label].colour;
+  ctx.fillStyle = styles[label].colour;
   ctx.globalAlpha = 0.3;
   ctx.fill(peaks);
   ctx.globalAlpha = 1;
-  ctx.fillStyle = looks[label].fill;
+  ctx.fillStyle = styles[label].fill;
   ctx.fill(means);
-  ctx.strokeStyle = themed("--soft"); // the pale colours need an edge
+  ctx.strokeStyle = themed("--soft"); // pale colours need an outline
   ctx.stroke(edge);
 }
 
@@ -194,7 +194,7 @@ function hover(time) {
   tip.style.transform = `translateX(${Math.max(0, Math.min(edge, xOf(time) + 8))}px)`;
 }
 
-// Click: go there; drag: move along; two fingers: zoom.
+// A click jumps to a time, dragging moves along, two fingers zoom.
 function listen(area, canvasOf, seconds) {
   const pointers = new Map();
   let moved = false, began = 0;
@@ -210,7 +210,7 @@ function listen(area, canvasOf, seconds) {
     if (before === undefined) return;
     const others = [...pointers].filter(([id]) => id !== event.pointerId).map(([, x]) => x);
     pointers.set(event.pointerId, event.clientX);
-    if (others.length) { // what is between the fingers stays there
+    if (others.length) { // the time between the fingers stays in its place
       const apart = x => Math.max(8, Math.abs(x - others[0]));
       const middle = timeAt((before + others[0]) / 2, $("actions"), view.from, view.to);
       zoom(apart(before) / apart(event.clientX), middle);

@@ -1,9 +1,9 @@
-// How a label looks: a colour, and a pattern where the colour alone would not tell it.
+// The style of each label: a colour, and a pattern where the colour alone is not unique.
 
-// Okabe and Ito, https://jfly.uni-koeln.de/color: told apart with every kind of colour vision.
+// Okabe and Ito, https://jfly.uni-koeln.de/color: distinct for every kind of colour vision.
 const COLOURS = ["#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#f0e442"];
-const PATTERNS = ["plain", "bars", "columns", "squares"]; // of each next round of the colours
-const SHADES = [0, 0.5, -0.45]; // towards white or black, when the patterns are used up too
+const PATTERNS = ["plain", "bars", "columns", "squares"]; // one per round through the colours
+const SHADES = [0, 0.5, -0.45]; // towards white or black, when the patterns are used up as well
 const MARKS = {
   uncertain: ["#c3c9d1", "diagonals"],
   unreadable: ["#3d4650", "crosses"],
@@ -11,9 +11,9 @@ const MARKS = {
 };
 const TILE = 12; // pixels
 
-const looks = makeLooks();
+const styles = makeStyles();
 
-function makeLooks() {
+function makeStyles() {
   let count = 0;
   return labels.map((name, label) => {
     const round = Math.floor(count / COLOURS.length);
@@ -24,7 +24,7 @@ function makeLooks() {
       pattern = PATTERNS[round % PATTERNS.length];
       count += 1;
     }
-    const ink = lightness(colour) > 0.18 ? "#000000" : "#ffffff"; // both 4.5 or more there
+    const ink = lightness(colour) > 0.18 ? "#000000" : "#ffffff"; // both contrasts are at least 4.5
     const tile = drawTile(colour, ink, pattern);
     const fill = pattern === "plain" ? colour : tile.getContext("2d").createPattern(tile, "repeat");
     if (pattern !== "plain") fill.setTransform(new DOMMatrix().scale(0.5));
@@ -49,7 +49,7 @@ function lightness(colour) {
   return 0.2126 * r + 0.7152 * g + 0.0722 * b;
 }
 
-// A tile at twice its size, for sharp screens.
+// A tile of the pattern, drawn at twice its size for sharp screens.
 function drawTile(colour, ink, pattern) {
   const canvas = document.createElement("canvas");
   canvas.width = canvas.height = 2 * TILE;
@@ -87,5 +87,5 @@ function drawTile(colour, ink, pattern) {
 }
 
 function dress(chip, label) {
-  chip.style.backgroundImage = looks[label].image;
+  chip.style.backgroundImage = styles[label].image;
 }
