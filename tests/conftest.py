@@ -115,3 +115,20 @@ def browser() -> Iterator[Any]:
         browser = playwright.chromium.launch(executable_path=chromium, args=CHROMIUM)
         yield browser
         browser.close()
+
+
+# The files that take longest, which start first: a long one at the end would run alone.
+_SLOWEST = (
+    "test_resume.py",
+    "test_real_clips.py",
+    "test_train.py",
+    "test_predict.py",
+    "test_cross_validate.py",
+    "test_streaming.py",
+    "test_benchmark_latency.py",
+    "test_feature_cache.py",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: item.path.name not in _SLOWEST)  # stable: the rest keeps its order

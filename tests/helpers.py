@@ -2,6 +2,7 @@
 
 import atexit
 import csv
+import importlib
 import math
 import multiprocessing
 import os
@@ -96,30 +97,44 @@ _FORKSERVER = multiprocessing.get_context("forkserver")
 _FORKSERVER.set_forkserver_preload(["train"])  # once, instead of in each of the processes
 
 
-def start_training(folder: Path, *arguments: object, **environment: str) -> BaseProcess:
-    """Run train.py in a process and process group of its own, which signals can disturb.
+def start_script(
+    script: str, *arguments: object, cwd: Path, stdin: Path | None = None, **environment: str
+) -> BaseProcess:
+    """Start a script in a process and process group of its own, which signals can disturb.
 
-    Its output goes to out.txt in the folder.
+    The process is forked from one that has imported torch, which saves seconds. Its output is added
+    to out.txt in the folder `cwd`.
+
+    Args:
+        stdin: what the script reads: a file or a named pipe.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    cwd.mkdir(parents=True, exist_ok=True)
     process = _FORKSERVER.Process(
-        target=_train_in, args=(folder, list(map(str, arguments)), environment)
+        target=_run_in, args=(script, list(map(str, arguments)), cwd, stdin, environment)
     )
     process.start()
     return process
 
 
-def _train_in(folder: Path, arguments: Sequence[str], environment: dict[str, str]) -> None:
-    from train import main
-
+def _run_in(
+    script: str,
+    arguments: Sequence[str],
+    cwd: Path,
+    stdin: Path | None,
+    environment: dict[str, str],
+) -> None:
+    main = importlib.import_module(script.removesuffix(".py")).main
     os.environ.update(environment)
     os.setsid()
-    os.chdir(folder)
+    os.chdir(cwd)
+    if stdin:
+        os.dup2(os.open(stdin, os.O_RDONLY), 0)
+        sys.stdin = open(0)  # noqa: SIM115
     multiprocessing.set_start_method("fork", force=True)  # of loaders' workers, as in a script
     torch.set_num_threads(1)
     # It stays open until the end, because multiprocessing flushes it.
     output = open("out.txt", "a", buffering=1)  # noqa: SIM115
-    sys.argv, sys.stdout, sys.stderr = ["train.py", *arguments], output, output
+    sys.argv, sys.stdout, sys.stderr = [str(ROOT / script), *arguments], output, output
     try:
         main()
     except Exception:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import torch
-from helpers import ROOT, TINY_FLAGS, make_clip, make_model, run_script
+from helpers import ROOT, TINY_FLAGS, make_clip, make_model
 from torch import nn
 
 from benchmark_latency import BenchmarkConfig, ModelSpec, count_gflops, main
@@ -89,8 +89,8 @@ def test_every_repeat_is_timed() -> None:
 def test_script(tiny_data: Path, tmp_path: Path, run_main) -> None:
     run_main(train_main, "--data-root", tiny_data, *TINY_FLAGS, "--epochs", 1, cwd=tmp_path)
     run = next((tmp_path / "runs").iterdir())
-    done = run_script(
-        "benchmark_latency.py",
+    done = run_main(
+        main,
         *("--model-names", "cnnlstm", "vivit@48", run),
         *("--image-size", 32, "--n-frames", 4, "--batch-size", 2, "--repeats", 2, "--warmup", 1),
         cwd=tmp_path,

@@ -12,7 +12,6 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from helpers import run_script
 
 import compare
 from checkpoint import save_checkpoint
@@ -328,10 +327,10 @@ def test_picture_of_close_points_and_missing_intervals(tmp_path: Path) -> None:
     assert (tmp_path / "a.png").stat().st_size > 10_000
 
 
-def test_script(runs, tmp_path: Path) -> None:
+def test_script(runs, tmp_path: Path, run_main) -> None:
     hostile = shutil.copytree(runs[1], tmp_path / "a\\|b $x_1$ | *c*")
     arguments = ["--device", "cpu", "--repeats", 2, "--warmup", 1, "--output", "out"]
-    done = run_script("compare.py", runs[0], hostile, runs[2], *arguments, cwd=tmp_path)
+    done = run_main(compare.main, runs[0], hostile, runs[2], *arguments, cwd=tmp_path)
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
         "accuracy_latency.png",
         "comparison.csv",

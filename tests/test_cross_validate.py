@@ -1,16 +1,16 @@
 """cross_validate.py: every clip tested once by a model that did not see its patient; resumable."""
 
 import json
+import os
 import signal
-import subprocess
-import sys
 import time
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
-from helpers import ROOT, TINY_FLAGS, run_script
+from helpers import TINY_FLAGS, start_script
 
 from checkpoint import load_checkpoint
 from clips.split import SplitConfig, split
@@ -40,9 +40,12 @@ def flags(folds: Path, data: Path) -> list[str]:
 def finished(folds: Path, tiny_data: Path, tmp_path_factory) -> tuple[Path, str]:
     """A cross-validation that nobody disturbed, and what it printed."""
     folder = tmp_path_factory.mktemp("finished")
-    done = run_script("cross_validate.py", *flags(folds, tiny_data), cwd=folder)
+    process = start_script("cross_validate.py", *flags(folds, tiny_data), cwd=folder)
+    process.join()
+    output = (folder / "out.txt").read_text()
+    assert process.exitcode == 0, output
     (run,) = (folder / "runs").iterdir()
-    return run, done.stdout
+    return run, output
 
 
 def test_every_clip_is_tested_once_by_its_fold(finished, folds: Path) -> None:
@@ -118,40 +121,32 @@ def test_table_without_intervals() -> None:
 
 
 def test_killed_and_interrupted_it_goes_on_with_the_same_result(
-    finished, folds: Path, tiny_data: Path, tmp_path: Path
+    finished, folds: Path, tiny_data: Path, tmp_path: Path, run_main
 ) -> None:
     """SIGKILL in the second fold, SIGINT in the third; finished folds are not trained again."""
-    command = [sys.executable, str(ROOT / "cross_validate.py")]
 
-    def start(*arguments: object) -> subprocess.Popen:
-        return subprocess.Popen(
-            [*command, *map(str, arguments)],
-            cwd=tmp_path,
-            stdout=open(tmp_path / "out.txt", "a"),
-            stderr=subprocess.STDOUT,
-        )
-
-    def wait_for(process: subprocess.Popen, name: str) -> Path:
+    def wait_for(process: BaseProcess, name: str) -> Path:
         deadline = time.monotonic() + 120
         while not (found := list((tmp_path / "runs").glob(f"*/{name}"))):
-            assert process.poll() is None, (tmp_path / "out.txt").read_text()
+            assert process.exitcode is None, (tmp_path / "out.txt").read_text()
             assert time.monotonic() < deadline
             time.sleep(0.01)
         return found[0]
 
-    process = start(*flags(folds, tiny_data))
+    process = start_script("cross_validate.py", *flags(folds, tiny_data), cwd=tmp_path)
     run = wait_for(process, "fold2/last.pt").parent.parent
     process.kill()
-    process.wait()
+    process.join()
     kept = (run / "fold1/test_metrics.json").stat().st_mtime_ns
     assert not (run / "predictions.csv").exists()
-    process = start("--resume", run)
+    process = start_script("cross_validate.py", "--resume", run, cwd=tmp_path)
     wait_for(process, "fold3/last.pt")
-    process.send_signal(signal.SIGINT)
-    assert process.wait(60) in (128 + signal.SIGINT, 130)
+    os.kill(process.pid, signal.SIGINT)
+    process.join(60)
+    assert process.exitcode == 128 + signal.SIGINT
     said = (tmp_path / "out.txt").read_text()
     assert f"python cross_validate.py --resume {run}" in said
-    run_script("cross_validate.py", "--resume", run, cwd=tmp_path)
+    run_main(main, "--resume", run, cwd=tmp_path)
     assert (run / "fold1/test_metrics.json").stat().st_mtime_ns == kept
     undisturbed = pd.read_csv(finished[0] / "predictions.csv")
     pd.testing.assert_frame_equal(pd.read_csv(run / "predictions.csv"), undisturbed)

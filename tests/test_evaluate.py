@@ -9,7 +9,6 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from helpers import run_script
 from torch import nn
 from torch.utils.data import DataLoader
 
@@ -96,11 +95,8 @@ def test_model_is_left_in_eval_mode_without_gradients(tiny_data: Path) -> None:
 def test_evaluating_again_gives_the_numbers_of_training(run: Path, tmp_path, run_main) -> None:
     trained = json.loads((run / "test_metrics.json").read_text())
     more = ("--num-workers", 0, "--output", tmp_path / "a")
-    for evaluate_again in (  # a run folder and a checkpoint file mean the same
-        lambda: run_script("evaluate.py", run, *more, cwd=tmp_path),
-        lambda: run_main(main, run / "best.pt", *more, cwd=tmp_path),
-    ):
-        evaluate_again()
+    for checkpoint in (run, run / "best.pt"):  # a run folder and a checkpoint file mean the same
+        run_main(main, checkpoint, *more, cwd=tmp_path)
         evaluated = json.loads((tmp_path / "a/test_metrics.json").read_text())
         for key in ("accuracy", "macro_f1", "balanced_accuracy", "clips", "per_class"):
             assert evaluated[key] == trained[key]

@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import ROOT, run_script
+from helpers import ROOT, run_script, start_script
 from torch import nn
 
 from checkpoint import load_checkpoint, rebuild_model, save_checkpoint
@@ -508,32 +508,37 @@ def test_an_interrupted_run_keeps_what_it_had(
     number: signal.Signals, runs, transport: bytes, tmp_path: Path
 ) -> None:
     """A pipe that does not end: after some predictions the run is stopped, or killed."""
-    process = start(runs("cnnlstm"), "-", "--output", "out", cwd=tmp_path)
-    process.stdin.write(transport)
-    process.stdin.flush()
-    frames = wait_for_rows(tmp_path / "out", 20)
-    process.send_signal(number)
-    process.wait(60)  # the pipe is still open
-    process.stdin.close()
-    stderr = process.stderr.read().decode()
-    process.stdout.close()
-    process.stderr.close()
+    os.mkfifo(tmp_path / "pipe")
+    arguments = [runs("cnnlstm"), "-", "--output", "out"]
+    process = start_script("predict.py", *arguments, cwd=tmp_path, stdin=tmp_path / "pipe")
+    with open(tmp_path / "pipe", "wb") as pipe:
+        pipe.write(transport)
+        pipe.flush()
+        frames = wait_for_rows(tmp_path / "out", 20)
+        os.kill(process.pid, number)
+        process.join(60)  # the pipe is still open
     rows = rows_of(frames)
     assert all(len(row) == 4 for row in rows[:-1])
     if number == signal.SIGKILL:
         assert not (frames.parent / "timeline.csv").exists()
         return
-    assert process.returncode == 130
-    assert "the results so far are written" in stderr
+    assert process.exitcode == 130
+    assert "the results so far are written" in (tmp_path / "out.txt").read_text()
     segments = read_timeline(frames.parent / "timeline.csv")[""]
     assert float(rows[-1][0]) <= segments[-1].end <= 20
     assert "interrupted after" in (frames.parent / "timeline.html").read_text()
 
 
 def test_a_pipe_gives_what_the_file_gives(runs, video: Path, transport: bytes, tmp_path) -> None:
-    process = start(runs("cnnlstm"), "-", "--output", "out", cwd=tmp_path)
-    _, stderr = process.communicate(transport, timeout=90)
-    assert process.returncode == 0, stderr
+    (tmp_path / "operation.ts").write_bytes(transport)
+    process = start_script(
+        "predict.py",
+        *(runs("cnnlstm"), "-", "--output", "out"),
+        cwd=tmp_path,
+        stdin=tmp_path / "operation.ts",
+    )
+    process.join(90)
+    assert process.exitcode == 0, (tmp_path / "out.txt").read_text()
     (folder,) = (tmp_path / "out").iterdir()
     assert folder.name.endswith("_pipe.timeline")
     piped = read_timeline(folder / "timeline.csv")[""]

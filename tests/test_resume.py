@@ -15,7 +15,7 @@ from helpers import (
     make_state,
     only_run,
     same_tensors,
-    start_training,
+    start_script,
     tiny_config,
     train_epoch,
     train_flags,
@@ -57,7 +57,9 @@ def test_interrupted_run_resumes_exactly(
     With a worker the whole process group gets the signal, as from terminals, torchrun and job
     managers.
     """
-    process = start_training(tmp_path, *train_flags(tiny_data, "--num-workers", workers))
+    process = start_script(
+        "train.py", *train_flags(tiny_data, "--num-workers", workers), cwd=tmp_path
+    )
     wait_for(lambda: epochs_done(tmp_path) >= 2, process)
     if workers:
         os.killpg(process.pid, number)
@@ -190,7 +192,7 @@ def test_kill_at_any_moment_leaves_a_loadable_checkpoint(
     delays = iter([0.0, 0.1, 0.3, 0.6])
     arguments = train_flags(tiny_data)
     for delay in delays:
-        process = start_training(tmp_path, *arguments)
+        process = start_script("train.py", *arguments, cwd=tmp_path)
         wait_for(lambda: list((tmp_path / "runs").glob("*/last.pt")), process)
         if arguments[0] == "--resume":  # let it load and continue a little
             lines = (tmp_path / "out.txt").read_text().count("resumed at")

@@ -18,7 +18,7 @@ from helpers import (
     make_model,
     make_state,
     only_run,
-    start_training,
+    start_script,
     tiny_config,
     train_epoch,
     train_flags,
@@ -243,8 +243,8 @@ def test_two_processes_train_as_one_with_the_same_global_batch(
     group = {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": port}
     flags = [*common, "--batch-size", 3]
     processes = [
-        start_training(tmp_path / "two", *flags, **group, RANK=str(rank), LOCAL_RANK=str(rank))
-        for rank in (0, 1)
+        start_script("train.py", *flags, cwd=tmp_path / "two", **group, RANK=rank, LOCAL_RANK=rank)
+        for rank in ("0", "1")
     ]
     for process in processes:
         process.join(200)

@@ -8,7 +8,6 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from helpers import run_script
 
 from benchmarks import data as benchmark_data
 from benchmarks import epoch_time
@@ -101,8 +100,8 @@ def test_training_and_memory_tables(tmp_path: Path, monkeypatch) -> None:
     assert (memory["its workers (MB)"] > 10).all()
 
 
-def test_script(tmp_path: Path) -> None:
-    done = run_script("benchmarks.data", "--what", "augment", "--repeats", 1, cwd=tmp_path)
+def test_script(tmp_path: Path, run_main) -> None:
+    done = run_main(main, "--what", "augment", "--repeats", 1, cwd=tmp_path)
     last = json.loads(done.stdout.strip().splitlines()[-1])
     assert last == json.loads((tmp_path / "runs/benchmarks/augment.json").read_text())
     table = pd.read_csv(tmp_path / "runs/benchmarks/augment.csv")
