@@ -156,6 +156,7 @@ def hold_to_baseline(config: AblateConfig, folder: Path) -> None:
         UserError: the folder's runs had other settings.
     """
     from evaluation.ablation import BASELINE
+    from training.checks import resolve
 
     baseline = ablation_settings(config, BASELINE, 0)
     paths = {name: getattr(baseline, name) for name in ("data_root", "folds", "cache")}
@@ -167,7 +168,8 @@ def hold_to_baseline(config: AblateConfig, folder: Path) -> None:
         write_json(file, dataclasses.asdict(baseline))
         return
     saved = from_dict(json.loads(file.read_text(encoding="utf-8")), CrossValidateConfig)
-    for name, before, value in differences(saved, baseline, ignore=_may_differ(config)):
+    may_differ = _may_differ(config)
+    for name, before, value in differences(resolve(saved), resolve(baseline), ignore=may_differ):
         raise UserError(
             f"{folder}: its runs had {name} {before!r}, not {value!r}: give the same settings, or "
             "another --output"

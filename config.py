@@ -73,7 +73,7 @@ class TrainConfig:
     n_frames: int | None = setting(None, section="Clips", low=1, pixels="all clips")
     """frames per clip, T (None: 16; demo data 8)"""
     image_size: int | None = setting(None, low=16, pixels="all clips")
-    """height and width of the frames in pixels (None: 224; demo data 64)"""
+    """height and width of the frames in pixels (None: 224; demo data 48)"""
     modality: Literal["rgb", "rgbdiff", "flow", "mv", "rgb+rgbdiff", "rgb+flow", "rgb+mv"] = (
         setting("rgb", pixels="all clips")
     )
@@ -89,12 +89,13 @@ class TrainConfig:
     # ---- Augmentation ----
     hflip_prob: float = setting(0.5, section="Augmentation", low=0, high=1, pixels="training clips")
     """probability of a horizontal flip"""
-    rotation: float = setting(10.0, low=0, high=180, pixels="training clips")
-    """largest random rotation in degrees"""
-    translate: float = setting(0.05, low=0, high=1, pixels="training clips")
-    """largest random shift as a fraction of the frame's size"""
-    scale: float = setting(0.1, low=0, high=0.9, pixels="training clips")
-    """largest random change of scale; a large one makes PanoView and LocPanoView look alike"""
+    rotation: float | None = setting(None, low=0, high=180, pixels="training clips")
+    """largest random rotation in degrees (None: 10; demo data 0)"""
+    translate: float | None = setting(None, low=0, high=1, pixels="training clips")
+    """largest random shift as a fraction of the frame's size (None: 0.05; demo data 0)"""
+    scale: float | None = setting(None, low=0, high=0.9, pixels="training clips")
+    """largest random change of scale; a large one makes PanoView and LocPanoView look alike
+    (None: 0.1; demo data 0)"""
     brightness: float = setting(0.2, low=0, pixels="training clips")
     """strength of the random brightness change"""
     contrast: float = setting(0.2, low=0, pixels="training clips")
@@ -201,13 +202,13 @@ class TrainConfig:
 
     # ---- Optimisation ----
     epochs: int | None = setting(None, section="Optimisation", low=1)
-    """passes over the training clips (None: 30; demo data 7)"""
+    """passes over the training clips (None: 30; demo data 4)"""
     batch_size: int = setting(8, low=1)
     """clips per step and process"""
     gradient_accumulation_steps: int = setting(1, low=1)
     """batches whose gradients are added up for one optimizer step"""
     learning_rate: float | None = setting(None, low=0)
-    """peak learning rate of AdamW (None: 1e-4; demo data 2e-3)"""
+    """peak learning rate of AdamW (None: 1e-4; demo data 1e-3)"""
     layer_decay: float = setting(1.0, low=0.01, high=1)
     """the learning rate of each stage is that of the next one times this factor (1: all equal)"""
     weight_decay: float = setting(0.05, low=0)
@@ -269,17 +270,24 @@ class TrainConfig:
 
 Config = TypeVar("Config", bound=TrainConfig)
 
-# What None stands for. The demo is small enough to be trained from scratch on two CPU cores.
+# What None stands for. The demo is small enough to be trained from scratch on two CPU cores; with
+# geometric augmentation, four epochs would be too few.
 DEMO_DEFAULTS = {
     "n_frames": 8,
-    "image_size": 64,
+    "image_size": 48,
+    "rotation": 0.0,
+    "translate": 0.0,
+    "scale": 0.0,
     "weights": "none",
-    "epochs": 7,
-    "learning_rate": 2e-3,
+    "epochs": 4,
+    "learning_rate": 1e-3,
 }
 OWN_DATA_DEFAULTS = {
     "n_frames": 16,
     "image_size": 224,
+    "rotation": 10.0,
+    "translate": 0.05,
+    "scale": 0.1,
     "weights": "default",
     "epochs": 30,
     "learning_rate": 1e-4,

@@ -131,7 +131,9 @@ def test_mistakes_are_told_before_any_training(
     assert "focal loss: these settings cannot work: label_smoothing is a setting of loss" in said
     study = tmp_path / "study"
     study.mkdir()
-    config = AblateConfig(data_root=str(tiny_data), classes=("dark", "grey", "light"))
+    config = AblateConfig(
+        model_name="cnnlstm", data_root=str(tiny_data), classes=("dark", "grey", "light")
+    )
     ablate.hold_to_baseline(config, study)
     recipe = json.loads((study / "recipe.json").read_text())
     (study / "recipe.json").write_text(json.dumps({**recipe, "lstm_hidden": 77}))

@@ -92,6 +92,8 @@ EARLIER = {
 def test_the_config_of_an_earlier_version_is_understood() -> None:
     assert from_dict(EARLIER) == TrainConfig(
         data_root="/data/SLAM",
+        rotation=10.0,
+        translate=0.05,
         classes=("a", "b"),
         n_frames=12,
         image_size=96,
