@@ -1,17 +1,17 @@
-"""Which ablation changes the scores? A baseline, and one change at a time, over seeds and folds.
+"""Ablation study: train a baseline, and variants with one change each, over seeds and folds.
 
     python ablate.py --data-root /data/clips --folds folds --output study --model-name cnnlstm
     python ablate.py ... --ablations "focal loss" "EMA of the weights" --seeds 0 1 2
 
-The baseline is the settings that are given, all of them those of train.py; each ablation changes
-some of them (evaluation/ablation.py lists them). Every ablation is trained for every seed, by
-cross_validate.py's code with --folds, without by train.py's on the one split that there is. Started
+The baseline has the settings that are given, which are those of train.py; each ablation changes
+some of them (evaluation/ablation.py lists them). Every ablation is trained once per seed: with
+--folds on every fold, as by cross_validate.py, otherwise on the one split, as by train.py. Started
 again with the same --output, it trains only what is missing: ablations and seeds may be added,
-other settings are refused.
+other changes of the settings are refused.
 
 A row's scores are means over the seeds, +- their standard deviation. Its difference from the
 baseline has a 95 % interval over patients: the seeds are averaged, and both are scored on the same
-resamples of the same patients. Where the interval includes zero, the ablation has shown no effect.
+resamples of the same patients. Where the interval includes zero, no effect is shown.
 """
 
 # Everything that imports torch is imported where it is used: --help does without.
@@ -38,10 +38,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class AblateConfig(CrossValidateConfig):
-    """The settings of the baseline, and what is to be tried."""
+    """The settings of the baseline, and the ablations to train."""
 
     ablations: tuple[str, ...] = setting((), section="Ablations")
-    """names of ablations, besides the baseline (none: all that can work with the baseline)"""
+    """names of ablations, besides the baseline (none given: all that can work with the baseline)"""
     seeds: tuple[int, ...] = setting((0, 1, 2))
     """each ablation is trained once per seed"""
     output: str = setting("runs/study")
@@ -278,14 +278,14 @@ def format_table(
             delta = with_interval(f"{row[f'{score} delta']:+.3f}", row, f"{score} delta", "+.3f")
             cells[f"{title} - baseline"] = "-" if row["ablation"] == BASELINE else delta
         rows.append(cells)
-    facts = {
+    conditions = {
         "seeds": ", ".join(map(str, seeds)),
         "test clips": len(baseline),
         "patients": len(patients) or "unknown: the intervals take clips as independent",
         "device": sessions[-1]["device"],
         "torch": sessions[-1]["torch"],
     }
-    return to_markdown(pd.DataFrame(rows), facts)
+    return to_markdown(pd.DataFrame(rows), conditions)
 
 
 @cli_main

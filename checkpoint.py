@@ -2,8 +2,8 @@
 
 A checkpoint holds everything that is needed to continue training or to rebuild the model: `model`,
 `optimizer`, `scheduler`, `scaler`, `epoch`, `step`, `rng`, `best`, `history`, `config`, `classes`
-and `format_version`. With averaged weights, which are then the `model`, it also holds the `trained`
-ones and `averaged_steps`. Loading a checkpoint runs no code from it.
+and `format_version`. With an EMA, `model` holds the averaged weights, and the checkpoint also
+holds the `trained` weights and `averaged_steps`. Loading a checkpoint runs no code from it.
 """
 
 import random
@@ -31,7 +31,7 @@ def load_checkpoint(run_or_file: str | Path, name: str = "best.pt") -> dict[str,
     """Read a checkpoint file, or the one called `name` in a run folder, onto the CPU.
 
     Raises:
-        UserError: there is none, it is damaged, or it is not one of ours.
+        UserError: there is none, it is damaged, or it is not a checkpoint of this project.
     """
     path = Path(run_or_file)
     if path.is_dir():

@@ -1,4 +1,4 @@
-"""CNN-LSTM: a 2D CNN sees each frame, an LSTM remembers.
+"""CNN-LSTM: a 2D CNN computes the features of each frame, an LSTM combines them over time.
 
 Donahue et al., "Long-term Recurrent Convolutional Networks for Visual Recognition and Description",
 CVPR 2015, arXiv:1411.4389.
@@ -20,7 +20,7 @@ class CNNLSTM(FrameEncoder):
         num_classes: number of classes.
         backbone, modality, fusion, spatial_pool: see `FrameEncoder`.
         lstm_hidden, lstm_layers, bidirectional: the LSTM. With 0 layers there is none, and the
-            features of the frames themselves are pooled: an LSTM cannot be learnt from few clips
+            features of the frames themselves are pooled: few clips are not enough to train an LSTM
             (docs/results).
         temporal_pooling: how T outputs become one vector: their `mean`, the `last`, their `max`, a
             mean weighted by a learnt softmax (`attention`), or their `statistics`: mean, standard
@@ -69,7 +69,8 @@ class CNNLSTM(FrameEncoder):
     def forward(self, clips: torch.Tensor) -> torch.Tensor:
         """`(B, T, C, H, W)` uint8 or float in [0, 1] to logits `(B, num_classes)`.
 
-        Or the output of `frame_features`, `(B, T, num_features)`; see training/feature_cache.py.
+        It also takes the output of `frame_features`, `(B, T, num_features)`: see
+        training/feature_cache.py.
         """
         return self.consensus(clips if clips.dim() == 3 else self.frame_features(clips))
 

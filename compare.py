@@ -1,12 +1,12 @@
-"""Compare runs that were tested on the same clips: their scores, and what each costs.
+"""Compare the scores and the speed of runs that were tested on the same clips.
 
     python compare.py runs/20260101-120000_tsm_resnet runs/20260102-120000_vivit
     python compare.py runs/*/evaluate_other_hospital --by accuracy --device cuda --precision bf16
     python compare.py RUN RUN RUN --no-speed                       scores only
 
 A run is a run folder, a folder that evaluate.py made in one, or the folder of a cross-validation
-(its predictions come from several models; the one of fold 1 stands for their parameters and speed).
-A clip is known by its path and true class, and all runs must have been tested on the same clips.
+(its predictions come from several models; parameters and speed are those of the one of fold 1).
+A clip is identified by its path and true class; all runs must have been tested on the same clips.
 
 Scores have 95 % intervals over patients. The difference of each run from the best one has an
 interval too, computed in pairs on the same resamples of the same patients: two intervals that
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 SCORES = {"macro_f1": "Macro F1", "accuracy": "Accuracy"}
 """the scores of the table, with the titles of their columns"""
 
-UNSTEADY = 0.2  # std / mean of the batch times above which they are not to be trusted
+UNSTEADY = 0.2  # std / mean of the batch times above which they are not reliable
 
 
 @dataclass
@@ -209,8 +209,8 @@ def format_comparison(
 
     device = get_device(config.device)
     precision = str(autocast_dtype(config.precision, device)).removeprefix("torch.")
-    facts = environment(device)
-    hardware = facts.pop("device")
+    conditions = environment(device)
+    hardware = conditions.pop("device")
     patients = patients_of([candidate.run for candidate in candidates])
     known = len({patient for patient in patients if patient is not None})
     header = f"{len(candidates)} runs on the same {len(patients)} clips of "
@@ -226,7 +226,7 @@ def format_comparison(
     records = table.to_dict(orient="records")
     cells = pd.DataFrame([_cells(row, index == best) for index, row in enumerate(records)])
     notes = [*_table_notes(table, best, config), *_patient_notes(patients), *_run_notes(candidates)]
-    return f"{header}.\n\n{to_markdown(cells, facts)}\n" + "".join(f"- {n}\n" for n in notes)
+    return f"{header}.\n\n{to_markdown(cells, conditions)}\n" + "".join(f"- {n}\n" for n in notes)
 
 
 def _cells(row: dict[str, Any], best: bool) -> dict[str, str]:

@@ -33,7 +33,7 @@ def setting(
         low, high: allowed range, both ends included.
         needs: another field without which this one has no effect.
         only_with: another field and its values with which this one has an effect.
-        pixels: which clips' pixels depend on it; cached features are computed anew if it changes.
+        pixels: which clips' pixels depend on it; cached features are computed again if it changes.
         resumable: a resumed run may have another value than before.
         neutral: the results do not depend on it (so it is resumable as well).
     """
@@ -84,7 +84,7 @@ class TrainConfig:
     """frames of a training clip: one at random from each of T equal segments, the middle of each
     segment (uniform), or the first T frames, the last one repeated (first)"""
     eval_sampling: Literal["uniform", "first"] = setting("uniform", pixels="all clips")
-    """frames of a validation or test clip: as for sampling"""
+    """frames of a validation or test clip; the values mean the same as for sampling"""
 
     # ---- Augmentation ----
     hflip_prob: float = setting(0.5, section="Augmentation", low=0, high=1, pixels="training clips")
@@ -214,7 +214,7 @@ class TrainConfig:
     weight_decay: float = setting(0.05, low=0)
     """weight decay of AdamW; biases, norms and position embeddings have none"""
     warmup_epochs: float = setting(1.0, low=0)
-    """epochs of linear warm-up before the cosine (at most half of all epochs)"""
+    """epochs of linear warm-up before the cosine decay (at most half of all epochs)"""
     max_grad_norm: float = setting(1.0, low=0)
     """largest gradient norm; larger gradients are clipped (0: no clipping)"""
     ema_decay: float = setting(0.0, low=0, high=0.99999)
@@ -293,7 +293,8 @@ OWN_DATA_DEFAULTS = {
     "learning_rate": 1e-4,
 }
 
-# Earlier names of the settings: in checkpoints, and told to whoever still types them.
+# Earlier names of the settings, as old checkpoints hold them. Flags with these names (except
+# --model) are refused, with a message that gives the new name.
 OLD_NAMES = {
     "accumulation": "gradient_accumulation_steps",
     "adjustment_tau": "logit_adjust_tau",
@@ -320,7 +321,7 @@ OLD_NAMES = {
     "workers": "num_workers",
     "zoom": "scale",
 }
-# Earlier spellings of values, which are understood wherever they are typed.
+# Earlier spellings of values, which are still accepted everywhere.
 OLD_VALUES = {
     "model_name": {"tsm": "tsm_resnet", "cnn_lstm": "cnnlstm"},
     "modality": {
@@ -355,7 +356,7 @@ def differences(
 
 
 def names_with(attribute: str, *values: Any) -> list[str]:
-    """The names of the settings that were described with one of these values; see `setting`."""
+    """The names of the settings whose `attribute` has one of these values; see `setting`."""
     return [f.name for f in dataclasses.fields(TrainConfig) if f.metadata.get(attribute) in values]
 
 

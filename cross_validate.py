@@ -48,7 +48,7 @@ def cross_validate(config: CrossValidateConfig, folder: Path | None = None) -> P
         folder: folder for the results (None: config.resume, or a new one below config.run_dir).
 
     Raises:
-        UserError: the folds or the settings need mending.
+        UserError: the folds or the settings are wrong.
         SystemExit: interrupted; finished folds are kept, and the state of the current one is saved.
     """
     from utils.device import describe_device, get_device
@@ -74,11 +74,11 @@ def cross_validate(config: CrossValidateConfig, folder: Path | None = None) -> P
 
 
 def check_folds(config: CrossValidateConfig, folds: Sequence[Path]) -> None:
-    """Check before the first fold everything that would stop a later one.
+    """Check, before the first fold is trained, everything that would stop a later one.
 
     Raises:
-        UserError: manifests, settings or weights need mending, a clip is tested in two folds, or
-            test clips cannot be read.
+        UserError: manifests, settings or weights are wrong, a clip is tested in two folds, or test
+            clips cannot be read.
     """
     from training.checks import check_clips, check_model, resolve
     from training.loaders import eval_loader, load_splits, open_cache
@@ -206,7 +206,7 @@ def _train_fold(config: TrainConfig, run: Path, folder: Path) -> None:
 
 
 def read_settings() -> CrossValidateConfig:
-    """The settings of the command line; with --resume on top of those that the folder brings."""
+    """The settings of the command line; with --resume they start from those of the folder."""
 
     def parse_with(default: CrossValidateConfig | None = None) -> CrossValidateConfig:
         aliases = ("model",)

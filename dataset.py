@@ -31,7 +31,7 @@ __all__ = [
 
 Transform = Callable[[torch.Tensor], torch.Tensor]
 Perturbation = Callable[[torch.Tensor, int], torch.Tensor]
-"""`(T, C, H, W)` and the index of the clip to a changed clip, always the same for that index"""
+"""maps `(T, C, H, W)` and the index of the clip to a changed clip, the same one at every call"""
 
 get_train_transform = ClipAugment
 """The transform of training clips; see `ClipAugment` for its strengths."""
@@ -59,7 +59,7 @@ class ClipsDataset(Dataset):
         views: temporal views per clip, for evaluation; above 1 a clip is `(V, T, C, H, W)`.
         crops: spatial crops per view, for evaluation; see `spatial_crops`. Above 1 a clip is
             `(V * crops, T, C, H, W)`, the crops of a view one after another.
-        cache: where the clips are read instead of being decoded.
+        cache: read the clips from this cache instead of decoding them.
         motion: read this motion too: C is then 5 instead of 3; see video/motion.py.
         pre_transform: applied once to the whole clip, before `transform`.
         augment_on_device: only draw the parameters of `transform`, a `ClipAugment`, and return them
@@ -68,7 +68,7 @@ class ClipsDataset(Dataset):
 
     Raises:
         UserError: optical flow is to be computed and OpenCV is not installed.
-        ClipError: on access to a clip that cannot be read. No other clip takes its place.
+        ClipError: on access to a clip that cannot be read. It is never replaced by another clip.
     """
 
     def __init__(
@@ -196,7 +196,7 @@ def require_readable(unreadable: Sequence[str], description: str) -> None:
     """Raise a UserError that lists the unreadable clips, if there are any."""
     if unreadable:
         heading = (
-            f"{len(unreadable)} {description} clips cannot be read (mend them, take them out of "
+            f"{len(unreadable)} {description} clips cannot be read (repair them, take them out of "
             "the manifest, or give --skip-unreadable):"
         )
         raise UserError("\n  ".join([heading, *unreadable]))

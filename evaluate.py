@@ -164,7 +164,7 @@ def load_rows(
     """The clips to evaluate on, and warnings about patients that the model has seen.
 
     Raises:
-        UserError: a manifest needs mending.
+        UserError: a manifest is wrong.
     """
     if config.csv:
         rows = read_manifest(config.csv, config.data_root or None, settings.classes)
@@ -220,7 +220,7 @@ def evaluate_checkpoint(config: EvaluateConfig) -> None:
     """Evaluate, write the results and print them.
 
     Raises:
-        UserError: the checkpoint, the clips or the settings need mending.
+        UserError: something is wrong with the checkpoint, the clips or the settings.
     """
     from checkpoint import load_checkpoint, rebuild_model
     from clips.corruptions import CORRUPTIONS, Corrupt, ShuffleFrames

@@ -1,4 +1,4 @@
-"""The models by name, and what is the same for all of them: building, freezing, counting.
+"""The models by name, and what all of them share: building, freezing, counting parameters.
 
 Every model lists its modules from stem to head once, in `stages()`; freezing, layer-wise learning
 rates, gradient checkpointing and the summary work on that list.
@@ -57,13 +57,13 @@ def freeze(model: nn.Module, until: str) -> None:
 
 
 def keep_frozen_in_eval(model: nn.Module, batchnorms: bool = False) -> None:
-    """Put frozen stages into eval mode: their BatchNorm statistics and dropout must stand still.
+    """Put frozen stages into eval mode: their BatchNorm statistics stay fixed, dropout is off.
 
-    Call it after `model.train()`, which wakes them up.
+    Call it after `model.train()`, which puts all stages into training mode.
 
     Args:
-        batchnorms: also the statistics of the stages that are trained, but for the head; their
-            weights go on learning.
+        batchnorms: also keep the BatchNorm statistics of the stages that are trained, except the
+            head; the weights of these stages are still trained.
     """
     for name, modules in model.stages().items():
         frozen = not any(p.requires_grad for module in modules for p in module.parameters())

@@ -13,7 +13,7 @@ from modeling.layers import KINETICS_MEAN_STD, LAYERS, Normalize, checkpointed
 
 
 class R2Plus1DResNet18(nn.Module):
-    """torchvision's R(2+1)D-18 with a classifier of our own.
+    """torchvision's R(2+1)D-18 with a new classifier.
 
     Its Kinetics-400 weights were trained on 16 frames of 112 pixels, normalised with the data set's
     own mean and std.

@@ -1,8 +1,8 @@
-"""Train a clip classifier, choose the best epoch on validation clips, test that one.
+"""Train a clip classifier, choose the best epoch on the validation clips, and test that epoch.
 
-    python train.py                                                  the demo data, a few minutes
+    python train.py                                                  the demo data, two minutes
     python train.py --data-root /data/SLAM --model-name cnnlstm      your own data
-    python train.py --resume runs/20260101-120000_cnnlstm            continue where it stopped
+    python train.py --resume runs/20260101-120000_cnnlstm            continue a stopped run
     torchrun --nproc-per-node=4 train.py --data-root /data/SLAM      several GPUs
 
 Settings are the fields of TrainConfig in config.py: edit them there or give them as flags.
@@ -104,7 +104,7 @@ def train(
     )
     warmup_steps = int(config.warmup_epochs * steps_per_epoch)
     scheduler = cosine_with_warmup(optimizer, config.epochs * steps_per_epoch, warmup_steps)
-    # Only fp16 needs scaled gradients; a disabled scaler does nothing.
+    # Only fp16 needs a scaled loss; a disabled scaler does nothing.
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     criterion = Criterion(config, class_counts, device)
     ema = ModelEma(model, config.ema_decay) if config.ema_decay else None
@@ -200,7 +200,7 @@ def train_epochs(
             interrupt.check,
         )
         model, dtype = state.eval_model, autocast_dtype(config.precision, device)
-        if config.feature_cache:  # features are fp32, and no Normalize casts them
+        if config.feature_cache:  # features are fp32; without Normalize nothing casts them
             model, dtype = head_only(model), torch.float32
         skip = config.skip_unreadable
         predictions = evaluate(model, val_loader, device, dtype, "validation", skip, interrupt)
@@ -253,10 +253,10 @@ def train_epochs(
 def calibrate_best(
     state: TrainState, loader: DataLoader, device: torch.device, folder: Path, interrupt: Interrupt
 ) -> None:
-    """Fit temperature and threshold of the best epoch on the validation clips, into its checkpoint.
+    """Fit temperature and threshold of the best epoch on the validation clips and save them.
 
-    The frame rate of the clips goes there too: predict.py shows the model whole videos at that
-    rate.
+    They go into best.pt, together with the frame rate of the clips: predict.py shows the model
+    whole videos at that rate.
 
     Raises:
         Interrupted: before the end.
@@ -317,7 +317,10 @@ def _evaluate_best(
     config: TrainConfig,
     interrupt: Interrupt,
 ) -> Predictions:
-    """The predictions of the best epoch, in fp32 as in evaluate.py, calibrated if it is."""
+    """The predictions of the best epoch, in fp32 as in evaluate.py.
+
+    They are calibrated if its checkpoint holds a calibration.
+    """
     return evaluate(
         rebuild_model(best),
         loader,
@@ -341,7 +344,7 @@ def _wrap_ddp(model: nn.Module, device: torch.device) -> nn.Module | None:
 
 
 def _score(row: dict[str, Any], config: TrainConfig) -> float:
-    """What the best epoch has most of."""
+    """The value by which epochs are compared; the highest one is the best."""
     if config.monitor == "last":
         return row["epoch"]
     value = row[f"val_{config.monitor}"]
@@ -389,7 +392,7 @@ def read_settings() -> tuple[TrainConfig, dict[str, Any] | None]:
     if not config.resume:
         return config, None
     run = Path(config.resume)
-    if run.is_file():  # one of the run's checkpoints stands for the run
+    if run.is_file():  # a checkpoint of the run: take its folder
         run = run.parent
     state = load_checkpoint(run, "last.pt")
     saved = dataclasses.replace(from_dict(state["config"]), resume=str(run))

@@ -1,4 +1,4 @@
-"""TSM: a 2D CNN that sees motion because channels are shifted in time.
+"""TSM: a 2D CNN that uses motion, because some channels are shifted in time.
 
 Lin, Gan and Han, "TSM: Temporal Shift Module for Efficient Video Understanding", ICCV 2019,
 arXiv:1811.08383.
@@ -36,7 +36,7 @@ def causal_shift(
     """Shift 1/shift_div of the channels from the previous frame, none from the next.
 
     `(B * T, C, H, W)` to the same shape: the first C // shift_div channels of frame t become those
-    of frame t - 1 (section 4 of the paper, online models), those of the first frame `buffer`.
+    of frame t - 1 (section 4 of the paper, online models); in the first frame they become `buffer`.
 
     Args:
         buffer: `(B, C // shift_div, H, W)`, those channels of the frame before the first one; None:
@@ -50,7 +50,7 @@ def causal_shift(
     out = x.clone()
     out[:, 1:, :fold] = x[:, :-1, :fold]
     out[:, 0, :fold] = 0 if buffer is None else buffer
-    # A clone, because a view would hold on to the whole of x.
+    # A clone, because a view would keep all of x in memory.
     return out.flatten(0, 1), x[:, -1, :fold].clone()
 
 
@@ -120,7 +120,7 @@ class TSM(FrameEncoder):
             return temporal_shift(x, context.n_frames, self.shift_div)
         buffer = context.buffers[len(context.new_buffers)] if context.buffers else None
         if context.carried is not None:
-            # (B, fold, H, W): the last frame of the clip before in the batch
+            # (B, fold, H, W): the last frame of each clip; roll passes it to the next clip
             ends = x[context.n_frames - 1 :: context.n_frames, : x.shape[1] // self.shift_div]
             buffer = ends.detach().roll(1, dims=0) * context.carried
         x, new_buffer = causal_shift(x, context.n_frames, self.shift_div, buffer)
@@ -144,7 +144,7 @@ class TSM(FrameEncoder):
         carried = None
         if self.training and self.causal and not buffers:
             carried = torch.rand(len(clips), 1, 1, 1, device=clips.device) < self.shift_buffer_prob
-        # It stays after this call: with gradient checkpointing the backward pass shifts again.
+        # Kept after this call: with gradient checkpointing the backward pass shifts once more.
         self._context = context = _ShiftContext(n_frames, buffers, carried)
         x = self.forward_features(clips)  # (B * T, num_features)
         logits = self.head(self.dropout(x))  # (B * T, num_classes)

@@ -55,7 +55,7 @@ class Block(nn.Module):
     def _attention(self, x: torch.Tensor) -> torch.Tensor:
         qkv = self.qkv(x).unflatten(2, (3, self.heads, -1))  # (N, tokens, 3, heads, dim_head)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # 3 x (N, heads, tokens, dim_head)
-        # The functional form does not know about eval mode.
+        # The functional form would apply dropout in eval mode too.
         dropout = self.dropout if self.training else 0.0
         x = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout)
         x = self.out(x.transpose(1, 2).flatten(2))  # (N, heads, tokens, dim_head) -> (N, tokens, -)
@@ -90,7 +90,7 @@ class Embedding(nn.Module):
 
 
 class ViViT(nn.Module):
-    """The spatial encoder turns each frame into one token, the temporal one a clip into one.
+    """The spatial encoder turns each frame into one token, the temporal encoder each clip into one.
 
     Args:
         n_frames, image_size: T and the pixels of a side; both fix the position embeddings. Weights
@@ -131,7 +131,7 @@ class ViViT(nn.Module):
         rates = torch.linspace(0, drop_path, 2 * depth).tolist()
         self.spatial = nn.ModuleList(Block(*shape, rate) for rate in rates[:depth])
         self.spatial_norm = nn.LayerNorm(dim)
-        # A list of one: stages() lists modules, and a bare parameter is none.
+        # A list with one parameter: stages() lists modules, and a parameter alone is not a module.
         self.clip_token = nn.ParameterList([torch.zeros(1, 1, dim)])
         self.temporal = nn.ModuleList(Block(*shape, rate) for rate in rates[depth:])
         self.temporal_norm = nn.LayerNorm(dim)
@@ -180,7 +180,7 @@ class ViViT(nn.Module):
             return state
         side = round((old.shape[2] - 1) ** 0.5) if old.dim() == 4 else 0
         if old.dim() != 4 or old.shape[2] != side**2 + 1 or old.shape[3] != new.shape[3]:
-            return state  # not a matter of size: the loader tells which shape was wanted
+            return state  # more than the size differs: the loader reports the shapes
         cls, grid = old[:, :, :1], old[:, :, 1:]  # (1, T, 1, dim), (1, T, patches, dim)
         new_side = round((new.shape[2] - 1) ** 0.5)
         frames = new.shape[1]

@@ -34,8 +34,8 @@ def compare_streaming(
 ) -> pd.DataFrame:
     """Time a prediction at every frame: one step of the stream, or the whole window again.
 
-    All take turns: see `timing.interleave`. Only the models are timed, from frames in the memory of
-    the device.
+    All take turns: see `benchmarks.timing.interleave`. Only the models are timed,
+    from frames in the memory of the device.
     """
     calls = {}
     window = random_clips(1, n_frames, image_size, device)

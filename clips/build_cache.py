@@ -42,7 +42,7 @@ def fill_cache(config: CacheConfig) -> int:
     """Write every clip that the cache lacks. Returns the exit code.
 
     Raises:
-        UserError: the manifests need mending, the settings cannot work, or the disk is too small.
+        UserError: the manifests are wrong, the settings cannot work, or the disk is too small.
     """
     _check(config)
     root = Path(config.data_root)

@@ -1,8 +1,9 @@
-"""Clips kept as small JPEGs: reading one takes milliseconds, whatever its video takes to decode.
+"""Clips kept as small JPEGs: reading one takes milliseconds, however slowly its video is decoded.
 
 A cache is a folder with `cache.json` (its settings) and one file per clip, named by a hash of the
-clip's path below the data's root, in 4096 folders: no folder gets long, and no name tells who the
-patient is. `prepare_data.py cache` fills it; training reads it where TrainConfig.cache names it.
+clip's path below the data's root, in 4096 folders, so that no folder holds too many files and
+no name reveals the patient. `prepare_data.py cache` fills it; training reads it if
+TrainConfig.cache names it.
 
 A file holds all frames of a short clip. Of a long clip it holds the middles of `frames_per_segment`
 equal parts of each of the clip's `n_frames` segments: uniform sampling finds its frames, and random
@@ -62,7 +63,7 @@ class CacheSettings:
 
 
 class StaleCacheEntry(Exception):
-    """The cache's file of a clip is damaged or no longer right."""
+    """The cache's file of a clip is damaged or out of date."""
 
 
 class ClipCache:

@@ -1,8 +1,8 @@
 """Transforms of whole clips: random flips, warps and colours, RandAugment, erasing, crops.
 
-All frames of a clip share one draw: drawing anew for each frame would make the scene jump and bury
-the motion by which the classes differ. Motion fields (video/motion.py) are moved with the frames,
-and turn, shrink and grow with them.
+All frames of a clip are transformed with the same random numbers: new ones for each frame would
+make the scene jump and hide the motion by which the classes differ. Motion fields (video/motion.py)
+are moved with the frames, and turn, shrink and grow with them.
 """
 
 import math

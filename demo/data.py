@@ -34,7 +34,7 @@ from utils.errors import UserError
 from utils.workers import exit_with_parent
 from video.encoder import write_video
 
-VERSION = 2  # raise it when the pixels change: older renderings are then made anew
+VERSION = 2  # raise it when the pixels change: older renderings are then replaced
 
 MARKER = "demo.json"  # the file that a folder of demo data holds when it is complete
 
@@ -56,7 +56,7 @@ _LABEL = {"Suturing": "Needle"}
 
 @dataclass(frozen=True)
 class Clip:
-    """One clip to render; its random seed is made of the numbers."""
+    """One clip to render; its numbers determine its random seed."""
 
     split: str
     patient: int
@@ -161,7 +161,7 @@ def _read_settings(root: Path) -> dict | None:
         settings = json.loads((root / MARKER).read_text())
     except (OSError, ValueError):
         return None
-    # A demo.json of another program does not make its folder ours to replace.
+    # A folder with the demo.json of another program must not be replaced.
     names = {"version", "seed", "clips_per_patient"}
     return settings if isinstance(settings, dict) and names <= settings.keys() else None
 
@@ -193,7 +193,7 @@ def _is_running(process_id: int) -> bool:
     if process_id == os.getpid():
         return False  # an earlier process had the same number: this one has only begun
     if os.name != "posix":
-        return True  # os.kill would end the process there; better one leftover too many
+        return True  # os.kill would end the process there; a leftover does less harm
     try:
         os.kill(process_id, 0)
     except ProcessLookupError:

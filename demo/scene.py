@@ -1,8 +1,8 @@
-"""Draws laparoscope-like clips in which motion, and no single frame, tells the action.
+"""Draws laparoscope-like clips whose action shows in the motion, but not in any single frame.
 
 Every clip shows the same things: tissue through a round endoscope, an instrument with two jaws, a
-pool of blood, the rim of a port. The actions differ in how these move, and most of the movements
-that tell an action belong to another action, or to none, when they are played backwards:
+pool of blood, the rim of a port. The actions differ in how these move. Played backwards, most
+of the movements belong to another action, or to none:
 
 - AbdominalEntry: the camera pushes in through the port, and the rim passes outwards;
 - PanoView: the camera draws back, and the rim closes in;
@@ -135,7 +135,7 @@ def _movement(action: str, patient: Patient, rng: np.random.Generator) -> tuple[
         return low + (high - low) * ease
 
     # In every clip: a camera held by a hand, a resting tip, jaws and blood that may move in the
-    # direction that tells no action, and a rim that is out of sight or at rest.
+    # direction that belongs to no action, and a rim that is out of sight or at rest.
     camera = np.zeros((FRAMES, 4))
     camera[:, :2] = rng.uniform(-40, 40, 2)
     camera[:, :2] += np.cumsum(rng.normal(0, patient.tremor, (FRAMES, 2)), axis=0)

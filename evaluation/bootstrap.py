@@ -1,7 +1,7 @@
 """95 % intervals by the cluster bootstrap: patients are resampled first, then their clips.
 
 Clips of one patient resemble each other, so a thousand clips of ten patients are closer to ten
-observations than to a thousand. Resampling single clips overlooks that, and its intervals are
+observations than to a thousand. Resampling single clips ignores this, and its intervals are
 several times too narrow (Reinke et al., arXiv:2511.03769); both kinds are reported side by side.
 """
 
@@ -24,8 +24,8 @@ def cluster_bootstrap_weights(
 ) -> Iterator[np.ndarray]:
     """How often each clip is in each resample, `(n, N)` at a time, `n_resamples` rows in all.
 
-    As many patients as there are, drawn with replacement; for each drawn patient as many of his
-    clips as there are, drawn with replacement.
+    As many patients as there are, drawn with replacement; for each drawn patient as many of
+    the patient's clips as there are, drawn with replacement.
 
     Args:
         patients: `(N,)` names; a clip of an unknown patient (None) counts as a patient by itself.
@@ -91,7 +91,7 @@ def confidence_interval(values: np.ndarray, n: int, level: float = LEVEL) -> Int
     sqrt((n - 1) / n) and by the difference between the normal and Student's t.
 
     Returns:
-        Low and high; None for fewer than two observations, which do not show how they differ.
+        Low and high; None for fewer than two observations, whose variation is unknown.
     """
     from scipy import special  # takes half a second to import
 
@@ -153,7 +153,8 @@ def paired_difference(
 ) -> dict[str, Interval]:
     """95 % intervals of the scores of a first model minus those of a second one, on the same clips.
 
-    Both are scored on the same resamples, so that what patients have in common cancels out.
+    Both are scored on the same resamples, so that variation which both models share cancels
+    out.
 
     Args:
         first, second: probabilities of the two models, `(N, num_classes)`.
@@ -184,6 +185,6 @@ def canonical_order(labels: np.ndarray, values: np.ndarray, patients: np.ndarray
 
 
 def _chunks(n_resamples: int, clips: int) -> Iterator[int]:
-    most = max(1, _CHUNK // max(1, clips))
-    for start in range(0, n_resamples, most):
-        yield min(most, n_resamples - start)
+    max_rows = max(1, _CHUNK // max(1, clips))
+    for start in range(0, n_resamples, max_rows):
+        yield min(max_rows, n_resamples - start)

@@ -56,7 +56,7 @@ class Calibration:
 
     @classmethod
     def from_state_dict(cls, state: Mapping[str, Any] | None) -> "Calibration":
-        """The calibration of a checkpoint. One without any answers every clip, at temperature 1."""
+        """The calibration of a checkpoint. Without one: every clip is answered, temperature 1."""
         if not state:
             return cls()
         values = {_OLD_NAMES.get(name, name): value for name, value in state.items()}
@@ -101,9 +101,9 @@ def fit_temperature(labels: np.ndarray, probabilities: np.ndarray) -> float:
 
     n, num_classes = probabilities.shape
     logits = np.log(np.maximum(probabilities, 1e-300))
-    doubt = 1 / (n + 2)
-    targets = np.full((n, num_classes), doubt / (num_classes - 1))
-    targets[np.arange(n), labels] = 1 - doubt
+    epsilon = 1 / (n + 2)
+    targets = np.full((n, num_classes), epsilon / (num_classes - 1))
+    targets[np.arange(n), labels] = 1 - epsilon
 
     def loss(log_temperature: float) -> float:
         scaled = logits / np.exp(log_temperature)
@@ -122,8 +122,9 @@ def choose_threshold(
     """The threshold that answers most clips while at most `target_error` of the answers are wrong.
 
     The error rate of n answers is estimated as (wrong + 1) / (n + 2), Laplace's rule of succession:
-    that the single most confident clip was correct does not promise an error of zero. The estimate
-    holds for these clips; others, above all of other patients, may be answered worse: see the test.
+    if only the most confident clip is answered, and correctly, the estimate is not zero. The
+    estimate holds for these clips; on others, especially of other patients, the error rate may be
+    higher: the test measures it.
 
     Args:
         confidence: `(N,)`.

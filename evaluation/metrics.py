@@ -1,12 +1,12 @@
 """Classification, calibration and selective-prediction metrics.
 
 A class without a clip in the split has no recall: it is NaN and left out of the averages, which say
-how many classes they cover. (A zero in its place would punish the model for the split, and a one
-would flatter it.) A class that has clips but is never predicted has precision and F1 zero.
+how many classes they cover. (Zero in its place would make the scores too low, and one would make
+them too high.) A class that has clips but is never predicted has precision and F1 zero.
 
 Throughout, `labels` are `(N,)` true classes, `probabilities` `(N, num_classes)`, `confidence` the
 highest probability of each clip, and `correct` whether the class with that probability is the true
-one. bootstrap.py computes intervals for the scores.
+one. evaluation/bootstrap.py computes intervals for the scores.
 """
 
 from collections.abc import Sequence
@@ -30,7 +30,7 @@ def scores(matrices: np.ndarray) -> dict[str, np.ndarray]:
     """Accuracy, balanced accuracy (mean recall) and macro-F1 of confusion matrices.
 
     Args:
-        matrices: `(..., C, C)` counts, or weights; each with a clip at least.
+        matrices: `(..., C, C)` counts, or weights; at least one clip in each.
 
     Returns:
         Arrays `(...)`; the means go over the classes that have a clip in that matrix.

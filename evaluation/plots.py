@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 # The palette of Okabe and Ito, https://jfly.uni-koeln.de/color, which people with any kind of
-# colour vision can distinguish. web/templates/timeline_looks.js has the same colours.
+# colour vision can distinguish. web/templates/timeline_styles.js has the same colours.
 COLOURS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#f0e442")
 
 
@@ -38,8 +38,8 @@ def plot_confusion(matrix: np.ndarray, classes: Sequence[str], path: str | Path)
     image = axes.imshow(fraction, vmin=0, vmax=1, cmap="Blues")
     for row, column in np.ndindex(n, n):
         if matrix[row, column]:
-            ink = "white" if fraction[row, column] > 0.55 else "black"
-            axes.text(column, row, matrix[row, column], ha="center", va="center", color=ink)
+            text_colour = "white" if fraction[row, column] > 0.55 else "black"
+            axes.text(column, row, matrix[row, column], ha="center", va="center", color=text_colour)
     names = [plain_text(name if len(name) <= 28 else f"{name[:27]}…") for name in classes]
     axes.set_xticks(range(n), names, rotation=40, ha="right", rotation_mode="anchor")
     axes.set_yticks(range(n), names)

@@ -44,12 +44,12 @@ class Predictions:
 
     @cached_property
     def confidence(self) -> np.ndarray:
-        """`(N,)` probabilities of these classes."""
+        """`(N,)` probabilities of the predicted classes."""
         return self.probabilities.max(axis=1)
 
     @cached_property
     def correct(self) -> np.ndarray:
-        """`(N,)` whether they are the true classes."""
+        """`(N,)` whether the predicted class is the true class."""
         return self.y_pred == self.labels
 
     @cached_property

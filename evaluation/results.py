@@ -26,7 +26,7 @@ _OLD_NAMES = {
 def compute_results(
     predictions: Predictions, classes: Sequence[str], calibrations: Sequence[Calibration]
 ) -> dict[str, Any]:
-    """Everything that is reported of a test, in types that JSON knows (NaN is null).
+    """Everything that is reported about a test, in types that JSON supports (None instead of NaN).
 
     Args:
         calibrations: of the model that predicted each clip: one for all, or one per clip (models of
@@ -100,7 +100,8 @@ def write_results(
         folder / "confusion_matrix.csv", pd.DataFrame(matrix, index=names, columns=classes).to_csv()
     )
     plot_confusion(matrix, classes, folder / "confusion_matrix.png")
-    write_json(folder / "test_metrics.json", results)  # last: it says that all is there
+    # Written last: its presence means that the results are complete.
+    write_json(folder / "test_metrics.json", results)
     return results
 
 
@@ -119,7 +120,7 @@ def read_results(path: Path) -> dict[str, Any]:
     if not isinstance(results, dict):
         raise UserError(f"{path}: not one of this project's files")
     results = _renamed(results)
-    # Warnings were texts once, and leakage was recognised by its first word.
+    # In earlier versions a warning was a text, and one about leakage began with LEAKAGE.
     results["warnings"] = [
         {"kind": "leakage" if "LEAKAGE" in w else "other", "text": w.removeprefix("LEAKAGE: ")}
         if isinstance(w, str)

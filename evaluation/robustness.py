@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 N_RESAMPLES = 2000
 
 EvaluateFn = Callable[[str, int], Predictions]
-"""from a corruption and its severity to the predictions for the corrupted clips"""
+"""maps a corruption and its severity to the predictions for the corrupted clips"""
 
 
 def measure_robustness(

@@ -1,4 +1,4 @@
-"""Reading run folders: what training, evaluate.py and cross_validate.py leave there."""
+"""Reading run folders: the results that training, evaluate.py and cross_validate.py write there."""
 
 import json
 import os
@@ -120,11 +120,11 @@ def check_same_test_set(first: Run, second: Run) -> None:
 
 
 def run_labels(models: Sequence[str], folders: Sequence[Path]) -> list[str]:
-    """A label per run: the model's name, and for several runs of a model as much of the folder's
-    path as distinguishes them.
+    """A label per run: the model's name. Where several runs have the same model, the shortest end
+    of the folder's path that distinguishes them is added.
 
     Args:
-        folders: absolute, no two the same.
+        folders: absolute paths, all different.
     """
     labels = []
     for model, folder in zip(models, folders, strict=True):

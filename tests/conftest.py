@@ -7,7 +7,7 @@ import os
 import shutil
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import redirect_stdout
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +23,26 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 torch.set_num_threads(1)
 
 
+@contextmanager
+def shared(factory: pytest.TempPathFactory, name: str) -> Iterator[tuple[Path, bool]]:
+    """A folder that the processes of a test session share, and whether this one is to fill it."""
+    root = factory.getbasetemp()
+    root = root.parent if "PYTEST_XDIST_WORKER" in os.environ else root
+    with open(root / f"{name}.lock", "a+") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        (root / name).mkdir(exist_ok=True)
+        lock.seek(0)
+        yield root / name, not lock.read()
+        lock.write("filled")
+
+
 @pytest.fixture(scope="session")
 def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Three classes with 6 + 3 + 3 clips each; read-only."""
-    root = tmp_path_factory.mktemp("tiny data")  # a path with a space, on purpose
-    return make_data(root, ("dark", "grey", "light"), {"train": 6, "val": 3, "test": 3})
+    with shared(tmp_path_factory, "tiny data") as (root, empty):  # a space in the path, on purpose
+        if empty:
+            make_data(root, ("dark", "grey", "light"), {"train": 6, "val": 3, "test": 3})
+    return root
 
 
 @pytest.fixture(scope="session")
@@ -41,26 +56,18 @@ def real() -> Path:
 
 @pytest.fixture(scope="session")
 def trained(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
-    """The uninterrupted training run of `train_flags`, and what it printed; read-only.
-
-    The processes of a test session share it: the first one that needs it trains it.
-    """
+    """The uninterrupted training run of `train_flags`, and what it printed; read-only."""
     from train import main
 
-    shared = tmp_path_factory.getbasetemp()
-    shared = shared.parent if "PYTEST_XDIST_WORKER" in os.environ else shared
-    folder, output = shared / "trained", shared / "trained.txt"
-    with open(shared / "trained.lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not output.exists():
-            folder.mkdir()
+    with shared(tmp_path_factory, "trained") as (folder, empty):
+        if empty:
             with pytest.MonkeyPatch.context() as patch, redirect_stdout(io.StringIO()) as stdout:
                 patch.chdir(folder)
                 patch.setenv(SWITCH, "default")
                 patch.setattr(sys, "argv", ["train.py", *train_flags(tiny_data)])
                 main()
-            output.write_text(stdout.getvalue())
-    return only_run(folder), output.read_text()
+            (folder / "out.txt").write_text(stdout.getvalue())
+    return only_run(folder), (folder / "out.txt").read_text()
 
 
 @pytest.fixture

@@ -177,10 +177,10 @@ def test_patients_of_the_training_in_another_manifest_are_told(
 ) -> None:
     table = pd.read_csv(tiny_data / "test.csv")
     table["patient"] = ["train0" if n % 3 else "new" for n in range(len(table))]
-    table.to_csv(tiny_data / "seen.csv", index=False)
-    arguments = (main, run, "--csv", tiny_data / "seen.csv", "--num-workers", 0)
+    table.to_csv(tmp_path / "seen.csv", index=False)
+    arguments = [main, run, "--csv", tmp_path / "seen.csv", "--data-root", tiny_data]
+    arguments += ["--num-workers", 0]
     done = run_main(*arguments, "--output", tmp_path / "seen", cwd=tmp_path)
-    (tiny_data / "seen.csv").unlink()
     assert "LEAKAGE: 1 of 2 patients of seen are also in the training's train" in done.stdout
     assert "train0" not in done.stdout
 

@@ -26,14 +26,16 @@ log = logging.getLogger(__name__)
 
 
 def resolve(config: TrainConfig) -> TrainConfig:
-    """Fill in what None stands for, and refuse what cannot work. A resolved config stays the same.
+    """Fill in the settings that are None, and refuse settings that cannot work.
+
+    A config that is resolved already is returned unchanged.
 
     Raises:
         UserError: all wrong settings at once, each with the allowed values.
     """
     defaults = OWN_DATA_DEFAULTS if config.data_root else DEMO_DEFAULTS
     changes = {name: value for name, value in defaults.items() if getattr(config, name) is None}
-    # Absolute, because a run is looked at from other folders later.
+    # Absolute, because a run may be evaluated from another folder later.
     paths = {name: getattr(config, name) for name in ("data_root", "cache", "feature_cache")}
     changes |= {name: os.path.abspath(path) for name, path in paths.items() if path}
     config = dataclasses.replace(config, **changes)
@@ -84,7 +86,7 @@ def _contradictions(config: TrainConfig) -> list[str]:
         problems.append(f"image_size = {config.image_size}: convnext_tiny needs at least 32")
     if config.feature_cache and config.cutmix_alpha:
         problems.append(
-            "cutmix_alpha cuts pixels, and cached features are none: give --mixup-alpha"
+            "cutmix_alpha cuts pixels, which cached features do not have: give --mixup-alpha"
         )
     if config.feature_cache and config.gradient_checkpointing:
         problems.append("gradient_checkpointing saves nothing with cached features: leave it out")
@@ -139,14 +141,14 @@ def _range(low: float | None, high: float | None) -> str:
 
 
 def refuse_changes(saved: TrainConfig, config: TrainConfig) -> None:
-    """Hold a resumed run to its settings.
+    """Refuse to resume a run with settings that would change its result.
 
     Raises:
-        UserError: a setting differs that would change the result.
+        UserError: such a setting differs; the message names it.
     """
     resumable = set(names_with("resumable", True))
     if not (saved.feature_cache and config.feature_cache):
-        resumable.discard("feature_cache")  # without one, every epoch augments its clips anew
+        resumable.discard("feature_cache")  # without it, every epoch draws new augmentations
     for name, before, value in differences(saved, config, ignore=resumable):
         raise UserError(
             f"a resumed run keeps its settings: {name} is {before!r}, not {value!r} (only "
@@ -159,7 +161,7 @@ def check_cache(datasets: Sequence[ClipsDataset]) -> None:
     """Check that the cache, if one is used, holds all the clips as they are now.
 
     Raises:
-        UserError: with the number of clips that it lacks, and why.
+        UserError: with the number of clips that are missing, and why.
     """
     problems = [
         (row.path, problem)

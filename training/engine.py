@@ -25,8 +25,8 @@ from utils.errors import UserError
 from utils.interrupt import Interrupt, Interrupted
 from video.motion import Modality
 
-# Batches between two looks at whether the loss is finite. On a GPU a look waits for all work that
-# is queued, so it is not taken after every batch; on a CPU it costs nothing.
+# Number of batches between two checks that the loss is finite. On a GPU a check waits for all
+# queued work, so it is not made after every batch; on a CPU it costs nothing.
 _CHECK_EVERY = 16
 
 
@@ -44,16 +44,17 @@ def train_one_epoch(
     ddp_model: nn.Module | None = None,
     check_interrupt: Callable[[], None] = lambda: None,
 ) -> None:
-    """Train on what is left of the epoch.
+    """Train for one epoch, or for the rest of an epoch that was interrupted.
 
     The gradient of an optimizer step is the mean over all clips that went into it: over accumulated
     batches and processes, and over what is left when clips could not be read. Class weights
-    multiply the losses of the clips (losses.py); the mean is over the clips all the same, not over
-    their weights. The accuracy of mixed clips is counted against the label with the larger part.
+    multiply the losses of the clips (training/losses.py); the sum is still divided by the number of
+    clips, not by the sum of their weights. The accuracy of a mixed clip is that for the label with
+    the larger part.
 
     Args:
         loader: train loader of `build_dataloaders`.
-        progress: where the epoch stands; it is counted on.
+        progress: the current epoch and batch; updated after each batch.
         ema: average of the weights, updated after each step.
         ddp_model: `model` wrapped in DistributedDataParallel, if there are several processes.
         check_interrupt: called after each optimizer step; may raise to stop there.
@@ -118,7 +119,7 @@ def train_one_epoch(
                     model, optimizer, scheduler, scaler, clips_in_step, clips_per_step, config, ema
                 )
                 clips_in_step = 0
-            if bar.update():  # only when it is drawn again: reading the mean waits for a GPU
+            if bar.update():  # only when the bar is redrawn: reading the mean waits for a GPU
                 bar.set_postfix_str(f"loss {progress.mean_loss:.3f}", refresh=False)
             if is_update_step:
                 try:
@@ -194,8 +195,8 @@ def _step(
     config: TrainConfig,
     ema: ModelEma | None,
 ) -> None:
-    """Step on the mean gradient of `clips` clips, whose gradients were divided by
-    `clips_per_step`."""
+    """Make an optimizer step with the mean gradient of `clips` clips; their gradients were divided
+    by `clips_per_step`."""
     world_size = distributed.world_size()  # DDP divides the sum of the gradients by it
     clips = distributed.all_reduce_sum([clips])[0]
     if not clips:  # none of them could be read
@@ -236,11 +237,12 @@ def evaluate(
     With several processes each one evaluates its part, and all get the whole result.
 
     Args:
-        loader: from `loaders.eval_loader`.
+        loader: from `training.loaders.eval_loader`.
         dtype: see `prepare_for_inference`; the softmax is computed in fp64 on the CPU.
         interrupt: checked after each batch.
         temperature: the logits are divided by it; see evaluation/calibration.py.
-        logit_adjustment: `(num_classes,)`, subtracted from the logits first; see losses.py.
+        logit_adjustment: `(num_classes,)`, subtracted from the logits first; see
+            training/losses.py.
 
     Raises:
         Interrupted: `interrupt` was asked to stop.
@@ -262,7 +264,7 @@ def evaluate(
             both = torch.stack((logits / temperature, logits)).softmax(dim=-1)
             probabilities.append(both.mean(dim=2))  # (2, B, V, classes) -> (2, B, classes)
             indices.append(batch.indices)
-        # Several processes have different numbers of batches and cannot agree in between.
+        # Processes have different numbers of batches, so they cannot agree to stop between batches.
         if interrupt and distributed.world_size() == 1:
             interrupt.check()
     own = None

@@ -1,4 +1,4 @@
-"""Features of a frozen backbone, computed once and kept: then an epoch takes a second.
+"""Features of a frozen backbone, computed once and kept, so that an epoch takes a second.
 
 A CNN-LSTM whose whole backbone is frozen computes the same features from the same pixels in every
 epoch. Of each training clip a few random augmentations (frames, flips, colours ...) are kept, of
@@ -28,7 +28,7 @@ from utils.files import atomic
 from utils.workers import start_worker
 from video.container import ClipError
 
-_VERSION = 3  # raise it when the same settings and weights come to give other features
+_VERSION = 3  # raise it when the same settings and weights give other features than before
 
 
 class CachedFeatures(Dataset):
@@ -72,7 +72,7 @@ class CachedFeatures(Dataset):
         return index, (torch.from_numpy(features).float(), row.label)
 
     def path(self, row: ClipRow, augmentation: int) -> Path:
-        """The file of one augmentation of a clip, given the clip's file as it is now."""
+        """The file of one augmentation of a clip; its name changes when the clip's file changes."""
         status = row.path.stat() if row.path.exists() else None
         fingerprint = [status.st_size, status.st_mtime_ns] if status else []
         key = json.dumps([str(row.path.absolute()), *fingerprint])
@@ -109,7 +109,7 @@ class CachedFeatures(Dataset):
             num_workers=num_workers,
             collate_fn=list,
             worker_init_fn=start_worker,
-            generator=torch.Generator(),  # as in loaders.py
+            generator=torch.Generator(),  # as in training/loaders.py
         )
         for batch in tqdm(loader, "frozen features", unit="batch", leave=False, delay=1):
             for index, _, clip in batch:
@@ -146,7 +146,7 @@ class _Uncached(Dataset):
         seed = hashlib.sha256(key.encode("utf-8", "surrogateescape")).digest()[:7]
         try:
             clip, _, *params = self.clips[(index, int.from_bytes(seed)) if self.augment else index]
-            if params:  # left to a GPU, where a training step would apply them
+            if params:  # not applied yet: in training a GPU would do it
                 clip = self.clips.transform.apply(clip[None], params[0][None])[0]
             return index, augmentation, clip
         except ClipError as error:
@@ -161,7 +161,7 @@ def feature_loader(
     Missing features are computed first, in fp32.
 
     Args:
-        model: with its weights; see `checks.require_frozen`.
+        model: with its weights; see `training.checks.require_frozen`.
     """
     clips: ClipsDataset = loader.dataset
     augment = isinstance(clips.transform, ClipAugment)  # the training clips
@@ -183,7 +183,7 @@ def feature_loader(
         loader.batch_size,
         sampler=loader.sampler,
         collate_fn=collate,
-        generator=torch.Generator(),  # as in loaders.py
+        generator=torch.Generator(),  # as in training/loaders.py
     )
 
 

@@ -58,7 +58,7 @@ class TrainSampler(Sampler[tuple[int, int]]):
             order = list(WeightedRandomSampler(self.weights, n, True, generator))
         else:
             order = torch.randperm(n, generator=generator).tolist()
-        # Every process needs equally many, or the others would wait for it for ever.
+        # All processes need the same number of clips, or they would wait for each other for ever.
         order += [order[i % n] for i in range(-n % self.world_size)]
         seeds = torch.randint(2**62, (len(order),), generator=generator).tolist()
         return list(zip(order, seeds, strict=True))
@@ -81,7 +81,7 @@ def build_dataloaders(config: TrainConfig) -> tuple[DataLoader, DataLoader, Data
     Each loader yields `dataset.Batch`es. The demo data is rendered if there is none yet.
 
     Raises:
-        UserError: the settings or the manifests need mending.
+        UserError: the settings or the manifests are wrong.
     """
     config = resolve(config)
     splits = load_splits(config)
@@ -221,7 +221,7 @@ def _loader(
         pin_memory=torch.cuda.is_available(),
         worker_init_fn=start_worker,
         persistent_workers=persistent and config.num_workers > 0,
-        # A generator of its own: starting a loader must not advance the one that dropout draws
-        # from, or a resumed epoch would differ from an uninterrupted one.
+        # The loader has its own generator: starting it must not advance the generator of dropout,
+        # or a resumed epoch would differ from an uninterrupted one.
         generator=torch.Generator(),
     )

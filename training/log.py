@@ -40,10 +40,10 @@ def run_header(
         lines.append(f"{name:>16} " + " ".join(f"{count[label]:6d}" for count in counts))
     frames = f"{config.n_frames} frames of {config.image_size} px"
     frames += f" from {config.cache}" if config.cache else ""
-    place = f"{describe_device(device)}, {dtype}, torch {torch.__version__}"
+    hardware = f"{describe_device(device)}, {dtype}, torch {torch.__version__}"
     if distributed.world_size() > 1:
-        place += f", {distributed.world_size()} processes"
-    lines += ["", f"{config.model_name}, {frames}, on {place}", summary(model)]
+        hardware += f", {distributed.world_size()} processes"
+    lines += ["", f"{config.model_name}, {frames}, on {hardware}", summary(model)]
     return "\n".join(lines)
 
 

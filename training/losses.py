@@ -12,17 +12,19 @@ class, n `(K,)`, from the manifest. They differ in what they do before the softm
   Label-Distribution-Aware Margin Loss", NeurIPS 2019, arXiv:1906.07413, sections 3.2 and 3.3 (DRW).
   The paper's margins are in cosines of normalised features and weights, scaled by s = 30 together.
   Our heads are linear: their logits have no such bound and learn their scale themselves, so s is 1
-  and the margins, at most 0.5, are in logits. That asks for less than the paper does: the rarest
-  class must win by a factor of e^0.5 of its odds. `class_weights` are deferred, see `Criterion`.
+  and the margins, at most 0.5, are in logits. This is a weaker demand than the paper's: the odds
+  of the rarest class must be higher by a factor of e^0.5. `class_weights` are deferred, see
+  `Criterion`.
 - `balanced_softmax`: the cross entropy of z + log n. Ren et al., "Balanced Meta-Softmax for
   Long-Tailed Visual Recognition", NeurIPS 2020, arXiv:2007.10740, equation 3.
 - `logit_adjustment`: the cross entropy of z + tau log(n / sum n), tau being `logit_adjust_tau`;
   with tau = 1 the same as balanced softmax. Menon et al., "Long-tail learning via logit
   adjustment", ICLR 2021, arXiv:2007.07314, equation 10.
 
-`label_smoothing` smooths the target, and so means the same in the last two as in `cross_entropy`:
-the smoothed target is compared with the shifted softmax, which is over the classes as they occur in
-training. `focal` and `ldam` are defined for one true class and do not use it.
+`label_smoothing` smooths the target. It means the same in the last two losses as in
+`cross_entropy`: the smoothed target is compared with the softmax of the shifted logits, which
+models the class frequencies of training. `focal` and `ldam` are defined for one true class and do
+not use it.
 
 Validation and test are scored by the plain softmax of z whatever loss was used in training. After
 the last two losses that is a posterior for classes of equal size, so the validation loss is no
@@ -141,11 +143,11 @@ def logit_adjustment(state: dict[str, Any], tau: float, checkpoint: str) -> torc
     """What to subtract from the logits of a trained model, `(K,)` fp64, or 0 if tau is 0.
 
     Menon et al., equation 9. It is subtracted before the logits are divided by the temperature T,
-    so that the prediction for a clip seen once is the paper's whatever T is. With calibrated
-    probabilities, the softmax of z / T, Bayes' rule for classes of equal size is z / T - log(n /
-    sum n), which is tau = T here: tau is 1 only if the model needs no temperature. T and the
-    threshold of `uncertain` were fitted on validation clips without this adjustment and stay as
-    they are, so neither is guaranteed to hold with it.
+    so that the predicted class of a clip with one view is that of the paper, whatever T is. With
+    calibrated probabilities, the softmax of z / T, Bayes' rule for classes of equal size is
+    z / T - log(n / sum n), which is tau = T here: tau is 1 only if the model needs no temperature.
+    T and the threshold of `uncertain` were fitted on validation clips without this adjustment and
+    stay as they are, so neither is guaranteed to hold with it.
 
     Args:
         state: the checkpoint, and `checkpoint` its name for the error message.
@@ -185,10 +187,10 @@ def warn_double_balancing(config: TrainConfig) -> list[ResultWarning]:
 
 
 def warn_double_adjustment(config: TrainConfig, tau: float) -> list[ResultWarning]:
-    """A warning if `evaluate.py --logit-adjust-tau` corrects what the training corrected already.
+    """A warning if both `evaluate.py --logit-adjust-tau` and the training favour rare classes.
 
     A model whose clips were drawn with weight n^-sampler_tau has learnt n^(1 - sampler_tau) as the
-    sizes of the classes, so that an adjustment by 1 - sampler_tau is what is left.
+    sizes of the classes, so that only an adjustment by 1 - sampler_tau remains to be made.
     """
     corrections = _corrections(config)
     left = 0.0 if corrections else max(0.0, 1 - config.sampler_tau)

@@ -25,11 +25,11 @@ def mixup_cutmix(
     Returns:
         The mixed clips; the labels of the clips that were mixed in, `(B,)`; and lambda, the
         fraction that is left of each clip itself, `(B,)` fp32. The loss of a clip is lambda *
-        loss(its label) + (1 - lambda) * loss(the other label). A single clip has nothing to be
-        mixed with and stays as it is.
+        loss(its label) + (1 - lambda) * loss(the other label). A batch of a
+        single clip is returned unchanged.
 
     Raises:
-        ValueError: CutMix of features, which have no place to cut.
+        ValueError: CutMix of features: only pixels can be cut.
     """
     count = len(clips)
     if count < 2:
@@ -71,7 +71,7 @@ def rand_bbox(lam: torch.Tensor, height: int, width: int) -> torch.Tensor:
 
 
 def cutmix(clips: torch.Tensor, boxes: torch.Tensor) -> torch.Tensor:
-    """Fill each clip's box, `(B, 2, 2)`, with what all frames of the clip before it show there."""
+    """Fill each clip's box, `(B, 2, 2)`, with the pixels of the clip before it, in all frames."""
     (top, left), (bottom, right) = boxes.view(-1, 2, 2, 1).permute(1, 2, 0, 3)  # (B, 1) each
     rows = torch.arange(clips.shape[-2], device=clips.device)
     columns = torch.arange(clips.shape[-1], device=clips.device)

@@ -19,7 +19,7 @@ def param_groups(
 
     Stage k of n gets the learning rate `learning_rate * layer_decay ** (n - 1 - k)`, the head the
     full one. Biases, norms and embeddings of positions and tokens have no weight decay: pulling
-    them towards zero regularises nothing.
+    them towards zero does not regularise the model.
     """
     stages = model.stages()
     groups = []
@@ -98,10 +98,10 @@ class ModelEma:
         self.steps += 1
 
     def broadcast(self) -> None:
-        """Take over the average of process 0, which is the one that checkpoints hold.
+        """Replace the average by that of process 0, which is the one that checkpoints hold.
 
-        The processes step alike, but only process 0 has loaded weights to start from, and on CPUs
-        each has BatchNorm statistics of its own. All must call this together, before the average is
-        used.
+        All processes make the same steps, but only process 0 has loaded weights to start from, and
+        on CPUs each has its own BatchNorm statistics. All must call this together, before the
+        average is used.
         """
         distributed.broadcast_tensors(self.model.state_dict().values())

@@ -17,7 +17,7 @@ from utils.errors import UserError
 
 
 class Progress:
-    """Where a training run stands, and the running sums of the epoch that is under way.
+    """The current epoch and batch of a training run, and the running sums of that epoch.
 
     Args:
         batches: number of batches per epoch.
@@ -103,8 +103,8 @@ class TrainState:
     def state_dict(self) -> dict[str, Any]:
         """Everything needed to continue exactly. All processes must call this together.
 
-        "model" is the evaluated one here too; with an average, "trained" holds the weights that are
-        trained.
+        "model" holds the weights that are evaluated. With an EMA these are the averaged ones, and
+        "trained" holds the weights that the optimizer trains.
         """
         progress = self.progress
         rngs, sums, unreadable = zip(
@@ -142,7 +142,7 @@ class TrainState:
         """Continue from `state_dict()`.
 
         Raises:
-            UserError: the number of processes is another one.
+            UserError: the run was trained by another number of processes.
         """
         rank, world_size = distributed.rank(), distributed.world_size()
         if len(state["rng"]) != world_size:

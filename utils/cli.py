@@ -39,9 +39,9 @@ def parse(
         kind: dataclass; where its fields have a `section` in their metadata, `--help` is divided
             into these sections.
         default: values of what is not given, for a `kind` with sections (None: its defaults).
-        old_names: earlier names of fields; whoever types one is told the new name.
-        old_values: per field, earlier spellings of values, which are understood.
-        aliases: those of the earlier names that are understood as well.
+        old_names: earlier names of fields; they are refused with a message that gives the new name.
+        old_values: per field, earlier spellings of values, which are accepted.
+        aliases: earlier names that are accepted nevertheless.
         subcommand: the first word of the command line, where a script has several.
 
     Raises:
@@ -93,7 +93,7 @@ def _respell(
     old_values: Mapping[str, Mapping[str, str]],
     aliases: Container[str],
 ) -> list[str]:
-    """The command line in today's spelling."""
+    """The command line with current names and values."""
     respelled, spellings = [], {}
     for argument in arguments:
         if argument.startswith("--"):
@@ -153,8 +153,8 @@ def field_docs(kind: type) -> dict[str, str]:
 def cli_main(main: Callable[[], None]) -> Callable[[], None]:
     """Wrap a script's `main`: freed memory is kept, a user's mistake is one line and exit code 2.
 
-    Running out of memory and a full disk are reported the same way, because a traceback helps
-    nobody there. Everything else is a bug of ours and keeps its traceback.
+    Running out of memory and a full disk are reported the same way, because a traceback does not
+    help there. Any other error is a bug of this project and keeps its traceback.
     """
 
     @functools.wraps(main)
@@ -168,12 +168,12 @@ def cli_main(main: Callable[[], None]) -> Callable[[], None]:
         except KeyboardInterrupt:
             print("\ninterrupted", file=sys.stderr)
             sys.exit(130)
-        except BrokenPipeError:  # whoever read the output, `head` for example, has seen enough
+        except BrokenPipeError:  # the reader of the output, `head` for example, has ended
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             sys.exit(141)
         except OSError as error:
             if error.errno is None or (error.filename is None and error.errno != ENOSPC):
-                raise  # not about a file: ours to debug
+                raise  # not about a file: a bug of this project
             sys.exit(_fail(f"{error.strerror}: {error.filename or 'the disk'}"))
         except RuntimeError as error:
             if "PytorchStreamWriter" in str(error):

@@ -1,4 +1,4 @@
-"""Writing files that are either complete or not there, and reading files without trusting them."""
+"""Writing files atomically, and reading files without running code from them."""
 
 import json
 import math
@@ -48,7 +48,7 @@ def load_safely(path: Path, remedy: str) -> dict:
     """Read a file that torch.save wrote, onto the CPU, without running any code from it.
 
     Args:
-        remedy: what the user can do if the file is of no use; the error message ends with it.
+        remedy: what the user can do if the file cannot be used; the error message ends with it.
 
     Raises:
         UserError: the file cannot be read, is damaged, or holds something other than a dict.

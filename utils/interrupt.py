@@ -33,7 +33,7 @@ class Interrupt:
 
         All processes must call this at the same point of the work: they stop there together.
         """
-        from utils import distributed  # imports torch, which predict.py and train.py have anyway
+        from utils import distributed  # imports torch, which predict.py and train.py import anyway
 
         if distributed.all_reduce_sum([self.signal])[0]:
             raise Interrupted

@@ -70,7 +70,7 @@ def in_parallel(
             f"{description}: a worker process was killed, probably because memory ran out: give a "
             "smaller --num-workers"
         ) from None
-    finally:  # after an error or Ctrl-C nobody needs the other results
+    finally:  # after an error or Ctrl-C the other results are not needed
         for worker in set(multiprocessing.active_children()) - other_processes:
             worker.kill()
         executor.shutdown(cancel_futures=True)

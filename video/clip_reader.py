@@ -67,7 +67,7 @@ class DecodedClip(NamedTuple):
     rgb: np.ndarray
     """`(views * n_frames, H, W, 3)` uint8"""
     motion: np.ndarray | None = None
-    """`(views * n_frames, 2, h, w)` uint8 codes, see motion.py; None if not asked for"""
+    """`(views * n_frames, 2, h, w)` uint8 codes, see video/motion.py; None if not asked for"""
 
 
 def read_clip(

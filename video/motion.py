@@ -9,7 +9,7 @@ motion.
 
 Motion is measured on a coarse grid over the whole frame, with one cell per `STRIDE` x `STRIDE`
 pixels of the clip, and stored as such a field, `(T, 2, h, w)` uint8. It comes from optical flow
-(below) or from motion_vectors.py.
+(below) or from video/motion_vectors.py.
 """
 
 from collections.abc import Iterable

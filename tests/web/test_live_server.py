@@ -268,9 +268,10 @@ def test_a_stuck_viewer_delays_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
             ask_masked = b"\x81\x81\x00\x00\x00\x000"  # the text "0"
             stuck.sendall(1000 * ask_masked)  # and never reads what it asked for
 
+            for moment in range(3000):
+                page.show(snapshot(moment / 100)._replace(frame=noise))
+
             async def visit(viewer: Viewer) -> None:
-                for moment in range(3000):
-                    page.show(snapshot(moment / 100)._replace(frame=noise))
                 predictions, _, jpeg = await ask_until(viewer, lambda head: head["next"] == 3000)
                 assert len(predictions) == 3000
                 assert Image.open(io.BytesIO(jpeg)).size == (700, 700)
