@@ -11,8 +11,7 @@ from evaluation import metrics
 from evaluation.bootstrap import format_interval, score_intervals
 from evaluation.calibration import Calibration, apply_temperature
 from evaluation.predictions import Predictions, write_predictions
-from utils.errors import UserError
-from utils.files import write_json, write_text
+from utils.files import read_json, write_json, write_text
 
 # Earlier names in test_metrics.json.
 _OLD_NAMES = {
@@ -111,15 +110,9 @@ def read_results(path: Path) -> dict[str, Any]:
     Raises:
         UserError: it is damaged.
     """
-    try:
-        results = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    results = _renamed(read_json(path))
+    if not results:
         return {}
-    except ValueError:
-        raise UserError(f"{path}: is damaged: evaluate again") from None
-    if not isinstance(results, dict):
-        raise UserError(f"{path}: not one of this project's files")
-    results = _renamed(results)
     # In earlier versions a warning was a text, and one about leakage began with LEAKAGE.
     results["warnings"] = [
         {"kind": "leakage" if "LEAKAGE" in w else "other", "text": w.removeprefix("LEAKAGE: ")}

@@ -1,6 +1,5 @@
 """Reading run folders: the results that training, evaluate.py and cross_validate.py write there."""
 
-import json
 import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -16,6 +15,7 @@ from config import TrainConfig, from_dict
 from evaluation.predictions import Predictions, read_predictions
 from evaluation.results import read_results
 from utils.errors import UserError
+from utils.files import read_json
 
 
 @dataclass(frozen=True)
@@ -140,23 +140,6 @@ def patients_of(runs: Sequence[Run]) -> np.ndarray:
     """`(N,)` the patient of each clip or None, from the run that knows most patients."""
     patients = [run.predictions.groups("patient") for run in runs]
     return max(patients, key=lambda names: sum(name is not None for name in names))
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The content of a JSON file of this project; empty if there is no file.
-
-    Raises:
-        UserError: it is damaged.
-    """
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return {}
-    except ValueError as error:
-        raise UserError(f"{path}: not JSON: {error}") from None
-    if not isinstance(content, dict):
-        raise UserError(f"{path}: not one of this project's files")
-    return content
 
 
 def _home(folder: Path, results: Mapping[str, Any]) -> Path:

@@ -89,6 +89,23 @@ def write_json(path: str | Path, content: dict[str, Any]) -> None:
     write_text(path, json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
+def read_json(path: Path) -> dict[str, Any]:
+    """The content of a JSON file of this project; empty if there is no file.
+
+    Raises:
+        UserError: it is damaged.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except ValueError as error:
+        raise UserError(f"{path}: is damaged: {error}") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: not one of this project's files")
+    return content
+
+
 def to_markdown(
     table: "pd.DataFrame", metadata: Mapping[str, Any], formats: Mapping[str, str] | None = None
 ) -> str:

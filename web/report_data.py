@@ -23,8 +23,9 @@ from evaluation.bootstrap import (
     patient_clips,
 )
 from evaluation.predictions import Predictions
-from evaluation.runs import Run, read_json, read_run
+from evaluation.runs import Run, read_run
 from utils.errors import UserError
+from utils.files import read_json
 from web.anonymize import identifiers
 
 # What test_metrics.json must hold.
