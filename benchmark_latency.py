@@ -325,7 +325,9 @@ def _named_models(what: str, config: BenchmarkConfig) -> list[tuple[str, int]]:
 
 @cli_main
 def main() -> None:
-    config = parse(BenchmarkConfig, __doc__, old_names={"models": "model_names"})
+    config = parse(
+        BenchmarkConfig, __doc__, old_names={"amp": "precision", "models": "model_names"}
+    )
     for name in ("batch_size", "n_frames", "image_size", "repeats", "num_classes"):
         if getattr(config, name) < 1:
             raise UserError(f"{name} = {getattr(config, name)}: must be at least 1")

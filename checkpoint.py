@@ -46,6 +46,9 @@ def load_checkpoint(run_or_file: str | Path, name: str = "best.pt") -> dict[str,
             f"{path}: written by a newer version of this project "
             f"(format {state['format_version']}, this one reads up to {FORMAT_VERSION})"
         )
+    for key, kind in {"model": dict, "config": dict, "classes": (list, tuple)}.items():
+        if not isinstance(state.get(key), kind):
+            raise UserError(f"{path}: not a checkpoint of this project (no {key!r} in it)")
     return state
 
 

@@ -335,7 +335,7 @@ def draw(table: "pd.DataFrame", config: CompareConfig, path: Path) -> None:
 
 @cli_main
 def main() -> None:
-    config = parse(CompareConfig, __doc__)
+    config = parse(CompareConfig, __doc__, old_names={"amp": "precision"})
     if config.batch_size < 1 or config.repeats < 1 or config.warmup < 0:
         raise UserError("batch_size and repeats must be at least 1, warmup at least 0")
     candidates = load_candidates(config.runs)

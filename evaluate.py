@@ -313,6 +313,7 @@ def main() -> None:
         raise UserError("timelines are evaluated by: python evaluate.py timeline TRUTH PREDICTION")
     old_names = {
         "adjust": "logit_adjust_tau",
+        "amp": "precision",
         "wanted_error": "target_error",
         "workers": "num_workers",
     }

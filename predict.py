@@ -41,10 +41,12 @@ VIDEO_SUFFIXES = {".mp4", ".mkv", ".mov", ".avi", ".m4v", ".mpg", ".mpeg", ".ts"
                   ".asf"}  # fmt: skip
 
 OLD_NAMES = {
+    "amp": "precision",
     "give_up": "reconnect_timeout",
     "minimum_seconds": "min_duration",
     "rate": "fps",
     "segment_seconds": "mean_duration",
+    "wanted_error": "target_error",
 }
 
 

@@ -4,7 +4,6 @@ The naive ones are what a first version of a training script does. The libraries
 (requirements-dev.txt): `decoders()` lists what works here.
 """
 
-import importlib
 import sys
 import tempfile
 from collections.abc import Callable, Iterable, Sequence
@@ -23,6 +22,7 @@ from torchvision.transforms import functional as tv
 from clips.manifest import ClipRow
 from utils.errors import first_line
 from video.clip_reader import FrameSampler
+from video.encoder import write_video
 
 Decoder = Callable[[Path, int, int], np.ndarray]
 """path, n_frames and size to the frames of the clip, `(n_frames, size, size, 3)` uint8"""
@@ -73,24 +73,27 @@ def decode_with_opencv(path: Path, n_frames: int, size: int) -> np.ndarray:
 
 
 def decoders() -> dict[str, Decoder]:
-    """The decoders that can be used here, by name."""
+    """The decoders that work here, by name."""
     libraries = {
-        "decord": (decode_with_decord, "decord"),
-        "torchcodec": (decode_with_torchcodec, "torchcodec.decoders"),
-        "OpenCV": (decode_with_opencv, "cv2"),
+        "decord": decode_with_decord,
+        "torchcodec": decode_with_torchcodec,
+        "OpenCV": decode_with_opencv,
     }
-    usable = {name: decode for name, (decode, module) in libraries.items() if _imports(module)}
+    with tempfile.TemporaryDirectory() as folder:
+        clip = Path(folder) / "clip.mp4"
+        write_video(clip, np.zeros((4, 32, 32, 3), np.uint8))
+        usable = {n: decode for n, decode in libraries.items() if _works(n, decode, clip)}
     return {"naive PyAV": decode_naively, **usable}
 
 
-def _imports(module: str) -> bool:
-    """Whether a module can be imported; prints why if it is installed but cannot."""
+def _works(name: str, decode: Decoder, clip: Path) -> bool:
+    """Whether a decoder reads a clip; prints why if it is installed but does not."""
     try:
-        importlib.import_module(module)
+        decode(clip, 2, 32)
     except ModuleNotFoundError:
         return False
     except Exception as error:  # torchcodec needs the FFmpeg libraries of the system
-        print(f"{module} is left out, it cannot be imported: {first_line(error)}", file=sys.stderr)
+        print(f"{name} is left out, it does not work here: {first_line(error)}", file=sys.stderr)
         return False
     return True
 

@@ -184,3 +184,12 @@ def test_a_config_without_a_setting_has_its_default() -> None:
     state = {"config": {"model": "tsm", "classes": ["a", "b"]}, "classes": ["a", "b"]}
     state["model"] = make_model("tsm_resnet", 2).state_dict()
     assert rebuild_model(state).shift_div == TrainConfig().shift_div
+
+
+@pytest.mark.parametrize("key", ["model", "config", "classes"])
+def test_a_checkpoint_without_its_parts_is_one_line(key: str, tmp_path: Path) -> None:
+    state = {"model": {}, "config": {}, "classes": []}
+    del state[key]
+    save_checkpoint(tmp_path / "best.pt", state)
+    with pytest.raises(UserError, match=f"not a checkpoint of this project .no '{key}' in it"):
+        load_checkpoint(tmp_path)

@@ -382,3 +382,22 @@ def test_wrong_flags_are_an_error_for_people(flags, message, tmp_path: Path, mis
     assert code == 2
     assert message in " ".join(stderr.split())
     assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("script", "old", "new"),
+    [
+        ("evaluate", "amp", "precision"),
+        ("predict", "amp", "precision"),
+        ("predict", "wanted-error", "target-error"),
+        ("predict", "rate", "fps"),
+        ("benchmark_latency", "amp", "precision"),
+        ("compare", "amp", "precision"),
+    ],
+)
+def test_earlier_flags_of_the_scripts_name_the_new_ones(
+    script: str, old: str, new: str, tmp_path: Path, mistake
+) -> None:
+    main = importlib.import_module(script).main
+    _, stderr = mistake(main, "run", f"--{old}", "1", cwd=tmp_path)
+    assert stderr == f"error: --{old} is now called --{new}\n"

@@ -216,7 +216,8 @@ def test_kill_at_any_moment_leaves_a_loadable_checkpoint(
 
 
 def test_a_partial_write_never_replaces_the_checkpoint(tmp_path, monkeypatch) -> None:
-    save_checkpoint(tmp_path / "last.pt", {"model": {"w": torch.ones(2)}})
+    state = {"model": {"w": torch.ones(2)}, "config": {}, "classes": []}
+    save_checkpoint(tmp_path / "last.pt", state)
 
     def partial(state, path) -> None:
         Path(path).write_bytes(b"half a file")

@@ -68,7 +68,7 @@ def train_one_epoch(
     loader.sampler.epoch = progress.epoch
     loader.sampler.start = progress.step * config.batch_size
     check_every = 1 if device.type == "cpu" else _CHECK_EVERY
-    unchecked: list[tuple[int, Batch, torch.Tensor]] = []  # step, batch, its loss
+    unchecked: list[tuple[int, torch.Tensor, torch.Tensor]] = []  # step, indices of clips, loss
     model.train()
     keep_frozen_in_eval(model, config.freeze_batchnorm)
     optimizer.zero_grad(set_to_none=True)
@@ -107,7 +107,7 @@ def train_one_epoch(
                     scaler.scale(loss / clips_per_step).backward()
                 if n:
                     progress.count(loss.detach(), correct, n)
-                    unchecked.append((progress.step, batch, loss.detach()))
+                    unchecked.append((progress.step, batch.indices, loss.detach()))
             clips_in_step += n
             if len(unchecked) >= check_every or last:
                 _require_finite(unchecked, loader, config, progress)
@@ -169,15 +169,15 @@ def _forward(
 
 
 def _require_finite(
-    batches: list[tuple[int, Batch, torch.Tensor]],
+    batches: list[tuple[int, torch.Tensor, torch.Tensor]],
     loader: DataLoader,
     config: TrainConfig,
     progress: Progress,
 ) -> None:
     if not batches or torch.stack([loss for *_, loss in batches]).isfinite().all():
         return
-    step, batch, loss = next(item for item in batches if not item[2].isfinite())
-    paths = [str(loader.dataset.rows[index].path) for index in batch.indices]
+    step, indices, loss = next(item for item in batches if not item[2].isfinite())
+    paths = [str(loader.dataset.rows[index].path) for index in indices]
     heading = (
         f"the loss became {loss.item()} in epoch {progress.epoch + 1}, batch {step}: lower "
         f"learning_rate ({config.learning_rate}), or set precision to fp32. The clips were:"

@@ -12,6 +12,7 @@ pixels of the clip, and stored as such a field, `(T, 2, h, w)` uint8. It comes f
 (below) or from video/motion_vectors.py.
 """
 
+import functools
 from collections.abc import Iterable
 from typing import Literal, NamedTuple
 
@@ -33,6 +34,7 @@ class Modality(NamedTuple):
     motion: Literal["rgbdiff", "flow", "mv"] | None
 
     @classmethod
+    @functools.cache
     def parse(cls, name: str) -> "Modality":
         """The modality called `rgb`, `rgbdiff`, `flow`, `mv`, `rgb+rgbdiff`, `rgb+flow` or
         `rgb+mv`."""
