@@ -109,7 +109,12 @@ def score_table(candidates: Sequence[Candidate], best: int) -> "pd.DataFrame":
     import pandas as pd
     from tqdm import tqdm
 
-    from evaluation.bootstrap import n_clusters, paired_difference, score_intervals
+    from evaluation.bootstrap import (
+        interval_columns,
+        n_clusters,
+        paired_difference,
+        score_intervals,
+    )
     from evaluation.runs import patients_of
 
     patients = patients_of([candidate.run for candidate in candidates])
@@ -130,10 +135,12 @@ def score_table(candidates: Sequence[Candidate], best: int) -> "pd.DataFrame":
             "Params (M)": sum(p.numel() for p in candidate.model.parameters()) / 1e6,
         }
         for name in ("accuracy", "macro_f1"):
-            row |= _with_interval(SCORES[name], predictions.scores[name], intervals[name][kind])
+            row[SCORES[name]] = predictions.scores[name]
+            row |= interval_columns(SCORES[name], intervals[name][kind])
         for name in ("accuracy", "macro_f1"):
-            difference = best_predictions.scores[name] - predictions.scores[name]
-            row |= _with_interval(f"{SCORES[name]}: best - this", difference, differences[name])
+            column = f"{SCORES[name]}: best - this"
+            row[column] = best_predictions.scores[name] - predictions.scores[name]
+            row |= interval_columns(column, differences[name])
         rows.append(row)
     return pd.DataFrame(rows)
 
@@ -308,11 +315,6 @@ def _run_notes(candidates: Sequence[Candidate]) -> list[str]:
         if run.results.get("warnings"):
             notes.append(f"{label}: was tested with warnings, see its test_metrics.json.")
     return notes
-
-
-def _with_interval(name: str, value: float, interval: list[float] | None) -> dict[str, float]:
-    low, high = interval or (float("nan"), float("nan"))
-    return {name: value, f"{name} low": low, f"{name} high": high}
 
 
 def draw(table: "pd.DataFrame", config: CompareConfig, path: Path) -> None:

@@ -34,14 +34,21 @@ from training.checks import check_cache, check_clips, refuse_changes, require_fr
 from training.engine import evaluate, train_one_epoch
 from training.feature_cache import feature_loader, head_only
 from training.loaders import batches_per_epoch, build_dataloaders
-from training.log import epoch_line, run_header, start_log, write_history
+from training.log import (
+    draw_curves,
+    epoch_line,
+    run_header,
+    start_log,
+    tensorboard_writer,
+    write_history,
+)
 from training.losses import Criterion, warn_double_balancing
 from training.optim import ModelEma, cosine_with_warmup, param_groups
 from training.state import Progress, TrainState
 from utils import distributed
 from utils.cli import cli_main, parse
 from utils.device import autocast_dtype, describe_device, get_device, prepare_model
-from utils.errors import ResultWarning, UserError, format_warning
+from utils.errors import ResultWarning, format_warning
 from utils.files import remove_unfinished, write_json
 from utils.interrupt import Interrupt, Interrupted
 from utils.run_dir import log_environment, new_run_dir
@@ -181,7 +188,7 @@ def train_epochs(
     """
     config, progress = state.config, state.progress
     is_main = distributed.rank() == 0
-    writer = _tensorboard_writer(folder) if config.tensorboard and is_main else None
+    writer = tensorboard_writer(folder) if config.tensorboard and is_main else None
     last_drawn = -math.inf
     while progress.epoch < config.epochs and not _out_of_patience(state):
         start = time.perf_counter()
@@ -230,7 +237,7 @@ def train_epochs(
             write_history(folder / "metrics.csv", state.history)
             ended = progress.epoch == config.epochs or _out_of_patience(state)
             if ended or time.monotonic() > last_drawn + 10:  # drawing takes as long as an epoch
-                _draw_curves(state, folder)
+                draw_curves(folder / "curves.png", state.history, state.best["epoch"])
                 last_drawn = time.monotonic()
         if writer:
             for name, value in row.items():
@@ -364,22 +371,6 @@ def _run_dir(config: TrainConfig, folder: Path | None) -> str:
     if not (folder / "config.json").exists():
         write_json(folder / "config.json", dataclasses.asdict(config))
     return str(folder)
-
-
-def _draw_curves(state: TrainState, folder: Path) -> None:
-    from evaluation.plots import plot_curves  # importing matplotlib takes longer than an epoch
-
-    plot_curves(state.history, state.best["epoch"], folder / "curves.png")
-
-
-def _tensorboard_writer(folder: Path) -> Any:
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        raise UserError(
-            "--tensorboard needs a package: pip install -r requirements-optional.txt"
-        ) from None
-    return SummaryWriter(folder)
 
 
 def read_settings() -> tuple[TrainConfig, dict[str, Any] | None]:

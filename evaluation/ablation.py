@@ -10,6 +10,7 @@ from evaluation.bootstrap import (
     N_RESAMPLES,
     cluster_bootstrap_weights,
     confidence_interval,
+    interval_columns,
     n_clusters,
     resampled_scores,
 )
@@ -118,10 +119,10 @@ def ablation_table(predictions: Mapping[str, Sequence[Predictions]]) -> "pd.Data
             scores = [seed.scores[name] for seed in seeds]
             row[name] = float(np.mean(scores))
             row[f"{name} sd"] = float(np.std(scores, ddof=1)) if len(scores) > 1 else float("nan")
-            row |= _with_interval(name, resampled[ablation][name], n)
+            row |= interval_columns(name, confidence_interval(resampled[ablation][name], n))
             row[f"{name} delta"] = row[name] - (rows[0][name] if rows else row[name])
             delta = resampled[ablation][name] - resampled[baseline][name]
-            row |= _with_interval(f"{name} delta", delta, n)
+            row |= interval_columns(f"{name} delta", confidence_interval(delta, n))
         rows.append(row)
     return pd.DataFrame(rows)
 
@@ -129,11 +130,6 @@ def ablation_table(predictions: Mapping[str, Sequence[Predictions]]) -> "pd.Data
 def _order(predictions: Predictions) -> list[int]:
     """The indices of the clips by their paths: folds may come in any order."""
     return sorted(range(len(predictions)), key=lambda i: str(predictions.rows[i].path))
-
-
-def _with_interval(name: str, values: np.ndarray, n: int) -> dict[str, float]:
-    low, high = confidence_interval(values, n) or (float("nan"), float("nan"))
-    return {f"{name} low": low, f"{name} high": high}
 
 
 def plot_deltas(table: "pd.DataFrame", path: str | Path) -> None:

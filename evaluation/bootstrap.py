@@ -103,6 +103,12 @@ def confidence_interval(values: np.ndarray, n: int, level: float = LEVEL) -> Int
     return [float(low), float(high)]
 
 
+def interval_columns(name: str, interval: Interval) -> dict[str, float]:
+    """The columns `<name> low` and `<name> high` of a table; NaN without an interval."""
+    low, high = interval or (float("nan"), float("nan"))
+    return {f"{name} low": low, f"{name} high": high}
+
+
 def format_interval(interval: Interval, pattern: str = ".3f", missing: str = "-") -> str:
     """An interval as `0.519 to 0.717`.
 

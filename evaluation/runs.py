@@ -1,5 +1,6 @@
 """Reading run folders: the results that training, evaluate.py and cross_validate.py write there."""
 
+import dataclasses
 import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -159,9 +160,7 @@ def _sorted_by_clip(run: Run) -> Run:
     order = sorted(range(len(keys)), key=lambda i: keys[i])
     rows = [run.predictions.rows[i] for i in order]
     predictions = Predictions(rows, run.predictions.probabilities[order])
-    return Run(
-        run.folder, run.home, run.results, predictions, run.classes, run.decided[order], run.config
-    )
+    return dataclasses.replace(run, predictions=predictions, decided=run.decided[order])
 
 
 def _clip_key(row: ClipRow) -> tuple[str, int]:

@@ -96,7 +96,7 @@ def run_main(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> 
 @pytest.fixture
 def no_figures(monkeypatch: pytest.MonkeyPatch) -> None:
     """Training in this process draws nothing, which takes longer than training a tiny model."""
-    monkeypatch.setattr("train._draw_curves", lambda *_: None)
+    monkeypatch.setattr("train.draw_curves", lambda *_: None)
     monkeypatch.setattr("evaluation.plots.plot_confusion", lambda *_: None)
 
 

@@ -31,6 +31,7 @@ from evaluation.calibration import Calibration, calibrate
 from train import main, read_settings, train
 from training.engine import evaluate
 from training.loaders import build_dataloaders
+from training.log import tensorboard_writer
 from utils import distributed
 from utils.errors import UserError
 
@@ -147,9 +148,7 @@ def test_fine_tuning_freezing_and_tensorboard(trained, tiny_data, tmp_path, run_
 def test_missing_tensorboard_is_an_error_in_one_line(monkeypatch, tmp_path) -> None:
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     with pytest.raises(UserError, match=r"pip install -r requirements-optional\.txt"):
-        from train import _tensorboard_writer
-
-        _tensorboard_writer(tmp_path)
+        tensorboard_writer(tmp_path)
 
 
 def test_own_data_without_network_names_the_weights_file(

@@ -1,4 +1,4 @@
-"""The log of a training run: texts for people, train.log, metrics.csv."""
+"""The log of a training run: texts for people, train.log, metrics.csv, curves, TensorBoard."""
 
 import logging
 import sys
@@ -15,6 +15,7 @@ from config import TrainConfig
 from models import summary
 from utils import distributed
 from utils.device import describe_device
+from utils.errors import UserError
 from utils.files import write_text
 
 
@@ -62,3 +63,25 @@ def write_history(path: str | Path, history: Sequence[dict[str, Any]]) -> None:
     import pandas as pd  # takes as long to import as the rest of this module
 
     write_text(path, pd.DataFrame(history).to_csv(index=False, float_format="%.6g"))
+
+
+def draw_curves(path: str | Path, history: Sequence[dict[str, Any]], best_epoch: int) -> None:
+    """Draw the losses and scores of the epochs so far."""
+    from evaluation.plots import plot_curves  # importing matplotlib takes longer than an epoch
+
+    plot_curves(history, best_epoch, path)
+
+
+def tensorboard_writer(folder: Path) -> Any:
+    """A SummaryWriter that writes into a folder.
+
+    Raises:
+        UserError: TensorBoard is not installed.
+    """
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise UserError(
+            "--tensorboard needs a package: pip install -r requirements-optional.txt"
+        ) from None
+    return SummaryWriter(folder)

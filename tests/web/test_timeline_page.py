@@ -515,6 +515,8 @@ def test_all_is_readable_and_nothing_overflows(
         tab.hover("#actions")
         for width in (390, 1280):
             tab.set_viewport_size({"width": width, "height": 900})
+            # The page draws itself anew in the next animation frame.
+            tab.evaluate("new Promise(done => requestAnimationFrame(() => setTimeout(done, 50)))")
             assert tab.evaluate("document.documentElement.scrollWidth <= innerWidth")
             assert tab.evaluate("""[...document.querySelectorAll('#list, #totals .scroll')].every(
               box => box.scrollWidth <= box.clientWidth)""")
