@@ -34,7 +34,8 @@ def setting(
         needs: another field without which this one has no effect.
         only_with: another field and its values with which this one has an effect.
         pixels: which clips' pixels depend on it; cached features are computed again if it changes.
-        resumable: a resumed run may have another value than before.
+        resumable: a resumed run may have another value than before (the clips must be the same,
+            wherever they are; TrainState compares them).
         neutral: the results do not depend on it (so it is resumable as well).
     """
     names = ("section", "low", "high", "needs", "only_with", "pixels", "resumable", "neutral")
@@ -51,20 +52,20 @@ class TrainConfig:
     """
 
     # ---- Data ----
-    data_root: str = setting("", section="Data")
+    data_root: str = setting("", section="Data", resumable=True)
     """folder of your data: the manifests, and the clips there or below clips/ (empty: demo data)"""
-    train_csv: str = "train.csv"
+    train_csv: str = setting("train.csv", resumable=True)
     """manifest of the training clips, below data_root or a path of its own"""
-    val_csv: str = "val.csv"
+    val_csv: str = setting("val.csv", resumable=True)
     """manifest of the validation clips, which choose the best epoch"""
-    test_csv: str = "test.csv"
+    test_csv: str = setting("test.csv", resumable=True)
     """manifest of the test clips, which are used once, at the end"""
     classes: tuple[str, ...] = CLASSES
     """names of the classes, in the order of their numbers"""
     skip_unreadable: bool = setting(False, resumable=True)
     """leave out validation and test clips that cannot be read and report how many, instead of
     stopping (unreadable training clips are always left out and listed)"""
-    cache: str = setting("", pixels="all clips")
+    cache: str = setting("", pixels="all clips", resumable=True)
     """folder filled by `prepare_data.py cache`: reading clips there is much faster than decoding"""
     check_clips: bool = setting(True, neutral=True)
     """read every validation and test clip once before the first epoch"""

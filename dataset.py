@@ -170,7 +170,7 @@ class Batch(NamedTuple):
 
     clips: torch.Tensor  # (B, T, C, H, W), or (B, V, T, C, H, W) with views
     labels: torch.Tensor  # (B,)
-    indices: torch.Tensor  # (B,) indices into the data set
+    indices: list[int]  # B indices into the data set
     unreadable: list[str]  # an error message for each clip that could not be read
     params: torch.Tensor | None = None  # (B, 9) where the device augments the batch
 
@@ -180,16 +180,38 @@ def collate(samples: Sequence[tuple[int, tuple | str]]) -> Batch:
     readable = [(index, *item) for index, item in samples if not isinstance(item, str)]
     unreadable = [item for _, item in samples if isinstance(item, str)]
     if not readable:
-        empty = torch.empty(0, dtype=torch.long)
-        return Batch(torch.empty(0), empty, empty, unreadable)
+        return Batch(torch.empty(0), torch.empty(0, dtype=torch.long), [], unreadable)
     indices, clips, labels, *params = zip(*readable, strict=True)
     return Batch(
         clips=torch.stack(clips),
         labels=torch.tensor(labels, dtype=torch.long),
-        indices=torch.tensor(indices, dtype=torch.long),
+        indices=list(indices),
         unreadable=unreadable,
         params=torch.stack(params[0]) if params else None,
     )
+
+
+class _ByValue:
+    """A tensor that is pickled with its values, and not as an address in shared memory.
+
+    What comes out of the pickle is the tensor itself.
+    """
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self.array = tensor.numpy()
+
+    def __reduce__(self) -> tuple:
+        return torch.as_tensor, (self.array,)
+
+
+def collate_by_value(samples: Sequence[tuple[int, tuple | str]]) -> Batch:
+    """`collate` for worker processes that have no shared memory for their batches."""
+    batch = collate(samples)
+    if torch.utils.data.get_worker_info() is None:  # nothing is pickled
+        return batch
+    params = None if batch.params is None else _ByValue(batch.params)
+    clips, labels = _ByValue(batch.clips), _ByValue(batch.labels)
+    return batch._replace(clips=clips, labels=labels, params=params)
 
 
 def require_readable(unreadable: Sequence[str], description: str) -> None:

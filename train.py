@@ -23,20 +23,30 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from checkpoint import load_checkpoint, rebuild_model, save_checkpoint
-from clips.manifest import patient_overlap
+from clips.manifest import clips_digest, patient_overlap
 from config import OLD_NAMES, OLD_VALUES, TrainConfig, from_dict
 from evaluation.calibration import Calibration, calibrate
 from evaluation.predictions import Predictions
 from modeling.layers import enable_gradient_checkpointing
 from modeling.weights import load_weights
 from models import build_model, freeze
-from training.checks import check_cache, check_clips, refuse_changes, require_frozen, resolve
+from training.checks import (
+    check_cache,
+    check_clips,
+    keep_clips_per_step,
+    refuse_changes,
+    require_batch_statistics,
+    require_frozen,
+    require_some_readable,
+    resolve,
+)
 from training.engine import evaluate, train_one_epoch
 from training.feature_cache import feature_loader, head_only
-from training.loaders import batches_per_epoch, build_dataloaders
+from training.loaders import DEMO_ROOT, batches_per_epoch, build_dataloaders
 from training.log import (
     draw_curves,
     epoch_line,
+    resume_line,
     run_header,
     start_log,
     tensorboard_writer,
@@ -76,6 +86,8 @@ def train(
     """
     config = resolve(config)
     device = distributed.init(get_device(config.device))
+    if resume_from:
+        config = keep_clips_per_step(config, resume_from)
     dtype = autocast_dtype(config.precision, device)
     is_main = distributed.rank() == 0
     start_log(None)
@@ -89,6 +101,7 @@ def train(
     rows = {name: loader.dataset.rows for name, loader in splits.items()}
     counts = Counter(row.label for row in rows["train"])
     class_counts = [counts[label] for label in range(num_classes)]
+    clips = {split: clips_digest(rows[split], config.data_root or DEMO_ROOT) for split in rows}
 
     # model
     torch.manual_seed(config.seed)
@@ -102,8 +115,8 @@ def train(
     prepare_model(model, device, dtype)
 
     # optimizer
-    batches = batches_per_epoch(train_loader)
-    steps_per_epoch = math.ceil(batches / config.gradient_accumulation_steps)
+    progress = Progress(batches_per_epoch(train_loader))
+    steps_per_epoch = progress.steps_per_epoch(config.gradient_accumulation_steps)
     optimizer = torch.optim.AdamW(
         param_groups(model, config.learning_rate, config.weight_decay, config.layer_decay),
         lr=config.learning_rate,
@@ -115,8 +128,9 @@ def train(
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     criterion = Criterion(config, class_counts, device)
     ema = ModelEma(model, config.ema_decay) if config.ema_decay else None
-    progress = Progress(batches)
-    state = TrainState(config, model, optimizer, scheduler, scaler, ema, progress, class_counts)
+    state = TrainState(
+        config, model, optimizer, scheduler, scaler, ema, progress, class_counts, clips
+    )
     if resume_from:
         state.load_state_dict(resume_from)
     else:
@@ -126,6 +140,8 @@ def train(
     if config.feature_cache:
         require_frozen(model)
     check_cache([loader.dataset for loader in splits.values()])
+    require_batch_statistics(model, config, device, train_loader.sampler.clips_per_epoch)
+    require_some_readable(splits, config.classes)
     if config.check_clips and config.data_root and not resume_from:
         check_clips({"validation": val_loader, "test": test_loader}, config.skip_unreadable)
 
@@ -140,8 +156,7 @@ def train(
     log.info(run_header(config, model, rows, device, dtype))
     for warning in warnings:
         log.warning(format_warning(warning))
-    resumed = f"resumed at epoch {progress.epoch + 1}, batch {progress.step + 1}"
-    log.info(resumed if resume_from else loaded)
+    log.info(resume_line(resume_from, config, progress) if resume_from else loaded)
 
     if config.feature_cache:
         train_loader, val_loader, test_loader = (
@@ -204,7 +219,7 @@ def train_epochs(
             progress,
             state.ema,
             ddp_model,
-            interrupt.check,
+            interrupt,
         )
         model, dtype = state.eval_model, autocast_dtype(config.precision, device)
         if config.feature_cache:  # features are fp32; without Normalize nothing casts them
@@ -253,7 +268,8 @@ def train_epochs(
     if unreadable:
         listing = "\n  ".join(sorted(unreadable))
         log.warning(
-            f"{len(unreadable)} training clips could not be read and were left out:\n  {listing}"
+            f"{len(unreadable)} training clips that were drawn could not be read and were left out "
+            f"(python prepare_data.py check reads all of them):\n  {listing}"
         )
 
 
@@ -277,6 +293,7 @@ def calibrate_best(
         sampler = FrameSampler(config.n_frames, config.eval_sampling)
         best["calibration"] = fitted.state_dict()
         best["frame_rate"] = effective_fps(paths, sampler)
+        best["config"] = dataclasses.asdict(config)  # the data may have moved since that epoch
         best["class_counts"] = state.class_counts  # runs of earlier versions have none yet
         save_checkpoint(folder / "best.pt", best)
     distributed.broadcast_object()  # the other processes wait until it is written

@@ -12,6 +12,8 @@
 """
 
 import difflib
+import hashlib
+import json
 import os
 import re
 from collections import Counter, defaultdict
@@ -134,6 +136,16 @@ def missing_classes(train: Sequence[ClipRow], classes: Sequence[str]) -> list[st
     present = {row.label for row in train}
     missing = [name for label, name in enumerate(classes) if label not in present]
     return _summary("classes with no training clip (leave them out of --classes)", missing)
+
+
+def clips_digest(rows: Sequence[ClipRow], data_root: str | Path) -> str:
+    """A hash of the clips of a split, their order and labels, wherever the data root is."""
+    digest = hashlib.sha256()
+    for row in rows:
+        # not `relative_to`: a clip may lie outside
+        path = os.path.relpath(row.path, data_root).replace(os.sep, "/")
+        digest.update(json.dumps([path, row.label]).encode())
+    return digest.hexdigest()
 
 
 def patient_overlap(splits: Mapping[str, Sequence[ClipRow]]) -> list[ResultWarning]:

@@ -140,7 +140,7 @@ def test_unreadable_clip_is_reported_and_never_replaced(tmp_path, workers: int) 
     loader = DataLoader(clips, 2, collate_fn=collate, num_workers=workers)
     (batch,) = list(loader)
     assert batch.clips.shape == (1, 4, 3, 32, 32)
-    assert batch.labels.tolist() == batch.indices.tolist() == [0]
+    assert batch.labels.tolist() == batch.indices == [0]
     assert len(batch.unreadable) == 1
     assert "bad.mp4: cannot be read" in batch.unreadable[0]
 

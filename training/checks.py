@@ -5,10 +5,12 @@ import logging
 import math
 import os
 from collections import Counter
-from collections.abc import Sequence
-from typing import get_args, get_type_hints
+from collections.abc import Mapping, Sequence
+from typing import Any, get_args, get_type_hints
 
+import torch
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
@@ -17,9 +19,11 @@ from cnn_lstm import CNNLSTM
 from config import DEMO_DEFAULTS, OWN_DATA_DEFAULTS, TrainConfig, differences, names_with
 from dataset import ClipsDataset, require_readable
 from modeling.weights import load_weights
-from models import MODELS, build_model, freeze, model_options
+from models import MODELS, build_model, freeze, keep_frozen_in_eval, model_options
 from utils import distributed
 from utils.errors import UserError
+from utils.workers import read_batches
+from video.container import ClipError
 from video.motion import Modality
 
 log = logging.getLogger(__name__)
@@ -157,6 +161,85 @@ def refuse_changes(saved: TrainConfig, config: TrainConfig) -> None:
         )
 
 
+def keep_clips_per_step(config: TrainConfig, state: Mapping[str, Any]) -> TrainConfig:
+    """The settings of a resumed run for the processes of now.
+
+    Where another number of processes can share the clips of an optimizer step evenly, each adds up
+    the gradients of more or fewer batches, so that a step has as many clips as before.
+    """
+    batches = config.gradient_accumulation_steps * len(state["rng"])
+    if batches % distributed.world_size():
+        return config
+    batches_per_process = batches // distributed.world_size()
+    return dataclasses.replace(config, gradient_accumulation_steps=batches_per_process)
+
+
+SINGLE_VALUE = (
+    "BatchNorm cannot train on a single value per channel, which it gets from a batch of one clip "
+    "of this size: change batch_size (or give a larger image_size or --freeze-batchnorm)"
+)
+
+
+@torch.inference_mode()
+def require_batch_statistics(
+    model: nn.Module, config: TrainConfig, device: torch.device, clips_per_epoch: int
+) -> None:
+    """Check that BatchNorm gets more than one value per channel from the smallest batch.
+
+    Raises:
+        UserError: it does not.
+    """
+    if 1 not in (config.batch_size, clips_per_epoch % config.batch_size):
+        return
+    model.train()
+    keep_frozen_in_eval(model, config.freeze_batchnorm)
+    layers = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.training]
+    values: list[int] = []
+    hooks = [
+        layer.register_forward_pre_hook(lambda _, x: values.append(x[0].numel() // x[0].shape[1]))
+        for layer in layers
+    ]
+    channels = Modality.parse(config.modality).channels
+    size = config.image_size
+    model.eval()
+    model(torch.zeros(1, config.n_frames, channels, size, size, dtype=torch.uint8, device=device))
+    for hook in hooks:
+        hook.remove()
+    if 1 in values:
+        raise UserError(SINGLE_VALUE)
+
+
+def require_some_readable(loaders: Mapping[str, DataLoader], classes: Sequence[str]) -> None:
+    """Check that each split has a clip that can be read, and the training split one of each class.
+
+    It reads clips until it finds them, usually one per class and split.
+
+    Raises:
+        UserError: with the first few errors.
+    """
+    for split, loader in loaders.items():
+        clips: ClipsDataset = loader.dataset
+        wanted = set(range(len(classes))) if split == "train" else {None}
+        errors = []
+        for index, row in enumerate(clips.rows):
+            label = row.label if split == "train" else None
+            if label in wanted:
+                try:
+                    clips[index, 0]  # seeded, so that nothing is drawn from the global generator
+                    wanted.remove(label)
+                except ClipError as error:
+                    errors.append(str(error))
+            if not wanted:
+                break
+        else:
+            names = ", ".join(classes[label] for label in wanted if label is not None)
+            listing = "\n  ".join(errors[:5])
+            raise UserError(
+                f"none of the {split} clips{' of ' + names if names else ''} can be read:\n"
+                f"  {listing}"
+            )
+
+
 def check_cache(datasets: Sequence[ClipsDataset]) -> None:
     """Check that the cache, if one is used, holds all the clips as they are now.
 
@@ -188,7 +271,12 @@ def check_clips(loaders: dict[str, DataLoader], skip_unreadable: bool) -> None:
     unreadable = []
     for name, loader in loaders.items():
         bar = tqdm(
-            loader, f"reading {name} clips", leave=False, disable=distributed.rank() != 0, delay=1
+            read_batches(loader),
+            f"reading {name} clips",
+            total=len(loader),
+            leave=False,
+            disable=distributed.rank() != 0,
+            delay=1,
         )
         for lines in distributed.all_gather([line for batch in bar for line in batch.unreadable]):
             unreadable += lines

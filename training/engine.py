@@ -1,7 +1,6 @@
 """One epoch of training, and the evaluation of a split."""
 
 import contextlib
-from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -15,6 +14,7 @@ from dataset import Batch, require_readable
 from evaluation.predictions import Predictions
 from modeling.inference import prepare_for_inference
 from models import keep_frozen_in_eval
+from training.checks import SINGLE_VALUE
 from training.losses import Criterion
 from training.mixup import mixup_cutmix
 from training.optim import ModelEma
@@ -23,6 +23,7 @@ from utils import distributed
 from utils.device import autocast, autocast_dtype
 from utils.errors import UserError
 from utils.interrupt import Interrupt, Interrupted
+from utils.workers import read_batches
 from video.motion import Modality
 
 # Number of batches between two checks that the loss is finite. On a GPU a check waits for all
@@ -42,7 +43,7 @@ def train_one_epoch(
     progress: Progress,
     ema: ModelEma | None = None,
     ddp_model: nn.Module | None = None,
-    check_interrupt: Callable[[], None] = lambda: None,
+    interrupt: Interrupt | None = None,
 ) -> None:
     """Train for one epoch, or for the rest of an epoch that was interrupted.
 
@@ -57,10 +58,12 @@ def train_one_epoch(
         progress: the current epoch and batch; updated after each batch.
         ema: average of the weights, updated after each step.
         ddp_model: `model` wrapped in DistributedDataParallel, if there are several processes.
-        check_interrupt: called after each optimizer step; may raise to stop there.
+        interrupt: checked after each optimizer step, and while a batch is waited for (unless its
+            gradient is to be added to those of other batches, which would be lost).
 
     Raises:
-        UserError: the loss is no longer finite.
+        Interrupted: `interrupt` was asked to stop.
+        UserError: the loss is no longer finite, or no clip of the epoch could be read.
     """
     world_size = distributed.world_size()
     dtype = autocast_dtype(config.precision, device)
@@ -68,7 +71,7 @@ def train_one_epoch(
     loader.sampler.epoch = progress.epoch
     loader.sampler.start = progress.step * config.batch_size
     check_every = 1 if device.type == "cpu" else _CHECK_EVERY
-    unchecked: list[tuple[int, torch.Tensor, torch.Tensor]] = []  # step, indices of clips, loss
+    unchecked: list[tuple[int, list[int], torch.Tensor]] = []  # step, indices of clips, loss
     model.train()
     keep_frozen_in_eval(model, config.freeze_batchnorm)
     optimizer.zero_grad(set_to_none=True)
@@ -82,7 +85,8 @@ def train_one_epoch(
         disable=distributed.rank() != 0,
     )
     with bar:
-        for batch in loader:
+        while_waiting = interrupt if config.gradient_accumulation_steps == 1 else None
+        for batch in read_batches(loader, while_waiting):
             progress.step += 1
             progress.unreadable.update(batch.unreadable)
             last = progress.step == progress.batches
@@ -121,12 +125,15 @@ def train_one_epoch(
                 clips_in_step = 0
             if bar.update():  # only when the bar is redrawn: reading the mean waits for a GPU
                 bar.set_postfix_str(f"loss {progress.mean_loss:.3f}", refresh=False)
-            if is_update_step:
+            if is_update_step and interrupt:
                 try:
-                    check_interrupt()
+                    interrupt.check()
                 except Interrupted:  # before the state is saved
                     _require_finite(unchecked, loader, config, progress)
                     raise
+    if not distributed.all_reduce_sum([progress.running_sums[2]])[0]:
+        examples = "\n  ".join(sorted(progress.unreadable)[:5])
+        raise UserError(f"none of the training clips can be read:\n  {examples}")
     if ema:
         ema.broadcast()
 
@@ -157,8 +164,13 @@ def _forward(
     if mixed:
         alphas = config.mixup_alpha, config.cutmix_alpha
         clips, other_labels, lam = mixup_cutmix(clips, labels, *alphas)
-    with autocast(device, dtype):
-        logits = model(clips)
+    try:
+        with autocast(device, dtype):
+            logits = model(clips)
+    except ValueError:
+        if n > 1:
+            raise
+        raise UserError(f"{SINGLE_VALUE}. The other clips of the batch are unreadable") from None
     losses = criterion(logits.float(), labels, progress.epoch)  # (B,)
     if mixed:
         other_losses = criterion(logits.float(), other_labels, progress.epoch)
@@ -169,7 +181,7 @@ def _forward(
 
 
 def _require_finite(
-    batches: list[tuple[int, torch.Tensor, torch.Tensor]],
+    batches: list[tuple[int, list[int], torch.Tensor]],
     loader: DataLoader,
     config: TrainConfig,
     progress: Progress,
@@ -239,7 +251,7 @@ def evaluate(
     Args:
         loader: from `training.loaders.eval_loader`.
         dtype: see `prepare_for_inference`; the softmax is computed in fp64 on the CPU.
-        interrupt: checked after each batch.
+        interrupt: checked after each batch, and while a batch is waited for.
         temperature: the logits are divided by it; see evaluation/calibration.py.
         logit_adjustment: `(num_classes,)`, subtracted from the logits first; see
             training/losses.py.
@@ -252,7 +264,8 @@ def evaluate(
     model = prepare_for_inference(model, device, dtype)
     indices, probabilities, unreadable = [], [], []
     quiet = distributed.rank() != 0
-    for batch in tqdm(loader, description, unit="batch", leave=False, disable=quiet, delay=1):
+    bar = {"total": len(loader), "unit": "batch", "leave": False, "disable": quiet, "delay": 1}
+    for batch in tqdm(read_batches(loader, interrupt), description, **bar):
         unreadable += batch.unreadable
         if len(batch.labels):
             views = batch.clips.to(device, non_blocking=True)
@@ -263,13 +276,13 @@ def evaluate(
             logits = logits.unflatten(0, views.shape[:2])  # (B, V, classes)
             both = torch.stack((logits / temperature, logits)).softmax(dim=-1)
             probabilities.append(both.mean(dim=2))  # (2, B, V, classes) -> (2, B, classes)
-            indices.append(batch.indices)
+            indices += batch.indices
         # Processes have different numbers of batches, so they cannot agree to stop between batches.
         if interrupt and distributed.world_size() == 1:
             interrupt.check()
     own = None
     if indices:
-        own = torch.cat(indices).numpy(), torch.cat(probabilities, dim=1).numpy()
+        own = np.array(indices), torch.cat(probabilities, dim=1).numpy()
     gathered = distributed.all_gather((own, unreadable))
     unreadable = [line for _, lines in gathered for line in lines]
     if not skip_unreadable:

@@ -25,7 +25,7 @@ from config import TrainConfig, names_with
 from dataset import ClipsDataset, collate
 from modeling.inference import prepare_for_inference
 from utils.files import atomic
-from utils.workers import start_worker
+from utils.workers import read_batches, start_worker
 from video.container import ClipError
 
 _VERSION = 3  # raise it when the same settings and weights give other features than before
@@ -111,7 +111,8 @@ class CachedFeatures(Dataset):
             worker_init_fn=start_worker,
             generator=torch.Generator(),  # as in training/loaders.py
         )
-        for batch in tqdm(loader, "frozen features", unit="batch", leave=False, delay=1):
+        bar = {"total": len(loader), "unit": "batch", "leave": False, "delay": 1}
+        for batch in tqdm(read_batches(loader), "frozen features", **bar):
             for index, _, clip in batch:
                 if isinstance(clip, str):
                     self.unreadable[index] = clip

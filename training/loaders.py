@@ -1,6 +1,10 @@
 """From a config to batches: the splits, the samplers and the three loaders."""
 
+import functools
+import logging
 import math
+import multiprocessing
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -12,14 +16,23 @@ from clips.cache import ClipCache
 from clips.manifest import ClipRow, get_num_classes, read_splits
 from clips.transforms import RandAugmentErase
 from config import TrainConfig, manifest_paths
-from dataset import ClipsDataset, Perturbation, collate, get_train_transform, get_val_transform
+from dataset import (
+    ClipsDataset,
+    Perturbation,
+    collate,
+    collate_by_value,
+    get_train_transform,
+    get_val_transform,
+)
 from demo.data import render_demo
 from training.checks import resolve
 from utils import distributed
 from utils.device import get_device
 from utils.errors import UserError
-from utils.workers import start_worker
+from utils.workers import SHARED_MEMORY, shared_memory_free, start_worker
 from video.motion import Modality
+
+log = logging.getLogger(__name__)
 
 DEMO_ROOT = Path("data") / "demo"
 
@@ -117,7 +130,7 @@ def build_dataloaders(config: TrainConfig) -> tuple[DataLoader, DataLoader, Data
     )
     return (
         _loader(train, sampler, config, config.batch_size, persistent=True),
-        eval_loader(splits["val"], config, cache),
+        eval_loader(splits["val"], config, cache, persistent=not _forks()),
         eval_loader(splits["test"], config, cache, config.test_views, config.test_crops),
         get_num_classes(config.classes),
     )
@@ -135,6 +148,7 @@ def eval_loader(
     views: int = 1,
     crops: int = 1,
     perturbations: Sequence[Perturbation] = (),
+    persistent: bool = False,
 ) -> DataLoader:
     """A loader of clips in their order, without anything random.
 
@@ -145,6 +159,7 @@ def eval_loader(
         config: a resolved config.
         cache: where the clips are read (None: they are decoded).
         perturbations: for robustness tests; see `clips.corruptions`.
+        persistent: keep the workers for the next pass over the clips.
     """
     clips = ClipsDataset(
         rows,
@@ -159,7 +174,13 @@ def eval_loader(
         perturbations=perturbations,
     )
     part = range(distributed.rank(), len(rows), distributed.world_size())
-    return _loader(clips, part, config, max(1, config.batch_size // clips.num_views))
+    batch_size = max(1, config.batch_size // clips.num_views)
+    return _loader(clips, part, config, batch_size, persistent)
+
+
+def _forks() -> bool:
+    """Whether starting a worker costs nothing; elsewhere it takes seconds to import PyTorch."""
+    return multiprocessing.get_start_method() == "fork"
 
 
 def open_cache(config: TrainConfig) -> ClipCache | None:
@@ -212,16 +233,42 @@ def _loader(
     batch_size: int,
     persistent: bool = False,
 ) -> DataLoader:
+    channels = 3 if clips.motion is None else 5
+    clip_bytes = config.n_frames * channels * config.image_size**2 * clips.num_views
+    has_room = _room_in_shared_memory(batch_size * clip_bytes, config.num_workers)
     return DataLoader(
         clips,
         batch_size,
         sampler=sampler,
         num_workers=config.num_workers,
-        collate_fn=collate,
+        collate_fn=collate if has_room else collate_by_value,
         pin_memory=torch.cuda.is_available(),
         worker_init_fn=start_worker,
         persistent_workers=persistent and config.num_workers > 0,
         # The loader has its own generator: starting it must not advance the generator of dropout,
         # or a resumed epoch would differ from an uninterrupted one.
         generator=torch.Generator(),
+    )
+
+
+def _room_in_shared_memory(batch_bytes: int, num_workers: int) -> bool:
+    """Whether the batches of one loader fit into the memory that processes can share."""
+    free = shared_memory_free()
+    if free is None or not num_workers:
+        return True
+    # Each worker reads two batches ahead (PyTorch's default); one more is being used. torchrun's
+    # processes on this machine share the room.
+    batches = (2 * num_workers + 1) * int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if batches * batch_bytes <= free:
+        return True
+    _tell_small_shared_memory(free, batches * batch_bytes)
+    return False
+
+
+@functools.cache  # once, and not for each loader
+def _tell_small_shared_memory(free: int, needed: int) -> None:
+    log.warning(
+        f"{SHARED_MEMORY} has {free / 1e6:.0f} MB free and the clips read ahead need "
+        f"{needed / 1e6:.0f} MB: they take a slower way to the training process (more room: docker "
+        "run --shm-size=1g)"
     )

@@ -11,8 +11,9 @@ import torch
 from torch import nn
 
 from clips.manifest import ClipRow
-from config import TrainConfig
+from config import TrainConfig, differences, from_dict
 from models import summary
+from training.state import Progress
 from utils import distributed
 from utils.device import describe_device
 from utils.errors import UserError
@@ -45,6 +46,27 @@ def run_header(
     if distributed.world_size() > 1:
         hardware += f", {distributed.world_size()} processes"
     lines += ["", f"{config.model_name}, {frames}, on {hardware}", summary(model)]
+    return "\n".join(lines)
+
+
+def resume_line(saved: Mapping[str, Any], config: TrainConfig, progress: Progress) -> str:
+    """Where a run continues, and what is not as it was when it was saved.
+
+    Args:
+        saved: the checkpoint.
+    """
+    lines = [f"resumed at epoch {progress.epoch + 1}, batch {progress.step + 1}"]
+    changes = differences(from_dict(saved["config"]), config, ignore=("resume",))
+    if any(name in ("data_root", "train_csv", "val_csv", "test_csv") for name, *_ in changes):
+        lines[0] += ", with the same clips in another place"
+    lines += [f"  {name}: {value!r}, before {earlier!r}" for name, earlier, value in changes]
+    before, now = len(saved["rng"]), distributed.world_size()
+    if before != now:
+        clips = config.batch_size * config.gradient_accumulation_steps
+        lines.append(
+            f"  {now} processes, before {before}: {now * clips} clips per step. The results differ "
+            "a little from those of a run without this change"
+        )
     return "\n".join(lines)
 
 

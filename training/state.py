@@ -1,10 +1,13 @@
 """The state of a training run: everything that a checkpoint must hold to continue exactly."""
 
 import dataclasses
-from collections.abc import Sequence
+import math
+import warnings
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 from torch.optim.lr_scheduler import LRScheduler
@@ -32,6 +35,10 @@ class Progress:
         self.unreadable: set[str] = set()
         """error messages of the training clips that could not be read"""
         self._sums: torch.Tensor | None = None  # (3,): loss, correct clips, clips
+
+    def steps_per_epoch(self, batches_per_step: int) -> int:
+        """Number of optimizer steps per epoch."""
+        return math.ceil(self.batches / batches_per_step)
 
     def count(self, loss: torch.Tensor, correct: torch.Tensor, clips: int) -> None:
         """Add the summed loss of a batch and how many of its clips are correct.
@@ -69,6 +76,7 @@ class TrainState:
 
     Args:
         class_counts: `(K,)` training clips of each class; evaluate.py can adjust logits by them.
+        clips: `clips.manifest.clips_digest` of each split; a resumed run must have the same clips.
     """
 
     def __init__(
@@ -81,6 +89,7 @@ class TrainState:
         ema: ModelEma | None,
         progress: Progress,
         class_counts: Sequence[int],
+        clips: Mapping[str, str] | None = None,
     ) -> None:
         self.config = config
         self.model = model
@@ -90,6 +99,7 @@ class TrainState:
         self.ema = ema
         self.progress = progress
         self.class_counts = list(class_counts)
+        self.clips = dict(clips or {})
         self.history: list[dict[str, Any]] = []
         """rows of metrics.csv"""
         self.best: dict[str, Any] = {}
@@ -136,32 +146,79 @@ class TrainState:
             "config": dataclasses.asdict(self.config),
             "classes": list(self.config.classes),
             "class_counts": self.class_counts,
+            "clips": self.clips,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from `state_dict()`.
 
+        With as many processes as before, the run continues exactly. With another number, it
+        continues at the same part of the epoch and of the learning rate's schedule; up to
+        `clips_per_step` clips may be seen twice in that epoch, and the random numbers are new.
+
         Raises:
-            UserError: the run was trained by another number of processes.
+            UserError: the clips are not those that the run began with.
         """
-        rank, world_size = distributed.rank(), distributed.world_size()
-        if len(state["rng"]) != world_size:
-            raise UserError(
-                f"the run was trained by {len(state['rng'])} processes and can continue only with "
-                f"as many, not {world_size} (torchrun --nproc-per-node)"
-            )
+        self._require_same_clips(state)
         self.eval_model.load_state_dict(state["model"])
         if self.ema:
             self.model.load_state_dict(state["trained"])
             self.ema.steps = state["averaged_steps"]
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.scheduler.load_state_dict(state["scheduler"])
-        self.scaler.load_state_dict(state["scaler"])
         self.progress.epoch, self.progress.step = state["epoch"], state["step"]
         self.progress.unreadable = set(state["unreadable"])
-        self.progress.running_sums = state["totals"][rank]
         self.history, self.best = state["history"], state["best"]
-        set_rng_state(state["rng"][rank])
+        if state["scaler"]:  # empty if the run has not trained in fp16 before
+            self.scaler.load_state_dict(state["scaler"])
+        if len(state["rng"]) == distributed.world_size():
+            self._load_optimizer(state["optimizer"])
+            self.scheduler.load_state_dict(state["scheduler"])
+            self.progress.running_sums = state["totals"][distributed.rank()]
+            set_rng_state(state["rng"][distributed.rank()])
+        else:
+            self._change_processes(state)
+
+    def _load_optimizer(self, state: dict[str, Any]) -> None:
+        # Which kernel suits the device; the run may have begun on another one.
+        fused = [group["fused"] for group in self.optimizer.param_groups]
+        groups = zip(state["param_groups"], fused, strict=True)
+        groups = [{**group, "fused": value} for group, value in groups]
+        self.optimizer.load_state_dict({**state, "param_groups": groups})
+
+    def _require_same_clips(self, state: dict[str, Any]) -> None:
+        before = state.get("clips")
+        if not before:  # a run of an earlier version, or a test without manifests
+            if state["config"]["data_root"] != self.config.data_root:
+                raise UserError(
+                    "data_root: this run of an earlier version continues only with "
+                    f"{state['config']['data_root']!r}, because it does not say what its clips were"
+                )
+            return
+        changed = [split for split, digest in self.clips.items() if before.get(split) != digest]
+        if changed:
+            raise UserError(
+                f"the {' and '.join(changed)} clips are not those that the run began with (other "
+                "paths below data_root, labels or order): restore the manifests, or start a new run"
+            )
+
+    def _change_processes(self, state: dict[str, Any]) -> None:
+        """Continue a run of another number of processes; see `load_state_dict`."""
+        before, now, progress = len(state["rng"]), distributed.world_size(), self.progress
+        # Together the processes have seen the first clips of the epoch's order (TrainSampler).
+        batches_per_step = self.config.gradient_accumulation_steps
+        steps = progress.step * before // now // batches_per_step
+        progress.step = steps * batches_per_step
+        sums = [sum(values) for values in zip(*state["totals"], strict=True)]
+        progress.running_sums = sums if distributed.rank() == 0 else [0.0] * len(sums)
+        with warnings.catch_warnings():  # PyTorch warns of steps without the optimizer's
+            warnings.simplefilter("ignore")
+            for _ in range(progress.epoch * progress.steps_per_epoch(batches_per_step) + steps):
+                self.scheduler.step()
+        rates = [group["lr"] for group in self.optimizer.param_groups]
+        self._load_optimizer(state["optimizer"])
+        for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate
+        words = [self.config.seed, progress.epoch, progress.step, distributed.rank()]
+        torch.manual_seed(int(np.random.SeedSequence(words).generate_state(1)[0]))
 
     def save(self, folder: Path) -> None:
         """Write last.pt."""

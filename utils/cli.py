@@ -20,6 +20,7 @@ import tyro
 
 from utils.allocator import keep_freed_memory
 from utils.errors import UserError, first_line, is_out_of_memory
+from utils.workers import worker_failure
 
 Config = TypeVar("Config")
 
@@ -176,6 +177,8 @@ def cli_main(main: Callable[[], None]) -> Callable[[], None]:
                 raise  # not about a file: a bug of this project
             sys.exit(_fail(f"{error.strerror}: {error.filename or 'the disk'}"))
         except RuntimeError as error:
+            if reason := worker_failure():
+                sys.exit(_fail(reason))
             if "PytorchStreamWriter" in str(error):
                 sys.exit(_fail("a checkpoint could not be written: is the disk full?"))
             if "could not create a primitive" in str(error):  # e.g. the LSTM of oneDNN in bf16

@@ -1,6 +1,8 @@
 """Stopping on request without losing work."""
 
 import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 
@@ -14,6 +16,7 @@ class Interrupt:
     def __init__(self) -> None:
         self.signal = 0
         """number of the signal that asked to stop; 0 while none did"""
+        self._raises = False
         self._before = {
             number: signal.signal(number, self._ask) for number in (signal.SIGINT, signal.SIGTERM)
         }
@@ -22,6 +25,24 @@ class Interrupt:
         self.signal = number
         signal.signal(signal.SIGINT, signal.default_int_handler)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        if self._raises:
+            raise Interrupted
+
+    @contextmanager
+    def raised(self) -> Iterator[None]:
+        """Within this block a request to stop raises Interrupted at once, whatever runs there.
+
+        With several processes it does not: they have to stop together, see `check`.
+        """
+        from utils import distributed  # imports torch, as in `check`
+
+        self._raises = distributed.world_size() == 1
+        try:
+            if self.signal and self._raises:
+                raise Interrupted
+            yield
+        finally:
+            self._raises = False
 
     def restore(self) -> None:
         """Give the signals back the handlers that they had before."""

@@ -1,24 +1,125 @@
-"""Worker processes: what a loader's worker does first, and a parallel map over clips."""
+"""Worker processes: reading batches from a loader's workers, and a parallel map over clips."""
 
+import contextlib
 import itertools
+import logging
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from typing import Any
+from multiprocessing.process import BaseProcess
+from multiprocessing.queues import Queue
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from utils.allocator import restore_malloc_defaults
 from utils.errors import UserError
+from utils.interrupt import Interrupt
+
+if TYPE_CHECKING:
+    from torch.utils.data import DataLoader
+
+log = logging.getLogger(__name__)
 
 PREFETCH = 4  # items per worker that are submitted before their results are needed
+PATIENCE = 45.0  # seconds without a batch after which `read_batches` says so
+SHARED_MEMORY = Path("/dev/shm")  # where Linux keeps the memory that processes share
+
+_CANNOT_SEND = 75  # exit code of a loader's worker that could not hand over a batch
+_workers: set[BaseProcess] = set()  # those of the loaders that this process has read
+
+
+def read_batches(loader: "DataLoader", interrupt: Interrupt | None = None) -> Iterator[Any]:
+    """Yield the batches of a loader.
+
+    A worker that ends too early makes PyTorch raise a RuntimeError, here or wherever the program
+    is; `worker_failure` explains it. If workers live but no batch comes, the log says so.
+
+    Args:
+        interrupt: a request to stop is heard also while no batch comes.
+
+    Raises:
+        Interrupted: `interrupt` was asked to stop while no batch came.
+    """
+    batches = iter(loader)
+    _workers.difference_update([worker for worker in _workers if worker.exitcode == 0])
+    _workers.update(multiprocessing.active_children())
+    while True:
+        watch = threading.Timer(PATIENCE, _warn_waiting)
+        watch.daemon = True
+        if loader.num_workers:
+            watch.start()
+        try:
+            with interrupt.raised() if interrupt else contextlib.nullcontext():
+                batch = next(batches)
+        except StopIteration:
+            return
+        finally:
+            watch.cancel()
+        yield batch
+
+
+def worker_failure() -> str:
+    """Why a worker of a loader has ended too early, and the remedy; empty if none has."""
+    codes = {worker.exitcode for worker in _workers} - {None, 0, -signal.SIGTERM}
+    if not codes:
+        return ""
+    if _CANNOT_SEND in codes or -getattr(signal, "SIGBUS", 0) in codes:
+        return (
+            f"a process that reads clips could not hand over a batch: {_sharing_limits()}: give "
+            "--num-workers 0, or raise these limits (docker run --shm-size=1g, ulimit -n 4096)"
+        )
+    if -getattr(signal, "SIGKILL", 0) in codes:
+        return (
+            "a process that reads clips was killed, probably because memory ran out: give a "
+            "smaller --num-workers or --batch-size"
+        )
+    return (
+        f"a process that reads clips has crashed (exit code {max(codes, key=abs)}): with "
+        "--num-workers 0 the error shows where"
+    )
+
+
+def _warn_waiting() -> None:
+    log.warning(
+        f"no clips for {PATIENCE:.0f} s, although the processes that read them are alive. Is the "
+        f"disk or the network slow? ({_sharing_limits()}.)"
+    )
+
+
+def _sharing_limits() -> str:
+    """What processes can share their memory with here, in words."""
+    free = shared_memory_free()
+    limits = [] if free is None else [f"{SHARED_MEMORY} has {free / 1e6:.1f} MB free"]
+    if sys.platform != "win32":
+        import resource
+
+        files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+        limits.append(f"a process may open {files} files")
+    return " and ".join(limits) or "memory is short"
+
+
+def shared_memory_free() -> int | None:
+    """Bytes that processes can still share with each other; None where there is no such limit."""
+    try:
+        status = os.statvfs(SHARED_MEMORY)
+    except (OSError, AttributeError):  # macOS and Windows have no such folder
+        return None
+    return status.f_bavail * status.f_frsize
 
 
 def start_worker(_: int) -> None:
-    """Prepare a DataLoader's worker process: signals, memory, and one thread per process."""
+    """Prepare a DataLoader's worker process: signals, memory, and one thread per process.
+
+    A batch is handed over by a thread of the worker. If that thread fails, because shared memory
+    or the number of open files is short, Python prints the error and goes on without the batch,
+    for which the main process would wait for ever. So the worker ends then.
+    """
     import torch  # not above: the workers of `in_parallel` do without it
 
     # The main process handles Ctrl-C and ends its workers itself.
@@ -29,6 +130,7 @@ def start_worker(_: int) -> None:
     signal.signal(signal.SIGTERM, lambda number, _: signal.signal(number, signal.SIG_DFL))
     restore_malloc_defaults()
     torch.set_num_threads(1)
+    Queue._on_queue_feeder_error = staticmethod(lambda *_: os._exit(_CANNOT_SEND))
 
 
 def in_parallel(
