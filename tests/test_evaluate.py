@@ -1,6 +1,7 @@
 """evaluate.py: the same numbers from the checkpoint alone, on any split and number of views."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import get_args
@@ -64,6 +65,22 @@ def test_predictions_do_not_depend_on_the_batches(tiny_data: Path) -> None:
     assert one.rows == list(read_manifest(tiny_data / "test.csv", classes=CLASSES))
     assert np.allclose(one.probabilities, two.probabilities, atol=1e-7)
     assert one.loss == pytest.approx(two.loss)
+
+
+def test_more_batches_than_a_process_may_open_files(tiny_data: Path) -> None:
+    """A batch of a worker shares its memory through an open file, which must not outlive it."""
+    resource = pytest.importorskip("resource", reason="Windows has no limit of open files")
+    rows = read_manifest(tiny_data / "test.csv", classes=CLASSES) * 15
+    clips = ClipsDataset(rows, 4, 32)
+    batches = DataLoader(clips, 1, collate_fn=collate, num_workers=1)
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    open_files = len(os.listdir("/dev/fd"))
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (open_files + 60, limits[1]))
+        predictions = evaluate(Brightness(), batches, torch.device("cpu"))
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    assert len(predictions) == 135
 
 
 def test_views_are_averaged_in_probability(tiny_data: Path) -> None:

@@ -1,6 +1,8 @@
 """Interrupted training: exact resume, interrupts, kills, partial writes, more patience."""
 
+import inspect
 import os
+import shutil
 import signal
 import time
 from collections.abc import Callable
@@ -25,6 +27,7 @@ from torch.utils.data import DataLoader
 from checkpoint import load_checkpoint, rebuild_model, save_checkpoint
 from config import from_dict
 from train import main
+from training.checks import keep_clips_per_step
 from training.engine import evaluate
 from training.loaders import build_dataloaders
 from training.state import TrainState
@@ -120,6 +123,114 @@ def test_stopping_inside_an_epoch_loses_no_step(more: dict, tiny_data: Path) -> 
     assert same_tensors(whole.model.state_dict(), second.model.state_dict())
     assert same_tensors(whole.eval_model.state_dict(), second.eval_model.state_dict())
     assert second.progress.running_sums == whole.progress.running_sums
+
+
+def test_another_number_of_processes_continues_at_the_same_clip(tiny_data: Path) -> None:
+    """A checkpoint of two processes after two of three steps with three clips each: one process
+    goes on with two batches of three per step, and ends as if it had done all of it."""
+    config = tiny_config(tiny_data, batch_size=3, gradient_accumulation_steps=2, epochs=2)
+
+    def fresh() -> tuple[TrainState, DataLoader]:
+        torch.manual_seed(1)
+        model = make_model("vivit", 3, n_frames=4, image_size=32)
+        return make_state(config, model, batches=6), build_dataloaders(config)[0]
+
+    class Stop(Exception):
+        pass
+
+    steps = iter(range(1, 9))
+
+    def stop_after_two() -> None:
+        if next(steps) == 2:
+            raise Stop
+
+    whole, loader = fresh()
+    train_epoch(whole, loader)
+    first, loader = fresh()
+    with pytest.raises(Stop):
+        train_epoch(first, loader, stop_after_two)
+    saved = first.state_dict()
+    assert saved["step"] == 4
+    # The same moment as two processes save it.
+    half = [value / 2 for value in saved["totals"][0]]
+    of_two = {**saved, "step": 2, "rng": saved["rng"] * 2, "totals": [half, half]}
+    of_two["config"] = {**saved["config"], "gradient_accumulation_steps": 1}
+    assert keep_clips_per_step(from_dict(of_two["config"]), of_two) == config
+
+    second, loader = fresh()
+    second.load_state_dict(of_two)
+    assert second.progress.step == 4
+    assert second.scheduler.last_epoch == 2
+    assert [g["lr"] for g in second.optimizer.param_groups] == [
+        g["lr"] for g in first.optimizer.param_groups
+    ]
+    train_epoch(second, loader)
+    assert same_tensors(whole.model.state_dict(), second.model.state_dict())
+    assert second.progress.running_sums == pytest.approx(whole.progress.running_sums)
+
+
+@pytest.mark.parametrize(
+    ("before", "after"), [("fp32", "fp16"), ("bf16", "fp16"), ("fp16", "fp32")]
+)
+def test_a_run_continues_in_another_precision(before: str, after: str, tiny_data: Path) -> None:
+    """`auto` means another precision on another device; only fp16 has a scaled loss."""
+    config = tiny_config(tiny_data)
+
+    def fresh(precision: str) -> TrainState:
+        torch.manual_seed(1)
+        state = make_state(config, make_model("vivit", 3, n_frames=4, image_size=32))
+        state.scaler = torch.amp.GradScaler("cpu", enabled=precision == "fp16")
+        return state
+
+    first, loader = fresh(before), build_dataloaders(config)[0]
+    train_epoch(first, loader)
+    second = fresh(after)
+    second.load_state_dict(first.state_dict())
+    assert second.scaler.get_scale() == (2.0**16 if after == "fp16" else 1.0)
+    assert same_tensors(first.model.state_dict(), second.model.state_dict())
+    second.progress.end_epoch()
+    train_epoch(second, loader)
+    assert not same_tensors(first.model.state_dict(), second.model.state_dict())
+
+
+@pytest.mark.usefixtures("checkpoints_only")
+def test_a_run_continues_where_its_data_has_moved(
+    trained, tiny_data, tmp_path, run_main, mistake
+) -> None:
+    """Stopped after the second epoch, resumed with the data in another folder: the same result, bit
+    for bit. With other labels in the manifests there it does not continue."""
+    run, moved, broken = tmp_path / "run", tmp_path / "moved", tmp_path / "broken"
+    shutil.copytree(tiny_data, moved)
+    shutil.copytree(tiny_data, broken)
+    text = (broken / "train.csv").read_text()
+    (broken / "train.csv").write_text(text.replace("dark", "light", 1))
+
+    class Stop(Exception):
+        pass
+
+    def save(state: TrainState, folder: Path) -> None:
+        save_checkpoint(folder / "last.pt", state.state_dict())
+        if state.progress.epoch == 2:
+            raise Stop
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Stop):
+        patch.setattr(TrainState, "save", save)
+        patch.setattr("train.start_log", lambda _: None)
+        flags = train_flags(tiny_data)
+        patch.setattr("sys.argv", ["train.py", *flags, "--run-dir", str(tmp_path / "runs")])
+        inspect.unwrap(main)()
+    (run,) = (tmp_path / "runs").iterdir()
+    code, stderr = mistake(main, "--resume", run, "--data-root", broken, cwd=tmp_path)
+    assert code == 2
+    assert "error: the train clips are not those that the run began with" in stderr
+    done = run_main(main, "--resume", run, "--data-root", moved, cwd=tmp_path)
+    assert "resumed at epoch 3, batch 1, with the same clips in another place\n" in done.stdout
+    assert f"data_root: '{moved}', before '{tiny_data}'" in done.stdout
+    whole, _ = trained
+    for name in ("last.pt", "best.pt"):
+        states = [load_checkpoint(folder, name) for folder in (whole, run)]
+        assert same_tensors(states[0]["model"], states[1]["model"])
+    assert states[1]["config"]["data_root"] == str(moved)
 
 
 # What may differ between checkpoints of equal runs; nothing draws from Python's generator.

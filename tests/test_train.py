@@ -172,7 +172,7 @@ def test_unreadable_clips(tmp_path: Path, run_main, mistake) -> None:
     common = ["--classes", "dark", "light", "--epochs", 1, "--sampler-tau", 0]
     (data / "clips/train/0_1.mp4").write_bytes(b"broken")
     done = run_main(main, *train_flags(data, *common), cwd=tmp_path)
-    assert "1 training clips could not be read and were left out" in done.stdout
+    assert "1 training clips that were drawn could not be read and were left out" in done.stdout
     assert "train/0_1.mp4: cannot be read" in done.stdout
     for name in ("val/0_0", "test/1_1"):
         (data / f"clips/{name}.mp4").write_bytes(b"broken")
@@ -188,6 +188,45 @@ def test_unreadable_clips(tmp_path: Path, run_main, mistake) -> None:
     code, stderr = mistake(evaluate_main, run, "--num-workers", 0, cwd=tmp_path)
     assert code == 2
     assert "1 test clips cannot be read" in stderr
+
+
+@pytest.mark.parametrize(
+    ("broken", "flags", "message"),
+    [
+        ("train/*", [], "none of the train clips of dark, light can be read:"),
+        ("train/1_*", [], "none of the train clips of light can be read:"),
+        ("test/*", ["--skip-unreadable"], "none of the test clips can be read:"),
+        ("val/*", ["--skip-unreadable", "--no-check-clips"], "none of the val clips can be read:"),
+    ],
+)
+def test_nothing_is_trained_without_readable_clips(
+    broken: str, flags: list[str], message: str, tmp_path: Path, mistake
+) -> None:
+    data = make_data(tmp_path, ("dark", "light"), {"train": 2, "val": 1, "test": 1})
+    for path in (data / "clips").glob(f"{broken}.mp4"):
+        path.write_bytes(b"broken")
+    code, stderr = mistake(main, *train_flags(data, "--classes", "dark", "light", *flags), cwd=data)
+    assert code == 2
+    assert f"error: {message}\n" in stderr
+    assert ".mp4: cannot be read: " in stderr
+    assert not (data / "runs").exists()
+
+
+def test_batchnorm_needs_more_than_one_value_per_channel(
+    tiny_data: Path, tmp_path: Path, mistake, monkeypatch
+) -> None:
+    """R(2+1)D turns 4 frames of 16 px into one value per channel. 18 training clips leave a batch
+    of one where 17 fit into the first."""
+    flags = ["--model-name", "r2plus1d", "--image-size", 16, "--batch-size", 17]
+    code, stderr = mistake(main, *train_flags(tiny_data, *flags), cwd=tmp_path)
+    assert code == 2
+    assert "BatchNorm cannot train on a single value per channel" in stderr
+    assert not (tmp_path / "runs").exists()
+    # A batch that only unreadable clips make that small is found out later.
+    monkeypatch.setattr("train.require_batch_statistics", lambda *_: None)
+    code, stderr = mistake(main, *train_flags(tiny_data, *flags), cwd=tmp_path)
+    assert code == 2
+    assert "BatchNorm cannot train on a single value per channel" in stderr
 
 
 def test_non_finite_loss_stops_with_the_clips(tiny_data: Path, tmp_path: Path, mistake) -> None:
@@ -228,7 +267,7 @@ def test_accumulated_batches_equal_one_large_batch(tiny_data: Path) -> None:
 
 
 def test_two_processes_train_as_one_with_the_same_global_batch(
-    tiny_data, tmp_path, run_main, mistake
+    tiny_data, tmp_path, run_main
 ) -> None:
     """Same losses epoch by epoch, same predictions, every test clip counted once."""
     common = train_flags(tiny_data, "--epochs", 2, "--dropout", 0)
@@ -257,9 +296,12 @@ def test_two_processes_train_as_one_with_the_same_global_batch(
     assert len(predictions[1]) == 9  # odd: a padded sampler would count a clip twice
     columns = ["p_dark", "p_grey", "p_light"]
     assert np.allclose(predictions[0][columns], predictions[1][columns], atol=1e-3)
-    code, stderr = mistake(main, "--resume", two, cwd=tmp_path)
-    assert code == 2
-    assert "was trained by 2 processes" in stderr
+    # One process can go on, with as many clips per step.
+    done = run_main(main, "--resume", two, cwd=tmp_path)
+    assert "resumed at epoch 3, batch 1\n" in done.stdout
+    assert "  gradient_accumulation_steps: 2, before 1\n" in done.stdout
+    assert "  1 processes, before 2: 6 clips per step." in done.stdout
+    assert np.allclose(pd.read_csv(two / "predictions.csv")[columns], predictions[1][columns])
 
 
 def test_one_process_is_a_group_by_itself() -> None:

@@ -266,7 +266,8 @@ def check_clips(loaders: dict[str, DataLoader], skip_unreadable: bool) -> None:
     """Read every clip of these loaders once, before hours of training depend on them.
 
     Raises:
-        UserError: listing all clips that cannot be read, unless they are to be skipped.
+        UserError: listing all clips that cannot be read, unless they are to be skipped and others
+            of the loader can be read.
     """
     unreadable = []
     for name, loader in loaders.items():
@@ -278,8 +279,11 @@ def check_clips(loaders: dict[str, DataLoader], skip_unreadable: bool) -> None:
             disable=distributed.rank() != 0,
             delay=1,
         )
-        for lines in distributed.all_gather([line for batch in bar for line in batch.unreadable]):
-            unreadable += lines
+        parts = distributed.all_gather([line for batch in bar for line in batch.unreadable])
+        lines = [line for part in parts for line in part]
+        if len(lines) == len(loader.dataset):
+            require_readable(lines, name)
+        unreadable += lines
     if not skip_unreadable:
         require_readable(unreadable, "validation and test")
     elif unreadable:

@@ -12,6 +12,7 @@ import pytest
 import torch
 from helpers import ROOT, TINY_FLAGS, tiny_config
 
+from dataset import collate, collate_by_value
 from train import train
 from training.loaders import TrainSampler, build_dataloaders
 
@@ -100,6 +101,32 @@ def test_batches_are_the_same_whatever_the_workers(tiny_data: Path) -> None:
         for workers in (0, 2)
     )
     assert all(torch.equal(a, b) for a, b in zip(one, two, strict=True))
+
+
+def test_with_little_shared_memory_the_batches_go_through_pipes(
+    tiny_data: Path, monkeypatch, caplog
+) -> None:
+    """They are the same, and the log says so once. Two workers read two batches of 73,728 bytes
+    ahead each, and one is being used."""
+    usual = build_dataloaders(tiny_config(tiny_data, num_workers=2))[0]
+    batches = {"enough": 5 * 6 * 4 * 3 * 32 * 32, "too little": 5 * 6 * 4 * 3 * 32 * 32 - 1}
+    loaders = {}
+    for name, free in batches.items():
+        monkeypatch.setattr("training.loaders.shared_memory_free", lambda n=free: n)
+        loaders[name] = build_dataloaders(tiny_config(tiny_data, num_workers=2))
+    assert loaders["enough"][0].collate_fn is collate
+    assert all(loader.collate_fn is collate_by_value for loader in loaders["too little"][:3])
+    assert caplog.text.count("they take a slower way to the training process") == 1
+    for one, two in zip(usual, loaders["too little"][0], strict=True):
+        assert torch.equal(one.clips, two.clips)
+        assert torch.equal(one.labels, two.labels)
+        assert not two.clips.is_shared()
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    monkeypatch.setattr("training.loaders.shared_memory_free", lambda: batches["enough"])
+    shared = build_dataloaders(tiny_config(tiny_data, num_workers=2))[0]
+    assert shared.collate_fn is collate_by_value
+    alone = build_dataloaders(tiny_config(tiny_data, num_workers=0))[0]
+    assert alone.collate_fn is collate
 
 
 def test_training_with_augmentation_on_the_device_is_the_same(
