@@ -22,7 +22,7 @@ from utils.cli import cli_main, parse_subcommand
 from utils.errors import UserError
 from utils.files import write_text
 from utils.workers import in_parallel
-from video.decoder import check_video
+from video.clip_reader import check_clip
 
 # Earlier names of settings and values.
 OLD_NAMES = {
@@ -36,7 +36,7 @@ OLD_VALUES = {"modality": {"rgb+vectors": "rgb+mv"}}
 
 @dataclass
 class CheckConfig:
-    """Decode every frame of every clip and list the bad files.
+    """Decode every frame of every clip, read each clip as training does, and list the bad files.
 
     The exit code is 1 if there are any.
     """
@@ -52,7 +52,10 @@ class CheckConfig:
 
 
 def check(config: CheckConfig) -> int:
-    """Decode all clips and write the list of bad ones. Returns the exit code: 1 if a file is bad.
+    """Decode and read all clips and write the list of bad ones.
+
+    Returns:
+        The exit code: 1 if a file is bad.
 
     Raises:
         UserError: there is nothing to check.
@@ -66,7 +69,7 @@ def check(config: CheckConfig) -> int:
     missing = clips[clips["file"].isna()]
     bad = [(path, "no such file") for path in missing["path"]]
     files = list(dict.fromkeys(clips["file"].dropna()))
-    for file, problem in in_parallel(check_video, files, config.num_workers, "decoding"):
+    for file, problem in in_parallel(check_clip, files, config.num_workers, "decoding"):
         if problem:
             bad.append((str(file), problem))
     table = pd.DataFrame(bad, columns=["path", "reason"])

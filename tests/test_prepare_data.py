@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import av
 import numpy as np
 import pandas as pd
 import pytest
@@ -23,6 +24,8 @@ from prepare_data import CheckConfig, check, main
 from train import main as train_main
 from train import train
 from utils.errors import UserError
+from video.clip_reader import check_clip, read_clip
+from video.container import ClipError
 from video.decoder import check_video
 from video.encoder import write_video
 
@@ -279,6 +282,60 @@ def test_damage_where_no_sampling_looks_is_found(tmp_path: Path) -> None:
     content[middle : middle + 3000] = b"\xff" * 3000
     (tmp_path / "clip.mp4").write_bytes(content)
     assert check_video(tmp_path / "clip.mp4") is not None
+
+
+def write_in_matrix(path: Path, matrix: int, count: int) -> bytes:
+    """Write H.264 whose header names a colour matrix; what is in the file."""
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=25, options={"threads": "1"})
+        stream.width, stream.height, stream.pix_fmt = 64, 64, "yuv420p"
+        stream.codec_context.colorspace = matrix
+        for brightness in range(count):
+            frame = np.full((64, 64, 3), brightness, np.uint8)
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        container.mux(stream.encode(None))
+    return path.read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("matrix", "convertible"), [(1, True), (9, True), (10, False), (14, False)]
+)
+@pytest.mark.parametrize("suffix", ["mp4", "ts"])  # needed packets alone, all packets
+def test_what_passes_the_check_can_be_trained_on(
+    matrix: int, convertible: bool, suffix: str, tmp_path: Path
+) -> None:
+    """Matrix 10 is the constant luminance of BT.2020, 14 is ICtCp."""
+    path = tmp_path / f"clip.{suffix}"
+    write_in_matrix(path, matrix, 40)
+    assert check_video(path) == check_clip(path)
+    if convertible:
+        assert check_clip(path) is None
+        assert read_clip(path).rgb.shape == (16, 224, 224, 3)
+    else:
+        assert check_clip(path).startswith("its colours cannot be converted to RGB (yuv420p")
+        with pytest.raises(ClipError) as refused:
+            read_clip(path)
+        assert str(refused.value) == f"{path}: cannot be read: {check_clip(path)}"
+
+
+def test_colours_that_change_where_no_sampling_looks_are_found(tmp_path: Path) -> None:
+    usual = write_in_matrix(tmp_path / "usual.h264", 1, 60)
+    last = write_in_matrix(tmp_path / "last.h264", 10, 1)
+    (tmp_path / "clip.h264").write_bytes(usual + last)
+    assert read_clip(tmp_path / "clip.h264").rgb.shape == (16, 224, 224, 3)
+    assert "matrix 10" in check_clip(tmp_path / "clip.h264")
+
+
+def test_a_clip_that_only_training_refuses_is_bad(tmp_path: Path, monkeypatch) -> None:
+    """Decoding is not all that training does with a file."""
+    make_clip(tmp_path / "clips/a.mp4", 100)
+
+    def refuse(path: Path, *_: object) -> None:
+        raise ClipError(path, "cannot be sampled")
+
+    monkeypatch.setattr("video.clip_reader.read_frames", refuse)
+    assert check_video(tmp_path / "clips/a.mp4") is None
+    assert check_clip(tmp_path / "clips/a.mp4") == "cannot be sampled"
 
 
 def test_real_files(real: Path, tmp_path: Path) -> None:
