@@ -58,7 +58,8 @@ def read_clips(
             row = _row(record, path, root, split)
             rows.append(row | {"patient": find_patient(record.path) or row["patient"]})
     if problems:
-        raise UserError("\n  ".join(["the manifests have problems:", *problems]))
+        heading = ["the manifests have problems:"] if len(problems) > 1 else []
+        raise UserError("\n  ".join([*heading, *problems]))
     return _replace_aliases(pd.DataFrame(rows).astype(object))
 
 

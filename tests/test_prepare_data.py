@@ -15,7 +15,7 @@ import av
 import numpy as np
 import pandas as pd
 import pytest
-from helpers import ROOT, TINY_FLAGS, make_clip, run_script
+from helpers import ROOT, TINY_FLAGS, link, make_clip, run_script, touch
 
 from clips.build_cache import CacheConfig, fill_cache
 from config import TrainConfig
@@ -45,7 +45,7 @@ CACHE = ("cache", "data", "--output", "cached", *SIZES)
 @pytest.fixture
 def cache(run_main: Callable, tmp_path: Path) -> Callable[..., str]:
     """Fill the cache, in this process: what was printed."""
-    return lambda *more: run_main(main, *CACHE, *more, cwd=tmp_path).stdout
+    return lambda *more, code=0: run_main(main, *CACHE, *more, cwd=tmp_path, code=code).stdout
 
 
 def entries(folder: Path) -> dict[Path, int]:
@@ -120,8 +120,8 @@ def test_unreadable_clips_are_listed_and_left_to_training(
 ) -> None:
     broken = next((data / "clips/train").glob("*.mp4"))
     broken.write_bytes(b"no video")
-    said = cache()
-    assert "1 clips cannot be read:" in said
+    said = cache(code=1)
+    assert "done: cached holds 35 of 36 clips\n1 clips cannot be read:" in said
     assert f"{broken.relative_to(tmp_path)}: cannot be read" in said
     arguments = (
         "--data-root",
@@ -194,6 +194,35 @@ def test_mistakes_are_one_line(data: Path, tmp_path: Path, arguments, message, m
     assert message in stderr
 
 
+FOLDERS = [
+    ("check", "empty", "empty: holds neither train.csv nor any video (it is empty)"),
+    ("check", "notes", "notes: holds neither train.csv nor any video (passed over: 1 .txt)"),
+    ("check", "a.mp4", "a.mp4: is a video: name the folder that it lies in, or a manifest"),
+    ("audit", "a.mp4", "a.mp4: is a video: name the folder that it lies in, or a manifest"),
+    ("cache", "empty", f"{Path('empty/train.csv')}: no such manifest"),
+    ("cache", "a.mp4", "a.mp4: no such folder (data_root is the folder of the clips)"),
+]
+
+
+@pytest.mark.parametrize(("command", "folder", "message"), FOLDERS)
+def test_folders_without_clips_are_told(
+    command: str, folder: str, message: str, tmp_path: Path, mistake
+) -> None:
+    (tmp_path / "empty").mkdir()
+    touch(tmp_path, "a.mp4", "notes/a.txt")
+    output = ("--output", "o") if command == "cache" else ()
+    assert message in mistake(main, command, folder, *output, cwd=tmp_path).stderr
+
+
+def test_files_passed_over_are_counted(tmp_path: Path, run_main) -> None:
+    make_clip(tmp_path / "store/a.mp4", 100)
+    link(tmp_path / "data/cut", tmp_path / "store")
+    touch(tmp_path / "data", "cut/notes.txt", "._a.mp4")
+    done = run_main(main, "check", "data", "--num-workers", 0, cwd=tmp_path)
+    assert "data: passed over: 1 .txt, 1 hidden" in done.stdout
+    assert "1 files, 0 of them bad" in done.stdout
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -235,14 +264,16 @@ def test_help_is_light_and_shows_one_example_per_line(tmp_path: Path) -> None:
     assert [line.split()[2] for line in examples] == ["audit", "check", "split", "split", "cache"]
 
 
-@pytest.mark.parametrize("arguments", [("audit", "m.csv"), ("check", "m.csv")])
-def test_work_on_files_needs_no_torch(tmp_path: Path, arguments: tuple[str, ...]) -> None:
+@pytest.mark.parametrize(("command", "code"), [("audit", 3), ("check", 0)])
+def test_work_on_files_needs_no_torch(tmp_path: Path, command: str, code: int) -> None:
     """Importing torch would take seconds and memory in every worker."""
     make_clip(tmp_path / "clips/a.mp4", 100)
     (tmp_path / "m.csv").write_text("path,label\na.mp4,x\n")
     (tmp_path / "torch.py").write_text("raise RuntimeError('torch was imported')")
     environment = {"PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"}
-    run_script("prepare_data.py", *arguments, cwd=tmp_path, **environment)
+    done = run_script("prepare_data.py", command, "m.csv", cwd=tmp_path, check=False, **environment)
+    assert done.returncode == code, done.stderr
+    assert "Traceback" not in done.stderr
 
 
 def test_bad_files_are_listed_with_reasons(tmp_path: Path) -> None:
