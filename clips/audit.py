@@ -106,7 +106,7 @@ def audit(config: AuditConfig) -> int:
         clips = add_contents(clips, config.max_hamming_distance, config.num_workers)
         tables["files"] = file_statistics(clips)
         print(tables["files"].to_string(index=False))
-        _print_unreadable(clips)
+        _print_not_compared(clips)
     else:
         print("no file was read: the audit compares names only, not the contents of the clips")
     tables["overlaps"] = overlaps(clips, config.names)
@@ -206,7 +206,8 @@ def add_contents(
 ) -> "pd.DataFrame":
     """The table with what is in the files of the clips.
 
-    The new columns are metadata, content (SHA-256), near_duplicate (number of a group) and problem.
+    The new columns are metadata, content (SHA-256), near_duplicate (number of a group), problem,
+    and uniform: whether the pictures are too uniform to be compared.
     """
     files = list(dict.fromkeys(clips["file"].dropna()))
     contents = dict(in_parallel(_read_contents, files, num_workers, "reading the files"))
@@ -218,6 +219,7 @@ def add_contents(
         content=[row and row.sha256 for row in rows],
         near_duplicate=[group_of.get(file) for file in clips["file"]],
         problem=[row and row.problem for row in rows],
+        uniform=[bool(row and row.metadata and row.hash is None) for row in rows],
     )
     # A group that holds only copies of one file is reported as identical files.
     copies = clips.groupby("near_duplicate")["content"].transform("nunique") < 2
@@ -309,10 +311,12 @@ def _print_unknown_patients(clips: "pd.DataFrame") -> None:
         )
 
 
-def _print_unreadable(clips: "pd.DataFrame") -> None:
-    unreadable = int(clips["problem"].notna().sum())
+def _print_not_compared(clips: "pd.DataFrame") -> None:
+    unreadable, uniform = int(clips["problem"].notna().sum()), int(clips["uniform"].sum())
     if unreadable:
         print(f"{unreadable:,} files cannot be read: python prepare_data.py check lists them")
+    if uniform:
+        print(f"{uniform:,} clips are almost uniform (black, white): only their bytes are compared")
 
 
 def _by_split(table: "pd.DataFrame") -> str:

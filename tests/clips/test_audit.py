@@ -110,6 +110,7 @@ def test_files_are_compared_by_content_and_by_perceptual_hash(tmp_path: Path, ca
     said = capsys.readouterr().out
     assert "files: 8 of 8 exist" in said
     assert "1 files cannot be read" in said
+    assert "2 clips are almost uniform (black, white): only their bytes are compared" in said
     assert "the patient of 8 clips is unknown" in said
     found = pd.read_csv(tmp_path / "out/overlaps.csv")
     assert found["kind"].tolist() == ["content", "near_duplicate"]
