@@ -132,7 +132,7 @@ def verdict(clips: "pd.DataFrame", leaks: bool, contents: bool) -> tuple[int, st
     if leaks:
         return 1, "LEAKAGE: test numbers partly measure memory"
     if len(splits_of(clips)) < 2:
-        return 3, "NOTHING WAS COMPARED: there is only one split"
+        return 3, "NOTHING WAS COMPARED: only one split (name a manifest or folder per split)"
     if not any(_known(clips, kind) for kind in KINDS if kind != "content"):
         return 3, "NOTHING WAS COMPARED: no patient is known, and no file was read"
     counts = {"patients": _known(clips, "patient")}

@@ -173,7 +173,10 @@ def _clips_to_divide(config: SplitConfig) -> "pd.DataFrame":
         twice = clips.groupby(files)[column].nunique() > 1
         if twice.any():
             raise UserError(f"{config.source}: {twice.sum()} clips are listed with two {column}s")
-    clips = clips[~pd.Series(files).duplicated()].reset_index(drop=True)
+    repeated = pd.Series(files).duplicated()
+    if repeated.any():
+        print(f"{config.source}: {repeated.sum()} clips are there more than once and are kept once")
+    clips = clips[~repeated].reset_index(drop=True)
     unknown = 0 if config.group_by == "clip" else int(clips[config.group_by].isna().sum())
     if unknown:
         raise UserError(

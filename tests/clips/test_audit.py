@@ -261,7 +261,9 @@ def test_one_csv_with_odd_splits(tmp_path: Path, capsys) -> None:
     assert "4 clips in train, (none), holdout" in said
     (tmp_path / "all.csv").write_text("path,label,patient\na.mp4,all,p1\nb.mp4,x,p2\n")
     assert audit(AuditConfig((str(tmp_path / "all.csv"),), output=str(tmp_path / "out"))) == 3
-    assert "NOTHING WAS COMPARED: there is only one split" in capsys.readouterr().out
+    assert (
+        "NOTHING WAS COMPARED: only one split (name a manifest or folder" in capsys.readouterr().out
+    )
 
 
 def test_manifests_of_one_name_are_different_splits(tmp_path: Path) -> None:

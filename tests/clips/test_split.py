@@ -131,15 +131,16 @@ def test_links_to_classes_are_classes_and_other_files_are_counted(tmp_path: Path
         link(tmp_path / "data" / label, tmp_path / "store" / label)
     touch(tmp_path, "store/cut/notes.txt", "store/cut/._VID0.mp4", "data/.Trash/sew/VID9.mp4")
     link(tmp_path / "data/cut/up", tmp_path / "data")
+    link(tmp_path / "data/sew/VID5_again.mp4", tmp_path / "store/sew/VID5.mp4")
     config = SplitConfig(str(tmp_path / "data"), str(tmp_path / "new"), patient_pattern=r"VID\d")
     split(config)
     tables = read(tmp_path / "new")
     assert sorted(path for table in tables.values() for path in table["path"]) == sorted(
         f"{label}/VID{patient}.mp4" for label in ("cut", "sew") for patient in range(6)
     )
-    assert "data: passed over: 2 hidden, 1 .txt, 1 read under another name" in (
-        capsys.readouterr().out
-    )
+    said = capsys.readouterr().out
+    assert "data: passed over: 2 hidden, 1 .txt, 1 read under another name\n" in said
+    assert "data: 1 clips are there more than once and are kept once\n" in said
 
 
 def test_one_folder_under_the_names_of_two_classes_is_refused(tmp_path: Path) -> None:
