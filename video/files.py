@@ -31,6 +31,7 @@ _SYSTEM_FOLDERS = {
     "System Volume Information",
 }
 _MOST_KINDS = 8  # that are named in one line
+_MOST_PATHS = 10  # that are named in an error message
 
 
 class FoundVideos(NamedTuple):
@@ -79,37 +80,37 @@ def find_videos(folder: Path) -> FoundVideos:
             continue
         for entry in sorted(entries, key=lambda entry: entry.name):
             try:
-                is_folder, is_file = entry.is_dir(), entry.is_file()
+                kind = _passed_over(entry)
             except OSError as error:  # for example links that lead to each other
                 unreadable.append(f"{entry.path} ({error.strerror})")
                 continue
-            if kind := _passed_over(entry.name, is_folder, is_file):
+            if kind:
                 passed_over[kind] += 1
-            elif is_file:
+            elif entry.is_file():
                 paths.append(Path(entry))
             elif entry.is_symlink():
                 waiting.append(Path(entry))
             else:
                 waiting.appendleft(Path(entry))
     if unreadable:
-        raise UserError(
-            "\n  ".join([f"{folder}: allow reading these, or take them out:", *sorted(unreadable)])
-        )
+        shown, more = sorted(unreadable)[:_MOST_PATHS], len(unreadable) - _MOST_PATHS
+        shown += [f"and {more:,} more"] * (more > 0)
+        raise UserError("\n  ".join([f"{folder}: allow reading these, or take them out:", *shown]))
     return FoundVideos(sorted(paths), twice, _in_one_line(passed_over))
 
 
-def _passed_over(name: str, is_folder: bool, is_file: bool) -> str | None:
+def _passed_over(entry: os.DirEntry[str]) -> str | None:
     """The kind of an entry that is passed over; None for a video or a folder to read."""
-    suffix = PurePath(name).suffix.lower()
-    if name.startswith("."):
+    suffix = PurePath(entry.name).suffix.lower()
+    if entry.name.startswith("."):
         return "hidden"
-    if is_folder:
+    if entry.is_dir():
         if suffix == ".timeline":
             return "made by predict.py"
-        return "made by the system" if name in _SYSTEM_FOLDERS else None
-    if not is_file:
+        return "made by the system" if entry.name in _SYSTEM_FOLDERS else None
+    if not entry.is_file():
         return "without content (broken links, pipes)"
-    return None if is_video(name) else suffix or "without a suffix"
+    return None if is_video(entry.name) else suffix or "without a suffix"
 
 
 def _in_one_line(counts: Counter[str]) -> str:

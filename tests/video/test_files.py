@@ -56,10 +56,18 @@ def test_broken_links_are_counted_and_links_to_each_other_are_told(tmp_path: Pat
     assert find_videos(tmp_path).passed_over == (
         "passed over: 1 without content (broken links, pipes)"
     )
+    link(tmp_path / ".hidden", tmp_path / ".hidden")
+    assert found(tmp_path) == ["a.mp4"]
     link(tmp_path / "x.mp4", tmp_path / "y.mp4")
     link(tmp_path / "y.mp4", tmp_path / "x.mp4")
     with pytest.raises(UserError, match=r"(?s)take them out:\n  .*x\.mp4 \(.*y\.mp4 \("):
         find_videos(tmp_path)
+    for number in range(15):
+        link(tmp_path / f"z{number}", tmp_path / f"z{number}")
+    with pytest.raises(UserError) as error:
+        find_videos(tmp_path)
+    assert str(error.value).splitlines()[-1] == "  and 7 more"
+    assert len(str(error.value).splitlines()) == 12
 
 
 @pytest.fixture
