@@ -10,7 +10,9 @@ python prepare_data.py cache /data/SLAM --output cache224          faster readin
 import sys
 from collections import Counter
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Literal
 
 import tyro
 
@@ -23,6 +25,7 @@ from utils.errors import UserError
 from utils.files import write_text
 from utils.workers import in_parallel
 from video.clip_reader import check_clip
+from video.motion import Modality
 
 # Earlier names of settings and values.
 OLD_NAMES = {
@@ -45,6 +48,8 @@ class CheckConfig:
     """manifests, folders that hold train.csv, val.csv and test.csv, or folders of videos"""
     data_root: str = ""
     """folder of the clips (empty: the folder of each manifest)"""
+    modality: Literal["rgb", "rgb+mv"] = "rgb"
+    """what training will read; with rgb+mv, files without motion vectors are bad"""
     output: str = "runs/bad_clips.csv"
     """CSV for the list of bad files: path, reason"""
     num_workers: int = 2
@@ -69,7 +74,8 @@ def check(config: CheckConfig) -> int:
     missing = clips[clips["file"].isna()]
     bad = [(path, "no such file") for path in missing["path"]]
     files = list(dict.fromkeys(clips["file"].dropna()))
-    for file, problem in in_parallel(check_clip, files, config.num_workers, "decoding"):
+    check_file = partial(check_clip, motion=Modality.parse(config.modality).stored_motion)
+    for file, problem in in_parallel(check_file, files, config.num_workers, "decoding"):
         if problem:
             bad.append((str(file), problem))
     table = pd.DataFrame(bad, columns=["path", "reason"])

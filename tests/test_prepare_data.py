@@ -357,6 +357,21 @@ def test_colours_that_change_where_no_sampling_looks_are_found(tmp_path: Path) -
     assert "matrix 10" in check_clip(tmp_path / "clip.h264")
 
 
+def test_files_without_motion_vectors_are_bad_if_training_needs_them(tmp_path: Path) -> None:
+    with av.open(str(tmp_path / "still.avi"), "w") as container:
+        stream = container.add_stream("mjpeg", rate=25)
+        stream.width, stream.height, stream.pix_fmt = 64, 64, "yuvj420p"
+        frame = np.full((64, 64, 3), 90, np.uint8)
+        for _ in range(20):
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        container.mux(stream.encode(None))
+    output = str(tmp_path / "bad.csv")
+    assert check(CheckConfig((str(tmp_path),), output=output, num_workers=0)) == 0
+    with_motion = CheckConfig((str(tmp_path),), modality="rgb+mv", output=output, num_workers=0)
+    assert check(with_motion) == 1
+    assert "motion vectors" in pd.read_csv(output)["reason"][0]
+
+
 def test_a_clip_that_only_training_refuses_is_bad(tmp_path: Path, monkeypatch) -> None:
     """Decoding is not all that training does with a file."""
     make_clip(tmp_path / "clips/a.mp4", 100)

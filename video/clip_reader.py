@@ -99,8 +99,8 @@ def read_clip(
     return read_frames_and_motion(path, choose, size, motion)
 
 
-def check_clip(path: str | Path) -> str | None:
-    """Decode every frame of a clip, and read it once as training does.
+def check_clip(path: str | Path, motion: StoredMotion | None = None) -> str | None:
+    """Decode every frame of a clip, and read it once as training does, with this motion.
 
     Returns:
         The problem in a few words; None if training can read the clip and no frame is damaged.
@@ -108,7 +108,7 @@ def check_clip(path: str | Path) -> str | None:
     problem = check_video(path)
     if problem is None:
         try:
-            read_clip(path)
+            read_clip(path, motion=motion)
         except ClipError as error:
             return error.reason
     return problem
