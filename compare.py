@@ -259,14 +259,24 @@ def _cells(row: dict[str, Any], best: bool) -> dict[str, str]:
 
 def _table_notes(table: "pd.DataFrame", best: int, config: CompareConfig) -> list[str]:
     """How to read the columns, one line each."""
-    others = len(table) - 1
-    notes = [
-        f"Best: {table['Model'][best]}, by {SCORES[config.by]}. Where `best - this` is above zero, "
-        "the best run is ahead; where its interval (95 %, in pairs) includes zero, that may be "
-        "chance.",
-        f"Each of the {2 * others} intervals of a difference is for that difference alone: of many "
-        "intervals some exclude zero by chance, and the best run was chosen on these same clips.",
-    ]
+    score = SCORES[config.by]
+    others = table.drop(index=best)
+    if others[f"{score}: best - this low"].isna().all():
+        notes = [
+            f"Highest {score}: {table['Model'][best]}. Differences were not tested: without "
+            "intervals nothing tells whether they are chance."
+        ]
+    else:
+        notes = [
+            f"Best: {table['Model'][best]}, by {score}. Where `best - this` is above zero, the "
+            "best run is ahead; where its interval (95 %, in pairs) includes zero, that may be "
+            "chance.",
+            f"Each of the {2 * len(others)} intervals of a difference is for that difference "
+            "alone: of many intervals some exclude zero by chance, and the best run was chosen on "
+            "these same clips.",
+        ]
+    if equal := list(others["Model"][others[f"{score}: best - this"] == 0]):
+        notes.append(f"The same {score} as the best run: {', '.join(equal)}.")
     if config.speed:
         front = pareto_front(table["Median (ms/clip)"], table[SCORES[config.by]])
         notes += [

@@ -178,23 +178,25 @@ def load_rows(
 def warn_seen_patients(
     rows: Sequence[ClipRow], training: TrainConfig, name: str
 ) -> list[ResultWarning]:
-    """Warnings that the manifest `name` has patients that the model was trained or chosen on.
+    """Warnings that the manifest `name` has patients that the model was trained or chosen on, or
+    that this is not known.
 
     The patients are compared by the manifests of the training, if these are still there; the clips
     of the training need not be.
     """
-    if not training.data_root or not any(row.patient for row in rows):
+    if not training.data_root:  # trained on the rendered demo data
         return []
     warnings: list[ResultWarning] = []
+    splits: dict[str, Sequence[ClipRow]] = {}
     for split in ("train", "val"):
         manifest = manifest_paths(training)[split]
         records, problems = read_records(manifest)
-        seen = [ClipRow(Path(record.path), 0, record.patient) for record in records]
-        warnings += patient_overlap({f"the training's {split}": seen, name: rows})
         if problems:
             text = f"patients were not compared with the training's {split}: {manifest}"
             warnings.append({"kind": "other", "text": text})
-    return warnings
+        seen = [ClipRow(Path(record.path), 0, record.patient) for record in records]
+        splits[f"the training's {split}"] = seen
+    return patient_overlap({**splits, name: rows}, compared=name) + warnings
 
 
 def load_calibration(config: EvaluateConfig, state: dict[str, Any]) -> "Calibration":

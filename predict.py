@@ -25,6 +25,7 @@ import tyro
 from config import Precision
 from utils.cli import cli_main, parse
 from utils.errors import UserError
+from video.files import find_videos
 
 if TYPE_CHECKING:
     import numpy as np
@@ -35,10 +36,6 @@ if TYPE_CHECKING:
     from timeline.streaming import OnlinePredictor
 
 # What imports torch and other large libraries is imported where it is needed: --help is fast.
-
-VIDEO_SUFFIXES = {".mp4", ".mkv", ".mov", ".avi", ".m4v", ".mpg", ".mpeg", ".ts", ".mts",
-                  ".m2ts", ".webm", ".wmv", ".flv", ".ivf", ".3gp", ".ogv", ".vob", ".mxf",
-                  ".asf"}  # fmt: skip
 
 OLD_NAMES = {
     "amp": "precision",
@@ -131,17 +128,13 @@ def find_sources(texts: tuple[str, ...]) -> list[str | Path]:
         if text == "-" or (is_live(text) and not path.exists()):
             sources.append(text)
         elif path.is_dir():
-            videos = [
-                file
-                for file in sorted(path.rglob("*"))
-                if file.suffix.lower() in VIDEO_SUFFIXES
-                and file.is_file()
-                and not file.name.startswith(".")
-            ]
-            if not videos:
-                suffixes = ", ".join(sorted(VIDEO_SUFFIXES))
-                raise UserError(f"{path}: no videos in this folder ({suffixes})")
-            sources += videos
+            found = find_videos(path)
+            if not found.paths:
+                remark = found.passed_over or "it is empty"
+                raise UserError(f"{path}: no videos in this folder ({remark})")
+            sources += found.paths
+            if found.passed_over:
+                print(f"{path}: {found.passed_over}")
         elif path.exists():
             sources.append(path)
         else:

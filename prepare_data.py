@@ -10,7 +10,9 @@ python prepare_data.py cache /data/SLAM --output cache224          faster readin
 import sys
 from collections import Counter
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Literal
 
 import tyro
 
@@ -22,7 +24,8 @@ from utils.cli import cli_main, parse_subcommand
 from utils.errors import UserError
 from utils.files import write_text
 from utils.workers import in_parallel
-from video.decoder import check_video
+from video.clip_reader import check_clip
+from video.motion import Modality
 
 # Earlier names of settings and values.
 OLD_NAMES = {
@@ -36,7 +39,7 @@ OLD_VALUES = {"modality": {"rgb+vectors": "rgb+mv"}}
 
 @dataclass
 class CheckConfig:
-    """Decode every frame of every clip and list the bad files.
+    """Decode every frame of every clip, read each clip as training does, and list the bad files.
 
     The exit code is 1 if there are any.
     """
@@ -45,6 +48,8 @@ class CheckConfig:
     """manifests, folders that hold train.csv, val.csv and test.csv, or folders of videos"""
     data_root: str = ""
     """folder of the clips (empty: the folder of each manifest)"""
+    modality: Literal["rgb", "rgb+mv"] = "rgb"
+    """what training will read; with rgb+mv, files without motion vectors are bad"""
     output: str = "runs/bad_clips.csv"
     """CSV for the list of bad files: path, reason"""
     num_workers: int = 2
@@ -52,7 +57,10 @@ class CheckConfig:
 
 
 def check(config: CheckConfig) -> int:
-    """Decode all clips and write the list of bad ones. Returns the exit code: 1 if a file is bad.
+    """Decode and read all clips and write the list of bad ones.
+
+    Returns:
+        The exit code: 1 if a file is bad.
 
     Raises:
         UserError: there is nothing to check.
@@ -66,7 +74,8 @@ def check(config: CheckConfig) -> int:
     missing = clips[clips["file"].isna()]
     bad = [(path, "no such file") for path in missing["path"]]
     files = list(dict.fromkeys(clips["file"].dropna()))
-    for file, problem in in_parallel(check_video, files, config.num_workers, "decoding"):
+    check_file = partial(check_clip, motion=Modality.parse(config.modality).stored_motion)
+    for file, problem in in_parallel(check_file, files, config.num_workers, "decoding"):
         if problem:
             bad.append((str(file), problem))
     table = pd.DataFrame(bad, columns=["path", "reason"])

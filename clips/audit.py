@@ -43,7 +43,8 @@ KINDS = {
 class AuditConfig:
     """Report the composition of a data set, and whether its splits share patients, videos or clips.
 
-    The exit code is 1 if they do.
+    The exit code is 1 if they do. It is 3 if nothing shared was found, but patients are unknown or
+    files could not be read, so that not everything was compared.
     """
 
     manifests: tyro.conf.Positional[tuple[str, ...]]
@@ -56,7 +57,8 @@ class AuditConfig:
     looped: str = ""
     """SLAM's looped_clips.csv: count the clips that were padded by looping"""
     contents: bool = True
-    """read the files: hashes, durations, sizes, frame rates"""
+    """read and compare the files: hashes, durations, sizes, frame rates; without it, the audit
+    compares names alone, and the exit code is 0 if all patients are known and none is shared"""
     max_hamming_distance: int = 20
     """two clips are near-duplicates if at most this many of the 192 bits of their perceptual hashes
     differ (docs/results/data.md says what that finds)"""
@@ -81,7 +83,7 @@ def audit(config: AuditConfig) -> int:
     """Print the tables and write them as CSVs.
 
     Returns:
-        The exit code: 1 if splits share anything.
+        The exit code, see `verdict`.
 
     Raises:
         UserError: a manifest cannot be read, or a setting is invalid.
@@ -104,15 +106,43 @@ def audit(config: AuditConfig) -> int:
         clips = add_contents(clips, config.max_hamming_distance, config.num_workers)
         tables["files"] = file_statistics(clips)
         print(tables["files"].to_string(index=False))
-        _print_unreadable(clips)
+        _print_not_compared(clips)
     else:
         print("no file was read: the audit compares names only, not the contents of the clips")
     tables["overlaps"] = overlaps(clips, config.names)
-    leaks = _print_overlaps(clips)
+    code, text = verdict(clips, _print_overlaps(clips), config.contents)
+    print(text)
     for name, table in tables.items():
         write_text(folder / f"{name}.csv", table.to_csv(index=name == "looped"))
     print(f"\ntables: {folder}")
-    return int(leaks)
+    return code
+
+
+def verdict(clips: "pd.DataFrame", leaks: bool, contents: bool) -> tuple[int, str]:
+    """The exit code of the audit, and its result in one line.
+
+    Args:
+        leaks: whether anything shared was found.
+        contents: whether the contents of the files were to be compared.
+
+    Returns:
+        1 if the splits share anything; 3 if nothing was compared, or not all clips by their
+        patients and (if `contents`) by their files; otherwise 0.
+    """
+    if leaks:
+        return 1, "LEAKAGE: test numbers partly measure memory"
+    if len(splits_of(clips)) < 2:
+        return 3, "NOTHING WAS COMPARED: only one split (name a manifest or folder per split)"
+    if not any(_known(clips, kind) for kind in KINDS if kind != "content"):
+        return 3, "NOTHING WAS COMPARED: no patient is known, and no file was read"
+    counts = {"patients": _known(clips, "patient")}
+    if contents:
+        counts["files"] = _known(clips, "near_duplicate")
+    compared = " and ".join(f"the {what} of {n:,}" for what, n in counts.items())
+    compared += f" of {len(clips):,} clips were compared"
+    if min(counts.values()) < len(clips):
+        return 3, f"NOT EVERYTHING WAS COMPARED: no leakage found, but only {compared}"
+    return 0, f"no leakage found: {compared}"
 
 
 def composition(clips: "pd.DataFrame") -> "pd.DataFrame":
@@ -176,7 +206,8 @@ def add_contents(
 ) -> "pd.DataFrame":
     """The table with what is in the files of the clips.
 
-    The new columns are metadata, content (SHA-256), near_duplicate (number of a group) and problem.
+    The new columns are metadata, content (SHA-256), near_duplicate (number of a group), problem,
+    and uniform: whether the pictures are too uniform to be compared.
     """
     files = list(dict.fromkeys(clips["file"].dropna()))
     contents = dict(in_parallel(_read_contents, files, num_workers, "reading the files"))
@@ -188,6 +219,7 @@ def add_contents(
         content=[row and row.sha256 for row in rows],
         near_duplicate=[group_of.get(file) for file in clips["file"]],
         problem=[row and row.problem for row in rows],
+        uniform=[bool(row and row.metadata and row.hash is None) for row in rows],
     )
     # A group that holds only copies of one file is reported as identical files.
     copies = clips.groupby("near_duplicate")["content"].transform("nunique") < 2
@@ -236,18 +268,18 @@ def _print_overlaps(clips: "pd.DataFrame") -> bool:
     """Print what the splits share. Returns whether they share anything."""
     splits = splits_of(clips)
     if len(splits) < 2:
-        print("\nonly one split: there is nothing to compare it with")
         return False
     print("\nin more than one split:")
     leaks = False
     for kind, plural in KINDS.items():
-        shared = _shared(clips, kind)
-        from_manifest = kind in ("patient", "video", "action")
-        if kind not in clips or (from_manifest and not clips[kind].notna().any()):
+        known = _known(clips, kind)
+        if not known:
             print(f"  {plural}: unknown")
             continue
+        shared = _shared(clips, kind)
         leaks = leaks or bool(shared)
-        print(f"  {plural}: {len(shared):,} of {clips[kind].nunique():,}")
+        only = "" if known == len(clips) else f" (known for {known:,} of {len(clips):,} clips)"
+        print(f"  {plural}: {len(shared):,} of {clips[kind].nunique():,}{only}")
         for first, second in combinations(splits, 2):
             pairs = [members["split"] for _, members in shared]
             pairs = [members for members in pairs if {first, second} <= set(members)]
@@ -260,8 +292,14 @@ def _print_overlaps(clips: "pd.DataFrame") -> bool:
                     f"    {first} and {second} share {len(pairs):,}, with {in_first:,} clips of "
                     f"{first} and {in_second:,} of {second}"
                 )
-    print("LEAKAGE: test numbers partly measure memory" if leaks else "no leakage found")
     return leaks
+
+
+def _known(clips: "pd.DataFrame", kind: str) -> int:
+    """The number of clips that could be compared by this kind."""
+    if kind == "near_duplicate" and "metadata" in clips:
+        kind = "metadata"  # of all files that can be decoded; most of them have no near-duplicate
+    return int(clips[kind].notna().sum()) if kind in clips else 0
 
 
 def _print_unknown_patients(clips: "pd.DataFrame") -> None:
@@ -273,10 +311,12 @@ def _print_unknown_patients(clips: "pd.DataFrame") -> None:
         )
 
 
-def _print_unreadable(clips: "pd.DataFrame") -> None:
-    unreadable = int(clips["problem"].notna().sum())
+def _print_not_compared(clips: "pd.DataFrame") -> None:
+    unreadable, uniform = int(clips["problem"].notna().sum()), int(clips["uniform"].sum())
     if unreadable:
         print(f"{unreadable:,} files cannot be read: python prepare_data.py check lists them")
+    if uniform:
+        print(f"{uniform:,} clips are almost uniform (black, white): only their bytes are compared")
 
 
 def _by_split(table: "pd.DataFrame") -> str:

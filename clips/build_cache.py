@@ -26,7 +26,10 @@ N_SAMPLES = 8  # clips that are cached first, to estimate the size of the cache
 
 @dataclass(frozen=True)
 class CacheConfig(CacheSettings):
-    """Keep every clip of the manifests as JPEG frames of training size, and its motion."""
+    """Keep every clip of the manifests as JPEG frames of training size, and its motion.
+
+    The exit code is 1 if a clip cannot be read.
+    """
 
     data_root: tyro.conf.Positional[str] = dataclasses.field(kw_only=True)
     """folder of the manifests and of the clips"""
@@ -39,14 +42,22 @@ class CacheConfig(CacheSettings):
 
 
 def fill_cache(config: CacheConfig) -> int:
-    """Write every clip that the cache lacks. Returns the exit code.
+    """Write every clip that the cache lacks.
+
+    Returns:
+        The exit code: 1 if a clip cannot be read.
 
     Raises:
         UserError: the manifests are wrong, the settings cannot work, or the disk is too small.
     """
     _check(config)
     root = Path(config.data_root)
-    manifests = [root / name if (root / name).exists() else Path(name) for name in config.manifests]
+    if not root.is_dir():
+        raise UserError(f"{root}: no such folder (data_root is the folder of the clips)")
+    manifests = [
+        Path(name) if Path(name).exists() and not (root / name).exists() else root / name
+        for name in config.manifests
+    ]
     clips = list(dict.fromkeys(clip for path in manifests for clip in read_paths(path, root)))
     names = [field.name for field in dataclasses.fields(CacheSettings)]
     settings = CacheSettings(**{name: getattr(config, name) for name in names})
@@ -57,10 +68,10 @@ def fill_cache(config: CacheConfig) -> int:
     todo = [clip for clip in bar if cache.check(clip, unreadable=True)]
     print(f"{len(clips):,} clips, {len(clips) - len(todo):,} of them cached already")
     unreadable = _write(cache, todo, config.num_workers) if todo else []
-    print(f"done: {cache.folder}")
+    print(f"done: {cache.folder} holds {len(clips) - len(unreadable):,} of {len(clips):,} clips")
     if unreadable:
         print("\n  ".join([f"{len(unreadable)} clips cannot be read:", *unreadable]))
-    return 0
+    return int(bool(unreadable))
 
 
 def _write(cache: ClipCache, clips: Sequence[Path], num_workers: int) -> list[str]:

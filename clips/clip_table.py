@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from clips.manifest import CLASSES, parse_label, resolve_path
-from clips.manifest_formats import Record, is_video, parse_slam_filename, read_records
+from clips.manifest_formats import Record, parse_slam_filename, read_records
 from utils.errors import UserError
+from video.files import find_videos, is_video
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -28,8 +29,8 @@ def read_clips(
     Args:
         sources: manifests; folders that hold train.csv, val.csv or test.csv; or folders of videos,
             whose labels are those in SLAM's file names, or else the names of the folders.
-        data_root: folder that the paths in the manifests are relative to (empty: the folder of each
-            manifest).
+        data_root: folder that the paths in manifests are relative to (empty: the folder of each
+            manifest); the clips of a folder of videos are looked up in that folder.
         patient_pattern: regular expression that is searched in each path as it is written; the
             patient is its first group, or the whole match if it has no group.
 
@@ -50,14 +51,15 @@ def read_clips(
     find_patient = _patient_finder(patient_pattern)
     rows, problems = [], []
     for path, split in zip(manifests, _split_names(manifests), strict=True):
-        records, new_problems = _folder_records(path) if path.is_dir() else read_records(path)
+        records, new_problems = _records(path)
         problems += new_problems or ([] if records else [f"{path}: lists no clip"])
-        root = Path(data_root or (path if path.is_dir() else path.parent))
+        root = path if path.is_dir() else Path(data_root or path.parent)
         for record in records:
             row = _row(record, path, root, split)
             rows.append(row | {"patient": find_patient(record.path) or row["patient"]})
     if problems:
-        raise UserError("\n  ".join(["the manifests have problems:", *problems]))
+        heading = ["the manifests have problems:"] if len(problems) > 1 else []
+        raise UserError("\n  ".join([*heading, *problems]))
     return _replace_aliases(pd.DataFrame(rows).astype(object))
 
 
@@ -94,18 +96,38 @@ def _manifests(source: Path) -> list[Path]:
     return [source / name for name in SPLIT_FILES if (source / name).is_file()] or [source]
 
 
+def _records(source: Path) -> tuple[list[Record], list[str]]:
+    """The rows of a manifest or the videos in a folder, and the problems with it."""
+    if source.is_dir():
+        return _folder_records(source)
+    if source.is_file() and is_video(source.name):
+        return [], [f"{source}: is a video: name the folder that it lies in, or a manifest"]
+    return read_records(source)
+
+
 def _folder_records(folder: Path) -> tuple[list[Record], list[str]]:
     """The videos in a folder as rows of a manifest, and the problems with it."""
-    videos = sorted(path for path in folder.rglob("*") if is_video(path.name) and path.is_file())
-    records = []
-    for number, video in enumerate(videos, 1):
+    found = find_videos(folder)
+    if not found.paths:
+        remark = found.passed_over or "it is empty"
+        return [], [f"{folder}: holds neither train.csv nor any video ({remark})"]
+    if found.passed_over:
+        print(f"{folder}: {found.passed_over}")
+    records, classes = [], set()
+    for number, video in enumerate(found.paths, 1):
         path = video.relative_to(folder).as_posix()
         if not path.isprintable():  # a CSV cannot hold control characters and invalid UTF-8
             return [], [f"{folder}: rename {path!r}: a manifest cannot hold that name"]
-        slam = parse_slam_filename(path)
-        label = slam.pop("label", video.parent.name if video.parent != folder else None)
-        records.append(Record(number, path, label, **slam))
-    return records, [] if records else [f"{folder}: holds neither train.csv nor any video"]
+        fields = parse_slam_filename(path)
+        if "label" not in fields and video.parent != folder:
+            fields["label"] = video.parent.name
+            classes.add(video.parent)
+        records.append(Record(number, path, **fields))
+    return records, [
+        f"{again} and {first} are one folder, but two classes: take one of them out"
+        for again, first in found.twice
+        if first in classes and first not in again.parents and again.name != first.name
+    ]
 
 
 def _patient_finder(pattern: str) -> Callable[[str], str | None]:

@@ -148,15 +148,22 @@ def clips_digest(rows: Sequence[ClipRow], data_root: str | Path) -> str:
     return digest.hexdigest()
 
 
-def patient_overlap(splits: Mapping[str, Sequence[ClipRow]]) -> list[ResultWarning]:
-    """Warnings that splits share patients, with counts and without the patients' names.
+def patient_overlap(
+    splits: Mapping[str, Sequence[ClipRow]], compared: str = ""
+) -> list[ResultWarning]:
+    """Warnings that splits share patients, or that this is not known, without the patients' names.
 
     A model that was trained on a patient may recognise this patient in the test. SLAM's official
     split shares patients.
+
+    Args:
+        compared: compare this split with each of the others, instead of all with each other.
     """
     patients = {name: {r.patient for r in rows if r.patient} for name, rows in splits.items()}
     warnings: list[ResultWarning] = []
     for first, second in combinations(splits, 2):
+        if compared not in ("", first, second):
+            continue
         common = patients[first] & patients[second]
         if common:
             clips = sum(row.patient in common for row in splits[second])
@@ -166,6 +173,17 @@ def patient_overlap(splits: Mapping[str, Sequence[ClipRow]]) -> list[ResultWarni
                 "partly measure memory of these patients"
             )
             warnings.append({"kind": "leakage", "text": text})
+    unknown = [
+        f"{count} of {len(rows)} clips of {name}"
+        for name, rows in splits.items()
+        if (count := sum(not row.patient for row in rows))
+    ]
+    if unknown and len(splits) > 1:
+        text = (
+            f"the patients of {', '.join(unknown)} are unknown and were not compared: the splits "
+            "may share patients (add a column `patient` to the manifests)"
+        )
+        warnings.append({"kind": "other", "text": text})
     return warnings
 
 

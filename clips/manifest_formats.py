@@ -6,11 +6,11 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
+from video.files import is_video
+
 _SLAM_NAME = re.compile(
     r"Clip_P(?P<patient>[^_]+)_V(?P<video>[^_]+)_C(?P<action>[^_]+)_(?P<label>[^_.]+)"
 )
-
-_VIDEO_NAME = re.compile(r"\.(mp4|avi|mov|mkv|webm|m4v|mpe?g|ts|wmv|flv|3gp|ogv|asf)$", re.I)
 
 _PATH_COLUMNS = ("path", "loop_path")  # the second is the name in SLAM's looped_clips.csv
 
@@ -40,11 +40,6 @@ class Record(NamedTuple):
     """the source action; SLAM cuts one long action into several clips"""
     split: str | None = None
     """train, val, test, or another name in the manifest's column of splits"""
-
-
-def is_video(name: str) -> bool:
-    """Whether a file name has the extension of a video."""
-    return bool(_VIDEO_NAME.search(name.strip()))
 
 
 def parse_slam_filename(path: str) -> dict[str, str]:

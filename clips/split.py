@@ -5,7 +5,8 @@ import os
 import shlex
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -157,14 +158,25 @@ def _clips_to_divide(config: SplitConfig) -> "pd.DataFrame":
     clips = read_clips([config.source], config.data_root, config.patient_pattern)
     unlabelled = clips[clips["label"] == NO_LABEL]
     if len(unlabelled):
-        raise UserError(f"{config.source}: {len(unlabelled)} clips have no label")
+        raise UserError(
+            f"{config.source}: {len(unlabelled)} clips have no label ({unlabelled['path'].iloc[0]} "
+            "...): give them one, or put them into a folder that is named like their class"
+        )
+    if alike := _differ_by_case(clips["label"]):
+        raise UserError(
+            f"{config.source}: classes that differ by case alone ({'; '.join(alike)}): give each "
+            "class one name"
+        )
     pairs = zip(clips["file"], clips["path"], strict=True)
     files = [os.path.realpath(file) if file else os.path.normpath(path) for file, path in pairs]
     for column in ("label", "patient"):
         twice = clips.groupby(files)[column].nunique() > 1
         if twice.any():
             raise UserError(f"{config.source}: {twice.sum()} clips are listed with two {column}s")
-    clips = clips[~pd.Series(files).duplicated()].reset_index(drop=True)
+    repeated = pd.Series(files).duplicated()
+    if repeated.any():
+        print(f"{config.source}: {repeated.sum()} clips are there more than once and are kept once")
+    clips = clips[~repeated].reset_index(drop=True)
     unknown = 0 if config.group_by == "clip" else int(clips[config.group_by].isna().sum())
     if unknown:
         raise UserError(
@@ -174,6 +186,14 @@ def _clips_to_divide(config: SplitConfig) -> "pd.DataFrame":
             "several splits"
         )
     return clips
+
+
+def _differ_by_case(labels: Iterable[str]) -> list[str]:
+    """The names of classes that are one name in two spellings, `Cut, cut`."""
+    spellings = defaultdict(set)
+    for label in labels:
+        spellings[label.casefold()].add(label)
+    return [", ".join(sorted(names)) for names in spellings.values() if len(names) > 1]
 
 
 def _write(

@@ -102,9 +102,11 @@ def format_robustness(table: "pd.DataFrame", summary: Mapping[str, Any]) -> str:
     ]
     overall = means["all"]
     relative = "-" if overall["relative"] is None else f"{overall['relative']:.1%}"
+    unknown = "not known: there are no two patients to compare"
+    lost = format_interval(overall["loss_interval"], missing=unknown)
     return (
         f"\naccuracy on corrupted clips, by severity (clean: {summary['clean_accuracy']:.4f})\n"
         f"{wide.to_string(float_format='{:.3f}'.format, na_rep='-')}\n"
         f"mean corruption accuracy {overall['mean_accuracy']:.4f}, {relative} of the clean one; "
-        f"lost {format_interval(overall['loss_interval'])}"
+        f"lost (95 % interval): {lost}"
     )

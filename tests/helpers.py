@@ -17,6 +17,7 @@ from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
+import pytest
 import torch
 from torch import nn
 from torch.utils.data import DataLoader
@@ -34,6 +35,22 @@ from tsm_resnet import TSM
 from video.encoder import write_video
 
 ROOT = Path(__file__).parent.parent
+
+
+def touch(root: Path, *names: str) -> None:
+    """Make empty files, and the folders that they are in."""
+    for name in names:
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).touch()
+
+
+def link(path: Path, target: Path) -> None:
+    """Make a symbolic link, or skip the test where that is not possible (Windows)."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        path.symlink_to(target, target_is_directory=target.is_dir())
+    except OSError as error:
+        pytest.skip(f"no symbolic links here: {error}")
 
 
 def make_clip(path: Path, brightness: int, frames: int = 20, size: int = 32, seed: int = 0) -> Path:

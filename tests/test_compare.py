@@ -163,6 +163,7 @@ def test_differences_are_paired(runs, call, tmp_path: Path) -> None:
     assert (table.filter(like="best - this") == 0).all(axis=None)
     assert table["Macro F1 high"][0] - table["Macro F1 low"][0] > 0.02
     assert "+0.000 (+0.000 to +0.000)" in text
+    assert "- The same Macro F1 as the best run: vivit (copy).\n" in text
 
 
 def test_order_does_not_matter(runs, call, tmp_path: Path) -> None:
@@ -206,6 +207,8 @@ def test_few_or_unknown_patients(call, tmp_path: Path, patients, message, interv
     for side in ("low", "high"):
         assert table[[f"{name} {side}" for name in COLUMNS]].notna().all(axis=None) == intervals
     assert ("(-)" in text) != intervals
+    assert ("Differences were not tested: without intervals" in text) != intervals
+    assert ("Best: " in text) == intervals
 
 
 def test_patients_that_only_one_run_knows(call, runs, tmp_path: Path) -> None:

@@ -200,6 +200,13 @@ def test_patients_of_the_training_in_another_manifest_are_told(
     done = run_main(*arguments, "--output", tmp_path / "seen", cwd=tmp_path)
     assert "LEAKAGE: 1 of 2 patients of seen are also in the training's train" in done.stdout
     assert "train0" not in done.stdout
+    table.drop(columns="patient").to_csv(tmp_path / "unknown.csv", index=False)
+    arguments[3] = tmp_path / "unknown.csv"
+    done = run_main(*arguments, "--output", tmp_path / "unknown", cwd=tmp_path)
+    message = "the patients of 9 of 9 clips of unknown are unknown and were not compared"
+    assert message in done.stdout
+    (warning,) = json.loads((tmp_path / "unknown/test_metrics.json").read_text())["warnings"]
+    assert warning["text"].startswith(message)
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import ROOT, run_script, start_script
+from helpers import ROOT, link, run_script, start_script, touch
 from torch import nn
 
 from checkpoint import load_checkpoint, rebuild_model, save_checkpoint
@@ -373,20 +373,29 @@ def test_where_results_go(tmp_path: Path) -> None:
     assert "secret" not in live.name
 
 
-def test_sources(video: Path, tmp_path: Path) -> None:
-    (tmp_path / "deep").mkdir()
-    for name in ("b.mp4", "deep/a.MKV", "notes.txt"):
-        (tmp_path / name).write_bytes(b"")
+def test_sources(tmp_path: Path, capsys) -> None:
+    touch(tmp_path, "b.mp4", "deep/a.MKV", "notes.txt", "b.mp4.timeline/part.mp4", "empty/a.txt")
     assert find_sources((str(tmp_path),)) == [tmp_path / "b.mp4", tmp_path / "deep" / "a.MKV"]
+    assert f"{tmp_path}: passed over: 2 .txt, 1 made by predict.py\n" == capsys.readouterr().out
     assert find_sources(("0",)) == ["0"]
     assert find_sources(("-",)) == ["-"]
     for texts, message in (
         ((), "no source"),
         (("missing.mp4",), "no such file"),
+        ((str(tmp_path / "empty"),), "no videos in this folder .passed over: 1 .txt."),
         ((str(tmp_path / "deep"), "0"), "must be the only source"),
     ):
         with pytest.raises(UserError, match=message):
             find_sources(texts)
+
+
+def test_videos_behind_links_are_sources(tmp_path: Path) -> None:
+    touch(tmp_path, "disk/a.mp4")
+    link(tmp_path / "data/operations", tmp_path / "disk")
+    link(tmp_path / "data/operations/all", tmp_path / "data")
+    link(tmp_path / "data/b.mp4", tmp_path / "disk/a.mp4")
+    (source,) = find_sources((str(tmp_path / "data"),))  # two names of one video
+    assert source.resolve() == tmp_path / "disk/a.mp4"
 
 
 def test_help_is_light() -> None:

@@ -11,10 +11,11 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import av
 import numpy as np
 import pandas as pd
 import pytest
-from helpers import ROOT, TINY_FLAGS, make_clip, run_script
+from helpers import ROOT, TINY_FLAGS, link, make_clip, run_script, touch
 
 from clips.build_cache import CacheConfig, fill_cache
 from config import TrainConfig
@@ -23,6 +24,8 @@ from prepare_data import CheckConfig, check, main
 from train import main as train_main
 from train import train
 from utils.errors import UserError
+from video.clip_reader import check_clip, read_clip
+from video.container import ClipError
 from video.decoder import check_video
 from video.encoder import write_video
 
@@ -42,7 +45,7 @@ CACHE = ("cache", "data", "--output", "cached", *SIZES)
 @pytest.fixture
 def cache(run_main: Callable, tmp_path: Path) -> Callable[..., str]:
     """Fill the cache, in this process: what was printed."""
-    return lambda *more: run_main(main, *CACHE, *more, cwd=tmp_path).stdout
+    return lambda *more, code=0: run_main(main, *CACHE, *more, cwd=tmp_path, code=code).stdout
 
 
 def entries(folder: Path) -> dict[Path, int]:
@@ -117,8 +120,8 @@ def test_unreadable_clips_are_listed_and_left_to_training(
 ) -> None:
     broken = next((data / "clips/train").glob("*.mp4"))
     broken.write_bytes(b"no video")
-    said = cache()
-    assert "1 clips cannot be read:" in said
+    said = cache(code=1)
+    assert "done: cached holds 35 of 36 clips\n1 clips cannot be read:" in said
     assert f"{broken.relative_to(tmp_path)}: cannot be read" in said
     arguments = (
         "--data-root",
@@ -191,6 +194,35 @@ def test_mistakes_are_one_line(data: Path, tmp_path: Path, arguments, message, m
     assert message in stderr
 
 
+FOLDERS = [
+    ("check", "empty", "empty: holds neither train.csv nor any video (it is empty)"),
+    ("check", "notes", "notes: holds neither train.csv nor any video (passed over: 1 .txt)"),
+    ("check", "a.mp4", "a.mp4: is a video: name the folder that it lies in, or a manifest"),
+    ("audit", "a.mp4", "a.mp4: is a video: name the folder that it lies in, or a manifest"),
+    ("cache", "empty", f"{Path('empty/train.csv')}: no such manifest"),
+    ("cache", "a.mp4", "a.mp4: no such folder (data_root is the folder of the clips)"),
+]
+
+
+@pytest.mark.parametrize(("command", "folder", "message"), FOLDERS)
+def test_folders_without_clips_are_told(
+    command: str, folder: str, message: str, tmp_path: Path, mistake
+) -> None:
+    (tmp_path / "empty").mkdir()
+    touch(tmp_path, "a.mp4", "notes/a.txt")
+    output = ("--output", "o") if command == "cache" else ()
+    assert message in mistake(main, command, folder, *output, cwd=tmp_path).stderr
+
+
+def test_files_passed_over_are_counted(tmp_path: Path, run_main) -> None:
+    make_clip(tmp_path / "store/a.mp4", 100)
+    link(tmp_path / "data/cut", tmp_path / "store")
+    touch(tmp_path / "data", "cut/notes.txt", "._a.mp4")
+    done = run_main(main, "check", "data", "--num-workers", 0, cwd=tmp_path)
+    assert "data: passed over: 1 .txt, 1 hidden" in done.stdout
+    assert "1 files, 0 of them bad" in done.stdout
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -232,14 +264,16 @@ def test_help_is_light_and_shows_one_example_per_line(tmp_path: Path) -> None:
     assert [line.split()[2] for line in examples] == ["audit", "check", "split", "split", "cache"]
 
 
-@pytest.mark.parametrize("arguments", [("audit", "m.csv"), ("check", "m.csv")])
-def test_work_on_files_needs_no_torch(tmp_path: Path, arguments: tuple[str, ...]) -> None:
+@pytest.mark.parametrize(("command", "code"), [("audit", 3), ("check", 0)])
+def test_work_on_files_needs_no_torch(tmp_path: Path, command: str, code: int) -> None:
     """Importing torch would take seconds and memory in every worker."""
     make_clip(tmp_path / "clips/a.mp4", 100)
     (tmp_path / "m.csv").write_text("path,label\na.mp4,x\n")
     (tmp_path / "torch.py").write_text("raise RuntimeError('torch was imported')")
     environment = {"PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"}
-    run_script("prepare_data.py", *arguments, cwd=tmp_path, **environment)
+    done = run_script("prepare_data.py", command, "m.csv", cwd=tmp_path, check=False, **environment)
+    assert done.returncode == code, done.stderr
+    assert "Traceback" not in done.stderr
 
 
 def test_bad_files_are_listed_with_reasons(tmp_path: Path) -> None:
@@ -279,6 +313,75 @@ def test_damage_where_no_sampling_looks_is_found(tmp_path: Path) -> None:
     content[middle : middle + 3000] = b"\xff" * 3000
     (tmp_path / "clip.mp4").write_bytes(content)
     assert check_video(tmp_path / "clip.mp4") is not None
+
+
+def write_in_matrix(path: Path, matrix: int, count: int) -> bytes:
+    """Write H.264 whose header names a colour matrix; what is in the file."""
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=25, options={"threads": "1"})
+        stream.width, stream.height, stream.pix_fmt = 64, 64, "yuv420p"
+        stream.codec_context.colorspace = matrix
+        for brightness in range(count):
+            frame = np.full((64, 64, 3), brightness, np.uint8)
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        container.mux(stream.encode(None))
+    return path.read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("matrix", "convertible"), [(1, True), (9, True), (10, False), (14, False)]
+)
+@pytest.mark.parametrize("suffix", ["mp4", "ts"])  # needed packets alone, all packets
+def test_what_passes_the_check_can_be_trained_on(
+    matrix: int, convertible: bool, suffix: str, tmp_path: Path
+) -> None:
+    """Matrix 10 is the constant luminance of BT.2020, 14 is ICtCp."""
+    path = tmp_path / f"clip.{suffix}"
+    write_in_matrix(path, matrix, 40)
+    assert check_video(path) == check_clip(path)
+    if convertible:
+        assert check_clip(path) is None
+        assert read_clip(path).rgb.shape == (16, 224, 224, 3)
+    else:
+        assert check_clip(path).startswith("its colours cannot be converted to RGB (yuv420p")
+        with pytest.raises(ClipError) as refused:
+            read_clip(path)
+        assert str(refused.value) == f"{path}: cannot be read: {check_clip(path)}"
+
+
+def test_colours_that_change_where_no_sampling_looks_are_found(tmp_path: Path) -> None:
+    usual = write_in_matrix(tmp_path / "usual.h264", 1, 60)
+    last = write_in_matrix(tmp_path / "last.h264", 10, 1)
+    (tmp_path / "clip.h264").write_bytes(usual + last)
+    assert read_clip(tmp_path / "clip.h264").rgb.shape == (16, 224, 224, 3)
+    assert "matrix 10" in check_clip(tmp_path / "clip.h264")
+
+
+def test_files_without_motion_vectors_are_bad_if_training_needs_them(tmp_path: Path) -> None:
+    with av.open(str(tmp_path / "still.avi"), "w") as container:
+        stream = container.add_stream("mjpeg", rate=25)
+        stream.width, stream.height, stream.pix_fmt = 64, 64, "yuvj420p"
+        frame = np.full((64, 64, 3), 90, np.uint8)
+        for _ in range(20):
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        container.mux(stream.encode(None))
+    output = str(tmp_path / "bad.csv")
+    assert check(CheckConfig((str(tmp_path),), output=output, num_workers=0)) == 0
+    with_motion = CheckConfig((str(tmp_path),), modality="rgb+mv", output=output, num_workers=0)
+    assert check(with_motion) == 1
+    assert "motion vectors" in pd.read_csv(output)["reason"][0]
+
+
+def test_a_clip_that_only_training_refuses_is_bad(tmp_path: Path, monkeypatch) -> None:
+    """Decoding is not all that training does with a file."""
+    make_clip(tmp_path / "clips/a.mp4", 100)
+
+    def refuse(path: Path, *_: object) -> None:
+        raise ClipError(path, "cannot be sampled")
+
+    monkeypatch.setattr("video.clip_reader.read_frames", refuse)
+    assert check_video(tmp_path / "clips/a.mp4") is None
+    assert check_clip(tmp_path / "clips/a.mp4") == "cannot be sampled"
 
 
 def test_real_files(real: Path, tmp_path: Path) -> None:

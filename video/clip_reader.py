@@ -8,7 +8,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 
 from video.container import ClipError, probe
-from video.decoder import read_frames
+from video.decoder import check_video, read_frames
 from video.motion import StoredMotion, flow_fields
 from video.motion_vectors import VectorReader
 
@@ -97,6 +97,21 @@ def read_clip(
         stop_after = sampler.n_frames if sampler.sampling == "first" else None
         return DecodedClip(read_frames(path, choose, size, stop_after))
     return read_frames_and_motion(path, choose, size, motion)
+
+
+def check_clip(path: str | Path, motion: StoredMotion | None = None) -> str | None:
+    """Decode every frame of a clip, and read it once as training does, with this motion.
+
+    Returns:
+        The problem in a few words; None if training can read the clip and no frame is damaged.
+    """
+    problem = check_video(path)
+    if problem is None:
+        try:
+            read_clip(path, motion=motion)
+        except ClipError as error:
+            return error.reason
+    return problem
 
 
 def read_frames_and_motion(

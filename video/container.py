@@ -39,6 +39,10 @@ class ClipError(UserError):
         return type(self), (self.path, self.reason)
 
 
+class ColourError(ValueError):
+    """The colours of a frame cannot be converted to RGB."""
+
+
 class VideoMetadata(NamedTuple):
     """Metadata of a file's first video stream."""
 
@@ -149,16 +153,27 @@ def to_rgb(frame: av.VideoFrame, size: int | tuple[int, int] | None) -> np.ndarr
     Args:
         size: side of the square that the frame is squeezed to; or (width, height), before the
             frame is rotated upright; or None to keep its size.
+
+    Raises:
+        ColourError: swscale does not know the frame's colour matrix.
     """
     width, height = (size, size) if isinstance(size, int) else size or (frame.width, frame.height)
-    rgb = frame.reformat(
-        width=width,
-        height=height,
-        format="rgb24",
-        interpolation=Interpolation.BILINEAR,
-        src_colorspace=frame.colorspace,
-        src_color_range=frame.color_range,
-        threads=1,
-    ).to_ndarray()
+    try:
+        rgb = frame.reformat(
+            width=width,
+            height=height,
+            format="rgb24",
+            interpolation=Interpolation.BILINEAR,
+            src_colorspace=frame.colorspace,
+            src_color_range=frame.color_range,
+            threads=1,
+        ).to_ndarray()
+    except av.FFmpegError as error:
+        if isinstance(error, MemoryError):
+            raise
+        raise ColourError(
+            f"its colours cannot be converted to RGB ({frame.format.name}, matrix "
+            f"{frame.colorspace}: {reason(error)}): export it with the colour matrix BT.709"
+        ) from error
     # rotation is counter-clockwise in degrees; np.rot90 takes the number of quarter turns
     return np.rot90(rgb, round(frame.rotation / 90)) if frame.rotation else rgb

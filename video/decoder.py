@@ -20,6 +20,7 @@ from video import h264
 from video.container import (
     DECODING_ERRORS,
     ClipError,
+    ColourError,
     count_packets,
     decode,
     decoding_stream,
@@ -81,23 +82,32 @@ def read_frames(
 def check_video(path: str | Path) -> str | None:
     """Decode every frame of a file, to find damage anywhere in it.
 
+    One frame of each size and colour format is converted to RGB; see clip_reader.check_clip.
+
     Returns:
         The problem in a few words, or None.
     """
     path = Path(path)
     count = damaged = 0
+    converted = set()
     try:
         require_file(path)
         with open_video(path) as container:
             streams = video_streams(container, path)
         for index, _ in streams:
             for frame in decode(path, index):
+                kind = frame.format.name, frame.colorspace, frame.color_range, frame.rotation
+                if (kind := (*kind, frame.width, frame.height)) not in converted:
+                    to_rgb(frame, 224)
+                    converted.add(kind)
                 count += 1
                 damaged += frame.is_corrupt
             if count:
                 break
     except ClipError as error:
         return error.reason
+    except ColourError as error:
+        return reason(error)
     except DECODING_ERRORS as error:
         return f"breaks off after {count} frames: {reason(error)}" if count else reason(error)
     if damaged:
@@ -255,7 +265,7 @@ def _keep(
             if count == stop_after:
                 break
     except DECODING_ERRORS as error:
-        if count == 0:
+        if count == 0 or isinstance(error, ColourError):
             raise
         raise ClipError(path, f"breaks off after {count} frames: {reason(error)}") from error
     return kept, count, damaged

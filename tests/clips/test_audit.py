@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 from helpers import run_script
 
-from clips.audit import AuditConfig, _print_overlaps, audit, composition, overlaps
+from clips.audit import KINDS, AuditConfig, _print_overlaps, audit, composition, overlaps
 from clips.clip_table import read_clips
 from demo.data import Clip, render
 from prepare_data import main
@@ -110,6 +110,7 @@ def test_files_are_compared_by_content_and_by_perceptual_hash(tmp_path: Path, ca
     said = capsys.readouterr().out
     assert "files: 8 of 8 exist" in said
     assert "1 files cannot be read" in said
+    assert "2 clips are almost uniform (black, white): only their bytes are compared" in said
     assert "the patient of 8 clips is unknown" in said
     found = pd.read_csv(tmp_path / "out/overlaps.csv")
     assert found["kind"].tolist() == ["content", "near_duplicate"]
@@ -120,14 +121,74 @@ def test_files_are_compared_by_content_and_by_perceptual_hash(tmp_path: Path, ca
     assert facts.loc["test", "fps"] == "25 (4)"
     assert facts.loc["test", "seconds"] == pytest.approx(1.2)
     without = AuditConfig((str(tmp_path),), output=str(tmp_path / "names"), contents=False)
-    assert audit(without) == 0
-    assert "no file was read" in capsys.readouterr().out
+    assert audit(without) == 3
+    said = capsys.readouterr().out
+    assert "NOTHING WAS COMPARED: no patient is known, and no file was read" in said
+    assert "no leakage" not in said
 
 
 def test_clean_splits_pass(tiny_data: Path, tmp_path: Path, capsys) -> None:
     config = AuditConfig((str(tiny_data),), output=str(tmp_path), contents=False)
     assert audit(config) == 0
-    assert "patients: 0 of 6" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "patients: 0 of 6\n" in said
+    assert "no leakage found: the patients of 36 of 36 clips were compared" in said
+
+
+def audited(folder: Path, **settings: bool) -> int:
+    output = str(folder.parent / "out")
+    return audit(AuditConfig((str(folder),), output=output, num_workers=0, **settings))
+
+
+def test_the_verdict_says_what_was_compared(tmp_path: Path, capsys) -> None:
+    """Three splits of one clip each, first without their files, then with two, then with all."""
+    splits = ("train", "val", "test")
+    actions = ("HookCut", "PanoView", "Suction")
+    for split, patient in zip(splits, ("p1", "p2", ""), strict=True):
+        (tmp_path / f"{split}.csv").write_text(f"path,label,patient\n{split}.mp4,x,{patient}\n")
+    assert audited(tmp_path) == 3
+    said = capsys.readouterr().out
+    assert (
+        "NOT EVERYTHING WAS COMPARED: no leakage found, but only the patients of 2 and the "
+        "files of 0 of 3 clips were compared" in said
+    )
+    assert "patients: 0 of 2 (known for 2 of 3 clips)" in said
+    assert "identical files: unknown" in said
+    for number, (split, action) in enumerate(zip(splits, actions, strict=True)):
+        write_video(tmp_path / f"{split}.mp4", render(Clip("train", number, 1, 1, 1, action))[:8])
+    (tmp_path / "test.csv").write_text("path,label,patient\ntest.mp4,x,p3\n")
+    whole = (tmp_path / "test.mp4").read_bytes()
+    (tmp_path / "test.mp4").write_bytes(whole[:2000])
+    assert audited(tmp_path) == 3
+    assert "only the patients of 3 and the files of 2 of 3 clips" in capsys.readouterr().out
+    (tmp_path / "test.mp4").write_bytes(whole)
+    assert audited(tmp_path) == 0
+    assert (
+        "no leakage found: the patients of 3 and the files of 3 of 3 clips were compared"
+        in capsys.readouterr().out
+    )
+    (tmp_path / "test.mp4").unlink()
+    assert audited(tmp_path, contents=False) == 0
+    assert "no leakage found: the patients of 3 of 3 clips" in capsys.readouterr().out
+
+
+def test_leakage_is_told_even_if_not_everything_was_compared(tmp_path: Path, capsys) -> None:
+    rows = "a.mp4,x,p1,train\nb.mp4,x,p1,test\nc.mp4,x,,test\n"
+    (tmp_path / "m.csv").write_text("path,label,patient,split\n" + rows)
+    assert audited(tmp_path / "m.csv") == 1
+    assert "LEAKAGE" in capsys.readouterr().out
+
+
+def test_without_readable_files_nothing_is_called_clean(tmp_path: Path, capsys) -> None:
+    """Two folders of files that are no videos, whose patients nobody knows."""
+    for split in ("train", "test"):
+        (tmp_path / split / "cut").mkdir(parents=True)
+        (tmp_path / split / "cut/a.mp4").write_text(f"no video: {split}")
+    sources = (str(tmp_path / "train"), str(tmp_path / "test"))
+    assert audit(AuditConfig(sources, output=str(tmp_path / "out"), num_workers=0)) == 3
+    said = capsys.readouterr().out
+    assert "2 files cannot be read" in said
+    assert "NOTHING WAS COMPARED: no patient is known, and no file was read" in said
 
 
 def test_a_split_column_is_one_only_if_it_names_splits(tmp_path: Path) -> None:
@@ -199,7 +260,10 @@ def test_one_csv_with_odd_splits(tmp_path: Path, capsys) -> None:
     assert "patients: 2 of 2" in said
     assert "4 clips in train, (none), holdout" in said
     (tmp_path / "all.csv").write_text("path,label,patient\na.mp4,all,p1\nb.mp4,x,p2\n")
-    assert audit(AuditConfig((str(tmp_path / "all.csv"),), output=str(tmp_path / "out"))) == 0
+    assert audit(AuditConfig((str(tmp_path / "all.csv"),), output=str(tmp_path / "out"))) == 3
+    assert (
+        "NOTHING WAS COMPARED: only one split (name a manifest or folder" in capsys.readouterr().out
+    )
 
 
 def test_manifests_of_one_name_are_different_splits(tmp_path: Path) -> None:
@@ -226,7 +290,7 @@ def test_videos_and_actions_are_a_patients_own(tmp_path: Path) -> None:
 def test_every_kind_of_overlap_is_leakage(kind: str, capsys) -> None:
     clips = pd.DataFrame({"split": ["train", "test"], kind: ["one", "one"]}).astype(object)
     assert _print_overlaps(clips)
-    assert "LEAKAGE" in capsys.readouterr().out
+    assert f"{KINDS[kind]}: 1 of 1\n" in capsys.readouterr().out
     clips[kind] = ["one", "other"]
     assert not _print_overlaps(clips)
 
@@ -240,7 +304,7 @@ def test_a_file_that_may_not_be_read_is_counted(tmp_path: Path, monkeypatch, cap
 
     monkeypatch.setattr("clips.audit.sha256_file", denied)
     output = str(tmp_path / "out")
-    assert audit(AuditConfig((str(tmp_path / "m.csv"),), output=output, num_workers=0)) == 0
+    assert audit(AuditConfig((str(tmp_path / "m.csv"),), output=output, num_workers=0)) == 3
     assert "1 files cannot be read" in capsys.readouterr().out
 
 

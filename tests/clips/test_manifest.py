@@ -5,7 +5,14 @@ from pathlib import Path
 
 import pytest
 
-from clips.manifest import CLASSES, get_num_classes, parse_label, patient_overlap, read_manifest
+from clips.manifest import (
+    CLASSES,
+    ClipRow,
+    get_num_classes,
+    parse_label,
+    patient_overlap,
+    read_manifest,
+)
 from clips.manifest import read_splits as read
 from utils.errors import UserError
 
@@ -208,6 +215,32 @@ def test_shared_patients_are_a_warning_with_counts(tmp_path) -> None:
     text = warnings[0]["text"]
     assert "1 of 2 patients of test are also in train (2 of 3 test clips)" in text
     assert "Ben" not in text
+
+
+def test_unknown_patients_are_a_warning(tmp_path) -> None:
+    """Nothing was compared, or not everything: this is not the same as nothing found."""
+    known = [ClipRow(Path("a"), 0, "Ada"), ClipRow(Path("b"), 0, "Ben")]
+    unknown = [ClipRow(Path("c"), 0), ClipRow(Path("d"), 0, "Ben")]
+    assert patient_overlap({"train": known, "test": known[:0]}) == []
+    assert patient_overlap({"train": unknown}) == []  # there is nothing to compare it with
+    leakage, other = patient_overlap({"train": known, "val": [], "test": unknown})
+    assert leakage["text"].startswith("1 of 1 patients of test are also in train")
+    assert other == {
+        "kind": "other",
+        "text": "the patients of 1 of 2 clips of test are unknown and were not compared: the "
+        "splits may share patients (add a column `patient` to the manifests)",
+    }
+    (nothing,) = patient_overlap({"train": unknown[:1], "test": unknown[:1]})
+    assert "patients of 1 of 1 clips of train, 1 of 1 clips of test are unknown" in nothing["text"]
+
+
+def test_one_split_is_compared_with_the_others() -> None:
+    rows = [ClipRow(Path("a"), 0, "Ada")]
+    texts = [w["text"] for w in patient_overlap({"x": rows, "y": rows, "z": rows}, compared="z")]
+    assert [text.split(" patients")[1].split(" (")[0] for text in texts] == [
+        " of z are also in x",
+        " of z are also in y",
+    ]
 
 
 def test_long_lists_are_cut_short(tmp_path) -> None:

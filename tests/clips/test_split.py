@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-from helpers import run_script
+from helpers import link, run_script, touch
 
 from clips import split as splitting
 from clips.split import SplitConfig, fold_splits, split
@@ -122,6 +122,50 @@ def test_folders_of_videos(tmp_path: Path, capsys) -> None:
     assert not set(fold["test"]["patient"]) & set(fold["train"]["patient"])
     split(SplitConfig(data, str(tmp_path / "clips"), group_by="clip", folds=3))
     assert "patients may be in more than one split" in capsys.readouterr().out
+
+
+def test_links_to_classes_are_classes_and_other_files_are_counted(tmp_path: Path, capsys) -> None:
+    for label in ("cut", "sew"):
+        for patient in range(6):
+            touch(tmp_path, f"store/{label}/VID{patient}.mp4")
+        link(tmp_path / "data" / label, tmp_path / "store" / label)
+    touch(tmp_path, "store/cut/notes.txt", "store/cut/._VID0.mp4", "data/.Trash/sew/VID9.mp4")
+    link(tmp_path / "data/cut/up", tmp_path / "data")
+    link(tmp_path / "data/sew/VID5_again.mp4", tmp_path / "store/sew/VID5.mp4")
+    config = SplitConfig(str(tmp_path / "data"), str(tmp_path / "new"), patient_pattern=r"VID\d")
+    split(config)
+    tables = read(tmp_path / "new")
+    assert sorted(path for table in tables.values() for path in table["path"]) == sorted(
+        f"{label}/VID{patient}.mp4" for label in ("cut", "sew") for patient in range(6)
+    )
+    said = capsys.readouterr().out
+    assert "data: passed over: 2 hidden, 1 .txt, 1 read under another name\n" in said
+    assert "data: 1 clips are there more than once and are kept once\n" in said
+
+
+def test_one_folder_under_the_names_of_two_classes_is_refused(tmp_path: Path) -> None:
+    touch(tmp_path, "data/cut/VID1.mp4")
+    link(tmp_path / "data/sew", tmp_path / "data/cut")
+    with pytest.raises(UserError, match=r"sew and .*cut are one folder, but two classes"):
+        split(SplitConfig(str(tmp_path / "data"), str(tmp_path / "new")))
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        ((), "holds neither train.csv nor any video (it is empty)"),
+        (("a.txt", ".b.mp4"), "nor any video (passed over: 1 .txt, 1 hidden)"),
+        (("a.mp4", "cut/b.mp4"), "1 clips have no label (a.mp4 ...): give them one, or put them"),
+        (("P1/Cut/a.mp4", "P2/cut/b.mp4"), "classes that differ by case alone (Cut, cut)"),
+    ],
+)
+def test_folders_that_cannot_be_divided_are_one_line(
+    tmp_path: Path, names: tuple[str, ...], message: str, mistake
+) -> None:
+    (tmp_path / "data").mkdir()
+    touch(tmp_path / "data", *names)
+    assert message in mistake(main, "split", "data", "--output", "o", cwd=tmp_path).stderr
+    assert not (tmp_path / "o").exists()
 
 
 def test_nothing_is_left_of_a_split_that_failed(listed: Path, monkeypatch) -> None:

@@ -73,6 +73,13 @@ def test_every_severity_is_evaluated_once_and_written(tmp_path: Path) -> None:
     assert not any(name in text + table.to_csv() for name in ("0.mp4", " p", " q"))
 
 
+def test_without_patients_the_loss_is_not_known(tmp_path: Path) -> None:
+    rows = [ClipRow(Path(f"{n}.mp4"), 0) for n in range(4)]
+    clean = Predictions(rows, np.eye(2)[[0, 0, 0, 0]])
+    text = measure_robustness(lambda *_: clean, clean, ("smoke",), tmp_path)
+    assert "lost (95 % interval): not known: there are no two patients to compare" in text
+
+
 def test_a_data_set_corrupts_each_clip_by_its_index(tmp_path: Path) -> None:
     rows = [ClipRow(make_clip(tmp_path / f"{n}.mp4", 200, seed=1), 0) for n in range(2)]
     clean = ClipsDataset(rows, 4, 32)
