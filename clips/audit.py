@@ -20,7 +20,7 @@ from clips.clip_table import read_clips, splits_of
 from clips.manifest_formats import read_records
 from clips.perceptual_hash import duplicate_groups, perceptual_hash, sha256_file
 from utils.errors import UserError
-from utils.files import write_text
+from utils.tables import write_table
 from utils.workers import in_parallel
 from video.container import ClipError, VideoMetadata, probe
 
@@ -110,7 +110,7 @@ def audit(config: AuditConfig) -> int:
     tables["overlaps"] = overlaps(clips, config.names)
     leaks = _print_overlaps(clips)
     for name, table in tables.items():
-        write_text(folder / f"{name}.csv", table.to_csv(index=name == "looped"))
+        write_table(folder / f"{name}.csv", table, index=name == "looped")
     print(f"\ntables: {folder}")
     return int(leaks)
 

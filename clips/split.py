@@ -17,6 +17,7 @@ from clips.clip_table import NO_LABEL, read_clips
 from clips.stratified_groups import class_imbalance, missing_classes, stratified_group_split
 from utils.errors import UserError
 from utils.files import write_json
+from utils.tables import write_table
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -190,7 +191,7 @@ def _write(
             (unfinished / name).mkdir(exist_ok=True)
             for split in SPLITS:
                 subset = clips.loc[splits == split, _COLUMNS]
-                subset.to_csv(unfinished / name / f"{split}.csv", index=False)
+                write_table(unfinished / name / f"{split}.csv", subset)
         write_json(unfinished / "split.json", dataclasses.asdict(config))
         unfinished.chmod(0o755)
         os.rename(unfinished, output)

@@ -150,7 +150,7 @@ def test_other_classes_come_before_aliases_and_numbers() -> None:
         ("", (), "lists no clip"),
         ("path,label\na.mp4\n", ("a.mp4",), "line 2: neither"),
         ("0,a.mp4,HookCut\n1,b\n", ("a.mp4",), "line 2: neither"),
-        ("path,label\n../../../../etc\0,0\n", (), "do not exist"),
+        ("path,label\n../../../../etc\0,0\n", (), "line 2: a NUL character"),
     ],
 )
 def test_problems_of_one_manifest(tmp_path, text: str, files, message: str) -> None:

@@ -52,7 +52,7 @@ def test_people_write_timelines_too(tmp_path: Path) -> None:
     [
         ("start,end\n1,2\n", "no column label"),
         ("start,end,label\n", "holds no segments"),
-        ("start,end,label\n1,x,cut\n", "line 2: end is 'x', not a number"),
+        ("start,end,label\n1,x,cut\n", "line 2: end is 'x', not a time (not a number)"),
         ("start,end,label\n1,nan,cut\n", "line 2: end is 'nan', not a time"),
         ("start,end,label\n-1,2,cut\n", "start is '-1', not a time"),
         ("start,end,label\n3,3,cut\n", "ends at 3 s, not after its start"),
