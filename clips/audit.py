@@ -17,6 +17,7 @@ import numpy as np
 import tyro
 
 from clips.clip_table import read_clips, splits_of
+from clips.manifest import class_problems
 from clips.manifest_formats import read_records
 from clips.perceptual_hash import duplicate_groups, perceptual_hash, sha256_file
 from utils.errors import UserError
@@ -93,6 +94,8 @@ def audit(config: AuditConfig) -> int:
     folder.mkdir(parents=True, exist_ok=True)
     print(f"{len(clips):,} clips in {', '.join(map(str, splits_of(clips)))}")
     _print_unknown_patients(clips)
+    for problem in class_problems(sorted(clips["label"].unique())):
+        print(f"train.py will refuse these labels: {problem}")
     tables = {"composition": composition(clips)}
     print(f"\nclips / patients / videos / source actions\n{_by_split(tables['composition'])}")
     if config.looped:
@@ -163,8 +166,8 @@ def looped_clips(clips: "pd.DataFrame", csv: str) -> "pd.DataFrame":
     import pandas as pd
 
     records, problems = read_records(Path(csv))
-    if problems:
-        raise UserError(problems[0])
+    if problems or not records:
+        raise UserError((problems or [f"{csv}: lists no clip"])[0])
     looped = {Path(record.path.replace("\\", "/")).name for record in records}
     listed = [Path(path.replace("\\", "/")).name in looped for path in clips["path"]]
     subset = clips[listed]

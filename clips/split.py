@@ -14,6 +14,7 @@ import numpy as np
 import tyro
 
 from clips.clip_table import NO_LABEL, read_clips
+from clips.manifest import class_problems
 from clips.stratified_groups import class_imbalance, missing_classes, stratified_group_split
 from utils.errors import UserError
 from utils.files import write_json
@@ -159,6 +160,8 @@ def _clips_to_divide(config: SplitConfig) -> "pd.DataFrame":
     unlabelled = clips[clips["label"] == NO_LABEL]
     if len(unlabelled):
         raise UserError(f"{config.source}: {len(unlabelled)} clips have no label")
+    if problems := class_problems(clips["label"].unique()):
+        raise UserError("\n  ".join([f"{config.source}: train.py would refuse:", *problems]))
     pairs = zip(clips["file"], clips["path"], strict=True)
     files = [os.path.realpath(file) if file else os.path.normpath(path) for file, path in pairs]
     for column in ("label", "patient"):

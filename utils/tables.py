@@ -7,6 +7,7 @@ Every CSV of the project is read by `read_table` and written by `write_rows`, `w
 import codecs
 import csv
 import io
+import math
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
@@ -186,10 +187,10 @@ def harmless(cell: Any) -> Any:
     if not isinstance(cell, str) or not _FORMULA.match(cell) or cell in _HARMLESS_NAMES:
         return cell
     try:
-        float(cell)
+        is_number = cell[0] in "+-" and math.isfinite(float(cell))
     except ValueError:
-        return f"'{cell}"
-    return cell
+        is_number = False
+    return cell if is_number or cell == "-inf" else f"'{cell}"
 
 
 def _restore(cell: str) -> str:

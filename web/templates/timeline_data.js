@@ -60,7 +60,8 @@ function probabilityAt(label, time) {
 // The corrected timeline as CSV (RFC 4180), which utils/tables.py reads. A label that a spreadsheet
 // would compute as a formula gets an apostrophe, as in `harmless` there.
 function toCsv() {
-  const harmless = text => /^'*[=+\-@\t\r\n]/.test(text) && isNaN(text) ? `'${text}` : text;
+  const isNumber = text => /^[+-]/.test(text) && !isNaN(text);
+  const harmless = text => /^'*[=+\-@\t\r\n]/.test(text) && !isNumber(text) ? `'${text}` : text;
   const quote = label => {
     const text = harmless(label);
     return /[",\r\n]/.test(text) ? `"${text.replaceAll('"', '""')}"` : text;
