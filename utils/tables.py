@@ -7,7 +7,6 @@ Every CSV of the project is read by `read_table` and written by `write_rows`, `w
 import codecs
 import csv
 import io
-import math
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
@@ -184,13 +183,9 @@ def harmless(cell: Any) -> Any:
 
     `read_table` takes the apostrophe off again. Numbers, also negative ones, stay as they are.
     """
-    if not isinstance(cell, str) or not _FORMULA.match(cell) or cell in _HARMLESS_NAMES:
+    if not isinstance(cell, str) or not _FORMULA.match(cell):
         return cell
-    try:
-        is_number = cell[0] in "+-" and math.isfinite(float(cell))
-    except ValueError:
-        is_number = False
-    return cell if is_number or cell == "-inf" else f"'{cell}"
+    return cell if _NUMBER.fullmatch(cell) or cell in _HARMLESS_NAMES else f"'{cell}"
 
 
 def _restore(cell: str) -> str:

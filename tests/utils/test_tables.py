@@ -1,6 +1,7 @@
 """CSV tables: what people and spreadsheets save is read, and what is written is read unchanged."""
 
 import csv
+import itertools
 import random
 from pathlib import Path
 
@@ -70,7 +71,7 @@ def test_cells_by_column(tmp_path: Path) -> None:
         (3, {"path": "b.mp4", "label": "sew", "": ""}),
     ]
     assert read.header(str) == [" Path ", "LABEL", ""]
-    with pytest.raises(UserError, match="line 2: two columns are called 'patient id'"):
+    with pytest.raises(UserError, match=r"line 2: two columns are called 'patient id'"):
         table(tmp_path, "\nPatient ID,label,patient  id\n1,2,3\n").header()
     with pytest.raises(UserError, match="line 3: has 3 cells, but the header has 2"):
         table(tmp_path, "path,label\na,b\n0,12,5\n").records()  # 12,5 is one number
@@ -98,33 +99,18 @@ def test_cells_by_column(tmp_path: Path) -> None:
 )
 def test_numbers(text: str, delimiter: str, number: float | None) -> None:
     if number is None:
-        with pytest.raises(ValueError, match="not a number|ambiguous"):
+        with pytest.raises(ValueError, match=r"not a number|ambiguous"):
             parse_number(text, delimiter)
     else:
         assert parse_number(text, delimiter) == number
 
 
 def test_formulas_are_harmless_and_come_back(tmp_path: Path) -> None:
-    cells = [
-        "=1+1",
-        "+a",
-        "-a",
-        "@a",
-        "\ta",
-        "\ra",
-        "\na",
-        "'=a",
-        "'a",
-        "",
-        "a=b",
-        -1.5,
-        "-2",
-        None,
-    ]
+    cells = ["=1+1", "+a", "-a", "@a", "\ta", "\r1", "\na", "'=a", "'a", "", "a=", -1.5, "-2", None]
     write_csv(tmp_path / "t.csv", [["n", "m"], *([i, cell] for i, cell in enumerate(cells))])
     with open(tmp_path / "t.csv", newline="", encoding="utf-8") as file:
         written = [row[1] for row in csv.reader(file)][1:]
-    assert written == ["'=1+1", "'+a", "'-a", "'@a", "'\ta", "'\ra", "'\na", "''=a", "'a", "", "a=b",
+    assert written == ["'=1+1", "'+a", "'-a", "'@a", "'\ta", "'\r1", "'\na", "''=a", "'a", "", "a=",
                        "-1.5", "-2", ""]  # fmt: skip
     read = [cells[1] for _, cells in read_table(tmp_path / "t.csv").rows[1:]]
     assert read == [str("" if cell is None else cell) for cell in cells]
@@ -143,12 +129,11 @@ def test_random_tables_come_back(tmp_path: Path) -> None:
         by_csv = list(csv.reader(file))
     by_pandas = pd.read_csv(tmp_path / "t.csv", dtype=str, keep_default_na=False)
     assert [list(by_pandas.columns), *by_pandas.to_numpy().tolist()] == by_csv
-    for ours, theirs in zip(sum(rows, []), sum(by_csv, []), strict=True):
+    for ours, theirs in zip(itertools.chain(*rows), itertools.chain(*by_csv), strict=True):
         assert theirs in (ours, f"'{ours}")
         assert not theirs.startswith(tuple("=@\t\r\n"))
-        assert (
-            theirs.replace(".", "").isalnum() or not theirs.startswith(("+", "-")) or float(theirs)
-        )
+        if theirs.startswith(("+", "-")):
+            float(theirs.replace(",", "."))  # a number, and no formula
 
 
 def test_a_data_frame_is_written_as_by_pandas(tmp_path: Path) -> None:
