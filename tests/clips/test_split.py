@@ -145,12 +145,16 @@ def test_nothing_is_left_of_a_split_that_failed(listed: Path, monkeypatch) -> No
         (["names.csv", "--output", "o"], "1 clips have no label"),
         (["two.csv", "--output", "o"], "1 clips are listed with two patients"),
         (["all.csv", "--output", "all.csv/o"], "cannot be made"),
+        (["reserved.csv", "--output", "o"], "no class may be called 'uncertain'"),
+        (["spellings.csv", "--output", "o"], "'Cut' and 'cut' differ only in case"),
     ],
 )
 def test_mistakes_are_one_line(listed: Path, flags: list[str], message: str, mistake) -> None:
     (listed / "twice.csv").write_text("path,label,patient\na.mp4,x,1\na.mp4,y,1\nb.mp4,x,2\n")
     (listed / "two.csv").write_text("path,label,patient\na.mp4,x,1\n./a.mp4,x,2\nb.mp4,x,2\n")
     (listed / "names.csv").write_text("path,split\na.mp4,train\n")
+    (listed / "reserved.csv").write_text("path,label,patient\na.mp4,x,1\nb.mp4,uncertain,2\n")
+    (listed / "spellings.csv").write_text("path,label,patient\na.mp4,Cut,1\nb.mp4,cut,2\n")
     code, stderr = mistake(main, "split", *flags, cwd=listed)
     assert code == 2
     assert message in stderr
