@@ -168,10 +168,13 @@ def looped_clips(clips: "pd.DataFrame", csv: str) -> "pd.DataFrame":
     records, problems = read_records(Path(csv))
     if problems or not records:
         raise UserError((problems or [f"{csv}: lists no clip"])[0])
-    looped = {Path(record.path.replace("\\", "/")).name for record in records}
-    listed = [Path(path.replace("\\", "/")).name in looped for path in clips["path"]]
-    subset = clips[listed]
+    looped = {_file_name(record.path) for record in records}
+    subset = clips[[_file_name(path) in looped for path in clips["path"]]]
     return pd.crosstab(subset["label"], subset["split"], margins=True, margins_name=ALL)
+
+
+def _file_name(path: str) -> str:
+    return Path(path.strip().replace("\\", "/")).name
 
 
 def add_contents(

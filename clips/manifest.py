@@ -247,9 +247,11 @@ def _parse(
     records, problems = read_records(manifest)
     rows: list[ClipRow] = []
     missing, unknown, seen = [], Counter(), Counter()
+    spellings = {record.label or "" for record in records}
+    numbers = {s: 0 if classes is None else parse_label(s, classes) for s in spellings}
     for record in records:
         path = resolve_path(record.path, root)
-        label = 0 if classes is None else parse_label(record.label or "", classes)
+        label = numbers[record.label or ""]
         if path is None:
             missing.append(record.path)
         elif label is None:
