@@ -24,7 +24,7 @@ DELIMITERS = ",;\t"
 
 _SEP_LINE = re.compile(r'"?sep=([^"\s]|\t)"?(?:\r\n|\r|\n|$)', re.I)  # Excel's first line
 
-_QUOTED = re.compile(r'"[^"]*(?:"|$)')
+_QUOTED = re.compile(r'(?<![^,;\t\r\n])"(?:[^"]|"")*(?:"|$)')  # a cell in quotation marks
 
 _LINE_BREAK = re.compile(r"\r\n|\r|\n")
 
@@ -44,6 +44,11 @@ class Row(NamedTuple):
     cells: list[str]
 
 
+def column_name(cell: str) -> str:
+    """The name of a column as it is compared: without case, and without spaces around it."""
+    return " ".join(cell.split()).casefold()
+
+
 @dataclass(frozen=True)
 class Table:
     """The rows of a file that are not blank, the header among them if it has one."""
@@ -55,15 +60,15 @@ class Table:
     lines: list[Row]
     """the same file line by line, without quotation marks and delimiters being looked at"""
 
-    def header(self, name_of: Callable[[str], str] | None = None) -> list[str]:
-        """The names of the columns, from the first row; see `column_name` for the default.
+    def header(self, name_of: Callable[[str], str] = column_name) -> list[str]:
+        """The names of the columns, from the first row.
 
         Raises:
             UserError: two columns have the same name.
         """
         if not self.rows:
             return []
-        names = [(name_of or column_name)(cell) for cell in self.rows[0].cells]
+        names = [name_of(cell) for cell in self.rows[0].cells]
         repeated = [name for name, count in Counter(names).items() if name and count > 1]
         if repeated:
             raise UserError(
@@ -72,7 +77,7 @@ class Table:
             )
         return names
 
-    def records(self, name_of: Callable[[str], str] | None = None) -> list[tuple[int, dict]]:
+    def records(self, name_of: Callable[[str], str] = column_name) -> list[tuple[int, dict]]:
         """The line number and the cells by column of each row below the header.
 
         Cells that a short row lacks are missing.
@@ -89,11 +94,6 @@ class Table:
                 )
             records.append((line, dict(zip(header, cells, strict=False))))
         return records
-
-
-def column_name(cell: str) -> str:
-    """The name of a column as it is compared: without case, and without spaces around it."""
-    return " ".join(cell.split()).casefold()
 
 
 def read_table(path: str | Path, delimiter: str = "") -> Table:

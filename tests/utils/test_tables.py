@@ -33,6 +33,8 @@ def table(folder: Path, content: str | bytes, **options: str):
         ("sep=\t\na\tb\n", [(2, ["a", "b"])]),
         ("\n;;\npath;label\n ; \na.mp4;cut\n", [(3, ["path", "label"]), (5, ["a.mp4", "cut"])]),
         ('"a, b, c";d\n', [(1, ["a, b, c", "d"])]),  # the commas are inside of a cell
+        ('"a "",,,"" b";d\n', [(1, ['a ",,," b', "d"])]),
+        ('5" scope,path\n1,a"b.mp4\n', [(1, ['5" scope', "path"]), (2, ["1", 'a"b.mp4'])]),
         ('n,"a\nb"\n1,"x ""y""\r\nz"\n2,\n', [(1, ["n", "a\nb"]), (3, ["1", 'x "y"\r\nz']),
                                                (5, ["2", ""])]),
         ("n,m\n'=1+1,''=x\n'x,'-a\n", [(1, ["n", "m"]), (2, ["=1+1", "'=x"]), (3, ["'x", "-a"])]),
