@@ -1,7 +1,8 @@
 """Tables in CSV files: reads what people and spreadsheets save, writes what is safe to open.
 
 Every CSV of the project is read by `read_table` and written by `write_rows`, `write_csv` or
-`write_table`. What these write, `read_table` gives back unchanged.
+`write_table`. What these write, `read_table` gives back unchanged, apart from rows without any text
+and from bytes that are not UTF-8 (see `utils.files.write_text`).
 """
 
 import codecs
