@@ -29,6 +29,7 @@ from cross_validate import CrossValidateConfig, check_folds, cross_validate, fol
 from utils.cli import cli_main, parse
 from utils.errors import UserError
 from utils.files import to_markdown, write_json, write_text
+from utils.tables import write_table
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -72,7 +73,7 @@ def ablate(config: AblateConfig) -> str:
         for name, tau in POST_HOC.items():
             predictions[name] = [_adjusted(run, tau) for run in runs[BASELINE]]
     table = ablation_table(predictions)
-    write_text(folder / "study.csv", table.to_csv(index=False))
+    write_table(folder / "study.csv", table)
     plot_deltas(table, folder / "study.png")
     text = format_table(table, config.seeds, predictions[BASELINE][0], runs[BASELINE][0])
     write_text(folder / "study.md", text)

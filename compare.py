@@ -26,6 +26,7 @@ from config import Precision
 from utils.cli import cli_main, parse
 from utils.errors import UserError
 from utils.files import to_markdown, write_text
+from utils.tables import write_table
 
 if TYPE_CHECKING:
     import numpy as np
@@ -361,7 +362,7 @@ def main() -> None:
     text = format_comparison(table, candidates, best, config)
     folder = Path(config.output)
     folder.mkdir(parents=True, exist_ok=True)
-    write_text(folder / "comparison.csv", table.to_csv(index=False))
+    write_table(folder / "comparison.csv", table)
     write_text(folder / "comparison.md", text)
     figure = folder / "accuracy_latency.png"
     figure.unlink(missing_ok=True)  # of an earlier comparison

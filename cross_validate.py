@@ -22,7 +22,8 @@ from clips.split import SPLITS
 from config import OLD_NAMES, OLD_VALUES, TrainConfig, from_dict, setting
 from utils.cli import cli_main, parse
 from utils.errors import ResultWarning, UserError
-from utils.files import write_json, write_text
+from utils.files import write_json
+from utils.tables import write_table
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -150,7 +151,7 @@ def pool_folds(folder: Path, runs: Sequence[Path]) -> Path:
     metadata = {"split": f"out of {len(runs)} folds", "folds": rows, "warnings": warnings}
     results = write_results(pooled, classes, folder, calibrations, metadata, names)
     table = fold_table(rows, results)
-    write_text(folder / "cross_validation.csv", table.to_csv(float_format="%.6g"))
+    write_table(folder / "cross_validation.csv", table, index=True, float_format=".6g")
     blanked = table.astype(object).where(table.notna(), "-")
     leakage = any(warning["kind"] == "leakage" for warning in warnings)
     model = (

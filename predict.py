@@ -156,9 +156,9 @@ def build_predictor(
         UserError: the checkpoint or the settings do not suit whole videos.
     """
     from checkpoint import load_checkpoint, rebuild_model
+    from clips.manifest import class_problems
     from config import from_dict
     from evaluation.calibration import Calibration
-    from timeline.segments import NON_CLASS_LABELS
     from timeline.smoothing import SmoothingConfig
     from timeline.streaming import OnlinePredictor
     from utils.device import autocast_dtype, describe_device, get_device
@@ -183,8 +183,8 @@ def build_predictor(
             "are 13.3)"
         )
     classes = tuple(state["classes"])
-    if reserved := set(classes) & set(NON_CLASS_LABELS):
-        raise UserError(f"a class is called {', '.join(reserved)}, which is reserved here")
+    if problems := class_problems(classes):
+        raise UserError("\n  ".join([f"{config.run}: cannot be used on videos:", *problems]))
     calibration = Calibration.from_state_dict(state.get("calibration"))
     if config.target_error is not None:
         if not 0 <= config.target_error <= 1 or not calibration.correct:

@@ -22,7 +22,7 @@ from clips.clip_table import read_clips
 from clips.split import SplitConfig, split
 from utils.cli import cli_main, parse_subcommand
 from utils.errors import UserError
-from utils.files import write_text
+from utils.tables import write_csv
 from utils.workers import in_parallel
 from video.clip_reader import check_clip
 from video.motion import Modality
@@ -65,8 +65,6 @@ def check(config: CheckConfig) -> int:
     Raises:
         UserError: there is nothing to check.
     """
-    import pandas as pd  # not above: --help does without it
-
     if config.num_workers < 0:
         raise UserError(f"num_workers = {config.num_workers}: must be at least 0")
     clips = read_clips(config.sources, config.data_root)
@@ -78,8 +76,7 @@ def check(config: CheckConfig) -> int:
     for file, problem in in_parallel(check_file, files, config.num_workers, "decoding"):
         if problem:
             bad.append((str(file), problem))
-    table = pd.DataFrame(bad, columns=["path", "reason"])
-    write_text(config.output, table.to_csv(index=False))
+    write_csv(config.output, [["path", "reason"], *bad])
     print(f"{len(files) + len(missing):,} files, {len(bad):,} of them bad: {config.output}")
     for reason, count in Counter(reason for _, reason in bad).most_common(10):
         print(f"  {count:,}: {reason}")

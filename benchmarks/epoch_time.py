@@ -1,6 +1,5 @@
 """Times whole epochs of training for benchmarks/data.py: clips/s, waiting for clips, memory."""
 
-import csv
 import math
 import multiprocessing
 import resource
@@ -32,6 +31,7 @@ from training.losses import Criterion
 from training.optim import cosine_with_warmup, param_groups
 from training.state import Progress
 from utils.device import autocast_dtype, get_device, prepare_model
+from utils.tables import write_csv
 
 
 @dataclass
@@ -217,18 +217,17 @@ def _write_data(config: EpochConfig, folder: Path, height: int, frames: int) -> 
     (folder / "clips").mkdir()
     splits = {"train": config.clips, "val": 1, "test": 1}
     for split, count in splits.items():
-        with open(folder / f"{split}.csv", "w", newline="", encoding="utf-8") as file:
-            writer = csv.writer(file)
-            writer.writerow(["path", "label"])
-            for index in range(max(count, len(CLASSES)) if split == "train" else count):
-                clip = folder / "clips" / f"{split}_{index}.mp4"
-                first = folder / "clips" / f"train_{index % DISTINCT}.mp4"
-                if first.exists():
-                    shutil.copy(first, clip)
-                else:
-                    write_benchmark_video(clip, height, frames, 250, config.source, seed=index)
-                cache.write(clip)
-                writer.writerow([clip.name, CLASSES[index % len(CLASSES)]])
+        rows = [["path", "label"]]
+        for index in range(max(count, len(CLASSES)) if split == "train" else count):
+            clip = folder / "clips" / f"{split}_{index}.mp4"
+            first = folder / "clips" / f"train_{index % DISTINCT}.mp4"
+            if first.exists():
+                shutil.copy(first, clip)
+            else:
+                write_benchmark_video(clip, height, frames, 250, config.source, seed=index)
+            cache.write(clip)
+            rows.append([clip.name, CLASSES[index % len(CLASSES)]])
+        write_csv(folder / f"{split}.csv", rows)
 
 
 def _children() -> list[str]:

@@ -22,6 +22,7 @@ from utils.allocator import SWITCH, keep_freed_memory
 from utils.device import describe_device
 from utils.errors import is_out_of_memory
 from utils.files import to_markdown, write_json, write_text
+from utils.tables import write_table
 
 Call = Callable[[], Any]
 
@@ -203,7 +204,7 @@ def report(
     folder.mkdir(parents=True, exist_ok=True)
     records = json.loads(table.to_json(orient="records", double_precision=9))
     result = {"conditions": dict(conditions), "rows": records}
-    write_text(folder / f"{name}.csv", table.to_csv(index=False))
+    write_table(folder / f"{name}.csv", table)
     write_text(folder / f"{name}.md", text)
     write_json(folder / f"{name}.json", result)
     print(f"{text}\nsaved: {folder}/{name}.csv, .md, .json")

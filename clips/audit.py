@@ -17,10 +17,11 @@ import numpy as np
 import tyro
 
 from clips.clip_table import read_clips, splits_of
+from clips.manifest import class_problems
 from clips.manifest_formats import read_records
 from clips.perceptual_hash import duplicate_groups, perceptual_hash, sha256_file
 from utils.errors import UserError
-from utils.files import write_text
+from utils.tables import write_table
 from utils.workers import in_parallel
 from video.container import ClipError, VideoMetadata, probe
 
@@ -95,6 +96,8 @@ def audit(config: AuditConfig) -> int:
     folder.mkdir(parents=True, exist_ok=True)
     print(f"{len(clips):,} clips in {', '.join(map(str, splits_of(clips)))}")
     _print_unknown_patients(clips)
+    for problem in class_problems(sorted(clips["label"].unique())):
+        print(f"train.py will refuse these labels: {problem}")
     tables = {"composition": composition(clips)}
     print(f"\nclips / patients / videos / source actions\n{_by_split(tables['composition'])}")
     if config.looped:
@@ -113,7 +116,7 @@ def audit(config: AuditConfig) -> int:
     code, text = verdict(clips, _print_overlaps(clips), config.contents)
     print(text)
     for name, table in tables.items():
-        write_text(folder / f"{name}.csv", table.to_csv(index=name == "looped"))
+        write_table(folder / f"{name}.csv", table, index=name == "looped")
     print(f"\ntables: {folder}")
     return code
 
@@ -193,12 +196,15 @@ def looped_clips(clips: "pd.DataFrame", csv: str) -> "pd.DataFrame":
     import pandas as pd
 
     records, problems = read_records(Path(csv))
-    if problems:
-        raise UserError(problems[0])
-    looped = {Path(record.path.replace("\\", "/")).name for record in records}
-    listed = [Path(path.replace("\\", "/")).name in looped for path in clips["path"]]
-    subset = clips[listed]
+    if problems or not records:
+        raise UserError((problems or [f"{csv}: lists no clip"])[0])
+    looped = {_file_name(record.path) for record in records}
+    subset = clips[[_file_name(path) in looped for path in clips["path"]]]
     return pd.crosstab(subset["label"], subset["split"], margins=True, margins_name=ALL)
+
+
+def _file_name(path: str) -> str:
+    return Path(path.strip().replace("\\", "/")).name
 
 
 def add_contents(

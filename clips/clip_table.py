@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from clips.manifest import CLASSES, parse_label, resolve_path
+from clips.manifest import CLASSES, is_number, parse_label, resolve_path
 from clips.manifest_formats import Record, parse_slam_filename, read_records
 from utils.errors import UserError
 from video.files import find_videos, is_video
@@ -84,7 +84,7 @@ def _row(record: Record, manifest: Path, root: Path, split: str) -> dict[str, An
 def _replace_aliases(clips: "pd.DataFrame") -> "pd.DataFrame":
     """The table with one name per class, if all labels are classes of SLAM or their aliases."""
     numbers = {label: parse_label(label, CLASSES) for label in clips["label"].unique()}
-    if any(number is None or label.isdigit() for label, number in numbers.items()):
+    if any(number is None or is_number(label) for label, number in numbers.items()):
         return clips  # the classes of another data set keep their names
     return clips.assign(label=clips["label"].map(lambda label: CLASSES[numbers[label]]))
 

@@ -16,14 +16,17 @@ import hashlib
 import json
 import os
 import re
+import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from itertools import combinations
-from pathlib import Path, PurePosixPath
+from pathlib import Path, PurePath
 from typing import NamedTuple
 
 from clips.manifest_formats import read_records
 from utils.errors import ResultWarning, UserError
+from utils.run_dir import sanitize
+from utils.tables import shorten
 
 CLASSES = (
     "AbdominalEntry",
@@ -35,8 +38,17 @@ CLASSES = (
     "Suction",
 )
 
+# Labels of clips and segments that are not classes.
 UNCERTAIN = "uncertain"
-"""the decision about a clip whose confidence is below the threshold; no class may be called so"""
+"""the decision about a clip whose confidence is below the threshold"""
+UNREADABLE = "unreadable"
+"""the video could not be decoded there"""
+OUT_OF_BODY = "out_of_body"
+"""according to the user's detector (predict.py --out-of-body)"""
+NON_CLASS_LABELS = (UNCERTAIN, UNREADABLE, OUT_OF_BODY)
+
+RESERVED_NAMES = (*NON_CLASS_LABELS, "time", "path")
+"""names that no class may have; the last two are columns of the tables of predictions"""
 
 # Other names of the classes in SLAM's CSVs, its file names, its paper and its successor LapSurg.
 ALIASES = {
@@ -191,7 +203,9 @@ def parse_label(label: str, classes: Sequence[str]) -> int | None:
     """The number of the class that a label names, or None.
 
     The label is compared with the exact names, then with names without case, spaces, `-` and `_`,
-    then with aliases, then with numbers.
+    then with aliases. Names that are numbers are compared by value: spreadsheets make `1.0` or `1`
+    of a `01`. Only where no class is a number, a whole number (also `1.0`) is an index into
+    `classes`.
     """
     label = label.strip()
     if label in classes:
@@ -203,13 +217,53 @@ def parse_label(label: str, classes: Sequence[str]) -> int | None:
         return numbers[key]
     if aliases.get(key) in numbers:
         return numbers[aliases[key]]
-    if label.isascii() and label.isdigit() and int(label) < len(classes):
-        return int(label)
+    if is_number(label) and not any(map(is_number, classes)):
+        index = float(label)
+        return int(index) if index.is_integer() and 0 <= index < len(classes) else None
     return None
 
 
+def is_number(name: str) -> bool:
+    """Whether a label or the name of a class is a number, such as `2`, `-1` or `1.0`."""
+    return bool(re.fullmatch(r"\s*[+-]?\d+(\.\d+)?\s*", name, re.ASCII))
+
+
+def class_problems(classes: Sequence[str]) -> list[str]:
+    """A line for each name that no class can have, and for names that labels cannot tell apart."""
+    problems = []
+    for name in classes:
+        if not name.strip():
+            problems.append(f"classes: {name!r} is an empty name")
+        elif name != name.strip():
+            problems.append(f"classes: {name!r} begins or ends with a space: leave it out")
+        elif any(unicodedata.category(character) in _NOT_TEXT for character in name):
+            problems.append(f"classes: {name!r} holds a control character or a line break")
+        elif name in RESERVED_NAMES:
+            problems.append(
+                f"classes: no class may be called {name!r}, which is reserved (so are "
+                f"{', '.join(other for other in RESERVED_NAMES if other != name)})"
+            )
+    spellings = defaultdict(list)
+    for name in classes:
+        spellings[_normalize(name)].append(name)
+    for names in spellings.values():
+        if len(names) > len(set(names)):
+            problems.append(f"classes: a name occurs twice: {names[0]!r}")
+        elif len(names) > 1:
+            problems.append(
+                f"classes: {' and '.join(map(repr, names))} differ only in case, spaces, '-', '_' "
+                "or the way a number is written, and labels are read without looking at that"
+            )
+    return problems
+
+
+_NOT_TEXT = {"Cc", "Cs", "Zl", "Zp"}  # control characters, bytes that are not UTF-8, line breaks
+
+
 def _normalize(name: str) -> str:
-    return re.sub(r"[\s_-]", "", name).casefold()
+    if is_number(name):
+        return repr(float(name))
+    return re.sub(r"[\s_-]", "", unicodedata.normalize("NFC", name)).casefold()
 
 
 def _parse(
@@ -223,9 +277,11 @@ def _parse(
     records, problems = read_records(manifest)
     rows: list[ClipRow] = []
     missing, unknown, seen = [], Counter(), Counter()
+    spellings = {record.label or "" for record in records}
+    numbers = {s: 0 if classes is None else parse_label(s, classes) for s in spellings}
     for record in records:
         path = resolve_path(record.path, root)
-        label = 0 if classes is None else parse_label(record.label or "", classes)
+        label = numbers[record.label or ""]
         if path is None:
             missing.append(record.path)
         elif label is None:
@@ -250,21 +306,30 @@ def _parse(
 
 def resolve_path(name: str, root: Path) -> Path | None:
     """The file that a path in a manifest names, below `root` or its clips/, or None."""
-    for spelling in dict.fromkeys((name, name.replace("\\", "/"))):
-        relative = PurePosixPath(spelling)
-        for candidate in (root / relative, root / "clips" / relative):
-            try:
-                if candidate.is_file():
-                    return candidate
-            except (OSError, ValueError):  # a name too long, or with a NUL in it
-                return None
+    for candidate in path_candidates(name, root):
+        try:
+            if candidate.is_file():
+                return candidate
+        except (OSError, ValueError):  # a name too long, or with a NUL in it
+            return None
     return None
 
 
+def path_candidates(name: str, root: PurePath) -> list[PurePath]:
+    """Where a path in a manifest may lead, in the order of preference.
+
+    An absolute path stays as it is, on Windows with its drive or network share.
+    """
+    spellings = (name, name.strip(), name.strip().replace("\\", "/"))
+    # Joined as text: as another kind of path, `C:/clips` would lose its slash on Windows.
+    paths = [folder / text for text in spellings for folder in (root, root / "clips")]
+    return list(dict.fromkeys(paths))
+
+
 def _suggest(label: str, count: int, classes: Sequence[str]) -> str:
-    matches = difflib.get_close_matches(label, [*classes, *ALIASES], n=1)
+    matches = difflib.get_close_matches(label[:100], [*classes, *ALIASES], n=1)
     suggestion = f", did you mean {matches[0]!r}?" if matches else ""
-    return f"{label!r} ({count} row{'s' * (count > 1)}{suggestion})"
+    return f"{shorten(label)!r} ({count} row{'s' * (count > 1)}{suggestion})"
 
 
 def _summary(problem: str, items: Sequence[str], limit: int = 5) -> list[str]:
@@ -272,7 +337,8 @@ def _summary(problem: str, items: Sequence[str], limit: int = 5) -> list[str]:
     if not items:
         return []
     more = f" and {len(items) - limit:,} more" if len(items) > limit else ""
-    return [f"{problem}: {len(items):,}: {'; '.join(map(str, items[:limit]))}{more}"]
+    shown = "; ".join(shorten(sanitize(item), 300) for item in items[:limit])
+    return [f"{problem}: {len(items):,}: {shown}{more}"]
 
 
 def _raise(problems: Sequence[str]) -> None:

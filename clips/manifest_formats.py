@@ -1,11 +1,12 @@
 """Parses the layouts that a manifest may have; manifest.py describes them."""
 
-import csv
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
+from utils.errors import UserError
+from utils.tables import Row, Table, column_name, read_table
 from video.files import is_video
 
 _SLAM_NAME = re.compile(
@@ -33,6 +34,7 @@ class Record(NamedTuple):
 
     line: int
     path: str
+    """as it is written, with the spaces around it: a file name may begin with one"""
     label: str | None = None
     patient: str | None = None
     video: str | None = None
@@ -66,26 +68,26 @@ def read_records(manifest: Path) -> tuple[list[Record], list[str]]:
     A row without patient, video or action gets those of its file name. The label is not taken from
     the file name (see clip_table.py for the one exception).
     """
+    records: list[Record] = []
     try:
-        lines = manifest.read_text(encoding="utf-8-sig").splitlines()
+        for line, cells in _rows(read_table(manifest)):
+            records.append(_record(line, cells))
     except FileNotFoundError:
         return [], [f"{manifest}: no such manifest (a CSV with the columns path,label)"]
-    except UnicodeDecodeError:
-        return [], [f"{manifest}: not UTF-8 text: save the table as 'CSV UTF-8'"]
     except OSError as error:
         return [], [f"{manifest}: {error.strerror}"]
-    records = []
-    for number, cells in _rows(lines):
-        if cells is None:
-            problem = f"{manifest}, line {number}: neither 'path,label' nor SLAM's columns"
-            return records, [problem]
-        slam = parse_slam_filename(cells["path"])
-        patient = cells.get("patient") or slam.get("patient")
-        video = _qualified(patient, cells.get("video")) or slam.get("video")
-        action = _qualified(video or patient, cells.get("action")) or slam.get("action")
-        label, split = cells.get("label") or None, cells.get("split")
-        records.append(Record(number, cells["path"], label, patient, video, action, split))
+    except UserError as error:
+        return records, [str(error)]
     return records, []
+
+
+def _record(line: int, cells: dict[str, str]) -> Record:
+    slam = parse_slam_filename(cells["path"])
+    patient = cells.get("patient") or slam.get("patient")
+    video = _qualified(patient, cells.get("video")) or slam.get("video")
+    action = _qualified(video or patient, cells.get("action")) or slam.get("action")
+    label, split = cells.get("label") or None, cells.get("split")
+    return Record(line, cells["path"], label, patient, video, action, split)
 
 
 def _qualified(owner: str | None, name: str | None) -> str | None:
@@ -98,40 +100,57 @@ def _qualified(owner: str | None, name: str | None) -> str | None:
     return f"{owner}_{name}"
 
 
-def _rows(lines: Sequence[str]) -> Iterator[tuple[int, dict[str, str] | None]]:
-    """(line number, columns) of each clip; the columns are None if the layout is unknown."""
-    numbered = [(n, line) for n, line in enumerate(lines, 1) if line.strip()]
-    if not numbered:
+def _rows(table: Table) -> Iterator[tuple[int, dict[str, str]]]:
+    """(line number, columns) of each clip.
+
+    Raises:
+        UserError: the layout of a row is unknown, or two columns have the same name.
+    """
+    if not table.rows:
         return
-    delimiter = max(",;\t", key=numbered[0][1].count)
-    table = [(n, next(csv.reader([line], delimiter=delimiter))) for n, line in numbered]
-    header = [name.strip().lower() for name in table[0][1]]
-    first = table[0][1]
+    first = table.rows[0].cells
+    header = [column_name(cell) for cell in first]
     path = next((name for name in _PATH_COLUMNS if name in header), None)
-    split = _split_column(header, [cells for _, cells in table[1:]])
+    split = _split_column(header, table.rows[1:])
+    pairs = all(len(row.cells) == 2 and is_video(row.cells[0]) for row in table.rows)
     if path and ("label" in header or split):
-        for number, cells in table[1:]:
-            row = dict(zip(header, (cell.strip() for cell in cells), strict=False))
-            row["path"] = row.get(path, "")
+        for line, cells in table.records():
+            row = {name: cell.strip() for name, cell in cells.items()}
+            if not row.get(path) or ("label" in header and "label" not in row):
+                raise _unknown_layout(table, line)
             name = row.get(split) or "(none)" if split else None
+            row["path"] = cells[path]
             row["split"] = name and _SPLITS.get(name.lower(), name)
-            complete = row["path"] and ("label" in row or "label" not in header)
-            yield number, row if complete else None
+            yield line, row
     elif len(first) >= 3:  # SLAM: index, path, label; with or without a header
-        for number, cells in table[not is_video(first[1]) :]:
-            known = len(cells) >= 3 and is_video(cells[1])
-            yield number, {"path": cells[1].strip(), "label": cells[2].strip()} if known else None
+        if not is_video(first[1]):
+            table.header()  # refuses two columns of the same name
+        for line, cells in table.rows[not is_video(first[1]) :]:
+            if len(cells) < 3 or not is_video(cells[1]):
+                raise _unknown_layout(table, line)
+            yield line, {"path": cells[1], "label": cells[2].strip()}
+    elif pairs:
+        for line, (name, label) in table.rows:
+            yield line, {"path": name, "label": label.strip()}
     else:
-        for number, line in numbered:
-            # The label is matched at the end of the line: the path may hold spaces and commas.
-            parts = re.match(r"\s*(.+?)\s*[,;\t ]\s*([^\s,;]+)\s*$", line)
-            yield number, {"path": parts[1].strip('"'), "label": parts[2]} if parts else None
+        for line, (text,) in table.lines:
+            # The label is the end of the line: the path may hold spaces and commas.
+            text = text.strip()
+            label = re.split(r"[\s,;]", text)[-1]
+            name = text.removesuffix(label).strip(' \t,;"')
+            if not label or not name:
+                raise _unknown_layout(table, line)
+            yield line, {"path": name, "label": label}
 
 
-def _split_column(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str | None:
+def _unknown_layout(table: Table, line: int) -> UserError:
+    return UserError(f"{table.path}, line {line}: neither 'path,label' nor SLAM's columns")
+
+
+def _split_column(header: Sequence[str], rows: Sequence[Row]) -> str | None:
     """The column that holds the split of each clip, if there is one."""
     if "split" in header:
         return "split"
     column = header.index("phase") if "phase" in header else len(header)
-    values = {row[column].strip().lower() for row in rows if len(row) > column} - {""}
+    values = {row.cells[column].strip().lower() for row in rows if len(row.cells) > column} - {""}
     return "phase" if values and values <= _SPLITS.keys() else None

@@ -5,8 +5,7 @@ import os
 import shlex
 import shutil
 import tempfile
-from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -15,9 +14,11 @@ import numpy as np
 import tyro
 
 from clips.clip_table import NO_LABEL, read_clips
+from clips.manifest import class_problems
 from clips.stratified_groups import class_imbalance, missing_classes, stratified_group_split
 from utils.errors import UserError
 from utils.files import write_json
+from utils.tables import write_table
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -162,11 +163,8 @@ def _clips_to_divide(config: SplitConfig) -> "pd.DataFrame":
             f"{config.source}: {len(unlabelled)} clips have no label ({unlabelled['path'].iloc[0]} "
             "...): give them one, or put them into a folder that is named like their class"
         )
-    if alike := _differ_by_case(clips["label"]):
-        raise UserError(
-            f"{config.source}: classes that differ by case alone ({'; '.join(alike)}): give each "
-            "class one name"
-        )
+    if problems := class_problems(clips["label"].unique()):
+        raise UserError("\n  ".join([f"{config.source}: train.py would refuse:", *problems]))
     pairs = zip(clips["file"], clips["path"], strict=True)
     files = [os.path.realpath(file) if file else os.path.normpath(path) for file, path in pairs]
     for column in ("label", "patient"):
@@ -188,14 +186,6 @@ def _clips_to_divide(config: SplitConfig) -> "pd.DataFrame":
     return clips
 
 
-def _differ_by_case(labels: Iterable[str]) -> list[str]:
-    """The names of classes that are one name in two spellings, `Cut, cut`."""
-    spellings = defaultdict(set)
-    for label in labels:
-        spellings[label.casefold()].add(label)
-    return [", ".join(sorted(names)) for names in spellings.values() if len(names) > 1]
-
-
 def _write(
     output: Path, config: SplitConfig, clips: "pd.DataFrame", folds: Mapping[str, np.ndarray]
 ) -> None:
@@ -210,7 +200,7 @@ def _write(
             (unfinished / name).mkdir(exist_ok=True)
             for split in SPLITS:
                 subset = clips.loc[splits == split, _COLUMNS]
-                subset.to_csv(unfinished / name / f"{split}.csv", index=False)
+                write_table(unfinished / name / f"{split}.csv", subset)
         write_json(unfinished / "split.json", dataclasses.asdict(config))
         unfinished.chmod(0o755)
         os.rename(unfinished, output)

@@ -7,7 +7,6 @@ second; train.csv, val.csv and test.csv have SLAM's columns (index, path below c
 patient is in two splits, and the classes have unequal numbers of clips, as in real data.
 """
 
-import csv
 import functools
 import glob
 import itertools
@@ -31,6 +30,7 @@ from clips.manifest import CLASSES
 from demo.scene import Patient, make_patient, make_tissue, render_clip
 from utils.allocator import keep_freed_memory
 from utils.errors import UserError
+from utils.tables import write_csv
 from utils.workers import exit_with_parent
 from video.encoder import write_video
 
@@ -269,11 +269,8 @@ def _start_worker() -> None:
 
 
 def _write_csv(path: Path, clips: Sequence[Clip]) -> None:
-    with open(path, "w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow(["", "path", "label"])
-        for index, clip in enumerate(clips):
-            writer.writerow([index, clip.path, _LABEL.get(clip.action, clip.action)])
+    rows = [(n, clip.path, _LABEL.get(clip.action, clip.action)) for n, clip in enumerate(clips)]
+    write_csv(path, [("", "path", "label"), *rows])
 
 
 def main() -> None:

@@ -22,7 +22,7 @@ from demo.scene import FRAMES
 from timeline.segments import Segment
 from utils.cli import cli_main, parse
 from utils.errors import UserError
-from utils.files import write_text
+from utils.tables import write_csv
 from video.encoder import write_video
 
 FPS = 25
@@ -98,8 +98,8 @@ def main() -> None:
     plan = plan_operation(config.minutes, config.seed)
     segments = true_segments(plan)
     write_video(config.video, render_operation(plan, config.seed), FPS)
-    rows = [f"{s.start:.3f},{s.end:.3f},{s.label}" for s in segments]
-    write_text(csv_path, "\n".join(["start,end,label", *rows]) + "\n")
+    rows = [(f"{s.start:.3f}", f"{s.end:.3f}", s.label) for s in segments]
+    write_csv(csv_path, [("start", "end", "label"), *rows])
     duration, count = segments[-1].end, len(segments)
     print(f"{config.video}: {duration:.1f} s, {count} segments, which {csv_path} lists")
 

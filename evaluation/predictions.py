@@ -1,7 +1,5 @@
 """The predictions of a model for a split, in memory and as predictions.csv."""
 
-import csv
-import io
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -13,7 +11,7 @@ import numpy as np
 from clips.manifest import UNCERTAIN, ClipRow
 from evaluation import metrics
 from utils.errors import UserError
-from utils.files import write_text
+from utils.tables import read_table, write_csv
 
 
 @dataclass
@@ -95,19 +93,17 @@ def write_predictions(
     The decision is the prediction, or `uncertain` below the threshold (one for all, or `(N,)`).
     """
     decided = predictions.confidence >= thresholds
-    file = io.StringIO(newline="")
-    writer = csv.writer(file, lineterminator="\n")
     fold_column = ["fold"] if folds else []
     probability_columns = [f"p_{name}" for name in classes]
-    writer.writerow(
+    table = [
         ["path", *fold_column, "label", "prediction", "decision", *_GROUPS, *probability_columns]
-    )
+    ]
     for i, row in enumerate(predictions.rows):
         prediction = classes[predictions.y_pred[i]]
         decision = prediction if decided[i] else UNCERTAIN
-        writer.writerow(
+        table.append(
             [
-                row.path,
+                str(row.path),
                 *folds[i : i + 1],
                 classes[row.label],
                 prediction,
@@ -116,7 +112,7 @@ def write_predictions(
                 *(f"{probability:.9g}" for probability in predictions.probabilities[i]),
             ]
         )
-    write_text(path, file.getvalue())
+    write_csv(path, table)
 
 
 def read_predictions(path: Path) -> tuple[Predictions, list[str], np.ndarray]:
@@ -130,10 +126,10 @@ def read_predictions(path: Path) -> tuple[Predictions, list[str], np.ndarray]:
         UserError: there is no such file, or it is not a predictions.csv.
     """
     try:
-        with open(path, newline="", encoding="utf-8") as file:
-            reader = csv.DictReader(file)
-            columns = [name for name in reader.fieldnames if name.startswith("p_")]
-            table = list(reader)
+        content = read_table(path, delimiter=",")
+        header = content.header(str)
+        columns = [name for name in header[header.index("path") :] if name.startswith("p_")]
+        table = [row for _, row in content.records(str)]
         classes = [name.removeprefix("p_") for name in columns]
         numbers = [[float(row[name]) for name in columns] for row in table]
         probabilities = np.array(numbers).reshape(len(table), len(columns))
@@ -152,7 +148,7 @@ def read_predictions(path: Path) -> tuple[Predictions, list[str], np.ndarray]:
         ]
     except FileNotFoundError:
         raise UserError(f"{path}: no such file (finish the training, or run evaluate.py)") from None
-    except (KeyError, ValueError, TypeError, OSError, csv.Error):
+    except (KeyError, ValueError, OSError, UserError):
         raise UserError(f"{path}: not a predictions.csv of this version: evaluate again") from None
     valid = ((probabilities >= 0) & (probabilities <= 1)).all()  # NaN is not
     if not rows or not classes or not valid:

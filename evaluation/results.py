@@ -11,7 +11,8 @@ from evaluation import metrics
 from evaluation.bootstrap import format_interval, score_intervals
 from evaluation.calibration import Calibration, apply_temperature
 from evaluation.predictions import Predictions, write_predictions
-from utils.files import read_json, write_json, write_text
+from utils.files import read_json, write_json
+from utils.tables import write_table
 
 # Earlier names in test_metrics.json.
 _OLD_NAMES = {
@@ -95,9 +96,8 @@ def write_results(
     from evaluation.plots import plot_confusion
 
     matrix, names = predictions.confusion, pd.Index(classes, name="true\\predicted")
-    write_text(
-        folder / "confusion_matrix.csv", pd.DataFrame(matrix, index=names, columns=classes).to_csv()
-    )
+    table = pd.DataFrame(matrix, index=names, columns=classes)
+    write_table(folder / "confusion_matrix.csv", table, index=True)
     plot_confusion(matrix, classes, folder / "confusion_matrix.png")
     # Written last: its presence means that the results are complete.
     write_json(folder / "test_metrics.json", results)

@@ -18,7 +18,8 @@ from evaluation.bootstrap import (
     n_clusters,
 )
 from evaluation.predictions import Predictions
-from utils.files import write_json, write_text
+from utils.files import write_json
+from utils.tables import write_table
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -49,7 +50,7 @@ def measure_robustness(
             rows.append({"corruption": name, "severity": severity, **corrupted.scores})
     table = pd.DataFrame(rows)
     summary = summarize(clean, correct)
-    write_text(folder / "robustness.csv", table.to_csv(index=False, float_format="%.6g"))
+    write_table(folder / "robustness.csv", table, float_format=".6g")
     write_json(folder / "robustness.json", summary)
     plot_robustness(table, summary["clean_accuracy"], folder / "robustness.png")
     return format_robustness(table, summary)

@@ -127,6 +127,7 @@ def test_mistakes_are_told_before_any_training(
     assert "focal loss" not in said
     assert "LSTM: the baseline does this already" in told("--ablations", "LSTM")
     assert "none twice" in told("--seeds", 1, 1)
+    assert "no class may be called 'path'" in told("--classes", "dark", "path")
     said = told("--ablations", "focal loss", "--label-smoothing", 0.05)
     assert "focal loss: these settings cannot work: label_smoothing is a setting of loss" in said
     study = tmp_path / "study"

@@ -277,6 +277,8 @@ def test_every_loss_and_weighting_is_one_of_its_own(loss: str, weights: str) -> 
         ({"learning_rate": float("nan")}, "learning_rate = nan"),
         ({"classes": ("a",)}, "at least two are needed"),
         ({"classes": ("a", "a")}, "a name occurs twice"),
+        ({"classes": ("a", "time")}, "no class may be called 'time'"),
+        ({"classes": ("a", "b\n")}, "begins or ends with a space"),
         ({"feature_cache": "x", "cutmix_alpha": 1.0}, "cutmix_alpha cuts pixels"),
         ({"ra_magnitude": 20}, "ra_magnitude has no effect without rand_augment"),
         ({"feature_augmentations": 2}, "feature_augmentations has no effect without feature_cache"),

@@ -172,6 +172,10 @@ def test_folds_are_taken_in_order(tmp_path: Path) -> None:
         (["--folds", "{folds}"], "data_root: name the folder of the clips"),
         (["--folds", "{folds}", "--data-root", "."], "fold1: the manifests have problems"),
         (["--folds", "{folds}", "--data-root", "{data}", "--epochs", "0"], "epochs = 0"),
+        (
+            ["--folds", "{folds}", "--data-root", "{data}", "--classes", "dark", "uncertain"],
+            "no class may be called 'uncertain'",
+        ),
         (["--resume", "nowhere"], "nowhere/config.json: not the settings"),
         (["--resume", "{run}", "--epochs", "7"], "epochs is 2, not 7"),
     ],

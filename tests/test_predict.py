@@ -461,6 +461,14 @@ def test_a_vivit_keeps_its_frames_and_an_old_checkpoint_needs_fps(runs, tmp_path
     assert build_predictor(PredictConfig(str(tmp_path / "old.pt"), (), fps=7.0))[0].fps == 7.0
 
 
+def test_a_model_whose_class_is_a_column_of_the_tables(runs, tmp_path: Path) -> None:
+    state = torch.load(runs("cnnlstm") / "best.pt", weights_only=True)
+    state["classes"] = ["cut", "time", "out_of_body"]
+    save_checkpoint(tmp_path / "own.pt", state)
+    with pytest.raises(UserError, match=r"own\.pt: cannot be used .*\n.*'time'.*\n.*'out_of_body'"):
+        build_predictor(PredictConfig(str(tmp_path / "own.pt"), ()))
+
+
 def test_bad_files_are_reported_and_the_others_go_on(runs, video: Path, tmp_path: Path) -> None:
     """The script, started as a person does."""
     for name in ("1.mp4", "3.mp4"):

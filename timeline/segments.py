@@ -4,10 +4,9 @@ An output folder of predict.py holds `frames.csv` (`time` in seconds, then one c
 probabilities per class) and `timeline.csv` (`start,end,label,confidence`, times in seconds).
 """
 
-import csv
-import io
 import itertools
 import math
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,16 +14,22 @@ from typing import NamedTuple
 
 import numpy as np
 
-from clips.manifest import UNCERTAIN
+# Segments may have these labels too.
+from clips.manifest import NON_CLASS_LABELS, OUT_OF_BODY, UNREADABLE  # noqa: F401
 from utils.errors import UserError
 from utils.files import write_text
+from utils.tables import parse_number, read_table, shorten, write_csv, write_rows
 
-UNREADABLE = "unreadable"  # the video could not be decoded there
+LONGEST = 1000 * 3600.0  # seconds; a time beyond it is a mistake
 
-OUT_OF_BODY = "out_of_body"  # according to the user's detector (predict.py --out-of-body)
-
-# Labels of segments that are not classes.
-NON_CLASS_LABELS = (UNCERTAIN, UNREADABLE, OUT_OF_BODY)
+# `1:23.5` and `1:01:23,5`; then `1h02m03s`, `90 s`, `2 min`.
+_CLOCK = re.compile(r"(?:(\d+):)?(\d+):(\d\d?(?:[.,]\d+)?)", re.ASCII)
+_UNITS = re.compile(
+    r"(?:(\d+)\s*(?:h|hrs?|hours?))?\s*(?:(\d+)\s*(?:m|mins?|minutes?))?\s*"
+    r"(?:(\d+(?:[.,]\d+)?)\s*(?:s|secs?|seconds?))?",
+    re.ASCII | re.IGNORECASE,
+)
+_FRAMES = re.compile(r"\d+:\d+:\d+[:;]\d+", re.ASCII)  # hh:mm:ss:ff
 
 
 class Segment(NamedTuple):
@@ -69,80 +74,106 @@ def write_timeline(path: str | Path, segments: Sequence[Segment]) -> None:
     for segment in segments:
         confidence = "" if math.isnan(segment.confidence) else f"{segment.confidence:.4f}"
         rows.append([f"{segment.start:.3f}", f"{segment.end:.3f}", segment.label, confidence])
-    write_text(path, _to_csv(rows))
+    write_csv(path, rows)
 
 
 def read_timeline(path: str | Path) -> dict[str, list[Segment]]:
     """The segments of each video in a timeline.csv, in order of time.
 
-    The columns are `start,end,label` (times in seconds or as `hh:mm:ss`), and optionally
-    `confidence` and `video`. Without a column `video` all segments belong to one video called "".
+    The columns are `start,end,label` (times as in `parse_seconds`), and optionally `confidence` and
+    `video`. Without a column `video` all segments belong to one video called "".
 
     Raises:
         UserError: the file is not a timeline; the message lists all problems with line numbers.
     """
     try:
-        with open(path, newline="", encoding="utf-8-sig") as file:
-            reader = csv.DictReader(file)
-            missing = {"start", "end", "label"} - set(reader.fieldnames or ())
-            if missing:
-                raise UserError(
-                    f"{path}: no column {', '.join(sorted(missing))} (a timeline has the header "
-                    "start,end,label)"
-                )
-            lines = [(reader.line_num, row) for row in reader]
+        table = read_table(path)
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}") from None
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise UserError(f"{path}: not a CSV file: {error}") from None
+    missing = {"start", "end", "label"} - set(table.header())
+    if missing:
+        raise UserError(
+            f"{path}: no column {', '.join(sorted(missing))} (a timeline has the header "
+            "start,end,label)"
+        )
     videos: dict[str, list[tuple[int, Segment]]] = {}
     problems = []
-    for number, row in lines:
+    for number, row in table.records():
         try:
-            segment = _segment(row)
+            segment = _segment(row, table.delimiter)
         except ValueError as error:
             problems.append(f"line {number}: {error}")
             continue
-        videos.setdefault(row.get("video") or "", []).append((number, segment))
+        videos.setdefault(row.get("video", "").strip(), []).append((number, segment))
     for name, segments in videos.items():
         segments.sort(key=lambda pair: pair[1].start)
         for (_, before), (number, after) in itertools.pairwise(segments):
             if after.start < before.end - 1e-6:
                 where = f" of video {name}" if name else ""
                 problems.append(f"line {number}: starts before the segment before it ends{where}")
-    if not lines:
+    if not videos and not problems:
         problems.append("holds no segments")
     if problems:
-        raise UserError("\n  ".join([f"{path}: not a timeline:", *problems]))
+        more = [f"and {len(problems) - 20:,} more lines"] if len(problems) > 20 else []
+        raise UserError("\n  ".join([f"{path}: not a timeline:", *problems[:20], *more]))
     return {name: [segment for _, segment in pairs] for name, pairs in videos.items()}
 
 
-def _segment(row: dict[str, str]) -> Segment:
-    start, end = (_seconds(row[name], name) for name in ("start", "end"))
+def _segment(row: dict[str, str], delimiter: str) -> Segment:
+    times = []
+    for name in ("start", "end"):
+        text = row.get(name, "")
+        try:
+            times.append(parse_seconds(text, delimiter))
+        except ValueError as error:
+            raise ValueError(f"{name} is {shorten(text)!r}, {error}") from None
+    start, end = times
     if end <= start:
         raise ValueError(f"ends at {end:g} s, not after its start, {start:g} s")
-    label = (row["label"] or "").strip()
+    label = row.get("label", "").strip()
     if not label:
         raise ValueError("has no label")
-    confidence = row.get("confidence") or "nan"
-    return Segment(start, end, label, _number(confidence, "confidence"))
-
-
-def _seconds(text: str | None, name: str) -> float:
-    """The seconds of `83.5`, `1:23.5` or `0:01:23.5`."""
-    total = 0.0
-    for part in (text or "").split(":"):
-        total = 60 * total + _number(part, name)
-    if not 0 <= total < math.inf:
-        raise ValueError(f"{name} is {text!r}, not a time")
-    return total
-
-
-def _number(text: str, name: str) -> float:
+    confidence = row.get("confidence", "").strip()
+    if confidence in ("", "nan"):
+        return Segment(start, end, label)
     try:
-        return float(text)
-    except ValueError:
-        raise ValueError(f"{name} is {text!r}, not a number") from None
+        return Segment(start, end, label, parse_number(confidence, delimiter))
+    except ValueError as error:
+        raise ValueError(f"confidence is {shorten(confidence)!r}, {error}") from None
+
+
+def parse_seconds(text: str, delimiter: str = ",") -> float:
+    """The seconds of a time in a table.
+
+    A time is a number of seconds (`83.5`, `83,5`), a clock (`1:23.5` is minutes and seconds,
+    `0:01:23.5` and `0:01:23,5` have hours too) or has units (`1m23.5s`, `1h 2min`). A time in
+    frames (`hh:mm:ss:ff`) is refused, because the frame rate is not known.
+
+    Args:
+        delimiter: of the table; see `parse_number`.
+
+    Raises:
+        ValueError: it is not a time, or not an unambiguous one.
+    """
+    text = text.strip()
+    clock = _CLOCK.fullmatch(text) or (_UNITS.fullmatch(text) if text else None)
+    if _FRAMES.fullmatch(text):
+        raise ValueError("which counts frames: write hh:mm:ss.mmm, or seconds")
+    if clock:
+        parts = [part and float(part.replace(",", ".")) for part in clock.groups()]
+        given = [part for part in parts if part is not None]
+        if any(part >= 60 for part in given[1:]):
+            raise ValueError("not a time: 60 or more minutes or seconds below a larger unit")
+        hours, minutes, seconds = (part or 0.0 for part in parts)
+        total = 3600 * hours + 60 * minutes + seconds
+    else:
+        try:
+            total = parse_number(text, delimiter)
+        except ValueError as error:
+            raise ValueError(f"not a time ({error}): write 83.5 or 0:01:23.5") from None
+    if not 0 <= total <= LONGEST:
+        raise ValueError(f"not a time from 0 to {LONGEST / 3600:,.0f} hours")
+    return total
 
 
 class FramesWriter:
@@ -151,8 +182,7 @@ class FramesWriter:
     def __init__(self, path: str | Path, classes: Sequence[str]) -> None:
         # Not atomic on purpose: an unfinished file is better than none.
         self._file = open(path, "w", newline="", encoding="utf-8")  # noqa: SIM115
-        self._writer = csv.writer(self._file, lineterminator="\n")
-        self._writer.writerow(["time", *classes])
+        write_rows(self._file, [["time", *classes]])
 
     def write(self, times: Iterable[float], probabilities: np.ndarray) -> None:
         """Append rows and flush them to the file.
@@ -161,8 +191,11 @@ class FramesWriter:
             times: `(n,)` seconds.
             probabilities: `(n, num_classes)`.
         """
-        for time, row in zip(times, probabilities, strict=True):
-            self._writer.writerow([f"{time:.3f}", *(f"{value:.4f}" for value in row)])
+        pairs = zip(times, probabilities, strict=True)
+        write_rows(
+            self._file,
+            ([f"{time:.3f}", *(f"{value:.4f}" for value in row)] for time, row in pairs),
+        )
         self._file.flush()
 
     def close(self) -> None:
@@ -191,12 +224,6 @@ def format_timestamp(seconds: float) -> str:
     minutes, milliseconds = divmod(milliseconds, 60_000)
     hours, minutes = divmod(minutes, 60)
     return f"{hours:02d}:{minutes:02d}:{milliseconds // 1000:02d}.{milliseconds % 1000:03d}"
-
-
-def _to_csv(rows: Iterable[Sequence[str]]) -> str:
-    file = io.StringIO(newline="")
-    csv.writer(file, lineterminator="\n").writerows(rows)
-    return file.getvalue()
 
 
 class Snapshot(NamedTuple):

@@ -14,7 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from clips.manifest import UNCERTAIN
+from clips.manifest import class_problems
 from cnn_lstm import CNNLSTM
 from config import DEMO_DEFAULTS, OWN_DATA_DEFAULTS, TrainConfig, differences, names_with
 from dataset import ClipsDataset, require_readable
@@ -68,13 +68,7 @@ def find_problems(config: TrainConfig) -> list[str]:
         problems += _contradictions(config)
     if len(config.classes) < 2:
         problems.append(f"classes = {config.classes}: at least two are needed")
-    if UNCERTAIN in config.classes:
-        problems.append(
-            f"classes: no class may be called {UNCERTAIN!r}, which means that there is no decision"
-        )
-    if len(set(config.classes)) < len(config.classes):
-        problems.append(f"classes = {config.classes}: a name occurs twice")
-    return problems
+    return problems + class_problems(config.classes)
 
 
 def _contradictions(config: TrainConfig) -> list[str]:

@@ -17,14 +17,15 @@ from training.state import Progress
 from utils import distributed
 from utils.device import describe_device
 from utils.errors import UserError
-from utils.files import write_text
+from utils.tables import write_table
 
 
 def start_log(folder: Path | None) -> None:
     """Send the program's log to standard output and, with a folder, to its train.log."""
     handlers: list[logging.Handler] = [logging.StreamHandler(sys.stdout)]
     if folder:
-        handlers.append(logging.FileHandler(folder / "train.log", encoding="utf-8"))
+        path = folder / "train.log"  # the names of files in it may not be UTF-8
+        handlers.append(logging.FileHandler(path, encoding="utf-8", errors="backslashreplace"))
     logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=handlers, force=True)
 
 
@@ -84,7 +85,7 @@ def write_history(path: str | Path, history: Sequence[dict[str, Any]]) -> None:
     """Write metrics.csv, one row per epoch."""
     import pandas as pd  # takes as long to import as the rest of this module
 
-    write_text(path, pd.DataFrame(history).to_csv(index=False, float_format="%.6g"))
+    write_table(path, pd.DataFrame(history), float_format=".6g")
 
 
 def draw_curves(path: str | Path, history: Sequence[dict[str, Any]], best_epoch: int) -> None:

@@ -5,6 +5,7 @@ import atexit
 import dataclasses
 import functools
 import inspect
+import io
 import itertools
 import multiprocessing
 import os
@@ -160,6 +161,10 @@ def cli_main(main: Callable[[], None]) -> Callable[[], None]:
 
     @functools.wraps(main)
     def wrapped() -> None:
+        for stream in (sys.stdout, sys.stderr):
+            # A console's encoding may lack letters of a class or a file name, on Windows above all.
+            if isinstance(stream, io.TextIOWrapper):
+                stream.reconfigure(errors="backslashreplace")
         keep_freed_memory()
         atexit.register(end_workers)
         try:

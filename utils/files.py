@@ -33,9 +33,13 @@ def atomic(path: str | Path) -> Iterator[Path]:
 
 
 def write_text(path: str | Path, text: str) -> None:
-    """Write a text file atomically."""
+    r"""Write a text file atomically, with the same bytes on every system.
+
+    The name of a file may hold bytes that are not UTF-8: such a byte is written as `\udcff`, which
+    JSON reads back as the same name.
+    """
     with atomic(path) as unfinished:
-        unfinished.write_text(text, encoding="utf-8")
+        unfinished.write_text(text, encoding="utf-8", errors="backslashreplace", newline="\n")
 
 
 def remove_unfinished(folder: str | Path) -> None:

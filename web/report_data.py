@@ -1,6 +1,5 @@
 """The results of a run as a report needs them, with intervals for every number."""
 
-import csv
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -26,6 +25,7 @@ from evaluation.predictions import Predictions
 from evaluation.runs import Run, read_run
 from utils.errors import UserError
 from utils.files import read_json
+from utils.tables import read_table
 from web.anonymize import identifiers
 
 # What test_metrics.json must hold.
@@ -276,10 +276,11 @@ def numeric_columns(table: Mapping[str, Sequence[str]]) -> dict[str, np.ndarray]
 def _read_table(path: Path) -> dict[str, list[str]] | None:
     """The columns of a CSV file, as text; None if there is no file."""
     try:
-        with open(path, encoding="utf-8", newline="") as file:
-            header, *rows = (row for row in csv.reader(file) if row)
-        return {name: [row[i] for row in rows] for i, name in enumerate(header)}
+        table = read_table(path, delimiter=",")
     except FileNotFoundError:
         return None
-    except (ValueError, IndexError, csv.Error) as error:
-        raise UserError(f"{path}: not a table: {error}") from None
+    header, records = table.header(str), table.records(str)
+    cut_off = [line for line, row in records if len(row) < len(header)]
+    if not header or cut_off:
+        raise UserError(f"{path}, line {(cut_off or [1])[0]}: not a table, or cut off")
+    return {name: [row[name] for _, row in records] for name in header}

@@ -12,6 +12,7 @@ from clips.audit import KINDS, AuditConfig, _print_overlaps, audit, composition,
 from clips.clip_table import read_clips
 from demo.data import Clip, render
 from prepare_data import main
+from utils.tables import read_table
 from video.encoder import write_video
 
 
@@ -234,6 +235,7 @@ def test_patient_pattern_and_folders_of_videos(tmp_path: Path) -> None:
         (["m.csv", "--patient-pattern", "("], "is no regular expression"),
         (["m.csv", "--num-workers", "-1"], "must be at least 0"),
         (["m.csv", "--looped", "none.csv"], "none.csv: no such manifest"),
+        (["m.csv", "--looped", "empty.csv"], "empty.csv: lists no clip"),
     ],
 )
 def test_mistakes_are_one_line(arguments: list[str], message: str, tmp_path, mistake) -> None:
@@ -313,3 +315,22 @@ def test_slams_other_names_are_joined_only_where_all_are_slams(tmp_path: Path) -
     (tmp_path / "own.csv").write_text("path,label\na.mp4,needle\nb.mp4,thread\n")
     assert read_clips([tmp_path / "slam.csv"])["label"].tolist() == ["Suturing", "UseClipper"]
     assert read_clips([tmp_path / "own.csv"])["label"].tolist() == ["needle", "thread"]
+
+
+def test_numbers_are_no_names_of_slams_classes(tmp_path: Path) -> None:
+    (tmp_path / "n.csv").write_text("path,label\na.mp4,1.0\nb.mp4,2.0\n")
+    assert read_clips([tmp_path / "n.csv"])["label"].tolist() == ["1.0", "2.0"]
+
+
+def test_tables_are_harmless_and_odd_labels_are_told(tmp_path: Path, capsys) -> None:
+    text = "path,label,patient,split\na.mp4,=cut,@P1,train\nb.mp4,uncertain,@P1,=test\n"
+    (tmp_path / "m.csv").write_text(text)
+    output = str(tmp_path / "out")
+    audit(AuditConfig((str(tmp_path / "m.csv"),), output=output, names=True))
+    printed = capsys.readouterr().out
+    assert "train.py will refuse these labels: classes: no class may be called 'uncerta" in printed
+    assert (tmp_path / "out/overlaps.csv").read_text("utf-8") == (
+        "kind,unit,train,'=test,lines\npatient,'@P1,1,1,m.csv:2 m.csv:3\n"
+    )
+    classes = {row.cells[0] for row in read_table(tmp_path / "out/composition.csv").rows[1:]}
+    assert classes == {"=cut", "uncertain", "(all)"}

@@ -1,20 +1,24 @@
 """The three layouts, the labels, and every problem that must be found before training."""
 
 import csv
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 
 import pytest
 
 from clips.manifest import (
     CLASSES,
     ClipRow,
+    class_problems,
     get_num_classes,
     parse_label,
+    path_candidates,
     patient_overlap,
     read_manifest,
 )
 from clips.manifest import read_splits as read
+from clips.manifest_formats import read_records
 from utils.errors import UserError
+from utils.tables import write_csv
 
 
 def write(root: Path, text: str, files: tuple[str, ...] = (), name: str = "m.csv") -> Path:
@@ -157,7 +161,7 @@ def test_other_classes_come_before_aliases_and_numbers() -> None:
         ("", (), "lists no clip"),
         ("path,label\na.mp4\n", ("a.mp4",), "line 2: neither"),
         ("0,a.mp4,HookCut\n1,b\n", ("a.mp4",), "line 2: neither"),
-        ("path,label\n../../../../etc\0,0\n", (), "do not exist"),
+        ("path,label\n../../../../etc\0,0\n", (), "line 2: a NUL character"),
     ],
 )
 def test_problems_of_one_manifest(tmp_path, text: str, files, message: str) -> None:
@@ -247,3 +251,122 @@ def test_long_lists_are_cut_short(tmp_path) -> None:
     text = "path,label\n" + "".join(f"{n}.mp4,0\n" for n in range(1205))
     with pytest.raises(UserError, match="and 1,200 more"):
         read_manifest(write(tmp_path, text))
+
+
+def test_quoted_line_breaks_and_their_line_numbers(tmp_path) -> None:
+    text = 'path,notes,label\na.mp4,"two\nlines, here",cut\n\nb.mp4,,\nc.mp4,sew\n'
+    records, problems = read_records(write(tmp_path, text))
+    assert [(r.line, r.path, r.label) for r in records] == [(2, "a.mp4", "cut"), (5, "b.mp4", None)]
+    assert problems == [f"{tmp_path / 'm.csv'}, line 6: neither 'path,label' nor SLAM's columns"]
+
+
+def test_headers_of_spreadsheets(tmp_path) -> None:
+    text = "\ufeffsep=;\r\n Path ; LABEL ;Patient;\r\nK 1.mp4;UseClip;P1;\r\n;;;\r\n"
+    (row,) = read_manifest(write(tmp_path, text, ("K 1.mp4",)))
+    assert row == (tmp_path / "K 1.mp4", 1, "P1", None, None)
+
+
+@pytest.mark.parametrize(
+    "text", ["path,label,Label\na.mp4,0,1\n", ",path,Path\n0,a.mp4,0\n", "path,label\na.mp4,0,1\n"]
+)
+def test_columns_that_are_not_unique(tmp_path, text: str) -> None:
+    with pytest.raises(UserError, match=r"two columns are called|has 3 cells, but"):
+        read_manifest(write(tmp_path, text, ("a.mp4",)))
+
+
+def test_headerless_labels_with_spaces_and_quotes(tmp_path) -> None:
+    files = ("a, b.mp4", "c.mp4")
+    text = '"a, b.mp4","Local Panoramic View"\nc.mp4,Use Clip\n'
+    assert [row.label for row in read_manifest(write(tmp_path, text, files))] == [5, 1]
+    text = '"a, b.mp4" 3\nc.mp4 0\n'
+    assert [row.label for row in read_manifest(write(tmp_path, text, files))] == [3, 0]
+
+
+def test_a_long_line_is_read_in_no_time(tmp_path) -> None:
+    with pytest.raises(UserError, match="line 1: neither"):
+        read_manifest(write(tmp_path, "a" + " " * 100_000 + ";\n"))
+
+
+@pytest.mark.parametrize(
+    ("label", "classes", "number"),
+    [
+        ("1", ("1", "2"), 0),
+        ("0", ("1", "2"), None),  # not an index where the classes are numbers
+        ("1", ("2", "cut"), None),
+        ("2.0", ("1", "2"), 1),
+        ("1", ("01", "02"), 0),  # spreadsheets drop the zero
+        ("1.5", ("1", "2"), None),
+        ("-1", ("-1", "1"), 0),
+        ("1.0", ("cut", "sew"), 1),
+        ("2.0", ("cut", "sew"), None),
+        ("0.5", ("cut", "sew"), None),
+        ("²", ("cut", "sew"), None),
+        ("9" * 5000, ("cut", "sew"), None),
+        ("Ku\u0308he", ("K\u00fche", "Hund"), 0),  # as macOS writes the names of folders
+    ],
+)
+def test_a_name_comes_before_an_index(label: str, classes, number: int | None) -> None:
+    assert parse_label(label, classes) == number
+
+
+def test_labels_that_look_like_indices_of_numbers(tmp_path) -> None:
+    files = ("a.mp4", "b.mp4", "c.mp4")
+    text = "path,label\na.mp4,0\nb.mp4,1\nc.mp4,2\n"
+    with pytest.raises(UserError, match=r"unknown labels \(the classes are 1, 2.*'0' \(1 row\)"):
+        read_manifest(write(tmp_path, text, files), classes=("1", "2"))
+
+
+@pytest.mark.parametrize(
+    ("classes", "message"),
+    [
+        (("cut", "uncertain"), "no class may be called 'uncertain'"),
+        (("cut", "unreadable"), "no class may be called 'unreadable'"),
+        (("cut", "out_of_body"), "no class may be called 'out_of_body'"),
+        (("time", "cut"), "no class may be called 'time'"),
+        (("path", "cut"), "no class may be called 'path'"),
+        (("cut", ""), "'' is an empty name"),
+        (("cut", " "), "' ' is an empty name"),
+        (("cut", "sew "), "'sew ' begins or ends with a space"),
+        (("cut", "s\new"), "control character"),
+        (("cut", "s\x1bew"), "control character"),
+        (("cut", "s\udcffw"), "control character"),
+        (("cut", "cut"), "a name occurs twice: 'cut'"),
+        (("Use Clip", "use_clip"), "'Use Clip' and 'use_clip' differ only"),
+        (("1", "1.0"), "'1' and '1.0' differ only"),
+    ],
+)
+def test_names_that_no_class_can_have(classes, message: str) -> None:
+    (problem,) = class_problems(classes)
+    assert message in problem
+
+
+def test_names_that_classes_can_have() -> None:
+    assert class_problems(CLASSES) == []
+    assert class_problems(("1", "2", "-1", "қан тігу", "=1+1", "Time out", "می\u200cروم")) == []
+
+
+def test_paths_of_windows() -> None:
+    def found(name: str) -> list[str]:
+        return list(map(str, path_candidates(name, PureWindowsPath(r"D:\data"))))
+
+    assert found("C:/clips/a.mp4") == [r"C:\clips\a.mp4"]
+    assert found(r"C:\clips\a.mp4") == [r"C:\clips\a.mp4"]
+    assert found(r"\\server\share\a.mp4") == [r"\\server\share\a.mp4"]
+    assert found("P1/a.mp4") == [r"D:\data\P1\a.mp4", r"D:\data\clips\P1\a.mp4"]
+
+
+def test_file_names_that_begin_with_a_space_or_a_sign(tmp_path) -> None:
+    files = (" a.mp4", "=b.mp4", "-c.mp4")
+    write(tmp_path, "", files)
+    write_csv(tmp_path / "m.csv", [["path", "label"], *([name, "0"] for name in files)])
+    assert [row.path.name for row in read_manifest(tmp_path / "m.csv")] == list(files)
+
+
+def test_messages_stay_on_their_line(tmp_path) -> None:
+    text = f'path,label\n"a\n\x1b[1m.mp4",0\n{"b" * 9000},0\nc.mp4,{"x" * 9000}\n'
+    with pytest.raises(UserError) as error:
+        read_manifest(write(tmp_path, text, ("c.mp4",)))
+    lines = str(error.value).splitlines()
+    assert len(lines) == 3
+    assert max(map(len, lines)) < 1000
+    assert "\x1b" not in lines[1]

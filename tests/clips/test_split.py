@@ -156,7 +156,7 @@ def test_one_folder_under_the_names_of_two_classes_is_refused(tmp_path: Path) ->
         ((), "holds neither train.csv nor any video (it is empty)"),
         (("a.txt", ".b.mp4"), "nor any video (passed over: 1 .txt, 1 hidden)"),
         (("a.mp4", "cut/b.mp4"), "1 clips have no label (a.mp4 ...): give them one, or put them"),
-        (("P1/Cut/a.mp4", "P2/cut/b.mp4"), "classes that differ by case alone (Cut, cut)"),
+        (("P1/Cut/a.mp4", "P2/cut/b.mp4"), "'Cut' and 'cut' differ only in case"),
     ],
 )
 def test_folders_that_cannot_be_divided_are_one_line(
@@ -189,12 +189,16 @@ def test_nothing_is_left_of_a_split_that_failed(listed: Path, monkeypatch) -> No
         (["names.csv", "--output", "o"], "1 clips have no label"),
         (["two.csv", "--output", "o"], "1 clips are listed with two patients"),
         (["all.csv", "--output", "all.csv/o"], "cannot be made"),
+        (["reserved.csv", "--output", "o"], "no class may be called 'uncertain'"),
+        (["spellings.csv", "--output", "o"], "'Cut' and 'cut' differ only in case"),
     ],
 )
 def test_mistakes_are_one_line(listed: Path, flags: list[str], message: str, mistake) -> None:
     (listed / "twice.csv").write_text("path,label,patient\na.mp4,x,1\na.mp4,y,1\nb.mp4,x,2\n")
     (listed / "two.csv").write_text("path,label,patient\na.mp4,x,1\n./a.mp4,x,2\nb.mp4,x,2\n")
     (listed / "names.csv").write_text("path,split\na.mp4,train\n")
+    (listed / "reserved.csv").write_text("path,label,patient\na.mp4,x,1\nb.mp4,uncertain,2\n")
+    (listed / "spellings.csv").write_text("path,label,patient\na.mp4,Cut,1\nb.mp4,cut,2\n")
     code, stderr = mistake(main, "split", *flags, cwd=listed)
     assert code == 2
     assert message in stderr

@@ -210,3 +210,15 @@ def test_the_same_file_without_the_mistake_is_read(tmp_path: Path) -> None:
     assert read.rows == [ClipRow(Path("a"), 1, "x")]
     assert read.probabilities.tolist() == [[0.6, 0.4]]
     assert read.unreadable == []
+
+
+def test_hostile_names_come_back_and_are_harmless(tmp_path: Path) -> None:
+    classes = ["=1+1", "-a", "x;y", "a,b"]
+    names = ["=a.mp4", " b.mp4", 'c"\n.mp4', "+d.mp4"]
+    rows = [ClipRow(Path(name), n, "@p", "'=v", None) for n, name in enumerate(names)]
+    predictions = Predictions(rows, np.eye(4))
+    write_predictions(tmp_path / "p.csv", predictions, classes, 0.0)
+    read, known, decided = read_predictions(tmp_path / "p.csv")
+    assert (read.rows, known, decided.all()) == (rows, classes, True)
+    cells = pd.read_csv(tmp_path / "p.csv", dtype=str, keep_default_na=False).to_numpy().ravel()
+    assert not [cell for cell in cells if cell.startswith(("=", "+", "-", "@"))]

@@ -14,11 +14,13 @@ from timeline.segments import (
     Segment,
     Timeline,
     format_timestamp,
+    parse_seconds,
     read_timeline,
     write_subtitles,
     write_timeline,
 )
 from utils.errors import UserError
+from utils.tables import read_table, write_csv
 
 SEGMENTS = [
     Segment(0.0, 12.5, 'a "quoted", name', 0.75),
@@ -52,7 +54,7 @@ def test_people_write_timelines_too(tmp_path: Path) -> None:
     [
         ("start,end\n1,2\n", "no column label"),
         ("start,end,label\n", "holds no segments"),
-        ("start,end,label\n1,x,cut\n", "line 2: end is 'x', not a number"),
+        ("start,end,label\n1,x,cut\n", "line 2: end is 'x', not a time (not a number)"),
         ("start,end,label\n1,nan,cut\n", "line 2: end is 'nan', not a time"),
         ("start,end,label\n-1,2,cut\n", "start is '-1', not a time"),
         ("start,end,label\n3,3,cut\n", "ends at 3 s, not after its start"),
@@ -119,3 +121,84 @@ def test_any_timeline_is_plotted(count: int, tmp_path: Path) -> None:
     timeline = Timeline("x_$y.mp4", classes, 100.0, segments, times, probabilities)
     plot_timeline(timeline, tmp_path / "timeline.png")
     assert (tmp_path / "timeline.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"),
+    [
+        ("83.5", 83.5),
+        ("83,5", 83.5),
+        (" 83 ", 83.0),
+        ("1e-05", 1e-5),
+        ("0", 0.0),
+        ("1:23.5", 83.5),
+        ("01:23,5", 83.5),
+        ("90:00", 5400.0),
+        ("0:01:23.500", 83.5),
+        ("01:02:03,250", 3723.25),
+        ("1h02m03s", 3723.0),
+        ("1 h 2 min 3,5 s", 3723.5),
+        ("90s", 90.0),
+        ("2 min", 120.0),
+        ("1h", 3600.0),
+    ],
+)
+def test_times_of_people(text: str, seconds: float) -> None:
+    assert parse_seconds(text) == seconds
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("", "x", "nan", "inf", "-inf", "1e308", "1e999", "9" * 400, "-1", "-0:05", "3600001"),
+        *("1:75", "1:60:00", "1.5:30", "1:2:3:4", "00:01:02:12", "00:01:02;12", "1::2", ":30"),
+        *("1h75m", "1h02", "1.5h", "s", "12:34:56 PM", "1,234", "1.234,5", "1_000", "٣", "1 2"),
+    ],
+)
+def test_what_is_no_time(text: str, tmp_path: Path) -> None:
+    write_csv(tmp_path / "t.csv", [("start", "end", "label"), (text, "5", "cut")])
+    with pytest.raises(UserError, match=r"line 2: start is '") as error:
+        read_timeline(tmp_path / "t.csv")
+    assert len(str(error.value).splitlines()) == 2
+    assert len(str(error.value)) < 400
+
+
+def test_a_comma_is_decimal_where_semicolons_divide(tmp_path: Path) -> None:
+    path = tmp_path / "t.csv"
+    path.write_text("sep=;\nStart; END ;Label;Confidence\n0;1,234;cut;0,75\n\n;;;\n", "utf-8")
+    assert read_timeline(path) == {"": [(0.0, 1.234, "cut", 0.75)]}
+    path.write_text("start,end,label\n0,12,5,cut\n", "utf-8")  # not: from 0 to 12, called 5
+    with pytest.raises(UserError, match="line 2: has 4 cells, but the header has 3"):
+        read_timeline(path)
+
+
+def test_columns_with_one_name_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "t.csv").write_text("start,end,label,Label \n0,1,a,b\n", "utf-8")
+    with pytest.raises(UserError, match="two columns are called 'label'"):
+        read_timeline(tmp_path / "t.csv")
+
+
+def test_line_numbers_after_a_line_break_in_a_cell(tmp_path: Path) -> None:
+    text = 'start,end,label,note\n0,1,a,"x\ny"\n1,2,a,\n3,2,a,\n'
+    (tmp_path / "t.csv").write_text(text, "utf-8")
+    with pytest.raises(UserError, match="line 5: ends at 2 s"):
+        read_timeline(tmp_path / "t.csv")
+
+
+def test_many_problems_are_counted(tmp_path: Path) -> None:
+    write_csv(tmp_path / "t.csv", [("start", "end", "label"), *([("x", 1, "a")] * 1000)])
+    with pytest.raises(UserError, match="and 980 more lines"):
+        read_timeline(tmp_path / "t.csv")
+
+
+def test_hostile_classes_come_back(tmp_path: Path) -> None:
+    names = ["=1+1", "-a", "+a", "@SUM(A1)", "'=a", "-2", "a\tb", "a;b", "қан"]
+    write_timeline(tmp_path / "t.csv", [Segment(n, n + 1, name) for n, name in enumerate(names)])
+    (segments,) = read_timeline(tmp_path / "t.csv").values()
+    assert [segment.label for segment in segments] == names
+    writer = FramesWriter(tmp_path / "frames.csv", names)
+    writer.write([0.5], np.full((1, len(names)), 0.25))
+    writer.close()
+    header, values = read_table(tmp_path / "frames.csv", delimiter=",").rows
+    assert header.cells == ["time", *names]
+    assert values.cells == ["0.500", *["0.2500"] * len(names)]

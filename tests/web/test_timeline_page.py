@@ -405,7 +405,8 @@ def test_hostile_names_are_text_and_come_back(visit, tmp_path: Path) -> None:
         tab.select_option(choice, label=HOSTILE[(number + 1) % len(HOSTILE)])
     text, back = export(tab, tmp_path)
     assert [segment.label for segment in back] == [*HOSTILE[1:], HOSTILE[0]]
-    assert '\r\n5.000,6.000,"a,""b""",,@z\r\n' in text
+    assert '\r\n5.000,6.000,"a,""b""",,\'@z\r\n' in text
+    assert not re.search(r"^[=@]|[,\n][=@]", text)
     assert asked == []
 
 

@@ -57,10 +57,15 @@ function probabilityAt(label, time) {
   return value === NO_PREDICTION ? null : value / 254;
 }
 
-// The corrected timeline as CSV (RFC 4180). A label is written unchanged, even if a spreadsheet
-// takes it for a formula: it must be read back as the same label.
+// The corrected timeline as CSV (RFC 4180), which utils/tables.py reads. A label that a spreadsheet
+// would compute as a formula gets an apostrophe, as in `harmless` there.
 function toCsv() {
-  const quote = text => /[",\r\n]/.test(text) ? `"${text.replaceAll('"', '""')}"` : text;
+  const isNumber = text => /^[+-]/.test(text) && !isNaN(text);
+  const harmless = text => /^'*[=+\-@\t\r\n]/.test(text) && !isNumber(text) ? `'${text}` : text;
+  const quote = label => {
+    const text = harmless(label);
+    return /[",\r\n]/.test(text) ? `"${text.replaceAll('"', '""')}"` : text;
+  };
   const rows = segments.map(({ start, end, label, confidence }, number) => {
     const corrected = corrections.has(number);
     const sure = corrected || confidence === null ? "" : confidence.toFixed(4);
