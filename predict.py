@@ -227,8 +227,8 @@ def build_predictor(
 def open_source(
     source: str | Path, predictor: "OnlinePredictor", config: PredictConfig
 ) -> "FrameSource":
-    """The frames of a file, a pipe, a camera or a stream, as the model needs them."""
-    from timeline.live_source import LiveSource
+    """The frames of a file, a pipe, a camera or an address, as the model needs them."""
+    from timeline.live_source import open_address
     from timeline.sources import FileSource, PipeSource
 
     options = predictor.fps, predictor.image_size, config.serve
@@ -237,7 +237,7 @@ def open_source(
     return (
         PipeSource(*options)
         if source == "-"
-        else LiveSource(source, *options, config.reconnect_timeout)
+        else open_address(source, *options, config.reconnect_timeout)
     )
 
 
