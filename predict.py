@@ -29,6 +29,7 @@ from utils.errors import UserError
 if TYPE_CHECKING:
     import numpy as np
 
+    from evaluation.calibration import Calibration
     from timeline.segments import Timeline
     from timeline.smoothing import SmoothingConfig
     from timeline.sources import FrameSource
@@ -156,8 +157,9 @@ def find_sources(texts: tuple[str, ...]) -> list[str | Path]:
 
 def build_predictor(
     config: PredictConfig,
-) -> "tuple[OnlinePredictor, SmoothingConfig, dict[str, str]]":
-    """The model of a checkpoint, how its predictions are smoothed, and a description of both.
+) -> "tuple[OnlinePredictor, SmoothingConfig, Calibration, dict[str, str]]":
+    """The model of a checkpoint, how its predictions are smoothed, its calibration, and a
+    description of all.
 
     Raises:
         UserError: the checkpoint or the settings do not suit whole videos.
@@ -185,9 +187,9 @@ def build_predictor(
     fps = config.fps or state.get("frame_rate")
     if not fps:
         raise UserError(
-            f"{config.run}: does not say at which frame rate it was trained (an older checkpoint): "
-            "give --fps, the frames per second of the training clips (16 frames of a clip of 1.2 s "
-            "are 13.3)"
+            f"{config.run}: does not say at which frame rate it was trained (an older checkpoint, "
+            "or clips without time stamps): give --fps, the frames per second of the training "
+            "clips (16 frames of a clip of 1.2 s are 13.3)"
         )
     classes = tuple(state["classes"])
     if reserved := set(classes) & set(NON_CLASS_LABELS):
@@ -218,10 +220,16 @@ def build_predictor(
     )
     metadata = {
         "command": command(),
-        "model": f"{training.model_name}, {n_frames} frames at {fps:.3g} frames per second",
+        "model": f"{training.model_name}, {describe_window(predictor)}",
         "computed on": f"{describe_device(device)}, {config.precision}",
     }
-    return predictor, smoothing, metadata
+    return predictor, smoothing, calibration, metadata
+
+
+def describe_window(predictor: "OnlinePredictor") -> str:
+    """What the model sees at once, in frames and in seconds."""
+    frames, fps = predictor.n_frames, predictor.fps
+    return f"windows of {frames} frames at {fps:.3g} frames per second = {predictor.window:.2f} s"
 
 
 def open_source(
@@ -246,13 +254,14 @@ def predict(
     sources: list[str | Path],
     predictor: "OnlinePredictor",
     smoothing: "SmoothingConfig",
+    calibration: "Calibration",
     frame_filter: "Callable[[np.ndarray], bool] | None",
     metadata: dict[str, str],
 ) -> list[str]:
     """Predict the timeline of each source, and write its results.
 
     Returns:
-        One error message per source that could not be read.
+        One error message per source that could not be predicted.
 
     Raises:
         Interrupted: the process was asked to stop; the results so far are written.
@@ -289,15 +298,44 @@ def predict(
             failures.append(str(error))
             print(f"error: {error}", file=sys.stderr)
             continue
+        timeline.notes += _notes(timeline, frames, predictor, calibration)
+        rate = {"video": f"{frames.rate:.3g} frames per second"} if frames.rate else {}
         log_environment(folder, describe_device(predictor.device))
-        write_outputs(folder, timeline, source if isinstance(source, Path) else None, metadata)
-        print(_summary(timeline, video.seconds, frames.live, folder))
+        path = source if isinstance(source, Path) else None
+        write_outputs(folder, timeline, path, {**metadata, **rate})
+        print(_summary(timeline, video.seconds, frames, folder))
         interrupt.check()
     interrupt.restore()
     return failures
 
 
-def _summary(timeline: "Timeline", seconds: float, live: bool, folder: Path) -> str:
+def _notes(
+    timeline: "Timeline",
+    frames: "FrameSource",
+    predictor: "OnlinePredictor",
+    calibration: "Calibration",
+) -> list[str]:
+    """Messages on a video with too few frames per second, and on a timeline without an answer."""
+    from clips.manifest import UNCERTAIN
+    from evaluation.calibration import describe_alternative
+
+    notes = []
+    if 0 < frames.rate < 0.95 * predictor.fps:
+        notes.append(
+            f"the video has {frames.rate:.3g} frames per second, and the model expects "
+            f"{predictor.fps:.3g}: its windows last {predictor.n_frames / frames.rate:.2f} s here"
+        )
+    labels = {segment.label for segment in timeline.segments}
+    if len(timeline.times) and UNCERTAIN in labels and not labels & set(timeline.classes):
+        notes.append(
+            "no stretch is given a class: all confidences are below the threshold that "
+            f"--target-error {calibration.target_error} asks for; "
+            f"{describe_alternative(calibration.alternative())}"
+        )
+    return notes
+
+
+def _summary(timeline: "Timeline", seconds: float, frames: "FrameSource", folder: Path) -> str:
     """Notes, the time of each label, the speed, and the page to open."""
     from utils.run_dir import sanitize
 
@@ -306,7 +344,9 @@ def _summary(timeline: "Timeline", seconds: float, live: bool, folder: Path) -> 
         durations[segment.label] = durations.get(segment.label, 0.0) + segment.duration
     longest_first = sorted(durations.items(), key=lambda pair: -pair[1])
     total = f"{len(timeline.segments)} segments in {timeline.duration:.1f} s of video"
-    if not live:
+    if frames.rate:
+        total += f" at {frames.rate:.3g} frames per second"
+    if not frames.live:
         total += f", {timeline.duration / max(seconds, 1e-9):.1f} times as fast as it plays"
     return "\n".join(
         [
@@ -344,14 +384,19 @@ def main() -> None:
     from utils.interrupt import Interrupted
 
     frame_filter = load_frame_filter(config.out_of_body) if config.out_of_body else None
-    predictor, smoothing, metadata = build_predictor(config)
+    predictor, smoothing, calibration, metadata = build_predictor(config)
+    print(f"the model sees {describe_window(predictor)}", flush=True)
     try:
-        failures = predict(config, sources, predictor, smoothing, frame_filter, metadata)
+        failures = predict(
+            config, sources, predictor, smoothing, calibration, frame_filter, metadata
+        )
     except Interrupted:
         print("interrupted: the results so far are written", file=sys.stderr)
         sys.exit(130)
     if failures:
-        raise UserError(f"{len(failures)} of {len(sources)} videos could not be read (see above)")
+        raise UserError(
+            f"{len(failures)} of {len(sources)} videos could not be predicted (see above)"
+        )
 
 
 if __name__ == "__main__":

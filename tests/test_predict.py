@@ -460,7 +460,7 @@ def test_bad_files_are_reported_and_the_others_go_on(runs, video: Path, tmp_path
     done = run_script("predict.py", runs("cnnlstm"), ".", cwd=tmp_path, check=False)
     assert done.returncode == 2
     assert "2.mp4: cannot be read" in done.stderr
-    assert "1 of 3 videos could not be read" in done.stderr
+    assert "1 of 3 videos could not be predicted" in done.stderr
     assert "Traceback" not in done.stderr
     assert not (tmp_path / "2.mp4.timeline").exists()
     for name in ("1.mp4", "3.mp4"):
@@ -558,7 +558,8 @@ def test_a_live_stream_is_shown_and_written_down(runs, transport: bytes, tmp_pat
                 for start_byte in range(0, len(transport), 2000):
                     connection.sendall(transport[start_byte : start_byte + 2000])
                     time.sleep(0.02)
-        page = re.search(r"http://127\.0\.0\.1:\d+/\S{20,}/", process.stdout.readline().decode())[0]
+        watch = next(line for line in iter(process.stdout.readline, b"") if b"watch" in line)
+        page = re.search(rb"http://127\.0\.0\.1:\d+/\S{20,}/", watch)[0].decode()
         with urllib.request.urlopen(page, timeout=10) as response:
             assert b"127.0.0.1" in response.read()  # the stream's name
         with pytest.raises(urllib.error.HTTPError, match="404"):

@@ -184,7 +184,6 @@ class Recording(FrameSource):
         if error and self.duration > self.end + interval:
             self._mark_gap(self.duration, error)
 
-
     def _find_rate(self, stream: av.VideoStream, head: list[av.Packet | str]) -> float:
         """The video's frames per second by its first packets; a note if they do not tell it."""
         stamps = [(p.pts, p.dts) for p in head if isinstance(p, av.Packet) and p.size]

@@ -16,7 +16,7 @@ from torch import nn
 
 from cnn_lstm import CNNLSTM
 from modeling.frame_encoder import FrameEncoder
-from modeling.inference import pack_convolutions, prepare_for_inference
+from modeling.inference import pack_convolutions, prepare_for_inference, require_finite
 from timeline.sources import Frame
 from tsm_resnet import TSM
 from utils.errors import UserError
@@ -140,8 +140,12 @@ def split_model(model: nn.Module) -> tuple[Embedding, Consensus]:
 
 
 def _to_probabilities(logits: torch.Tensor, temperature: float) -> torch.Tensor:
-    """Logits as float64 probabilities on the CPU, computed as evaluate.py does."""
-    return (logits.cpu().double() / temperature).softmax(dim=-1)
+    """Logits as float64 probabilities on the CPU, computed as evaluate.py does.
+
+    Raises:
+        NotFiniteError: a logit is not finite.
+    """
+    return (require_finite(logits.cpu().double()) / temperature).softmax(dim=-1)
 
 
 class SlidingWindows:
@@ -256,7 +260,11 @@ class OnlinePredictor:
         self._forget_frames()
 
     def step(self, frames: Sequence[Frame]) -> FramePredictions:
-        """Take the next frames, and return the predictions that they give (perhaps none)."""
+        """Take the next frames, and return the predictions that they give (perhaps none).
+
+        Raises:
+            NotFiniteError: an output of the model is not finite.
+        """
         predictions: list[tuple[float, np.ndarray]] = []
         batch: list[Frame] = []
         for frame in frames:
@@ -279,6 +287,11 @@ class OnlinePredictor:
         middle = (self._times[0] + self._times[-1]) / 2
         padding = [self._last_image] * (self.n_frames - len(self._times))
         return self._collect([(middle, self._step_model(padding)[-1].numpy())])
+
+    @property
+    def frames_seen(self) -> int:
+        """How many of the frames of a window have come since the start or the last long pause."""
+        return len(self._times)
 
     def _forget_frames(self) -> None:
         self._model.reset()
