@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 
 VIDEO_SUFFIXES = {".mp4", ".mkv", ".mov", ".avi", ".m4v", ".mpg", ".mpeg", ".ts", ".mts",
                   ".m2ts", ".webm", ".wmv", ".flv", ".ivf", ".3gp", ".ogv", ".vob", ".mxf",
-                  ".asf"}  # fmt: skip
+                  ".asf", ".dv"}  # fmt: skip
 
 OLD_NAMES = {
     "amp": "precision",
@@ -322,8 +322,8 @@ def _notes(
     notes = []
     if 0 < frames.rate < 0.95 * predictor.fps:
         notes.append(
-            f"the video has {frames.rate:.3g} frames per second, and the model expects "
-            f"{predictor.fps:.3g}: its windows last {predictor.n_frames / frames.rate:.2f} s here"
+            f"the model expects {predictor.fps:.3g} frames per second, and the video has "
+            f"{frames.rate:.3g}: a window lasts {predictor.n_frames / frames.rate:.2f} s here"
         )
     labels = {segment.label for segment in timeline.segments}
     if len(timeline.times) and UNCERTAIN in labels and not labels & set(timeline.classes):

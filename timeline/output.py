@@ -120,21 +120,23 @@ def plot_timeline(timeline: Timeline, path: str | Path) -> None:
     axes = figure.subplots()
     curves = probability_curves(timeline, max_bins=3000).astype(float)  # as many as pixels
     curves[curves == NO_PREDICTION] = np.nan
-    curves = np.concatenate((curves, curves[-1:])) / 254  # the last step ends at the end
-    edges = np.linspace(0, timeline.duration, len(curves))
+    edges = np.linspace(0, timeline.duration, len(curves) + 1)
     for row, name in enumerate(rows):
         bars = [(s.start, s.duration) for s in timeline.segments if s.label == name]
         if name in NON_CLASS_LABELS:
             style = {"facecolor": "none", "edgecolor": "0.35", "hatch": "////", "lw": 0.5}
         else:
             style = {"facecolor": COLOURS[row % len(COLOURS)], "edgecolor": "none"}
-            top = row + 0.4 - 0.8 * curves[:, row]
-            axes.fill_between(edges, row + 0.4, top, step="post", color="0.85", lw=0)
+            base = row + 0.4
+            top = base - 0.8 * curves[:, row] / 254
+            axes.stairs(top, edges, baseline=base, fill=True, color="0.85")
         axes.broken_barh(bars, (row + 0.05, 0.35), **style)
     axes.set_yticks(range(len(rows)), [plain_text(name) for name in rows])
     axes.set(xlim=(0, timeline.duration), ylim=(len(rows) - 0.5, -0.5), xlabel="time")
     axes.xaxis.set_major_locator(MultipleLocator(_tick(timeline.duration)))
-    axes.xaxis.set_major_formatter(lambda seconds, _: _minutes(seconds))
+    axes.xaxis.set_major_formatter(
+        lambda seconds, _: _minutes(seconds) if timeline.duration > 2 else f"{seconds:.1f} s"
+    )
     axes.set_title(plain_text(timeline.name), fontsize=10)
     axes.grid(axis="x", alpha=0.3)
     axes.set_axisbelow(True)
@@ -143,7 +145,7 @@ def plot_timeline(timeline: Timeline, path: str | Path) -> None:
 
 def _tick(duration: float) -> float:
     """Seconds between the ticks of a time axis: at most fifteen ticks, at round times."""
-    steps = [k * unit for unit in (1, 60, 3600) for k in (1, 2, 5, 10, 15, 30)]
+    steps = [0.1, *(k * unit for unit in (1, 60, 3600) for k in (1, 2, 5, 10, 15, 30))]
     return next((step for step in steps if duration <= 15 * step), duration / 10)
 
 

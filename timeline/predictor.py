@@ -133,8 +133,9 @@ class VideoPredictor:
             last = self._step(None)
             if len(last.times):
                 notes.append(
-                    f"a window has {self.predictor.n_frames} frames ({self.predictor.window:.2f} "
-                    f"s), but only {seen} came: the last one was repeated for the model"
+                    f"a window of the model has {self.predictor.n_frames} frames "
+                    f"({self.predictor.window:.2f} s), and the video gave only {seen}: the last "
+                    "one was repeated"
                 )
             self._add(last)
             self._open_results()
@@ -154,6 +155,7 @@ class VideoPredictor:
         try:
             if frames is None:
                 return self.predictor.flush()
+            self.predictor.rate = self.source.rate
             return self.predictor.step(self._inside_body(frames))
         except NotFiniteError as error:
             raise ClipError(self.source.name, f"no timeline, because {error}") from None

@@ -241,6 +241,8 @@ class OnlinePredictor:
         self.fps = fps
         self.window = n_frames / fps
         """length of a window in seconds"""
+        self.rate = 0.0
+        """frames per second that the video itself has; 0: unknown"""
         self.device = torch.device(device)
         self._model: Streamer | SlidingWindows
         if supports_streaming(model):
@@ -256,6 +258,7 @@ class OnlinePredictor:
             live: whether it is a live video.
         """
         self.live = live
+        self.rate = 0.0
         self._has_predicted = False
         self._forget_frames()
 
@@ -284,7 +287,9 @@ class OnlinePredictor:
         """
         if self._has_predicted or self._last_image is None:
             return self._collect([])
-        middle = (self._times[0] + self._times[-1]) / 2
+        # The time of a frame: the middle itself may lie in a pause.
+        center = (self._times[0] + self._times[-1]) / 2
+        middle = min(self._times, key=lambda time: abs(time - center))
         padding = [self._last_image] * (self.n_frames - len(self._times))
         return self._collect([(middle, self._step_model(padding)[-1].numpy())])
 
@@ -301,7 +306,7 @@ class OnlinePredictor:
     def _longest_pause(self, times: list[float]) -> float:
         """Seconds without a frame that a window may contain: its length at its own frame rate."""
         if len(times) < 2:
-            return 10 * self.window
+            return 10 * self.n_frames / min(self.fps, self.rate or self.fps)
         return max(self.window, self.n_frames * (times[-1] - times[0]) / (len(times) - 1))
 
     def _predict(self, frames: list[Frame]) -> list[tuple[float, np.ndarray]]:

@@ -111,7 +111,9 @@ def _relative_url(file: Path, folder: Path) -> str:
 
 
 def _format_duration(seconds: float) -> str:
-    """Seconds as `2 h 5 min`, `9 min 30 s` or `12 s`."""
+    """Seconds as `2 h 5 min`, `9 min 30 s`, `12 s` or `0.2 s`."""
+    if seconds < 1:
+        return f"{seconds:.2g} s"
     minutes, rest = divmod(round(seconds), 60)
     values = zip((*divmod(minutes, 60), rest), ("h", "min", "s"), strict=True)
     return " ".join([f"{value} {unit}" for value, unit in values if value][:2]) or "0 s"
