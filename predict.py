@@ -4,6 +4,7 @@
     python predict.py RUN /data/operations                            all videos of a folder
     python predict.py RUN 0 --serve                                   a camera, on a live page
     python predict.py RUN rtsp://192.168.0.7/stream                   a network stream
+    python predict.py RUN https://host/operation.mp4                  a file on a web server
     cat operation.ts | python predict.py RUN -                        a pipe
 
 The results of operation.mp4 are written into the folder operation.mp4.timeline beside it:
@@ -58,8 +59,8 @@ class PredictConfig:
     run: Annotated[str, tyro.conf.Positional]
     """run folder (its best.pt) or checkpoint file"""
     sources: Annotated[tuple[str, ...], tyro.conf.Positional]
-    """video files, folders of videos, the number of a camera, the address of a stream, or - for a
-    pipe"""
+    """video files, folders of videos, the number of a camera, the address of a stream or of a
+    video file, or - for a pipe"""
     output: str = ""
     """folder for the results (empty: beside each video; for live sources predictions/)"""
 

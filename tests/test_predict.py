@@ -231,7 +231,9 @@ def test_an_error_in_the_middle_keeps_what_is_known(video: Path, tmp_path: Path)
     assert "the disk is gone" in timeline.notes[-1]
 
 
-@pytest.mark.parametrize("kind", ["damaged", "outside", "flicker", "short", "pause", "one frame"])
+@pytest.mark.parametrize(
+    "kind", ["damaged", "outside", "all outside", "flicker", "short", "pause", "one frame"]
+)
 def test_all_outputs_agree_where_something_was_predicted(
     kind: str, video: Path, tmp_path: Path
 ) -> None:
@@ -239,11 +241,15 @@ def test_all_outputs_agree_where_something_was_predicted(
     frame_filter, path = None, tmp_path / "video.mkv"
     if kind == "damaged":
         damage(video, path)
-    elif kind in ("outside", "flicker"):
+    elif kind in ("outside", "all outside", "flicker"):
         shutil.copy(video, path)
         first = itertools.count()
-        is_outside = {"outside": lambda n: 40 <= n < 90, "flicker": lambda n: 60 <= n % 80 < 64}
-        frame_filter = lambda image: is_outside[kind](next(first))  # noqa: E731
+        is_outside = {
+            "outside": lambda n: 40 <= n < 90,
+            "all outside": lambda n: True,
+            "flicker": lambda n: 60 <= n % 80 < 64,
+        }[kind]
+        frame_filter = lambda image: is_outside(next(first))  # noqa: E731
     elif kind == "pause":  # one window does not fit on either side of the pause
         write_stamped(path, [*range(0, 600, 40), *range(4000, 4600, 40)], "mpeg4")
     else:

@@ -37,7 +37,7 @@ def open_address(
     """A camera or a stream, or the recording at an address; for the arguments see `LiveSource`.
 
     What has a duration or a number of bytes at an http address comes to an end: it is read once. A
-    playlist without a duration (HLS) has no end yet.
+    playlist without a duration (HLS, DASH) has no end yet.
 
     Raises:
         ClipError: the http address cannot be opened, or sends no video.
@@ -46,7 +46,8 @@ def open_address(
     if not address.startswith(("http://", "https://")):
         return source
     container = source.connect()
-    if container.duration or (container.size > 0 and container.format.name != "hls"):
+    is_playlist = container.format.name in ("hls", "dash")
+    if container.duration or (container.size > 0 and not is_playlist):
         return AddressSource(container, source.name, fps, size, preview)
     source.container = container
     return source
