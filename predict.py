@@ -299,7 +299,7 @@ def predict(
             failures.append(str(error))
             print(f"error: {error}", file=sys.stderr)
             continue
-        timeline.notes += _notes(timeline, frames, predictor, calibration)
+        timeline.notes += _advice(timeline, calibration)
         rate = {"video": f"{frames.rate:.3g} frames per second"} if frames.rate else {}
         log_environment(folder, describe_device(predictor.device))
         path = source if isinstance(source, Path) else None
@@ -310,30 +310,18 @@ def predict(
     return failures
 
 
-def _notes(
-    timeline: "Timeline",
-    frames: "FrameSource",
-    predictor: "OnlinePredictor",
-    calibration: "Calibration",
-) -> list[str]:
-    """Messages on a video with too few frames per second, and on a timeline without an answer."""
-    from clips.manifest import UNCERTAIN
+def _advice(timeline: "Timeline", calibration: "Calibration") -> list[str]:
+    """A note for a timeline whose predictions are all uncertain: what gives answers."""
     from evaluation.calibration import describe_alternative
 
-    notes = []
-    if 0 < frames.rate < 0.95 * predictor.fps:
-        notes.append(
-            f"the model expects {predictor.fps:.3g} frames per second, and the video has "
-            f"{frames.rate:.3g}: a window lasts {predictor.n_frames / frames.rate:.2f} s here"
-        )
     labels = {segment.label for segment in timeline.segments}
-    if len(timeline.times) and UNCERTAIN in labels and not labels & set(timeline.classes):
-        notes.append(
-            "no stretch is given a class: all confidences are below the threshold that "
-            f"--target-error {calibration.target_error} asks for; "
-            f"{describe_alternative(calibration.alternative())}"
-        )
-    return notes
+    if not len(timeline.times) or labels & set(timeline.classes):
+        return []
+    return [
+        "no stretch is given a class: all confidences are below the threshold that "
+        f"--target-error {calibration.target_error} asks for; "
+        f"{describe_alternative(calibration.alternative())}"
+    ]
 
 
 def _summary(timeline: "Timeline", seconds: float, frames: "FrameSource", folder: Path) -> str:

@@ -345,7 +345,7 @@ def test_a_newcomer_is_told_what_the_model_sees(runs, run_main, tmp_path: Path) 
     window = "windows of 4 frames at 5 frames per second = 0.80 s"
     assert first == f"the model sees {window}"
     slow = "the model expects 5 frames per second, and the video has 3: a window lasts 1.33 s here"
-    short = "a window of the model has 4 frames (0.80 s), and the video gave only 1: the last"
+    short = "a window of the model has 4 frames (0.80 s), and the video gave only 1 in one piece"
     remedy = "--target-error 0.25 would answer 2 of the 4 validation clips, 0% of these wrongly"
     for text, count in ((slow, 1), (short, 1), (remedy, 2)):
         assert sum(text in line for line in lines if line.startswith("note: ")) == count

@@ -134,12 +134,17 @@ class VideoPredictor:
             if len(last.times):
                 notes.append(
                     f"a window of the model has {self.predictor.n_frames} frames "
-                    f"({self.predictor.window:.2f} s), and the video gave only {seen}: the last "
-                    "one was repeated"
+                    f"({self.predictor.window:.2f} s), and the video gave only {seen} in one "
+                    "piece: the last one was repeated"
                 )
             self._add(last)
             self._open_results()
         self.seconds = time.perf_counter() - began
+        if 0 < (rate := self.source.rate) < 0.95 * self.predictor.fps:
+            notes.append(
+                f"the model expects {self.predictor.fps:.3g} frames per second, and the video has "
+                f"{rate:.3g}: a window lasts {self.predictor.n_frames / rate:.2f} s here"
+            )
         if prefetcher.dropped:
             notes.append(
                 f"{prefetcher.dropped} frames were left out: the model is slower than the camera"

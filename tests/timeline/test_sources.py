@@ -372,6 +372,16 @@ def test_what_has_no_end_at_an_address_stays_live(web_folder: Path) -> None:
     assert open_address("rtsp://127.0.0.1:1/x", 5.0, 16).live  # not connected yet
 
 
+def test_a_playlist_that_goes_on_stays_live(web_folder: Path) -> None:
+    playlist = (web_folder / "list.m3u8").read_text()
+    unfinished = web_folder / "unfinished.m3u8"
+    unfinished.write_text(playlist.replace("#EXT-X-ENDLIST", ""))
+    with web_server(web_folder) as (address, _):
+        source = open_address(f"{address}/{unfinished.name}", 5.0, 16)
+        assert source.live
+        source.container.close()
+
+
 @pytest.mark.parametrize("fps", [5.0, ALL])
 def test_files_whose_header_has_no_frame_rate(tmp_path: Path, fps: float) -> None:
     stamps = [round(1000 * k / 30) for k in range(60)]
