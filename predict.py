@@ -4,6 +4,7 @@
     python predict.py RUN /data/operations                            all videos of a folder
     python predict.py RUN 0 --serve                                   a camera, on a live page
     python predict.py RUN rtsp://192.168.0.7/stream                   a network stream
+    python predict.py RUN https://host/operation.mp4                  a file on a web server
     cat operation.ts | python predict.py RUN -                        a pipe
 
 The results of operation.mp4 are written into the folder operation.mp4.timeline beside it:
@@ -30,6 +31,7 @@ from video.files import find_videos
 if TYPE_CHECKING:
     import numpy as np
 
+    from evaluation.calibration import Calibration
     from timeline.segments import Timeline
     from timeline.smoothing import SmoothingConfig
     from timeline.sources import FrameSource
@@ -54,8 +56,8 @@ class PredictConfig:
     run: Annotated[str, tyro.conf.Positional]
     """run folder (its best.pt) or checkpoint file"""
     sources: Annotated[tuple[str, ...], tyro.conf.Positional]
-    """video files, folders of videos, the number of a camera, the address of a stream, or - for a
-    pipe"""
+    """video files, folders of videos, the number of a camera, the address of a stream or of a
+    video file, or - for a pipe"""
     output: str = ""
     """folder for the results (empty: beside each video; for live sources predictions/)"""
 
@@ -149,8 +151,9 @@ def find_sources(texts: tuple[str, ...]) -> list[str | Path]:
 
 def build_predictor(
     config: PredictConfig,
-) -> "tuple[OnlinePredictor, SmoothingConfig, dict[str, str]]":
-    """The model of a checkpoint, how its predictions are smoothed, and a description of both.
+) -> "tuple[OnlinePredictor, SmoothingConfig, Calibration, dict[str, str]]":
+    """The model of a checkpoint, how its predictions are smoothed, its calibration, and a
+    description of all.
 
     Raises:
         UserError: the checkpoint or the settings do not suit whole videos.
@@ -178,9 +181,9 @@ def build_predictor(
     fps = config.fps or state.get("frame_rate")
     if not fps:
         raise UserError(
-            f"{config.run}: does not say at which frame rate it was trained (an older checkpoint): "
-            "give --fps, the frames per second of the training clips (16 frames of a clip of 1.2 s "
-            "are 13.3)"
+            f"{config.run}: does not say at which frame rate it was trained (an older checkpoint, "
+            "or clips without time stamps): give --fps, the frames per second of the training "
+            "clips (16 frames of a clip of 1.2 s are 13.3)"
         )
     classes = tuple(state["classes"])
     if problems := class_problems(classes):
@@ -211,17 +214,23 @@ def build_predictor(
     )
     metadata = {
         "command": command(),
-        "model": f"{training.model_name}, {n_frames} frames at {fps:.3g} frames per second",
+        "model": f"{training.model_name}, {describe_window(predictor)}",
         "computed on": f"{describe_device(device)}, {config.precision}",
     }
-    return predictor, smoothing, metadata
+    return predictor, smoothing, calibration, metadata
+
+
+def describe_window(predictor: "OnlinePredictor") -> str:
+    """What the model sees at once, in frames and in seconds."""
+    frames, fps = predictor.n_frames, predictor.fps
+    return f"windows of {frames} frames at {fps:.3g} frames per second = {predictor.window:.2f} s"
 
 
 def open_source(
     source: str | Path, predictor: "OnlinePredictor", config: PredictConfig
 ) -> "FrameSource":
-    """The frames of a file, a pipe, a camera or a stream, as the model needs them."""
-    from timeline.live_source import LiveSource
+    """The frames of a file, a pipe, a camera or an address, as the model needs them."""
+    from timeline.live_source import open_address
     from timeline.sources import FileSource, PipeSource
 
     options = predictor.fps, predictor.image_size, config.serve
@@ -230,7 +239,7 @@ def open_source(
     return (
         PipeSource(*options)
         if source == "-"
-        else LiveSource(source, *options, config.reconnect_timeout)
+        else open_address(source, *options, config.reconnect_timeout)
     )
 
 
@@ -239,13 +248,14 @@ def predict(
     sources: list[str | Path],
     predictor: "OnlinePredictor",
     smoothing: "SmoothingConfig",
+    calibration: "Calibration",
     frame_filter: "Callable[[np.ndarray], bool] | None",
     metadata: dict[str, str],
 ) -> list[str]:
     """Predict the timeline of each source, and write its results.
 
     Returns:
-        One error message per source that could not be read.
+        One error message per source that could not be predicted.
 
     Raises:
         Interrupted: the process was asked to stop; the results so far are written.
@@ -282,15 +292,32 @@ def predict(
             failures.append(str(error))
             print(f"error: {error}", file=sys.stderr)
             continue
+        timeline.notes += _advice(timeline, calibration)
+        rate = {"video": f"{frames.rate:.3g} frames per second"} if frames.rate else {}
         log_environment(folder, describe_device(predictor.device))
-        write_outputs(folder, timeline, source if isinstance(source, Path) else None, metadata)
-        print(_summary(timeline, video.seconds, frames.live, folder))
+        path = source if isinstance(source, Path) else None
+        write_outputs(folder, timeline, path, {**metadata, **rate})
+        print(_summary(timeline, video.seconds, frames, folder))
         interrupt.check()
     interrupt.restore()
     return failures
 
 
-def _summary(timeline: "Timeline", seconds: float, live: bool, folder: Path) -> str:
+def _advice(timeline: "Timeline", calibration: "Calibration") -> list[str]:
+    """A note for a timeline whose predictions are all uncertain: what gives answers."""
+    from evaluation.calibration import describe_alternative
+
+    labels = {segment.label for segment in timeline.segments}
+    if not len(timeline.times) or labels & set(timeline.classes):
+        return []
+    return [
+        "no stretch is given a class: all confidences are below the threshold that "
+        f"--target-error {calibration.target_error} asks for; "
+        f"{describe_alternative(calibration.alternative())}"
+    ]
+
+
+def _summary(timeline: "Timeline", seconds: float, frames: "FrameSource", folder: Path) -> str:
     """Notes, the time of each label, the speed, and the page to open."""
     from utils.run_dir import sanitize
 
@@ -299,7 +326,9 @@ def _summary(timeline: "Timeline", seconds: float, live: bool, folder: Path) -> 
         durations[segment.label] = durations.get(segment.label, 0.0) + segment.duration
     longest_first = sorted(durations.items(), key=lambda pair: -pair[1])
     total = f"{len(timeline.segments)} segments in {timeline.duration:.1f} s of video"
-    if not live:
+    if frames.rate:
+        total += f" at {frames.rate:.3g} frames per second"
+    if not frames.live:
         total += f", {timeline.duration / max(seconds, 1e-9):.1f} times as fast as it plays"
     return "\n".join(
         [
@@ -337,14 +366,19 @@ def main() -> None:
     from utils.interrupt import Interrupted
 
     frame_filter = load_frame_filter(config.out_of_body) if config.out_of_body else None
-    predictor, smoothing, metadata = build_predictor(config)
+    predictor, smoothing, calibration, metadata = build_predictor(config)
+    print(f"the model sees {describe_window(predictor)}", flush=True)
     try:
-        failures = predict(config, sources, predictor, smoothing, frame_filter, metadata)
+        failures = predict(
+            config, sources, predictor, smoothing, calibration, frame_filter, metadata
+        )
     except Interrupted:
         print("interrupted: the results so far are written", file=sys.stderr)
         sys.exit(130)
     if failures:
-        raise UserError(f"{len(failures)} of {len(sources)} videos could not be read (see above)")
+        raise UserError(
+            f"{len(failures)} of {len(sources)} videos could not be predicted (see above)"
+        )
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from torch import nn
 
 from benchmarks.timing import interleave, random_clips
 from benchmarks.videos import write_benchmark_video
-from modeling.inference import pack_convolutions, prepare_for_inference
+from modeling.inference import pack_convolutions, prepare_for_inference, require_finite
 from models import MODELS
 from timeline.prefetch import Prefetcher
 from timeline.sources import FileSource, Frame
@@ -153,7 +153,7 @@ def _build(name: str) -> nn.Module:
 
 @torch.inference_mode()
 def _predict(model: nn.Module, window: torch.Tensor) -> torch.Tensor:
-    return model(window).cpu().double().softmax(dim=-1)
+    return require_finite(model(window).cpu().double()).softmax(dim=-1)
 
 
 def _resident_memory() -> float:

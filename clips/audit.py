@@ -246,7 +246,7 @@ def file_statistics(clips: "pd.DataFrame") -> "pd.DataFrame":
                 "seconds": _range([m.seconds for m in known]),
                 "frames": _range([m.frames for m in known]),
                 "size": _most_common([f"{m.width}x{m.height}" for m in known]),
-                "fps": _most_common([f"{m.rate:.4g}" for m in known]),
+                "fps": _most_common([f"{m.rate:.4g}" if m.rate else "unknown" for m in known]),
                 "codec": _most_common([m.codec for m in known]),
             }
         )

@@ -46,6 +46,28 @@ class Calibration:
         threshold = choose_threshold(confidence, correct, target_error)
         return Calibration(self.temperature, target_error, threshold, self.confidence, self.correct)
 
+    def alternative(self) -> dict[str, float] | None:
+        """What a higher target error would give: the lowest one, in whole percent, at which more
+        validation clips are answered than now, and at least half of them.
+
+        Returns:
+            `target_error`; `clips`, the number of validation clips; `answered`, how many of them
+            it answers; `error`, the fraction of these that is wrong. None: there is no such target.
+        """
+        confidence, correct = np.array(self.confidence), np.array(self.correct, bool)
+        now = (confidence >= self.min_confidence).sum()
+        for percent in range(1, 101):
+            other = self.with_target_error(percent / 100)
+            answered = confidence >= other.min_confidence
+            if answered.sum() > now and answered.mean() >= 0.5:
+                return {
+                    "target_error": percent / 100,
+                    "clips": len(confidence),
+                    "answered": int(answered.sum()),
+                    "error": float((~correct[answered]).mean()),
+                }
+        return None
+
     def state_dict(self) -> dict[str, Any]:
         """As a checkpoint holds it: plain numbers and lists."""
         return {
@@ -62,6 +84,16 @@ class Calibration:
         values = {_OLD_NAMES.get(name, name): value for name, value in state.items()}
         lists = {name: tuple(values[name]) for name in ("confidence", "correct")}
         return cls(**{**values, **lists})
+
+
+def describe_alternative(alternative: Mapping[str, float] | None) -> str:
+    """`Calibration.alternative` as a sentence for people who got only `uncertain`."""
+    if not alternative:
+        return "a higher --target-error answers more, and more of it wrongly"
+    return (
+        f"--target-error {alternative['target_error']:g} would answer {alternative['answered']} of "
+        f"the {alternative['clips']} validation clips, {alternative['error']:.0%} of these wrongly"
+    )
 
 
 def calibrate(labels: np.ndarray, probabilities: np.ndarray, target_error: float) -> Calibration:

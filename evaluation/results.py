@@ -9,7 +9,7 @@ import numpy as np
 
 from evaluation import metrics
 from evaluation.bootstrap import format_interval, score_intervals
-from evaluation.calibration import Calibration, apply_temperature
+from evaluation.calibration import Calibration, apply_temperature, describe_alternative
 from evaluation.predictions import Predictions, write_predictions
 from utils.files import read_json, write_json
 from utils.tables import write_table
@@ -36,7 +36,7 @@ def compute_results(
         `Predictions.summary`; `patients`, the number of known patients; `intervals` (see
         `bootstrap.score_intervals`); `averages` over clips, videos and patients; `actions`, the
         scores of the averages over the parts of each source action; `calibration`; `selective`, the
-        effect of the threshold; `per_class`.
+        effect of the threshold, and where it answers nothing a better one; `per_class`.
     """
     labels, probabilities = predictions.labels, predictions.probabilities
     confidence, correct = predictions.confidence, predictions.correct
@@ -46,6 +46,9 @@ def compute_results(
     uncalibrated = predictions.uncalibrated
     if uncalibrated is None:
         uncalibrated = apply_temperature(probabilities, 1 / temperatures)
+    selective = metrics.selective_risk(confidence, correct, thresholds)
+    if not selective["coverage"] and len(calibrations) == 1:
+        selective["alternative"] = calibrations[0].alternative()
     return {
         **predictions.summary(),
         "patients": len({patient for patient in patients if patient}),
@@ -61,7 +64,7 @@ def compute_results(
         "selective": {
             "target_error": _target_error(calibrations),
             "threshold": _common(thresholds),
-            **metrics.selective_risk(confidence, correct, thresholds),
+            **selective,
             "aurc": metrics.area_under_risk_coverage(confidence, correct),
         },
         "per_class": json.loads(table.to_json(orient="index", double_precision=15)),  # NaN -> null
@@ -252,7 +255,8 @@ def _selective_text(selective: Mapping[str, Any]) -> str:
         return "no clip is called uncertain: the checkpoint has no threshold"
     target = f"for an error rate of at most {selective['target_error']:.0%} on validation clips"
     if not selective["coverage"]:
-        return f"every clip is uncertain ({target})"
+        remedy = describe_alternative(selective.get("alternative"))
+        return f"every clip is uncertain ({target}). With evaluate.py and predict.py, {remedy}"
     threshold = selective["threshold"]
     below = "each model's threshold" if threshold is None else f"{threshold:.3f}"
     return (

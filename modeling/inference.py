@@ -8,6 +8,26 @@ from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from modeling.layers import Normalize
 from utils.device import prepare_model
+from utils.errors import UserError
+
+
+class NotFiniteError(UserError):
+    """A model gave NaN or infinity, which no class may be chosen from."""
+
+
+def require_finite(outputs: torch.Tensor) -> torch.Tensor:
+    """The outputs of a model, if all of them are finite.
+
+    Raises:
+        NotFiniteError: they are not.
+    """
+    if not outputs.isfinite().all():
+        raise NotFiniteError(
+            "the model's outputs are not finite: use --precision fp32, or another checkpoint if "
+            "its weights are not finite either"
+        )
+    return outputs
+
 
 _CONVS = (nn.Conv2d, nn.Conv3d)
 _NORMS = (nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)

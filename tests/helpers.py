@@ -11,10 +11,12 @@ import subprocess
 import sys
 import traceback
 from collections.abc import Callable, Sequence
+from fractions import Fraction
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import NamedTuple
 
+import av
 import numpy as np
 import pandas as pd
 import pytest
@@ -257,6 +259,40 @@ class Mistake(NamedTuple):
 
     code: int
     stderr: str
+
+
+def write_stamped(
+    path: Path, milliseconds: Sequence[int], codec: str = "libvpx", live: bool = False
+) -> Path:
+    """A video with these time stamps and a header without a frame rate.
+
+    Args:
+        live: write it as a browser's MediaRecorder does: without a duration either.
+    """
+    options = {"live": "1"} if live else {}
+    with av.open(str(path), "w", options=options) as container:
+        stream = container.add_stream(codec, rate=1000, options={"lag-in-frames": "0"})
+        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
+        for number, pts in enumerate(milliseconds):
+            image = np.full((48, 64, 3), number, np.uint8)
+            frame = av.VideoFrame.from_ndarray(image, format="rgb24")
+            frame.pts, frame.time_base = pts, Fraction(1, 1000)
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+    return path
+
+
+def write_dv(path: Path, frames: int = 50) -> Path:
+    """Raw DV, PAL: 25 frames per second."""
+    with av.open(str(path), "w", format="dv") as container:
+        stream = container.add_stream("dvvideo", rate=25)
+        stream.width, stream.height, stream.pix_fmt = 720, 576, "yuv420p"
+        for number in range(frames):
+            image = np.full((576, 720, 3), number, np.uint8)
+            frame = av.VideoFrame.from_ndarray(image, format="rgb24").reformat(format="yuv420p")
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+    return path
 
 
 # Flags of the headless browser in the tests of pages.

@@ -1,9 +1,12 @@
 """predict.py and its parts: whole videos, live streams, bad files, interruptions."""
 
+import base64
 import csv
 import dataclasses
+import html
 import importlib.util
 import itertools
+import json
 import math
 import os
 import re
@@ -21,15 +24,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import ROOT, link, run_script, start_script, touch
+from helpers import ROOT, link, run_script, start_script, touch, write_stamped
 from torch import nn
 
 from checkpoint import load_checkpoint, rebuild_model, save_checkpoint
 from clips.manifest import UNCERTAIN
 from config import TrainConfig
+from evaluation.calibration import Calibration
 from models import build_model
-from predict import PredictConfig, build_predictor, find_sources, main
-from timeline.output import output_folders
+from predict import PredictConfig, build_predictor, find_sources, main, write_outputs
+from timeline.output import NO_PREDICTION, output_folders, probability_curves
 from timeline.predictor import FrameFilter, VideoPredictor, load_frame_filter
 from timeline.segments import OUT_OF_BODY, UNREADABLE, Segment, Snapshot, Timeline, read_timeline
 from timeline.smoothing import SmoothingConfig
@@ -143,16 +147,20 @@ def test_nothing_is_answered_without_a_threshold(video: Path, tmp_path: Path) ->
     assert [segment.label for segment in timeline.segments] == [UNCERTAIN]
 
 
-def test_a_bad_stretch_is_marked_and_skipped(video: Path, tmp_path: Path) -> None:
+def damage(video: Path, path: Path, start: float = 8.0, end: float = 10.0) -> Path:
+    """A copy of a video that cannot be decoded for some seconds."""
     data = bytearray(video.read_bytes())
     with open_video(video) as container:
         stream = decoding_stream(container, 0)
         for packet in container.demux(stream):
-            if packet.pts is not None and 8 <= packet.pts * packet.time_base < 10:
+            if packet.pts is not None and start <= packet.pts * packet.time_base < end:
                 data[packet.pos : packet.pos + packet.size] = b"\xff" * packet.size
-    bad = tmp_path / "bad.mp4"
-    bad.write_bytes(data)
-    timeline = run(bad, tmp_path)
+    path.write_bytes(data)
+    return path
+
+
+def test_a_bad_stretch_is_marked_and_skipped(video: Path, tmp_path: Path) -> None:
+    timeline = run(damage(video, tmp_path / "bad.mp4"), tmp_path)
     labels = [segment.label for segment in timeline.segments]
     assert labels == ["dark", "grey", UNREADABLE, "grey", "light", "grey"]
     assert timeline.segments[2][:2] == pytest.approx((8.0, 10.0), abs=0.1)
@@ -221,6 +229,171 @@ def test_an_error_in_the_middle_keeps_what_is_known(video: Path, tmp_path: Path)
         timeline = video_predictor.run("test")
     assert timeline.segments[0].label == "dark"
     assert "the disk is gone" in timeline.notes[-1]
+
+
+@pytest.mark.parametrize(
+    "kind", ["damaged", "outside", "all outside", "flicker", "short", "pause", "one frame"]
+)
+def test_all_outputs_agree_where_something_was_predicted(
+    kind: str, video: Path, tmp_path: Path
+) -> None:
+    """frames.csv, timeline.csv, timeline.html and timeline.png, of what is not seen in parts."""
+    frame_filter, path = None, tmp_path / "video.mkv"
+    if kind == "damaged":
+        damage(video, path)
+    elif kind in ("outside", "all outside", "flicker"):
+        shutil.copy(video, path)
+        first = itertools.count()
+        is_outside = {
+            "outside": lambda n: 40 <= n < 90,
+            "all outside": lambda n: True,
+            "flicker": lambda n: 60 <= n % 80 < 64,
+        }[kind]
+        frame_filter = lambda image: is_outside(next(first))  # noqa: E731
+    elif kind == "pause":  # one window does not fit on either side of the pause
+        write_stamped(path, [*range(0, 600, 40), *range(4000, 4600, 40)], "mpeg4")
+    else:
+        write_video(path, painted([("dark", 0.2 if kind == "short" else 0.04)]), 25)
+    timeline = run(path, tmp_path / "out", frame_filter=frame_filter)
+    write_outputs(tmp_path / "out", timeline, path, {})
+
+    table = np.array(rows_of(tmp_path / "out" / "frames.csv")[1:], float).reshape(-1, 4)
+    times, duration = table[:, 0], timeline.duration
+    assert times == pytest.approx(timeline.times, abs=6e-4)
+    assert (np.diff(times) > 0).all()
+    assert len(times) == 0 or (times[0] >= 0 and times[-1] <= duration)
+    assert np.isfinite(table).all()
+
+    segments = read_timeline(tmp_path / "out" / "timeline.csv")[""]
+    assert [s.start for s in segments] == [0, *(s.end for s in segments[:-1])]
+    assert segments[-1].end == pytest.approx(duration, abs=6e-4)
+    seen = 0
+    for segment in segments:
+        inside = ((times >= segment.start) & (times < segment.end)).sum()
+        seen += inside
+        assert bool(inside) == (not math.isnan(segment.confidence)), segment
+        assert not (inside and segment.label in (UNREADABLE, OUT_OF_BODY))
+    assert seen == len(times)
+
+    page = (tmp_path / "out" / "timeline.html").read_text()
+    data = json.loads(re.search(r'id="data">(.*?)</script>', page, re.DOTALL)[1])
+    assert [s[3] for s in data["segments"]] == [
+        None if math.isnan(s.confidence) else pytest.approx(s.confidence, abs=1e-4)
+        for s in segments
+    ]
+    curves = np.frombuffer(base64.b64decode(data["curves"]), np.uint8).reshape(3, -1).T
+    np.testing.assert_array_equal(curves, probability_curves(timeline))  # as in timeline.png
+    edges = np.linspace(0, duration, len(curves) + 1)
+    is_known = (curves != NO_PREDICTION).all(axis=1)
+    assert (is_known == (curves != NO_PREDICTION).any(axis=1)).all()
+    per_bin = np.histogram(times, edges)[0]
+    assert is_known[per_bin > 0].all()
+    for segment in segments:
+        if segment.label in (UNREADABLE, OUT_OF_BODY):
+            is_within = (edges[:-1] >= segment.start) & (edges[1:] <= segment.end)
+            assert not is_known[is_within].any()
+
+
+@pytest.mark.parametrize("kind", ["nan", "later"])
+def test_no_answer_from_outputs_that_are_not_finite(kind: str, video: Path, tmp_path: Path) -> None:
+    class Overflows(Brightness):
+        def forward(self, clips: torch.Tensor) -> torch.Tensor:
+            logits = super().forward(clips)
+            is_light = clips.float().mean() > 190
+            return logits * (math.nan if kind == "nan" else math.inf if is_light else 1.0)
+
+    folder = tmp_path / "out"
+    folder.mkdir()
+    (folder / "timeline.csv").write_text("of an earlier model")
+    with pytest.raises(
+        ClipError, match=r"operation\.mp4: no timeline, because the model's outputs"
+    ):
+        run(video, folder, model=Overflows())
+    if kind == "nan":  # nothing was written, and what was there is there
+        assert [file.name for file in folder.iterdir()] == ["timeline.csv"]
+    else:
+        table = np.array(rows_of(folder / "frames.csv")[1:], float)
+        assert np.isfinite(table).all()
+        assert table[-1, 0] < 11.5  # the first light frame is at 11 s
+        assert not (folder / "timeline.csv").exists()
+
+
+def test_a_checkpoint_of_nan_predicts_nothing(runs, video: Path, run_main, tmp_path: Path) -> None:
+    state = torch.load(runs("tsm_resnet") / "best.pt", weights_only=True)
+    state["model"] = {
+        name: tensor * math.nan if tensor.is_floating_point() else tensor
+        for name, tensor in state["model"].items()
+    }
+    save_checkpoint(tmp_path / "nan.pt", state)
+    ended = run_main(main, "nan.pt", video, "--output", "out", cwd=tmp_path, code=2)
+    errors = [line for line in ended.stderr.splitlines() if "error: " in line]
+    assert len(errors) == 2
+    assert "no timeline, because the model's outputs are not finite: use --precision" in errors[0]
+    assert errors[1].endswith("1 of 1 videos could not be predicted (see above)")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_newcomer_is_told_what_the_model_sees(runs, run_main, tmp_path: Path) -> None:
+    state = torch.load(runs("tsm_resnet") / "best.pt", weights_only=True)
+    confidence = (0.9, 0.8, 0.7, 0.6)
+    never = Calibration(1.0, 0.1, None, confidence, (True, True, False, True))
+    save_checkpoint(tmp_path / "run.pt", {**state, "calibration": never.state_dict()})
+    write_video(tmp_path / "a.mp4", painted([("dark", 3)], 3), 3)
+    write_video(tmp_path / "b.mp4", painted([("dark", 0.2)]), 25)
+    ended = run_main(main, "run.pt", "a.mp4", "b.mp4", cwd=tmp_path)
+    first, *lines = ended.stdout.splitlines()
+    window = "windows of 4 frames at 5 frames per second = 0.80 s"
+    assert first == f"the model sees {window}"
+    slow = "the model expects 5 frames per second, and the video has 3: a window lasts 1.33 s here"
+    short = "a window of the model has 4 frames (0.80 s), and the video gave only 1 in one piece"
+    remedy = "--target-error 0.25 would answer 2 of the 4 validation clips, 0% of these wrongly"
+    for text, count in ((slow, 1), (short, 1), (remedy, 2)):
+        assert sum(text in line for line in lines if line.startswith("note: ")) == count
+    assert any("in 3.0 s of video at 3 frames per second" in line for line in lines)
+    page = (tmp_path / "a.mp4.timeline" / "timeline.html").read_text()
+    assert all(text in html.unescape(page) for text in (slow, remedy, window))
+    assert read_timeline(tmp_path / "a.mp4.timeline" / "timeline.csv")[""][0].label == UNCERTAIN
+    ended = run_main(main, "run.pt", "a.mp4", "--target-error", "1", cwd=tmp_path)
+    assert remedy not in ended.stdout
+
+
+STAMPS = {
+    "one frame": [0],
+    "short": range(0, 200, 40),
+    "one per second": range(0, 20_000, 1000),
+    "pause": [*range(0, 2000, 40), *range(5000, 7000, 40)],
+}
+
+
+@pytest.mark.parametrize("kind", [*STAMPS, "no stamps"])
+@pytest.mark.parametrize(
+    ("fps", "n_frames", "stride"), [(13.3, 16, 4), (1.0, 16, 4), (240.0, 4, 1), (5.0, 1, 1000)]
+)
+def test_any_video_gets_sensible_times(
+    kind: str, fps: float, n_frames: int, stride: int, tmp_path: Path
+) -> None:
+    if kind == "no stamps":
+        path, length = tmp_path / "v.h264", 4.0
+        write_video(path, painted([("dark", 4)]), 25)
+    else:
+        stamps = STAMPS[kind]
+        path, length = write_stamped(tmp_path / "v.mkv", stamps, "mpeg4"), stamps[-1] / 1000
+    source = FileSource(path, fps, 16)
+    model = OnlinePredictor(Brightness(), CLASSES, n_frames, 16, fps, stride)
+    config = SmoothingConfig(5.0, 1.0, n_frames / fps, 0.4)
+    with VideoPredictor(source, model, config, tmp_path / "out") as video:
+        timeline = video.run("test")
+    assert length <= timeline.duration <= length + 1.001
+    assert len(timeline.times) >= 1
+    assert (np.diff(timeline.times) > 0).all()
+    assert 0 <= timeline.times[0] <= timeline.times[-1] <= timeline.duration
+    edges = [timeline.segments[0].start, *(s.end for s in timeline.segments)]
+    assert (edges[0], edges[-1]) == (0, timeline.duration)
+    assert edges == sorted(edges)
+    gaps = [s[:2] for s in timeline.segments if s.label == UNREADABLE]
+    assert gaps == ([pytest.approx((2, 5), abs=0.05)] if kind == "pause" else [])
+    if kind == "one per second" and fps == 240:  # the video's own rate counts, not the model's
+        assert timeline.times == pytest.approx(np.arange(1.5, 18))
 
 
 def test_a_detector_that_fails_is_reported_in_one_line(video: Path, tmp_path: Path) -> None:
@@ -477,7 +650,7 @@ def test_bad_files_are_reported_and_the_others_go_on(runs, video: Path, tmp_path
     done = run_script("predict.py", runs("cnnlstm"), ".", cwd=tmp_path, check=False)
     assert done.returncode == 2
     assert "2.mp4: cannot be read" in done.stderr
-    assert "1 of 3 videos could not be read" in done.stderr
+    assert "1 of 3 videos could not be predicted" in done.stderr
     assert "Traceback" not in done.stderr
     assert not (tmp_path / "2.mp4.timeline").exists()
     for name in ("1.mp4", "3.mp4"):
@@ -575,7 +748,8 @@ def test_a_live_stream_is_shown_and_written_down(runs, transport: bytes, tmp_pat
                 for start_byte in range(0, len(transport), 2000):
                     connection.sendall(transport[start_byte : start_byte + 2000])
                     time.sleep(0.02)
-        page = re.search(r"http://127\.0\.0\.1:\d+/\S{20,}/", process.stdout.readline().decode())[0]
+        watch = next(line for line in iter(process.stdout.readline, b"") if b"watch" in line)
+        page = re.search(rb"http://127\.0\.0\.1:\d+/\S{20,}/", watch)[0].decode()
         with urllib.request.urlopen(page, timeout=10) as response:
             assert b"127.0.0.1" in response.read()  # the stream's name
         with pytest.raises(urllib.error.HTTPError, match="404"):

@@ -169,6 +169,15 @@ def test_warnings_come_first(page: str) -> None:
     assert "Confidential" not in text
 
 
+def test_where_nothing_is_answered_the_switch_is_named(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run", make_predictions(), CLASSES)
+    fitted = Calibration(1.4, 0.1, None, (0.9, 0.8, 0.7, 0.6), (True, True, False, True))
+    write_results(make_predictions(), CLASSES, folder, [fitted])
+    sentence = "--target-error 0.25 would answer 2 of the 4 validation clips, 0% of these wrongly"
+    text = Page(make_page(folder)).text
+    assert text.count(f"With evaluate.py and predict.py, {sentence}.") >= 2  # summary and section
+
+
 def test_leakage_is_known_by_its_kind(run: Path, tmp_path: Path) -> None:
     shutil.copytree(run, tmp_path / "run")
     kinds = {"class balance": "balanced twice", "other": "no LEAKAGE here"}

@@ -1,4 +1,4 @@
-"""Cameras and network streams as frame sources."""
+"""Cameras, network streams and video files at an address as frame sources."""
 
 import platform
 import time
@@ -7,7 +7,7 @@ from pathlib import Path
 
 import av
 
-from timeline.sources import RECOVERY, Frame, FrameSource, decode_all
+from timeline.sources import RECOVERY, Frame, FrameSource, Recording, decode_packets, read_packets
 from utils.errors import UserError
 from utils.run_dir import strip_credentials
 from video.container import (
@@ -25,6 +25,63 @@ _SCHEMES = ("rtsp", "rtsps", "rtmp", "rtmps", "srt", "udp", "tcp", "http", "http
 _PROTOCOLS = ",".join((*_SCHEMES, "rtp", "srtp", "tls", "crypto", "httpproxy"))
 
 _TIMEOUT = 10.0  # seconds
+
+
+def open_address(
+    address: str,
+    fps: float,
+    size: int,
+    preview: bool = False,
+    reconnect_timeout: float = 0.0,
+) -> FrameSource:
+    """A camera or a stream, or the recording at an address; for the arguments see `LiveSource`.
+
+    What has a duration or a number of bytes at an http address comes to an end: it is read once. A
+    playlist without a duration (HLS, DASH) has no end yet.
+
+    Raises:
+        ClipError: the http address cannot be opened, or sends no video.
+    """
+    source = LiveSource(address, fps, size, preview, reconnect_timeout)
+    if not address.startswith(("http://", "https://")):
+        return source
+    container = source.connect()
+    is_playlist = container.format.name in ("hls", "dash")
+    if container.duration or (container.size > 0 and not is_playlist):
+        return AddressSource(container, source.name, fps, size, preview)
+    source.container = container
+    return source
+
+
+class AddressSource(Recording):
+    """A video file at an address, read once, from its start to its end.
+
+    Args:
+        container: the open file, which is closed at the end.
+        name, fps, size, preview: see `FrameSource`.
+    """
+
+    def __init__(
+        self,
+        container: av.container.InputContainer,
+        name: str,
+        fps: float,
+        size: int,
+        preview: bool = False,
+    ) -> None:
+        super().__init__(name, fps, size, preview)
+        self._container = container
+
+    def _open(self) -> av.container.InputContainer:
+        return self._container
+
+    def __iter__(self) -> Iterator[Frame]:
+        try:
+            yield from super().__iter__()
+        except ClipError as error:
+            # Of a server that sends no parts of a file, an MP4 with its index at the end is such.
+            advice = "; download it and predict the file"
+            raise ClipError(self.name, error.reason + advice) from error
 
 
 class LiveSource(FrameSource):
@@ -52,20 +109,22 @@ class LiveSource(FrameSource):
         super().__init__(name, fps, size, preview)
         self.address = address
         self.reconnect_timeout = reconnect_timeout
+        self.container: av.container.InputContainer | None = None
+        """a connection that is open already and used first"""
         self._sleep = sleep
 
     def __iter__(self) -> Iterator[Frame]:
-        container = self._connect()  # an error here is the user's: a wrong address
+        container = self.container or self.connect()  # an error is the user's: a wrong address
         began, pause, problem = time.monotonic(), 0.5, ""
         while True:
             try:
                 if container is None:
-                    container = self._connect()
+                    container = self.connect()
                 with container:
                     index, _ = video_streams(container, Path(self.name))[0]
                     stream = decoding_stream(container, index)
                     trusted, lost_at = False, time.monotonic() - began
-                    for item in decode_all(container, stream):
+                    for item in decode_packets(read_packets(container, stream)):
                         seconds = time.monotonic() - began
                         if isinstance(item, str):
                             problem, trusted, lost_at = item, False, seconds
@@ -96,7 +155,7 @@ class LiveSource(FrameSource):
             self._sleep(pause)
             pause = min(2 * pause, 10.0)
 
-    def _connect(self) -> av.container.InputContainer:
+    def connect(self) -> av.container.InputContainer:
         """Open the camera or the address.
 
         Raises:

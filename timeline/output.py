@@ -1,4 +1,4 @@
-"""Output folders of predict.py, and timeline.png."""
+"""Output folders of predict.py, curves of probabilities, and timeline.png."""
 
 import math
 import re
@@ -7,8 +7,14 @@ from pathlib import Path
 
 import numpy as np
 
-from timeline.segments import NON_CLASS_LABELS, Timeline
+from timeline.segments import NON_CLASS_LABELS, OUT_OF_BODY, UNREADABLE, Timeline
 from utils.run_dir import strip_credentials
+
+MAX_BINS = 20_000  # per curve; in a video of three hours each one is half a second long
+
+MAX_VALUES = 400_000  # of all curves together: half a megabyte as base64
+
+NO_PREDICTION = 255  # the value of a bin without a prediction
 
 
 def output_folders(sources: list[str | Path], output: str) -> list[Path]:
@@ -39,6 +45,65 @@ def safe_name(name: str) -> str:
     return re.sub(r"[^\w.-]+", "_", name).strip("._") or "video"
 
 
+def probability_curves(timeline: Timeline, max_bins: int = MAX_BINS) -> np.ndarray:
+    """The probabilities of a timeline as curves that are small enough for a page or a picture.
+
+    Bins within stretches that are unreadable or out of the body are NO_PREDICTION.
+
+    Returns:
+        `(bins, num_classes)` uint8, see `bin_probabilities`.
+    """
+    curves = bin_probabilities(timeline.times, timeline.probabilities, timeline.duration, max_bins)
+    edges = np.linspace(0, timeline.duration, len(curves) + 1)
+    for segment in timeline.segments:
+        if segment.label in (UNREADABLE, OUT_OF_BODY):
+            is_within = (edges[:-1] >= segment.start) & (edges[1:] <= segment.end + 1e-9)
+            curves[is_within] = NO_PREDICTION
+    return curves
+
+
+def bin_probabilities(
+    times: np.ndarray, probabilities: np.ndarray, duration: float, max_bins: int = MAX_BINS
+) -> np.ndarray:
+    """Curves of at most `max_bins` bins.
+
+    A bin holds the mean of its predictions, 0 to 254 for 0 to 1. With means, the classes still add
+    up to one and agree with the confidence of the segments. A prediction holds until the next one
+    is due; where there is none, as in a stretch that could not be read, the bin is NO_PREDICTION.
+
+    Args:
+        times: `(N,)` seconds.
+        probabilities: `(N, num_classes)`; rows that are not finite are left out.
+        duration: length of the video in seconds.
+
+    Returns:
+        `(bins, num_classes)` uint8 over the whole duration.
+    """
+    num_classes = probabilities.shape[1]
+    known = np.isfinite(probabilities).all(axis=1) & (times >= 0) & (times <= duration)
+    times, probabilities = times[known], probabilities[known]
+    if not len(times) or not num_classes:
+        return np.empty((0, num_classes), np.uint8)
+    order = np.argsort(times, kind="stable")
+    times, probabilities = times[order], probabilities[order]
+    interval = float(np.median(np.diff(times))) if len(times) > 1 else duration
+    max_bins = max(1, min(max_bins, MAX_VALUES // num_classes))
+    bins = min(max_bins, math.ceil(duration / interval)) if interval > 0 else max_bins
+    edges = np.arange(bins) * (duration / bins)
+
+    index = np.clip(np.searchsorted(edges, times, "right") - 1, 0, bins - 1)
+    count = np.bincount(index, minlength=bins)
+    sums = [np.bincount(index, weights=column, minlength=bins) for column in probabilities.T]
+    means = np.stack(sums, axis=1) / np.maximum(count, 1)[:, None]
+
+    before = np.searchsorted(times, edges, "right") - 1  # the last prediction before each bin
+    is_held = (count == 0) & (before >= 0) & (edges - times[before] < 2 * interval)
+    means[is_held] = probabilities[before[is_held]]
+    values = np.round(254 * np.clip(means, 0, 1)).astype(np.uint8)
+    values[(count == 0) & ~is_held] = NO_PREDICTION
+    return values
+
+
 def plot_timeline(timeline: Timeline, path: str | Path) -> None:
     """Draw one row per class and per other label: segments as bars, the probability above them."""
     # Not above: predict.py --help imports this module.
@@ -53,22 +118,25 @@ def plot_timeline(timeline: Timeline, path: str | Path) -> None:
     ]
     figure = Figure(figsize=(12, 1.1 + 0.42 * len(rows)), layout="constrained")
     axes = figure.subplots()
-    step = math.ceil(len(timeline.times) / 3000) or 1  # more points than pixels are not visible
+    curves = probability_curves(timeline, max_bins=3000).astype(float)  # as many as pixels
+    curves[curves == NO_PREDICTION] = np.nan
+    edges = np.linspace(0, timeline.duration, len(curves) + 1)
     for row, name in enumerate(rows):
         bars = [(s.start, s.duration) for s in timeline.segments if s.label == name]
         if name in NON_CLASS_LABELS:
             style = {"facecolor": "none", "edgecolor": "0.35", "hatch": "////", "lw": 0.5}
         else:
             style = {"facecolor": COLOURS[row % len(COLOURS)], "edgecolor": "none"}
-            if len(timeline.times):
-                curve = timeline.probabilities[::step, row]
-                base = np.full(len(curve), row + 0.4)
-                axes.fill_between(timeline.times[::step], base, base - 0.8 * curve, color="0.85")
+            base = row + 0.4
+            top = base - 0.8 * curves[:, row] / 254
+            axes.stairs(top, edges, baseline=base, fill=True, color="0.85")
         axes.broken_barh(bars, (row + 0.05, 0.35), **style)
     axes.set_yticks(range(len(rows)), [plain_text(name) for name in rows])
     axes.set(xlim=(0, timeline.duration), ylim=(len(rows) - 0.5, -0.5), xlabel="time")
     axes.xaxis.set_major_locator(MultipleLocator(_tick(timeline.duration)))
-    axes.xaxis.set_major_formatter(lambda seconds, _: _minutes(seconds))
+    axes.xaxis.set_major_formatter(
+        lambda seconds, _: _minutes(seconds) if timeline.duration > 2 else f"{seconds:.1f} s"
+    )
     axes.set_title(plain_text(timeline.name), fontsize=10)
     axes.grid(axis="x", alpha=0.3)
     axes.set_axisbelow(True)
@@ -77,7 +145,7 @@ def plot_timeline(timeline: Timeline, path: str | Path) -> None:
 
 def _tick(duration: float) -> float:
     """Seconds between the ticks of a time axis: at most fifteen ticks, at round times."""
-    steps = [k * unit for unit in (1, 60, 3600) for k in (1, 2, 5, 10, 15, 30)]
+    steps = [0.1, *(k * unit for unit in (1, 60, 3600) for k in (1, 2, 5, 10, 15, 30))]
     return next((step for step in steps if duration <= 15 * step), duration / 10)
 
 

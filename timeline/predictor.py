@@ -13,6 +13,7 @@ import numpy as np
 from tqdm import tqdm
 
 from clips.manifest import UNCERTAIN
+from modeling.inference import NotFiniteError
 from timeline.prefetch import Prefetcher
 from timeline.segments import OUT_OF_BODY, FramesWriter, Segment, Snapshot, Timeline
 from timeline.smoothing import ForwardFilter, SmoothingConfig, to_segments, viterbi_smooth
@@ -76,6 +77,7 @@ class VideoPredictor:
         self._times = array("d")
         self._probabilities = array("f")
         self._states = array("h")  # of the forward filter
+        self._writer: FramesWriter | None = None
         self._newest: np.ndarray | None = None  # probabilities of the last prediction
         self._out_of_body: list[Segment] = []
         self._is_outside = False
@@ -95,12 +97,13 @@ class VideoPredictor:
             description: text before the progress bar.
 
         Raises:
-            ClipError: the source gives no frame, or the folder cannot be written.
+            ClipError: the source gives no frame, the folder cannot be written, or an output of the
+                model is not finite.
             Interrupted: the interrupt came before the first frame.
         """
         self.predictor.reset(live=self.source.live)
         began = time.perf_counter()
-        writer: FramesWriter | None = None
+        has_frames = ended_early = False
         notes: list[str] = []
         prefetcher = self._stack.enter_context(Prefetcher(self.source))
         with tqdm(desc=description, bar_format=_ENDLESS_BAR) as bar:
@@ -108,48 +111,79 @@ class VideoPredictor:
                 try:
                     frames = prefetcher.get(CHUNK_SIZE)
                 except ClipError as error:
-                    if writer is None:
+                    if not has_frames:
                         raise
+                    ended_early = True
                     notes.append(f"ended after {self._now:.1f} s: {error.reason}")
                     break
                 if frames is None:
                     break
-                if writer is None and frames:  # not before, because a bad file gets no results
-                    writer = self._open_results()
-                self._add(self.predictor.step(self._inside_body(frames)), writer)
+                has_frames = has_frames or bool(frames)
+                self._add(self._step(frames))
                 self._update_viewers(frames)
                 self._update_bar(bar, time.perf_counter() - began)
             else:
-                notes.append(f"interrupted after {self._now:.1f} s")
-                if writer is None:
+                if not has_frames:
                     raise Interrupted
-            self._add(self.predictor.flush(), writer)
+                ended_early = True
+                notes.append(f"interrupted after {self._now:.1f} s")
+            if not has_frames:
+                raise ClipError(self.source.name, (self.source.notes or ["gave no frame"])[-1])
+            seen = self.predictor.frames_seen
+            last = self._step(None)
+            if len(last.times):
+                notes.append(
+                    f"a window of the model has {self.predictor.n_frames} frames "
+                    f"({self.predictor.window:.2f} s), and the video gave only {seen} in one "
+                    "piece: the last one was repeated"
+                )
+            self._add(last)
+            self._open_results()
         self.seconds = time.perf_counter() - began
-        if writer is None:
-            raise ClipError(self.source.name, (self.source.notes or ["gave no frame"])[-1])
+        if 0 < (rate := self.source.rate) < 0.95 * self.predictor.fps:
+            notes.append(
+                f"the model expects {self.predictor.fps:.3g} frames per second, and the video has "
+                f"{rate:.3g}: a window lasts {self.predictor.n_frames / rate:.2f} s here"
+            )
         if prefetcher.dropped:
             notes.append(
                 f"{prefetcher.dropped} frames were left out: the model is slower than the camera"
             )
-        return self._timeline(notes)
+        return self._timeline(notes, ended_early)
+
+    def _step(self, frames: list[Frame] | None) -> FramePredictions:
+        """The predictions that the next frames give; None: that of a video that was too short.
+
+        Raises:
+            ClipError: an output of the model is not finite.
+        """
+        try:
+            if frames is None:
+                return self.predictor.flush()
+            self.predictor.rate = self.source.rate
+            return self.predictor.step(self._inside_body(frames))
+        except NotFiniteError as error:
+            raise ClipError(self.source.name, f"no timeline, because {error}") from None
 
     def _open_results(self) -> FramesWriter:
-        """Open frames.csv.
+        """Open frames.csv, unless it is open.
 
         Raises:
             ClipError: the folder cannot be written.
         """
+        if self._writer:
+            return self._writer
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             for earlier in self.folder.glob("timeline.*"):
                 earlier.unlink()  # it would not fit the new frames.csv
-            writer = FramesWriter(self.folder / "frames.csv", self.predictor.classes)
+            self._writer = FramesWriter(self.folder / "frames.csv", self.predictor.classes)
         except OSError as error:
             raise ClipError(
                 self.folder, f"cannot be written ({error.strerror}): choose --output"
             ) from None
-        self._stack.callback(writer.close)
-        return writer
+        self._stack.callback(self._writer.close)
+        return self._writer
 
     def _inside_body(self, frames: list[Frame]) -> list[Frame]:
         """The frames from inside the body; stretches of the others are marked."""
@@ -179,10 +213,25 @@ class VideoPredictor:
                 f"the out-of-body detector failed: {type(error).__name__}: {first_line(error)}"
             ) from error
 
-    def _add(self, predictions: FramePredictions, writer: FramesWriter | None) -> None:
-        if not len(predictions.times) or not writer:
+    def _add(self, predictions: FramePredictions) -> None:
+        """Keep predictions and write them to frames.csv.
+
+        A window may reach across a stretch that is marked. A prediction that stands inside such a
+        stretch is left out, because nothing was seen there.
+        """
+        marks = [
+            mark
+            for mark in (*self.source.gaps, *self._out_of_body)
+            if len(predictions.times) and mark.end > predictions.times[0]
+        ]
+        is_seen = [
+            not any(mark.start <= time < mark.end for mark in marks) for time in predictions.times
+        ]
+        predictions = FramePredictions(*(array[is_seen] for array in predictions))
+        if not len(predictions.times):
             return
-        writer.write(*predictions)
+        # Not before the first prediction: a file or a model that is bad gets no results.
+        self._open_results().write(*predictions)
         self._times.extend(predictions.times)
         self._probabilities.extend(predictions.probabilities.ravel())
         self._states.extend(map(self._filter.step, *predictions))
@@ -209,11 +258,11 @@ class VideoPredictor:
         bar.set_postfix_str(f"{label}{speed} {self.source.state}", refresh=False)
         bar.update(self._now - bar.n)
 
-    def _timeline(self, notes: list[str]) -> Timeline:
+    def _timeline(self, notes: list[str], ended_early: bool) -> Timeline:
         """The predictions as smoothed segments."""
         source, classes = self.source, self.predictor.classes
         duration = max(source.duration, source.end)
-        if notes and self.interrupt and self.interrupt.signal and not source.live:
+        if ended_early and not source.live:
             duration = min(duration, self._now + 1 / self.predictor.fps)
         times = np.array(self._times)
         probabilities = np.array(self._probabilities, float).reshape(-1, len(classes))

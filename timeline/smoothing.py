@@ -215,7 +215,7 @@ def to_segments(
         duration: length of the video in seconds.
         marked: stretches with other labels (unreadable, out of body), in order of time, without
             overlap. Predictions inside them do not count. Where there is no prediction between two
-            of them, the first one is extended to the second one.
+            of them, it is `uncertain`; if that lasts less than a second, the first one is extended.
     """
     labels = [*classes, UNCERTAIN]
     confidence = np.concatenate((probabilities, probabilities.max(axis=1, keepdims=True)), axis=1)
@@ -233,13 +233,13 @@ def to_segments(
                 segments.append(
                     Segment(float(edges[first]), float(edges[last]), labels[state], mean)
                 )
+        elif end - start >= 1.0 or (not marked and end > start):
+            segments.append(Segment(start, end, UNCERTAIN))
         elif end > start + 1e-9:
             if segments:
                 segments[-1] = segments[-1]._replace(end=end)
-            elif mark:
-                mark = mark._replace(start=start)
             else:
-                segments.append(Segment(start, end, UNCERTAIN))
+                mark = mark._replace(start=start)
         if mark:
             if segments and segments[-1].label == mark.label:
                 segments[-1] = segments[-1]._replace(end=mark.end)

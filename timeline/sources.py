@@ -4,12 +4,13 @@ A damaged clip is refused (video/decoder.py). An operation is hours long, and a 
 no reason to lose the rest: the stretch is skipped and marked as a gap.
 """
 
+import itertools
 import math
 import os
 import select
 import sys
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,9 +22,12 @@ from utils.errors import UserError
 from video.container import (
     DECODING_ERRORS,
     FORMATS,
+    MAX_RATE,
     TOLERANT,
     ClipError,
     decoding_stream,
+    frame_rate,
+    longest_step,
     open_video,
     reason,
     require_file,
@@ -35,6 +39,10 @@ PREVIEW_WIDTH = 640
 
 # Seconds after an error in which frames that are predicted from other frames are not trusted.
 RECOVERY = 10.0
+
+
+# Packets at the start that tell the frame rate. A pipe cannot be read twice, nor a long file.
+HEAD = 50
 
 
 class Frame(NamedTuple):
@@ -65,6 +73,8 @@ class FrameSource(ABC):
     """whether the video goes on while nobody reads"""
     duration = 0.0
     """length in seconds according to the file; 0: unknown"""
+    rate = 0.0
+    """frames per second of the video itself; 0: unknown"""
 
     def __init__(self, name: str, fps: float, size: int, preview: bool = False) -> None:
         self.name = name
@@ -112,7 +122,7 @@ class FrameSource(ABC):
             self.notes.append(f"from {self.end:.1f} s on unreadable: {message}")
 
 
-class _Recording(FrameSource):
+class Recording(FrameSource):
     """A video with a beginning, an end, and timestamps."""
 
     @abstractmethod
@@ -126,9 +136,6 @@ class _Recording(FrameSource):
                 yield from self._read(container, stream)
         except DECODING_ERRORS as error:
             raise ClipError(self.name, f"cannot be read: {reason(error)}") from error
-        if not self.end:
-            detail = f": {self.notes[0]}" if self.notes else ""
-            raise ClipError(self.name, f"holds no frame that can be decoded{detail}")
         if self.duration > self.end + 1.0:
             self._mark_gap(
                 self.duration, f"the file ends there, but its header says {self.duration:.1f} s"
@@ -137,13 +144,15 @@ class _Recording(FrameSource):
     def _read(
         self, container: av.container.InputContainer, stream: av.VideoStream
     ) -> Iterator[Frame]:
-        interval = 1 / float(stream.average_rate or stream.guessed_rate or 25)
-        interval = min(max(interval, 1e-3), 60.0)
-        origin = (container.start_time or 0) / av.time_base
         self.duration = max(0.0, (container.duration or 0) / av.time_base)
-        max_step = max(1.0, 5 * interval)  # a longer time between two frames is a gap
+        packets = read_packets(container, stream)
+        head = list(itertools.islice(packets, HEAD))
+        interval = 1 / self._find_rate(stream, head)
+        origin = (container.start_time or 0) / av.time_base
+        max_step = longest_step(interval)  # a longer time between two frames is a gap
+        items = decode_packets(itertools.chain(head, packets))
         trusted, error, lost_at = True, "", -math.inf
-        for item, seconds in _with_times(decode_all(container, stream), origin, interval, max_step):
+        for item, seconds in _with_times(items, origin, interval, max_step):
             if isinstance(item, str):
                 error, trusted, lost_at = error or item, False, self.end
                 continue
@@ -169,11 +178,29 @@ class _Recording(FrameSource):
             self.end = max(self.end, seconds + interval)
             if frame:
                 yield frame
-        if error and self.end and self.duration > self.end + interval:
+        if not self.end:
+            detail = f": {error}" if error else ""
+            raise ClipError(self.name, f"holds no frame that can be decoded{detail}")
+        if error and self.duration > self.end + interval:
             self._mark_gap(self.duration, error)
 
+    def _find_rate(self, stream: av.VideoStream, head: list[av.Packet | str]) -> float:
+        """The video's frames per second by its first packets; a note if they do not tell it."""
+        stamps = [(p.pts, p.dts) for p in head if isinstance(p, av.Packet) and p.size]
+        is_whole = len(head) < HEAD
+        self.rate = frame_rate(stream, stamps, self.duration if is_whole else 0.0)
+        if self.rate:
+            return self.rate
+        header = float(stream.guessed_rate or 0)
+        assumed = header if 1 <= header <= MAX_RATE else 25.0
+        if all(stamp == (None, None) for stamp in stamps):
+            self.notes.append(
+                f"the file holds no time stamps: all times assume {assumed:g} frames per second"
+            )
+        return assumed
 
-class FileSource(_Recording):
+
+class FileSource(Recording):
     """A video file."""
 
     def __init__(self, path: Path, fps: float, size: int, preview: bool = False) -> None:
@@ -185,7 +212,7 @@ class FileSource(_Recording):
         return open_video(self.path)
 
 
-class PipeSource(_Recording):
+class PipeSource(Recording):
     """A video from standard input, in a format that can be read without seeking (MPEG-TS, Matroska,
     fragmented MP4)."""
 
@@ -210,25 +237,34 @@ class PipeSource(_Recording):
         return b"" if self.closing else os.read(0, size)
 
 
-def decode_all(
+def read_packets(
     container: av.container.InputContainer, stream: av.VideoStream
-) -> Iterator[av.VideoFrame | str]:
-    """All frames that can be decoded, and an error message in place of each one that cannot."""
+) -> Iterator[av.Packet | str]:
+    """All packets that can be read, and an error message in place of each one that cannot."""
     failures = 0  # one after the other
     while failures < 50:
         try:
             # An error ends PyAV's iterator; a new iterator continues behind the damage.
             for packet in container.demux(stream):
-                try:
-                    yield from packet.decode()
-                    failures = 0
-                except DECODING_ERRORS as error:
-                    yield reason(error)
+                yield packet
+                failures = 0
             return
         except av.EOFError:
             return
         except DECODING_ERRORS as error:
             failures += 1
+            yield reason(error)
+
+
+def decode_packets(packets: Iterable[av.Packet | str]) -> Iterator[av.VideoFrame | str]:
+    """All frames that can be decoded, and an error message in place of each one that cannot."""
+    for packet in packets:
+        if isinstance(packet, str):
+            yield packet
+            continue
+        try:
+            yield from packet.decode()
+        except DECODING_ERRORS as error:
             yield reason(error)
 
 
@@ -241,7 +277,7 @@ def _with_times(
     wrong one would cost all frames up to it.
 
     Args:
-        items: output of `decode_all`.
+        items: output of `decode_packets`.
         origin: timestamp of the start in seconds.
         interval: usual seconds between two frames.
         max_step: longest step in seconds that is accepted at once.

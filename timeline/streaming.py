@@ -16,7 +16,7 @@ from torch import nn
 
 from cnn_lstm import CNNLSTM
 from modeling.frame_encoder import FrameEncoder
-from modeling.inference import pack_convolutions, prepare_for_inference
+from modeling.inference import pack_convolutions, prepare_for_inference, require_finite
 from timeline.sources import Frame
 from tsm_resnet import TSM
 from utils.errors import UserError
@@ -140,8 +140,12 @@ def split_model(model: nn.Module) -> tuple[Embedding, Consensus]:
 
 
 def _to_probabilities(logits: torch.Tensor, temperature: float) -> torch.Tensor:
-    """Logits as float64 probabilities on the CPU, computed as evaluate.py does."""
-    return (logits.cpu().double() / temperature).softmax(dim=-1)
+    """Logits as float64 probabilities on the CPU, computed as evaluate.py does.
+
+    Raises:
+        NotFiniteError: a logit is not finite.
+    """
+    return (require_finite(logits.cpu().double()) / temperature).softmax(dim=-1)
 
 
 class SlidingWindows:
@@ -237,6 +241,8 @@ class OnlinePredictor:
         self.fps = fps
         self.window = n_frames / fps
         """length of a window in seconds"""
+        self.rate = 0.0
+        """frames per second that the video itself has; 0: unknown"""
         self.device = torch.device(device)
         self._model: Streamer | SlidingWindows
         if supports_streaming(model):
@@ -252,11 +258,16 @@ class OnlinePredictor:
             live: whether it is a live video.
         """
         self.live = live
+        self.rate = 0.0
         self._has_predicted = False
         self._forget_frames()
 
     def step(self, frames: Sequence[Frame]) -> FramePredictions:
-        """Take the next frames, and return the predictions that they give (perhaps none)."""
+        """Take the next frames, and return the predictions that they give (perhaps none).
+
+        Raises:
+            NotFiniteError: an output of the model is not finite.
+        """
         predictions: list[tuple[float, np.ndarray]] = []
         batch: list[Frame] = []
         for frame in frames:
@@ -276,9 +287,16 @@ class OnlinePredictor:
         """
         if self._has_predicted or self._last_image is None:
             return self._collect([])
-        middle = (self._times[0] + self._times[-1]) / 2
+        # The time of a frame: the middle itself may lie in a pause.
+        center = (self._times[0] + self._times[-1]) / 2
+        middle = min(self._times, key=lambda time: abs(time - center))
         padding = [self._last_image] * (self.n_frames - len(self._times))
         return self._collect([(middle, self._step_model(padding)[-1].numpy())])
+
+    @property
+    def frames_seen(self) -> int:
+        """How many of the frames of a window have come since the start or the last long pause."""
+        return len(self._times)
 
     def _forget_frames(self) -> None:
         self._model.reset()
@@ -288,7 +306,7 @@ class OnlinePredictor:
     def _longest_pause(self, times: list[float]) -> float:
         """Seconds without a frame that a window may contain: its length at its own frame rate."""
         if len(times) < 2:
-            return 10 * self.window
+            return 10 * self.n_frames / min(self.fps, self.rate or self.fps)
         return max(self.window, self.n_frames * (times[-1] - times[0]) / (len(times) - 1))
 
     def _predict(self, frames: list[Frame]) -> list[tuple[float, np.ndarray]]:

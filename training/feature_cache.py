@@ -23,7 +23,7 @@ from clips.transforms import ClipAugment
 from cnn_lstm import CNNLSTM
 from config import TrainConfig, names_with
 from dataset import ClipsDataset, collate
-from modeling.inference import prepare_for_inference
+from modeling.inference import prepare_for_inference, require_finite
 from utils.files import atomic
 from utils.workers import read_batches, start_worker
 from video.container import ClipError
@@ -121,7 +121,8 @@ class CachedFeatures(Dataset):
                 continue
             clips = torch.stack([clip for *_, clip in readable]).to(device)  # (B, [V,] T, C, H, W)
             features = model.frame_features(clips.flatten(0, -5))  # (B * V, T, num_features)
-            features = features.unflatten(0, clips.shape[:-4]).half().cpu().numpy()
+            features = features.unflatten(0, clips.shape[:-4]).half().cpu()
+            features = require_finite(features).numpy()
             for (index, augmentation, _), array in zip(readable, features, strict=True):
                 with atomic(self.path(self.rows[index], augmentation)) as unfinished:
                     np.save(unfinished, array)

@@ -1,6 +1,6 @@
 """Opening video files, reading their metadata, and converting decoded frames to RGB."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,6 +16,9 @@ LUMA = (0.299, 0.587, 0.114)
 
 # Larger frames are decompression bombs and do not come from an endoscope: 8K is 33 million pixels.
 MAX_PIXELS = 8192 * 4608
+
+# Frames per second above which a rate is not believed.
+MAX_RATE = 240.0
 
 # Container formats that are opened. Playlists (HLS, DASH, concat, SDP) are left out, because the
 # reader would open any file or address that they name.
@@ -49,9 +52,9 @@ class VideoMetadata(NamedTuple):
     frames: int
     """number of non-empty packets"""
     seconds: float
-    """duration, `frames / rate`; 0 if the rate is unknown"""
+    """duration without pauses, `frames / rate`; 0 if the rate is unknown"""
     rate: float
-    """average frames per second, 0 if unknown"""
+    """frames per second, see `frame_rate`; 0 if unknown"""
     width: int
     height: int
     codec: str
@@ -119,12 +122,60 @@ def probe(path: Path) -> VideoMetadata:
             index, _ = video_streams(container, path)[0]
             stream = container.streams[index]
             context = stream.codec_context
-            rate = float(stream.average_rate or stream.guessed_rate or 0)
-            frames = sum(1 for packet in container.demux(stream) if packet.size)
+            stamps = [(p.pts, p.dts) for p in container.demux(stream) if p.size]
+            rate = frame_rate(stream, stamps, duration(container, stream))
+            seconds = len(stamps) / rate if rate else 0.0
             size = context.width, context.height
-            return VideoMetadata(frames, frames / rate if rate else 0.0, rate, *size, context.name)
+            return VideoMetadata(len(stamps), seconds, rate, *size, context.name)
     except DECODING_ERRORS as error:
         raise ClipError(path, f"cannot be read: {reason(error)}") from error
+
+
+def duration(container: av.container.InputContainer, stream: av.VideoStream) -> float:
+    """Seconds of a stream, or else of its file, according to the header; 0 if it does not say."""
+    if stream.duration and stream.time_base:
+        return max(0.0, float(stream.duration * stream.time_base))
+    return max(0.0, (container.duration or 0) / av.time_base)
+
+
+def longest_step(interval: float) -> float:
+    """Seconds from one frame to the next above which something is missing between them.
+
+    Args:
+        interval: usual seconds between two frames.
+    """
+    return max(1.0, 5 * interval)
+
+
+def frame_rate(
+    stream: av.VideoStream,
+    stamps: Sequence[tuple[int | None, int | None]],
+    seconds: float = 0.0,
+) -> float:
+    """Mean frames per second of a stream outside pauses; 0 if its packets do not tell it.
+
+    The header is believed only where the packets agree. Where it holds no rate, FFmpeg takes the
+    time base for one: a browser's WebM would have 1000 frames per second, and raw DV 60000.
+
+    Args:
+        stamps: presentation and decoding time of each packet, in units of the stream's time base.
+        seconds: duration of all these packets, for streams without usable times; 0: unknown.
+    """
+    # Some containers store only one of the two, or leave some out.
+    known = max(([t for t in times if t is not None] for times in zip(*stamps, strict=True)),
+                key=len, default=[])  # fmt: skip
+    rates = []
+    if len(known) > max(1, len(stamps) / 2):
+        steps = np.diff(np.sort(known)) * float(stream.time_base)
+        steps = steps[steps <= longest_step(float(np.median(steps)))]
+        rates.append(len(steps) / steps.sum() if steps.any() else 0.0)
+    if seconds:
+        rates.append(len(stamps) / seconds)
+    measured = next((rate for rate in rates if 0 < rate <= MAX_RATE), 0.0)
+    # Times in whole milliseconds, or the length of the last frame, change a rate a little.
+    headers = map(float, filter(None, (stream.average_rate, stream.guessed_rate)))
+    agreeing = (rate for rate in headers if abs(rate - measured) <= 0.03 * measured)
+    return next(agreeing, float(measured))
 
 
 def count_packets(path: Path, index: int) -> int:

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from evaluation.calibration import describe_alternative
 from utils.errors import first_line
 from web import report_figures, report_sections
 from web.anonymize import Pseudonyms, pseudonymize
@@ -45,6 +46,7 @@ def build_page(
             title=names.redact(report_sections.title(data)),
             run_name=names.redact(data.run.folder.resolve().name),
             warnings=report_sections.warnings(data, names),
+            alternative=describe_alternative(data.results["selective"].get("alternative")),
             interval_note=report_sections.interval_note(data),
             cards=report_sections.headline_cards(data, intervals),
             confusion=report_sections.confusion(data),

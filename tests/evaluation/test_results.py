@@ -209,6 +209,26 @@ def test_the_text_about_the_threshold() -> None:
     )
 
 
+def test_a_useless_threshold_names_the_switch_and_its_cost() -> None:
+    """Ten validation clips: of the most confident five one is wrong, (1 + 1) / (5 + 2) = 0.286."""
+    confidence = tuple(0.99 - 0.01 * k for k in range(10))
+    correct = (True, True, False, True, True, False, False, True, False, False)
+    fitted = Calibration(1.0, 0.1, None, confidence, correct)
+    results = compute_results(small(), CLASSES, [fitted])
+    assert results["selective"]["alternative"] == {
+        "target_error": 0.29,
+        "clips": 10,
+        "answered": 5,
+        "error": 0.2,
+    }
+    sentence = "--target-error 0.29 would answer 5 of the 10 validation clips, 20% of these wrongly"
+    assert f"With evaluate.py and predict.py, {sentence}" in format_results(results)
+    assert not np.isinf(fitted.with_target_error(0.29).min_confidence)  # it does what it says
+    # Without the clips of one calibration no cost is known, only the switch.
+    folds = compute_results(small(), CLASSES, [fitted] * 6)
+    assert "a higher --target-error answers more" in format_results(folds)
+
+
 @pytest.mark.parametrize("patients", [(ANNA, BERT), (ANNA, ANNA), (ANNA, None)])
 def test_the_text_names_nobody(patients: tuple[str | None, str | None]) -> None:
     names = dict(zip((ANNA, BERT), patients, strict=True))

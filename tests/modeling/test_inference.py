@@ -7,7 +7,13 @@ import torch
 from helpers import make_model
 from torch import nn
 
-from modeling.inference import fold_batchnorms, pack_convolutions, prepare_for_inference
+from modeling.inference import (
+    NotFiniteError,
+    fold_batchnorms,
+    pack_convolutions,
+    prepare_for_inference,
+    require_finite,
+)
 from models import MODELS
 
 CPU = torch.device("cpu")
@@ -130,3 +136,12 @@ def test_what_cannot_be_packed_stays() -> None:
         torch.nn.Conv2d(4, 4, 3, padding=1, padding_mode="reflect"),
     )
     assert pack_convolutions(odd) == 0
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_outputs_that_are_not_finite_are_refused(value: float) -> None:
+    outputs = torch.zeros(2, 3)
+    assert require_finite(outputs) is outputs
+    outputs[1, 2] = value
+    with pytest.raises(NotFiniteError, match="not finite: use --precision fp32"):
+        require_finite(outputs)

@@ -232,8 +232,16 @@ def test_without_any_prediction_nothing_is_known() -> None:
     none = np.zeros(0), np.zeros(0, int), np.zeros((0, 2))
     (segment,) = to_segments(*none, ["a", "b"], 5.0)
     assert segment[:3] == (0.0, 5.0, UNCERTAIN)
-    (segment,) = to_segments(*none, ["a", "b"], 5.0, [Segment(1.0, 4.0, UNREADABLE)])
+    (segment,) = to_segments(*none, ["a", "b"], 5.0, [Segment(0.2, 4.1, UNREADABLE)])
     assert segment[:3] == (0.0, 5.0, UNREADABLE)
+    # Seconds that could be read are not called unreadable.
+    segments = to_segments(*none, ["a", "b"], 5.0, [Segment(1.0, 3.0, UNREADABLE)])
+    assert [segment[:3] for segment in segments] == [
+        (0.0, 1.0, UNCERTAIN),
+        (1.0, 3.0, UNREADABLE),
+        (3.0, 5.0, UNCERTAIN),
+    ]
+    assert all(math.isnan(segment.confidence) for segment in segments)
 
 
 @pytest.mark.parametrize("seed", range(5))

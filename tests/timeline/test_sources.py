@@ -1,15 +1,21 @@
 """Sources of whole videos: which frames they give, and how they handle damage and lost streams."""
 
+import functools
+import http.server
+import shutil
 import socket
 import threading
+from collections import Counter
 from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import av
 import numpy as np
 import pytest
+from helpers import write_dv, write_stamped
 
-from timeline.live_source import LiveSource, is_live
+from timeline.live_source import LiveSource, is_live, open_address
 from timeline.output import safe_name
 from timeline.prefetch import QUEUE_SIZE, Prefetcher
 from timeline.segments import UNREADABLE
@@ -232,6 +238,174 @@ def test_a_stream_that_is_not_there_is_an_error_at_once() -> None:
         next(iter(LiveSource(f"tcp://127.0.0.1:{port}", 10.0, 16)))
     with pytest.raises(ClipError, match="camera 77"):
         next(iter(LiveSource("77", 10.0, 16)))
+
+
+class Files(http.server.SimpleHTTPRequestHandler):
+    """A folder as a server; it sends parts of files only if `ranges`."""
+
+    ranges = False
+    endless = False
+
+    def do_GET(self) -> None:
+        self.server.requests.append(self.path)
+        path = Path(self.translate_path(self.path))
+        content = path.read_bytes() if path.exists() else b""
+        if self.endless:  # no length: a stream
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(content)
+            return
+        if not (self.ranges and content and self.headers["Range"]):
+            super().do_GET()
+            return
+        first, _, last = self.headers["Range"].removeprefix("bytes=").partition("-")
+        part = content[int(first) : int(last) + 1 if last else None]
+        self.send_response(206)
+        self.send_header("Accept-Ranges", "bytes")
+        span = f"{first}-{int(first) + len(part) - 1}/{len(content)}"
+        self.send_header("Content-Range", f"bytes {span}")
+        self.send_header("Content-Length", str(len(part)))
+        self.end_headers()
+        self.wfile.write(part)
+
+    def handle(self) -> None:
+        with suppress(ConnectionError):  # the reader has what it needs
+            super().handle()
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@contextmanager
+def web_server(folder: Path, **options: bool) -> Iterator[tuple[str, list]]:
+    """The address of a folder's server, and the paths that are asked for."""
+    handler = functools.partial(type("Handler", (Files,), options), directory=str(folder))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        server.requests = []
+        thread = threading.Thread(target=server.serve_forever, daemon=True)
+        thread.start()
+        try:
+            yield f"http://127.0.0.1:{server.server_port}", server.requests
+        finally:
+            server.shutdown()
+            thread.join()
+
+
+@pytest.fixture(scope="module")
+def web_folder(video: Path, transport: bytes, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The video with its index at the end and at the start, as WebM without a duration, as a
+    transport stream, and as a finished HLS playlist."""
+    folder = tmp_path_factory.mktemp("web")
+    shutil.copy(video, folder / "end.mp4")
+    (folder / "stream.ts").write_bytes(transport)
+    for name, options in (
+        ("start.mp4", {"movflags": "faststart"}),
+        ("live.mkv", {"live": "1"}),
+        ("list.m3u8", {"hls_time": "2", "hls_list_size": "0"}),
+    ):
+        with av.open(str(video)) as source, av.open(str(folder / name), "w", options=options) as to:
+            stream = to.add_stream_from_template(source.streams.video[0])
+            for packet in source.demux(video=0):
+                if packet.dts is not None:
+                    packet.stream = stream
+                    to.mux(packet)
+    return folder
+
+
+@pytest.mark.parametrize("ranges", [True, False])
+@pytest.mark.parametrize(
+    ("name", "seconds"),
+    [("start.mp4", 20), ("end.mp4", 20), ("live.mkv", 20), ("stream.ts", 4), ("list.m3u8", 20)],
+)
+def test_a_file_at_an_address_is_read_once(
+    name: str, seconds: int, ranges: bool, web_folder: Path
+) -> None:
+    if name == "end.mp4" and not ranges:
+        return  # see the next test
+    with web_server(web_folder, ranges=ranges) as (address, requests):
+        source = open_address(f"{address}/{name}", 5.0, 16)
+        times = times_of(source)
+    assert not source.live
+    assert times == pytest.approx(np.arange(0, seconds, 0.2), abs=0.05)
+    assert source.end == pytest.approx(seconds, abs=0.05)
+    assert source.gaps == []
+    assert source.notes == []
+    # With ranges its end is looked at too, for the index or the last time.
+    assert max(Counter(requests).values()) <= (3 if ranges else 1)
+
+
+def test_a_file_that_cannot_be_read_from_its_address_is_an_error(web_folder: Path) -> None:
+    """Its index is behind the frames, and the server cannot go back to them."""
+    with web_server(web_folder) as (address, requests):
+        with pytest.raises(ClipError, match=r"end\.mp4: .*download it and predict the file"):
+            list(open_address(f"{address}/end.mp4", 5.0, 16))
+        with pytest.raises(ClipError, match=r"none\.mp4: cannot be opened"):
+            open_address(f"{address}/none.mp4", 5.0, 16)
+    assert len(requests) == 2
+
+
+def test_a_download_that_breaks_off_ends(web_folder: Path) -> None:
+    class Half(Files):
+        def copyfile(self, source: object, outputfile: object) -> None:
+            outputfile.write(source.read(Path(source.name).stat().st_size // 2))
+
+    with web_server(web_folder, copyfile=Half.copyfile) as (address, requests):
+        source = open_address(f"{address}/start.mp4", 5.0, 16)
+        times = times_of(source)
+    assert len(requests) == 1
+    assert 5 < times[-1] < 15
+    (gap,) = source.gaps
+    assert (gap.end, gap.label) == (20, UNREADABLE)
+
+
+def test_what_has_no_end_at_an_address_stays_live(web_folder: Path) -> None:
+    with web_server(web_folder, endless=True) as (address, requests):
+        source = open_address(f"{address}/live.mkv", 1e7, 16, reconnect_timeout=0.3)
+        assert source.live
+        assert len(requests) == 1
+        frames = []
+        for frame in source:  # the connection that told this is used, and restored at its end
+            frames.append(frame)
+            source.closing = len(requests) == 2
+    assert len(frames) > 400
+    assert len(requests) == 2
+    assert open_address("rtsp://127.0.0.1:1/x", 5.0, 16).live  # not connected yet
+
+
+def test_a_playlist_that_goes_on_stays_live(web_folder: Path) -> None:
+    playlist = (web_folder / "list.m3u8").read_text()
+    unfinished = web_folder / "unfinished.m3u8"
+    unfinished.write_text(playlist.replace("#EXT-X-ENDLIST", ""))
+    with web_server(web_folder) as (address, _):
+        source = open_address(f"{address}/{unfinished.name}", 5.0, 16)
+        assert source.live
+        source.container.close()
+
+
+@pytest.mark.parametrize("fps", [5.0, ALL])
+def test_files_whose_header_has_no_frame_rate(tmp_path: Path, fps: float) -> None:
+    stamps = [round(1000 * k / 30) for k in range(60)]
+    source = FileSource(write_stamped(tmp_path / "b.webm", stamps, live=True), fps, 16)
+    wanted = stamps if fps == ALL else [stamps[k] for k in range(0, 60, 6)]
+    assert times_of(source) == pytest.approx([t / 1000 for t in wanted], abs=0.002)
+    assert source.rate == pytest.approx(30, rel=0.002)
+    assert source.end == pytest.approx(2, abs=0.01)
+    assert source.gaps == source.notes == []
+
+
+@pytest.mark.skipif("dvvideo" not in av.codecs_available, reason="FFmpeg without DV")
+def test_raw_dv_has_its_times(tmp_path: Path) -> None:
+    source = FileSource(write_dv(tmp_path / "tape.dv", 30), 5.0, 16)
+    assert times_of(source) == pytest.approx(np.arange(0, 1.2, 0.2), abs=0.001)
+    assert (source.rate, source.end) == (25, pytest.approx(1.2))
+
+
+def test_a_file_without_time_stamps_says_so(tmp_path: Path) -> None:
+    write_video(tmp_path / "raw.h264", numbered(60), 30)
+    source = FileSource(tmp_path / "raw.h264", 5.0, 16)
+    assert times_of(source) == pytest.approx(np.arange(0, 2, 0.2), abs=0.001)
+    assert source.rate == 0
+    assert source.notes == ["the file holds no time stamps: all times assume 30 frames per second"]
 
 
 def test_passwords_are_not_shown() -> None:

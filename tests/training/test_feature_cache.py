@@ -56,6 +56,19 @@ def frozen_model() -> torch.nn.Module:
 
 
 @torch.no_grad()
+def test_features_that_are_not_finite_are_not_kept(tiny_data: Path, tmp_path: Path) -> None:
+    """fp16 ends at 65504."""
+    config = settings(tiny_data, tmp_path)
+    model = frozen_model()
+    last = [m for m in model.backbone.modules() if isinstance(m, torch.nn.BatchNorm2d)][-1]
+    last.bias += 1e5
+    loaders = build_dataloaders(config)
+    with pytest.raises(UserError, match="not finite"):
+        feature_loader(loaders[1], model, config, CPU)
+    assert not list(tmp_path.rglob("*.npy"))
+
+
+@torch.no_grad()
 def test_features_are_those_of_the_clips(tiny_data: Path, tmp_path: Path) -> None:
     config = settings(tiny_data, tmp_path, test_views=2, test_crops=3)
     model = frozen_model()

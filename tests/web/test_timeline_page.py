@@ -13,15 +13,10 @@ import pytest
 from helpers import PALE_TEXTS
 
 from clips.manifest import CLASSES, UNCERTAIN
+from timeline.output import MAX_BINS, NO_PREDICTION, bin_probabilities
 from timeline.segments import OUT_OF_BODY, UNREADABLE, Segment, Timeline, read_timeline
 from video.encoder import write_video
-from web.timeline_page import (
-    MAX_BINS,
-    NO_PREDICTION,
-    bin_probabilities,
-    build_timeline_page,
-    write_timeline_page,
-)
+from web.timeline_page import build_timeline_page, write_timeline_page
 
 VIDEO = """my op #1? 50% & "q" it's é.mp4"""
 HOSTILE = (
