@@ -1,5 +1,6 @@
 """Worker processes: reading batches from a loader's workers, and a parallel map over clips."""
 
+import _thread
 import contextlib
 import itertools
 import logging
@@ -8,6 +9,7 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -37,20 +39,22 @@ _workers: set[BaseProcess] = set()  # those of the loaders that this process has
 def read_batches(loader: "DataLoader", interrupt: Interrupt | None = None) -> Iterator[Any]:
     """Yield the batches of a loader.
 
-    A worker that ends too early makes PyTorch raise a RuntimeError, here or wherever the program
-    is; `worker_failure` explains it. If workers live but no batch comes, the log says so.
+    A worker that ends too early also makes PyTorch raise a RuntimeError wherever the program is;
+    `worker_failure` explains it. If all workers live but no batch comes, the log says so.
 
     Args:
         interrupt: a request to stop is heard also while no batch comes.
 
     Raises:
         Interrupted: `interrupt` was asked to stop while no batch came.
+        UserError: a worker has ended too early.
     """
     batches = iter(loader)
     _workers.difference_update([worker for worker in _workers if worker.exitcode == 0])
-    _workers.update(multiprocessing.active_children())
+    # `active_children` would leave out those that have died already.
+    _workers.update(getattr(batches, "_workers", ()))
     while True:
-        watch = threading.Timer(PATIENCE, _warn_waiting)
+        watch = threading.Timer(PATIENCE, _end_waiting)
         watch.daemon = True
         if loader.num_workers:
             watch.start()
@@ -59,6 +63,14 @@ def read_batches(loader: "DataLoader", interrupt: Interrupt | None = None) -> It
                 batch = next(batches)
         except StopIteration:
             return
+        except BaseException as error:
+            # The connection to a dying process is lost before it has an exit code.
+            deadline = time.monotonic() + 5 * isinstance(error, OSError | EOFError)
+            while not worker_failure() and time.monotonic() < deadline:
+                time.sleep(0.05)
+            if reason := worker_failure():
+                raise UserError(reason) from error
+            raise
         finally:
             watch.cancel()
         yield batch
@@ -85,11 +97,19 @@ def worker_failure() -> str:
     )
 
 
-def _warn_waiting() -> None:
-    log.warning(
-        f"no clips for {PATIENCE:.0f} s, although the processes that read them are alive. Is the "
-        f"disk or the network slow? ({_sharing_limits()}.)"
-    )
+def _end_waiting() -> None:
+    """Say that no batch comes, or end the waiting if none can come.
+
+    PyTorch notices a worker's death at once, except while it reads what that worker left half
+    written: then it would wait for ever.
+    """
+    if worker_failure():
+        _thread.interrupt_main()
+    else:
+        log.warning(
+            f"no clips for {PATIENCE:.0f} s, although the processes that read them are alive. Is "
+            f"the disk or the network slow? ({_sharing_limits()}.)"
+        )
 
 
 def _sharing_limits() -> str:

@@ -148,7 +148,8 @@ def test_a_program_that_fails_ends_with_its_workers(tiny_data: Path, tmp_path: P
         "import train\n"
         "def broken(*_): raise ValueError('a bug of ours')\n"
         "train.epoch_line = broken\n"
-        "train.main()\n"
+        "if __name__ == '__main__':\n"
+        "    train.main()\n"
     )
     flags = ("--data-root", tiny_data, *TINY_FLAGS, "--num-workers", "2", "--epochs", "1")
     done = subprocess.run(

@@ -69,9 +69,6 @@ def in_process(function: Callable[[], None], folder: Path, seconds: float = 50) 
         output = os.open(folder / "out.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         os.dup2(output, 1)
         os.dup2(output, 2)
-        import faulthandler
-
-        faulthandler.dump_traceback_later(15, file=os.fdopen(os.dup(1), "w"))
         sys.stdout = sys.stderr = open(1, "w", buffering=1, encoding="utf-8")  # noqa: SIM115
         logging.basicConfig(stream=sys.stdout, force=True, format="%(message)s")
         try:
@@ -167,10 +164,30 @@ def test_a_worker_that_dies_is_one_line(tmp_path: Path, number: int, text: str) 
         read_all(make_loader(lambda: os.kill(os.getpid(), number)))
 
     code, output = in_process(main, tmp_path)
-    assert code == 2
+    assert code == 2, output
     (line,) = [line for line in output.splitlines() if line.startswith("error")]
     assert text in line
     assert "Traceback" not in output
+
+
+def test_the_death_of_a_worker_that_pytorch_misses_is_found_out(tmp_path: Path) -> None:
+    """Here its handler of SIGCHLD does nothing and the main process waits for what never comes."""
+
+    def wait(_: object) -> None:
+        time.sleep(100)
+
+    def main() -> None:
+        utils.workers.PATIENCE = 2
+        clips = Clips(lambda: os.kill(os.getpid(), signal.SIGKILL))
+        loader = DataLoader(clips, 6, num_workers=2, worker_init_fn=start_worker)
+        batches = iter(loader)
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        type(batches)._next_data = wait
+        read_all(loader, Interrupt())
+
+    code, output = in_process(main, tmp_path)
+    assert code == 2
+    assert output.splitlines()[-1].startswith("error: a process that reads clips was killed")
 
 
 def test_an_interrupt_is_heard_while_no_batch_comes(tmp_path: Path) -> None:
