@@ -276,7 +276,7 @@ def test_a_stuck_viewer_delays_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
                 assert len(predictions) == 3000
                 assert Image.open(io.BytesIO(jpeg)).size == (700, 700)
                 count = 3000
-                while len(page._viewers) > 1:  # the other is dropped
+                while len(page._server.viewers) > 1:  # the other is dropped
                     page.show(snapshot(40 + count / 100)._replace(frame=noise))
                     count = (await ask(viewer, count))[0]["next"]
 
