@@ -12,6 +12,7 @@ from evaluation.bootstrap import format_interval, score_intervals
 from evaluation.calibration import Calibration, apply_temperature
 from evaluation.predictions import Predictions, write_predictions
 from utils.files import read_json, write_json, write_text
+from utils.text_table import frame_table
 
 # Earlier names in test_metrics.json.
 _OLD_NAMES = {
@@ -140,7 +141,7 @@ def format_results(results: Mapping[str, Any]) -> str:
     table = pd.DataFrame.from_dict(results["per_class"], orient="index")
     counts = {name: table[name].astype(int) for name in ("clips", "patients") if name in table}
     table = table.astype(float).assign(**counts)
-    lines = [table.to_string(float_format="{:.3f}".format, na_rep="-"), "", headline(results)]
+    lines = [frame_table(table), "", headline(results)]
     for name, title in (("accuracy", "accuracy"), ("macro_f1", "macro-F1")):
         lines.append(f"  {title}: {_interval_text(results, name)}")
     averages = results["averages"]

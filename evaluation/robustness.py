@@ -19,6 +19,7 @@ from evaluation.bootstrap import (
 )
 from evaluation.predictions import Predictions
 from utils.files import write_json, write_text
+from utils.text_table import frame_table
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -104,7 +105,7 @@ def format_robustness(table: "pd.DataFrame", summary: Mapping[str, Any]) -> str:
     relative = "-" if overall["relative"] is None else f"{overall['relative']:.1%}"
     return (
         f"\naccuracy on corrupted clips, by severity (clean: {summary['clean_accuracy']:.4f})\n"
-        f"{wide.to_string(float_format='{:.3f}'.format, na_rep='-')}\n"
+        f"{frame_table(wide)}\n"
         f"mean corruption accuracy {overall['mean_accuracy']:.4f}, {relative} of the clean one; "
         f"lost {format_interval(overall['loss_interval'])}"
     )

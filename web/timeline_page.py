@@ -17,7 +17,7 @@ from markupsafe import Markup
 
 from timeline.segments import NON_CLASS_LABELS, Timeline
 from utils.files import write_text
-from web.templating import page_environment, template_text
+from web.templating import has_long_words, page_environment, template_text
 
 MAX_BINS = 20_000  # per curve; in a video of three hours each one is half a second long
 
@@ -52,6 +52,7 @@ def build_timeline_page(
     digest = hashlib.sha256(script.encode()).digest()
     page = environment.get_template("timeline.html.j2").render(
         timeline=timeline,
+        long_words=has_long_words([*timeline.classes, *NON_CLASS_LABELS]),
         video=video,
         video_name=unquote(video or ""),
         metadata=metadata or {},

@@ -153,6 +153,8 @@ function showPrediction(label, probabilities, isOld) {
   else delete card.dataset.mark;
   const colour = mark ? `var(${mark.colour})` : number < 0 ? "var(--rule)" : classColour(number);
   card.style.setProperty("--prediction", colour);
+  const words = $("prediction").textContent.split(/\s/).map((word) => word.length);
+  card.style.setProperty("--longest", Math.min(20, Math.max(...words))); // longer ones are broken
   write("detail", describe(label, probabilities));
 }
 

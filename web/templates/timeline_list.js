@@ -114,7 +114,8 @@ function fillRow(row, number) {
   row.querySelector(".value").textContent = corrected ? "" : percent(confidence);
   row.classList.toggle("corrected", corrected);
   row.querySelector(".restore").hidden = !corrected;
-  row.querySelector(".restore").textContent = nameOf(before); // timeline.css writes "Back to" before it
+  row.querySelector(".restore").title = `Back to ${nameOf(before)}`;
+  row.querySelector(".restore").textContent = nameOf(before);
 }
 
 // Mark the row of the segment that is played; scroll to it if `bring`.
