@@ -27,7 +27,7 @@ from timeline.segments import Snapshot
 from utils.errors import UserError
 from web.bounded_server import ACCEPTED_AT_ONCE, BoundedServer, limit_log
 from web.live_feed import WINDOW, SnapshotFeed
-from web.templating import page_environment, template_text
+from web.templating import break_points, page_environment, template_text
 
 UPDATES_PER_SECOND = 12
 
@@ -103,7 +103,10 @@ class LivePage:
         """The files of the page by name, each as text and content type."""
         environment = page_environment()
         page = environment.get_template("live.html.j2").render(
-            title=self._title, classes=self._classes, window=WINDOW, root=f"/{self._token}/"
+            title=self._title,
+            classes=[break_points(name) for name in self._classes],
+            window=WINDOW,
+            root=f"/{self._token}/",
         )
         files = {"": (page.encode("utf-8", "replace").decode(), "text/html")}
         for name, kind in (

@@ -1,10 +1,19 @@
 """Tables for the terminal, with names in all alphabets."""
 
+from pathlib import Path
+
 import numpy as np
 import pandas as pd
 import pytest
-from helpers import HOSTILE, LONG_NAMES
+import torch
+from helpers import HOSTILE, LONG_NAMES, make_model
 
+from clips.manifest import ClipRow
+from config import TrainConfig
+from evaluation.calibration import Calibration
+from evaluation.predictions import Predictions
+from evaluation.results import format_results, write_results
+from training.log import run_header
 from utils.text_table import MAX_NAME, frame_table, shorten, text_table
 
 
@@ -55,3 +64,33 @@ def test_a_frame() -> None:
     ]
     assert frame_table(frame[["clips"]].rename_axis("class"), index=False) == "clips\n3\n0"
     assert frame_table(frame[["f1"]], 1).splitlines()[1] == "cut    0.2"
+
+
+def test_the_header_of_a_training_run_aligns() -> None:
+    names = (*LONG_NAMES, "cut", "шитьё")
+    config = TrainConfig(classes=names, n_frames=4, image_size=32)
+    splits = {
+        split: [ClipRow(Path(f"{n}.mp4"), n % len(names)) for n in range(size)]
+        for split, size in (("train", 1000), ("val", 20), ("test", 8))
+    }
+    model = make_model("vivit", len(names), image_size=32, n_frames=4)
+    header = run_header(config, model, splits, torch.device("cpu"), torch.float32)
+    table, about = header.split("\n\n")
+    lines = table.splitlines()
+    assert lines[0].split() == ["clips", "train", "val", "test"]
+    assert lines[-1].split() == ["шитьё", "125", "2", "1"]
+    assert len(lines) == 1 + len(names)
+    assert {len(line) for line in lines} == {MAX_NAME + len("  train  val  test")}
+    assert about.startswith("tsm_resnet, 4 frames of 32 px, on ")
+
+
+def test_the_scores_of_long_classes_align_and_stay_whole_in_files(tmp_path: Path) -> None:
+    names = (*LONG_NAMES, "cut", "шитьё")
+    rows = [ClipRow(Path(f"{n}.mp4"), n % 8, f"p{n % 3}") for n in range(24)]
+    probabilities = np.full((24, 8), 0.05) + 0.6 * np.eye(8)[np.arange(24) % 8]
+    results = write_results(Predictions(rows, probabilities), names, tmp_path, [Calibration()], {})
+    table = format_results(results).split("\n\n")[0].splitlines()
+    assert len(table) == 1 + len(names)
+    assert len({len(line) for line in table}) == 1
+    text = (tmp_path / "test_metrics.json").read_text(encoding="utf-8")
+    assert all(name in text for name in names)
