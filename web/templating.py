@@ -71,4 +71,4 @@ def break_points(name: str) -> list[str]:
 def has_long_words(names: Iterable[str]) -> bool:
     """Whether a name holds a word that is too long for a narrow column."""
     words = (word for name in names for part in break_points(name) for word in part.split())
-    return any(len(word) > 10 for word in words)
+    return any(len(word) > 9 for word in words)

@@ -52,7 +52,9 @@ def build_timeline_page(
     digest = hashlib.sha256(script.encode()).digest()
     page = environment.get_template("timeline.html.j2").render(
         timeline=timeline,
-        long_words=has_long_words([*timeline.classes, *NON_CLASS_LABELS]),
+        long_words=has_long_words(
+            [*timeline.classes, *(segment.label for segment in timeline.segments)]
+        ),
         video=video,
         video_name=unquote(video or ""),
         metadata=metadata or {},

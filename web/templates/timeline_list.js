@@ -40,7 +40,7 @@ function showTotals() {
     row.hidden = !count && isMark(label);
     row.querySelector("input").checked = shownLabels.has(label);
     row.querySelector(".count").textContent = count;
-    row.querySelector(".time").textContent = clock(time, 1);
+    row.querySelector(".time").textContent = clock(time, duration < 3600 ? 1 : 0);
     row.querySelector(".share").textContent = percent(time / duration, 1);
   }
 }
