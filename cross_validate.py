@@ -24,6 +24,7 @@ from utils.cli import cli_main, parse
 from utils.errors import ResultWarning, UserError
 from utils.files import write_json
 from utils.tables import write_table
+from utils.text_table import frame_table
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -152,13 +153,12 @@ def pool_folds(folder: Path, runs: Sequence[Path]) -> Path:
     results = write_results(pooled, classes, folder, calibrations, metadata, names)
     table = fold_table(rows, results)
     write_table(folder / "cross_validation.csv", table, index=True, float_format=".6g")
-    blanked = table.astype(object).where(table.notna(), "-")
     leakage = any(warning["kind"] == "leakage" for warning in warnings)
     model = (
         "a model that saw some of their patients" if leakage else "the model that did not see it"
     )
     print(f"\nall clips, each tested by {model}:\n{format_results(results)}")
-    print(f"\nthe folds:\n{blanked.to_string(float_format='{:.4f}'.format)}\n\nresults: {folder}")
+    print(f"\nthe folds:\n{frame_table(table, 4)}\n\nresults: {folder}")
     return folder
 
 

@@ -13,6 +13,7 @@ from config import TrainConfig
 from r2plus1d_resnet import R2Plus1DResNet18
 from tsm_resnet import TSM
 from utils.errors import UserError
+from utils.text_table import text_table
 from vivit import ViViT
 
 MODELS = {"tsm_resnet": TSM, "r2plus1d": R2Plus1DResNet18, "cnnlstm": CNNLSTM, "vivit": ViViT}
@@ -79,12 +80,12 @@ _BATCHNORMS = (nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
 def summary(model: nn.Module) -> str:
     """One line per stage: the number of parameters, and whether they are trained."""
-    lines, total, total_trained = [], 0, 0
+    rows, total, total_trained = [], 0, 0
     for name, modules in model.stages().items():
         parameters = [p for module in modules for p in module.parameters()]
         count = sum(p.numel() for p in parameters)
         trained = sum(p.numel() for p in parameters if p.requires_grad)
         total, total_trained = total + count, total_trained + trained
-        lines.append(f"{name:>16} {count:12,d}{'' if trained else '  frozen'}")
-    lines.append(f"{'parameters':>16} {total:12,d}, trained {total_trained:,d}")
-    return "\n".join(lines)
+        rows.append([name, f"{count:,d}", "" if trained else "frozen"])
+    rows.append(["parameters", f"{total:,d}", ""])
+    return f"{text_table(rows)}, trained {total_trained:,d}"

@@ -320,6 +320,7 @@ def _advice(timeline: "Timeline", calibration: "Calibration") -> list[str]:
 def _summary(timeline: "Timeline", seconds: float, frames: "FrameSource", folder: Path) -> str:
     """Notes, the time of each label, the speed, and the page to open."""
     from utils.run_dir import sanitize
+    from utils.text_table import text_table
 
     durations: dict[str, float] = {}
     for segment in timeline.segments:
@@ -333,7 +334,7 @@ def _summary(timeline: "Timeline", seconds: float, frames: "FrameSource", folder
     return "\n".join(
         [
             *(f"note: {note}" for note in timeline.notes),
-            *(f"{label:>16} {duration:9.1f} s" for label, duration in longest_first),
+            text_table([label, f"{duration:.1f} s"] for label, duration in longest_first),
             total,
             f"open {sanitize(str(folder / 'timeline.html'))}",
         ]

@@ -22,6 +22,7 @@ from clips.manifest_formats import read_records
 from clips.perceptual_hash import duplicate_groups, perceptual_hash, sha256_file
 from utils.errors import UserError
 from utils.tables import write_table
+from utils.text_table import frame_table
 from utils.workers import in_parallel
 from video.container import ClipError, VideoMetadata, probe
 
@@ -102,13 +103,13 @@ def audit(config: AuditConfig) -> int:
     print(f"\nclips / patients / videos / source actions\n{_by_split(tables['composition'])}")
     if config.looped:
         tables["looped"] = looped_clips(clips, config.looped)
-        print(f"\nclips padded by looping\n{tables['looped'].to_string()}")
+        print(f"\nclips padded by looping\n{frame_table(tables['looped'])}")
     exists = clips["file"].notna()
     print(f"\nfiles: {exists.sum():,} of {len(clips):,} exist")
     if exists.any() and config.contents:
         clips = add_contents(clips, config.max_hamming_distance, config.num_workers)
         tables["files"] = file_statistics(clips)
-        print(tables["files"].to_string(index=False))
+        print(frame_table(tables["files"], index=False))
         _print_not_compared(clips)
     else:
         print("no file was read: the audit compares names only, not the contents of the clips")
@@ -330,7 +331,7 @@ def _by_split(table: "pd.DataFrame") -> str:
     columns = ("clips", "patients", "videos", "actions")
     cells = [" / ".join(f"{row[name]:,}" for name in columns) for _, row in table.iterrows()]
     wide = table.assign(cell=cells).pivot(index="class", columns="split", values="cell")
-    return wide.loc[table["class"].unique(), table["split"].unique()].to_string()
+    return frame_table(wide.loc[table["class"].unique(), table["split"].unique()])
 
 
 def _range(values: Sequence[float]) -> str:

@@ -19,6 +19,7 @@ from clips.stratified_groups import class_imbalance, missing_classes, stratified
 from utils.errors import UserError
 from utils.files import write_json
 from utils.tables import write_table
+from utils.text_table import frame_table
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -77,7 +78,7 @@ def split(config: SplitConfig) -> int:
         folds = {"": divided}
     _write(output, config, clips, folds)
     for name, splits in folds.items():
-        print(f"\n{name or output}\n{balance(clips, splits).to_string()}")
+        print(f"\n{name or output}\n{frame_table(balance(clips, splits))}")
     imbalance = class_imbalance(labels, divided, fractions)
     print(f"\nimbalance: {imbalance:.1%} of a class's clips are in the wrong split or fold (mean)")
     for remark in _remarks(labels, groups, folds, config):

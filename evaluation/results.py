@@ -13,6 +13,7 @@ from evaluation.calibration import Calibration, apply_temperature, describe_alte
 from evaluation.predictions import Predictions, write_predictions
 from utils.files import read_json, write_json
 from utils.tables import write_table
+from utils.text_table import frame_table
 
 # Earlier names in test_metrics.json.
 _OLD_NAMES = {
@@ -143,7 +144,7 @@ def format_results(results: Mapping[str, Any]) -> str:
     table = pd.DataFrame.from_dict(results["per_class"], orient="index")
     counts = {name: table[name].astype(int) for name in ("clips", "patients") if name in table}
     table = table.astype(float).assign(**counts)
-    lines = [table.to_string(float_format="{:.3f}".format, na_rep="-"), "", headline(results)]
+    lines = [frame_table(table), "", headline(results)]
     for name, title in (("accuracy", "accuracy"), ("macro_f1", "macro-F1")):
         lines.append(f"  {title}: {_interval_text(results, name)}")
     averages = results["averages"]

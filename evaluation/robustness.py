@@ -20,6 +20,7 @@ from evaluation.bootstrap import (
 from evaluation.predictions import Predictions
 from utils.files import write_json
 from utils.tables import write_table
+from utils.text_table import frame_table
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -107,7 +108,7 @@ def format_robustness(table: "pd.DataFrame", summary: Mapping[str, Any]) -> str:
     lost = format_interval(overall["loss_interval"], missing=unknown)
     return (
         f"\naccuracy on corrupted clips, by severity (clean: {summary['clean_accuracy']:.4f})\n"
-        f"{wide.to_string(float_format='{:.3f}'.format, na_rep='-')}\n"
+        f"{frame_table(wide)}\n"
         f"mean corruption accuracy {overall['mean_accuracy']:.4f}, {relative} of the clean one; "
         f"lost (95 % interval): {lost}"
     )

@@ -354,6 +354,74 @@ PALE_TEXTS = """() => {
 }"""
 
 
+# Widths of a phone, a tablet and two screens in pixels.
+WIDTHS = (390, 768, 1280, 1920)
+
+# Names of classes that do not fit beside anything.
+LONG_NAMES = (
+    "A" * 60,
+    "Клипирование пузырного протока и пузырной артерии у шейки пузыря",
+    "Лапароскопическая холецистэктомия",
+    "Өт қабын қарағымен бөліп алу және қуысты тексеру",
+    "use_clipper_on_the_cystic_artery/and_on_the_cystic_duct_too",
+    "ЛапароскопическаяХолецистэктомияПоПоводуОстрогоХолецистита",
+)
+
+# JavaScript: what cannot be read of a page: a page that scrolls sideways, texts that are cut off
+# by a box or by the edge of a picture or that leave their cell, and words that are broken where
+# they could be on a line. A text of more than 20 characters may be cut if a tooltip says it all.
+# The argument is a selector of boxes that may scroll sideways, or null.
+CUT_TEXTS = """mayScroll => {
+  const found = [];
+  const visible = element => element.checkVisibility({ visibilityProperty: true });
+  const quote = text => text.trim().replace(/\\s+/g, " ").slice(0, 50);
+  const nameOf = box => `${box.closest("[id]")?.id} ${box.tagName} ${box.className}`;
+  const page = document.documentElement;
+  if (page.scrollWidth > page.clientWidth) found.push(`the page is ${page.scrollWidth} wide`);
+  for (const box of document.querySelectorAll("body *")) {
+    const text = box.innerText?.trim();
+    if (!text || !visible(box) || box.matches("select, option, canvas")) continue;
+    const isCell = box.matches("th, td, [role=cell], [role=columnheader]");
+    if (text.length > 20 && box.title.includes(text)) continue;
+    if (getComputedStyle(box).overflowX === "visible" && !isCell) continue;
+    if (mayScroll && box.matches(mayScroll)) continue;
+    if (box.scrollWidth > box.clientWidth) found.push(`cut: ${nameOf(box)}: ${quote(text)}`);
+  }
+  for (const text of document.querySelectorAll("svg text")) {
+    const [inner, outer] = [text, text.ownerSVGElement].map(e => e.getBoundingClientRect());
+    const above = 5; // pixels of a line above and below its figures
+    if (visible(text) && (inner.left < outer.left - 1 || inner.right > outer.right + 1
+      || inner.top < outer.top - above || inner.bottom > outer.bottom + above)) {
+      found.push(`outside of its picture: ${quote(text.textContent)}`);
+    }
+  }
+  const nodes = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
+  while (nodes.nextNode()) {
+    const { parentElement, data } = nodes.currentNode;
+    if (parentElement.closest("svg, pre, code, script, dd") || !visible(parentElement)) continue;
+    for (const { 0: word, index } of data.matchAll(/[\\p{L}\\p{N}_.]+/gu)) {
+      if (word.length > 20) continue;
+      const range = document.createRange();
+      range.setStart(nodes.currentNode, index);
+      range.setEnd(nodes.currentNode, index + word.length);
+      const edge = getComputedStyle(parentElement).writingMode === "horizontal-tb" ? "top" : "left";
+      const lines = new Set([...range.getClientRects()].map(line => Math.round(line[edge])));
+      if (lines.size > 1) found.push(`broken: ${nameOf(parentElement)}: ${word}`);
+    }
+  }
+  return found;
+}"""
+
+
+# JavaScript: what a screen reader misses in a page: its language and title, and for each cell of a
+# table the direction of the header.
+UNNAMED = """() => [
+  ...[document.documentElement.lang, document.title].filter(text => !text.trim()),
+  ...[...document.querySelectorAll("th:not([scope]), table:not(:has(th[scope=col]))")].map(
+    element => element.outerHTML.slice(0, 80)),
+]"""
+
+
 SIDE = 96
 
 

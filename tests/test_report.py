@@ -12,7 +12,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers import HOSTILE, PALE_TEXTS, make_clip, run_script
+from helpers import (
+    CUT_TEXTS,
+    HOSTILE,
+    LONG_NAMES,
+    PALE_TEXTS,
+    UNNAMED,
+    WIDTHS,
+    make_clip,
+    run_script,
+)
 
 from clips.manifest import CLASSES, ClipRow
 from evaluation import bootstrap, metrics
@@ -524,4 +533,26 @@ def test_the_printed_page_is_light_and_complete(browser, hostile: tuple[Path, st
     assert tab.evaluate(hidden) == 0
     wide = "Math.max(...[...document.querySelectorAll('table')].map(t => t.scrollWidth))"
     assert tab.evaluate(wide) <= 690
+    tab.close()
+
+
+@pytest.mark.parametrize(
+    "classes",
+    [("cut", "sew"), CLASSES, HOSTILE, (*LONG_NAMES, *"abcdef")],
+    ids=["short", "SLAM", "hostile", "long"],
+)
+def test_all_texts_are_whole(browser, tmp_path: Path, classes: tuple[str, ...]) -> None:
+    predictions = make_predictions(classes, missing_classes=min(6, len(classes) - 1))
+    folder = write_run(tmp_path / "run", predictions, classes)
+    (tmp_path / "report.html").write_text(make_page(folder), encoding="utf-8")
+    tab = browser.new_page()
+    tab.goto((tmp_path / "report.html").as_uri())
+    tab.evaluate("document.querySelectorAll('details').forEach(box => { box.open = true })")
+    for width in WIDTHS:
+        tab.set_viewport_size({"width": width, "height": 900})
+        assert tab.evaluate(CUT_TEXTS, ".scroll") == [], width
+    assert tab.evaluate(UNNAMED) == []
+    tab.emulate_media(media="print")
+    tab.set_viewport_size({"width": 690, "height": 1000})  # A4 with its margins
+    assert tab.evaluate(CUT_TEXTS, None) == []
     tab.close()

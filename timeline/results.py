@@ -24,6 +24,7 @@ from timeline.segments import Segment, format_timestamp, read_timeline
 from utils.errors import UserError
 from utils.files import write_json
 from utils.run_dir import command
+from utils.text_table import text_table
 
 # The columns of the tables, and their headings.
 _CLASS_COLUMNS = {
@@ -199,21 +200,12 @@ def _round(score: float) -> float | None:
 def _format_table(rows: Iterable[tuple[str, Scores]], columns: Mapping[str, str]) -> str:
     """A table with one row per name; `columns` maps scores to headings."""
     names, scores = zip(*rows, strict=True)
-    # A line break in a name would break the table.
-    cells = [["", *(name.translate(_ESCAPES) for name in names)]]
+    cells = [["", *names]]
     for score, heading in columns.items():
         digits = 1 if score == "seconds" else 3
         values = [row.get(score) for row in scores]
-        heading = heading if score == "seconds" else f" {heading}"
         cells.append([heading, *("-" if v is None else f"{v:.{digits}f}" for v in values)])
-    widths = [max(map(len, column)) for column in cells]
-    return "\n".join(
-        " ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])])
-        for row in zip(*cells, strict=True)
-    )
-
-
-_ESCAPES = str.maketrans({"\t": r"\t", "\r": r"\r", "\n": r"\n"})
+    return text_table(zip(*cells, strict=True))
 
 
 def _read_truth(path: Path) -> dict[str, list[Segment]]:

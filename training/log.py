@@ -18,6 +18,7 @@ from utils import distributed
 from utils.device import describe_device
 from utils.errors import UserError
 from utils.tables import write_table
+from utils.text_table import text_table
 
 
 def start_log(folder: Path | None) -> None:
@@ -37,17 +38,17 @@ def run_header(
     dtype: torch.dtype,
 ) -> str:
     """Which model will be trained on which clips, and where."""
-    lines = [f"{'clips':>16} {'train':>6} {'val':>6} {'test':>6}"]
     counts = [Counter(row.label for row in rows) for rows in splits.values()]
+    table = [["clips", *splits]]
     for label, name in enumerate(config.classes):
-        lines.append(f"{name:>16} " + " ".join(f"{count[label]:6d}" for count in counts))
+        table.append([name, *(str(count[label]) for count in counts)])
     frames = f"{config.n_frames} frames of {config.image_size} px"
     frames += f" from {config.cache}" if config.cache else ""
     hardware = f"{describe_device(device)}, {dtype}, torch {torch.__version__}"
     if distributed.world_size() > 1:
         hardware += f", {distributed.world_size()} processes"
-    lines += ["", f"{config.model_name}, {frames}, on {hardware}", summary(model)]
-    return "\n".join(lines)
+    title = f"{config.model_name}, {frames}, on {hardware}"
+    return f"{text_table(table)}\n\n{title}\n{summary(model)}"
 
 
 def resume_line(saved: Mapping[str, Any], config: TrainConfig, progress: Progress) -> str:

@@ -1,6 +1,5 @@
 """Worker processes: reading batches from a loader's workers, and a parallel map over clips."""
 
-import _thread
 import contextlib
 import itertools
 import logging
@@ -104,7 +103,8 @@ def _end_waiting() -> None:
     written: then it would wait for ever.
     """
     if worker_failure():
-        _thread.interrupt_main()
+        if hasattr(signal, "pthread_kill"):  # not on Windows, where nothing else wakes it either
+            signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
     else:
         log.warning(
             f"no clips for {PATIENCE:.0f} s, although the processes that read them are alive. Is "

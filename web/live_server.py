@@ -3,7 +3,8 @@
 The server has a thread and an event loop of its own. A browser asks for an update over a WebSocket,
 tells what it already has, and gets the newest state as soon as something is new. It gets one
 message at a time: a slow browser gets fewer frames and delays nobody. The address holds a random
-token; everybody who knows the address can watch.
+token; everybody who knows the address can watch. The number of connections is limited
+(bounded_server.py).
 """
 
 import asyncio
@@ -24,8 +25,9 @@ from aiohttp import web
 
 from timeline.segments import Snapshot
 from utils.errors import UserError
+from web.bounded_server import ACCEPTED_AT_ONCE, BoundedServer, limit_log
 from web.live_feed import WINDOW, SnapshotFeed
-from web.templating import page_environment, template_text
+from web.templating import break_points, page_environment, template_text
 
 UPDATES_PER_SECOND = 12
 
@@ -67,7 +69,6 @@ class LivePage:
         self._host, self._port = host, port
         self._token = secrets.token_urlsafe(24)
         self._feed = SnapshotFeed()
-        self._viewers: set[asyncio.Task] = set()
         self._leaving = threading.Event()
 
     def show(self, snapshot: Snapshot) -> None:
@@ -102,7 +103,10 @@ class LivePage:
         """The files of the page by name, each as text and content type."""
         environment = page_environment()
         page = environment.get_template("live.html.j2").render(
-            title=self._title, classes=self._classes, window=WINDOW, root=f"/{self._token}/"
+            title=self._title,
+            classes=[break_points(name) for name in self._classes],
+            window=WINDOW,
+            root=f"/{self._token}/",
         )
         files = {"": (page.encode("utf-8", "replace").decode(), "text/html")}
         for name, kind in (
@@ -118,19 +122,22 @@ class LivePage:
         self._updated = asyncio.Event()
         # Nothing is logged, not even bad requests: a log would hold the token and the viewers.
         silent = logging.Logger("live page", logging.CRITICAL + 1)
-        server = web.Server(self._respond, access_log=None, logger=silent)
-        runner = web.ServerRunner(server, shutdown_timeout=0.1)
+        limit_log(asyncio.get_running_loop())
+        self._server = BoundedServer(self._respond, access_log=None, logger=silent)
+        viewers = self._server.viewers
+        runner = web.ServerRunner(self._server, shutdown_timeout=0.1)
         await runner.setup()
-        await web.SockSite(runner, listener).start()
+        await web.SockSite(runner, listener, backlog=ACCEPTED_AT_ONCE).start()
+        listener.listen(socket.SOMAXCONN)  # those that wait to be accepted cost no file
         started.set_result(None)
         while not self._leaving.is_set():
-            if self._feed.update(watched=bool(self._viewers)):
+            if self._feed.update(watched=bool(viewers)):
                 self._wake_viewers()
             await asyncio.sleep(1 / UPDATES_PER_SECOND)
-        self._feed.update(watched=bool(self._viewers), last=True)
+        self._feed.update(watched=bool(viewers), last=True)
         self._wake_viewers()
-        if self._viewers:
-            await asyncio.wait(self._viewers, timeout=CLOSE_TIMEOUT)
+        if viewers:
+            await asyncio.wait(viewers.values(), timeout=CLOSE_TIMEOUT)
         await runner.cleanup()
 
     def _wake_viewers(self) -> None:
@@ -147,7 +154,10 @@ class LivePage:
         if name == "feed":
             if request.headers.get("Origin") != f"http://{host}":
                 return web.Response(status=403, headers=HEADERS)
-            return await self._serve_viewer(request)
+            if not self._server.has_room_for_viewer(request.protocol):
+                return web.Response(status=503, headers=HEADERS)
+            with self._server.viewer(request.protocol):
+                return await self._serve_viewer(request)
         if name not in self._files:
             return web.Response(status=404, headers=HEADERS)
         text, kind = self._files[name]
@@ -158,8 +168,6 @@ class LivePage:
         viewer = web.WebSocketResponse(max_msg_size=64, compress=False, timeout=CLOSE_TIMEOUT)
         viewer.headers.update(HEADERS)
         await viewer.prepare(request)
-        task = asyncio.current_task()
-        self._viewers.add(task)
         seen = -1
         try:
             while not self._feed.ended or seen != self._feed.version:
@@ -175,8 +183,6 @@ class LivePage:
             # The viewer hangs, has left, or sent nonsense. Drop what is not sent yet.
             if request.transport:
                 request.transport.abort()
-        finally:
-            self._viewers.discard(task)
         return viewer
 
 

@@ -120,7 +120,7 @@ def risk_coverage(data: ReportData) -> Chart:
         keys.append(("chosen dot", text))
     return Chart(
         "Risk-coverage curve: error among the answered clips against their fraction of all clips",
-        charts.fraction_axis("coverage: answered clips, most confident first (%)"),
+        charts.fraction_axis("coverage: answered clips (%)"),
         charts.percent_axis("error among answered clips (%)", max(risk.max(), target or 0)),
         [Line("risk", "a", charts.downsample(coverage, risk))],
         marks,

@@ -5,11 +5,14 @@ text stays readable there; on wider screens the charts are enlarged.
 """
 
 import math
-import textwrap
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
+
+from utils.text_table import shorten
+from web.templating import break_points
 
 WIDTH = 360
 
@@ -112,12 +115,16 @@ class Row:
     interval: Sequence[float] | None = None
 
     def lines(self, max_lines: int) -> list[str]:
-        """The name in at most `max_lines` lines that fit beside the dot."""
-        wrapped = textwrap.wrap(self.name, _NAME_LENGTH) or [""]
-        if len(wrapped) > max_lines:
-            last = wrapped[max_lines - 1][: _NAME_LENGTH - 1] + "…"
-            wrapped = [*wrapped[: max_lines - 1], last]
-        return wrapped
+        """The name in at most `max_lines` lines that fit beside the dot, shortened with …"""
+        lines = [""]
+        for part in break_points(self.name):
+            for word in re.split(r"(?<=\s)", part):
+                if lines[-1] and len(lines[-1] + word.rstrip()) > _NAME_LENGTH:
+                    lines.append("")
+                lines[-1] += word
+        if len(lines) > max_lines:
+            lines = [*lines[: max_lines - 1], f"{lines[max_lines - 1]:.{_NAME_LENGTH - 1}}…"]
+        return [shorten(line.strip(), _NAME_LENGTH) for line in lines]
 
 
 @dataclass(frozen=True)

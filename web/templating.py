@@ -1,6 +1,8 @@
 """The templates of all HTML pages, and how numbers look on them."""
 
 import re
+from collections.abc import Iterable
+from itertools import pairwise
 from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
@@ -21,7 +23,7 @@ def page_environment() -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    filters = (percent, decimals, interval_text, break_points)
+    filters = (percent, decimals, interval_text, break_points, has_long_words)
     environment.filters.update({function.__name__: function for function in filters})
     return environment
 
@@ -51,5 +53,22 @@ def interval_text(interval: Interval, as_percent: bool = True) -> str:
 
 
 def break_points(name: str) -> list[str]:
-    """The parts of a name between which a line may break: Abdominal|Entry, use_|clipper."""
-    return re.split(r"(?<=[a-z])(?=[A-Z])|(?<=[_/.-])(?=\w)", name)
+    """The parts of a name between which a line may break: Abdominal|Entry, use_|clipper.
+
+    Words of more than 20 characters, which fit into no column, may break every 12 characters.
+    """
+    # No pattern of `re` stands for the lower-case letters of all alphabets.
+    shape = "".join("a" if c.islower() else "A" if c.isupper() else c for c in name)
+    breaks = [match.start() for match in re.finditer(r"(?<=a)(?=A)|(?<=[_/.-])(?=\w)", shape)]
+    words = [name[start:end] for start, end in pairwise([0, *breaks, len(name)])]
+    return [
+        part
+        for word in words
+        for part in (re.findall(r"(?s).{1,12}", word) if re.search(r"\S{21}", word) else [word])
+    ]
+
+
+def has_long_words(names: Iterable[str]) -> bool:
+    """Whether a name holds a word that is too long for a narrow column."""
+    words = (word for name in names for part in break_points(name) for word in part.split())
+    return any(len(word) > 9 for word in words)

@@ -17,7 +17,7 @@ from markupsafe import Markup
 from timeline.output import probability_curves
 from timeline.segments import NON_CLASS_LABELS, Timeline
 from utils.files import write_text
-from web.templating import page_environment, template_text
+from web.templating import has_long_words, page_environment, template_text
 
 # In this order: the scripts share one scope, and the later ones use the earlier ones.
 _SCRIPTS = (
@@ -46,6 +46,9 @@ def build_timeline_page(
     digest = hashlib.sha256(script.encode()).digest()
     page = environment.get_template("timeline.html.j2").render(
         timeline=timeline,
+        long_words=has_long_words(
+            [*timeline.classes, *(segment.label for segment in timeline.segments)]
+        ),
         video=video,
         video_name=unquote(video or ""),
         metadata=metadata or {},

@@ -18,7 +18,7 @@ from urllib.parse import urlsplit
 import aiohttp
 import numpy as np
 import pytest
-from helpers import HOSTILE, PALE_TEXTS
+from helpers import CUT_TEXTS, HOSTILE, LONG_NAMES, PALE_TEXTS, UNNAMED, WIDTHS
 from PIL import Image
 
 from clips.manifest import UNCERTAIN
@@ -276,7 +276,7 @@ def test_a_stuck_viewer_delays_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
                 assert len(predictions) == 3000
                 assert Image.open(io.BytesIO(jpeg)).size == (700, 700)
                 count = 3000
-                while len(page._viewers) > 1:  # the other is dropped
+                while len(page._server.viewers) > 1:  # the other is dropped
                     page.show(snapshot(40 + count / 100)._replace(frame=noise))
                     count = (await ask(viewer, count))[0]["next"]
 
@@ -677,3 +677,29 @@ def test_many_classes_scroll_by_keyboard(browser) -> None:
         tab.page.keyboard.press("Enter")
         tab.wait("document.getElementById('lanes').clientHeight > 60 * 20")
         assert tab.page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+
+
+@pytest.mark.parametrize(
+    "classes",
+    [("cut", "sew"), (*LONG_NAMES, *"abcdef"), (*LONG_NAMES, *HOSTILE)],
+    ids=["short", "long", "scrolled"],
+)
+def test_all_texts_are_whole(browser, classes: tuple[str, ...]) -> None:
+    probabilities = np.eye(len(classes))[0]
+    with (
+        LivePage(classes, max(classes, key=len)) as page,
+        opened(browser, page.address) as tab,
+    ):
+        for number, label in enumerate([*classes, *NON_CLASS_LABELS]):
+            page.show(snapshot(8 * number, label)._replace(probabilities=probabilities))
+        tab.wait_for("#bars .value", "100")
+        tab.page.locator("summary").click()
+        for label in (*classes[:6], *NON_CLASS_LABELS):
+            page.show(snapshot(10_800, label)._replace(probabilities=probabilities))
+            tab.wait_for(
+                "#prediction", label.replace("_", " ") if label in NON_CLASS_LABELS else label
+            )
+            for width in WIDTHS:
+                tab.page.set_viewport_size({"width": width, "height": 800})
+                assert tab.page.evaluate(CUT_TEXTS, None) == [], (width, label)
+        assert tab.page.evaluate(UNNAMED) == []

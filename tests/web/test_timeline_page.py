@@ -10,11 +10,18 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers import PALE_TEXTS
+from helpers import CUT_TEXTS, LONG_NAMES, PALE_TEXTS, UNNAMED, WIDTHS
 
 from clips.manifest import CLASSES, UNCERTAIN
 from timeline.output import MAX_BINS, NO_PREDICTION, bin_probabilities
-from timeline.segments import OUT_OF_BODY, UNREADABLE, Segment, Timeline, read_timeline
+from timeline.segments import (
+    NON_CLASS_LABELS,
+    OUT_OF_BODY,
+    UNREADABLE,
+    Segment,
+    Timeline,
+    read_timeline,
+)
 from video.encoder import write_video
 from web.timeline_page import build_timeline_page, write_timeline_page
 
@@ -240,7 +247,7 @@ def test_the_video_plays_and_everything_seeks(visit, page: Path) -> None:
     assert time_of(tab) == pytest.approx(1, abs=0.05)
     slider = tab.locator("#slider")
     assert slider.get_attribute("aria-valuetext") == "0:01, cut, 91\u00a0% sure"
-    left = tab.locator("#playhead").bounding_box()["x"]
+    left = tab.locator("#slider .playhead").bounding_box()["x"]
     lane = tab.locator("#actions").bounding_box()
     assert left == pytest.approx(lane["x"] + 0.1 * lane["width"], abs=2)
     assert tab.locator("[role=note]").inner_text() == "From 0:05 to 0:06 the video is damaged."
@@ -519,6 +526,46 @@ def test_all_is_readable_and_nothing_overflows(
             seen, pale = tab.evaluate(PALE_TEXTS)
             assert seen > 70
             assert pale == []
+
+
+@pytest.mark.parametrize("duration", [3.0, 10_800.0])
+@pytest.mark.parametrize(
+    "classes",
+    [("cut", "sew"), CLASSES, (*LONG_NAMES, *HOSTILE[:6]), tuple("abcdefghijkl")],
+    ids=["short", "SLAM", "long", "many"],
+)
+def test_all_texts_are_whole(
+    visit, tmp_path: Path, classes: tuple[str, ...], duration: float
+) -> None:
+    """Every class has a segment, and the first one nearly all of the time."""
+    labels = [*classes, *NON_CLASS_LABELS]
+    step = duration / 100_000
+    first = duration - step * (len(labels) - 1)
+    segments = [Segment(0, first, classes[0], 1.0)]
+    segments += [
+        Segment(first + n * step, first + (n + 1) * step, label, 0.5)
+        for n, label in enumerate(labels[1:])
+    ]
+    times = np.linspace(0, duration, 600, endpoint=False)
+    probabilities = np.zeros((600, len(classes)))
+    probabilities[:, 0] = 1.0
+    name = max(classes, key=len)
+    timeline = Timeline(name, classes, duration, segments, times, probabilities, [name])
+    write_timeline_page(tmp_path / "x.html", timeline, tmp_path / "no.mp4", {name: name})
+    tab = visit(tmp_path / "x.html", complaints=True)
+    tab.wait_for_selector("#missing")
+    tab.evaluate("document.querySelectorAll('details').forEach(box => { box.open = true })")
+    tab.select_option("[data-number='0'] select", index=1)
+    tab.select_option("[data-number='1'] select", index=0)
+    # The fonts of other systems are wider than the one of the test.
+    tab.evaluate("document.getElementById('totals').style.letterSpacing = '0.02em'")
+    for width in WIDTHS:
+        tab.set_viewport_size({"width": width, "height": 900})
+        tab.hover("#actions")
+        tab.evaluate("new Promise(done => requestAnimationFrame(() => setTimeout(done, 50)))")
+        assert tab.inner_text("#totals-body tr:nth-child(2) .share") == "100.0\u00a0%"
+        assert tab.evaluate(CUT_TEXTS, None) == [], width
+    assert tab.evaluate(UNNAMED) == []
 
 
 def test_every_label_looks_different(visit, tmp_path: Path) -> None:

@@ -7,7 +7,8 @@ const SILENT = 5000; // milliseconds without a message of the server, which send
 const FIRST_WAIT = 500; // milliseconds before the first new attempt; each further one waits twice as long
 const LONGEST_WAIT = 10000;
 
-const classes = JSON.parse(document.body.dataset.classes);
+const parts = JSON.parse(document.body.dataset.classes); // of each name; a line may break between them
+const classes = parts.map((name) => name.join(""));
 const span = Number(document.body.dataset.window);
 const $ = (id) => document.getElementById(id);
 
@@ -153,6 +154,8 @@ function showPrediction(label, probabilities, isOld) {
   else delete card.dataset.mark;
   const colour = mark ? `var(${mark.colour})` : number < 0 ? "var(--rule)" : classColour(number);
   card.style.setProperty("--prediction", colour);
+  const words = partsOf($("prediction").textContent).flatMap((part) => part.split(/\s/));
+  card.style.setProperty("--longest", Math.max(...words.map((word) => word.length)));
   write("detail", describe(label, probabilities));
 }
 
@@ -167,18 +170,18 @@ function describe(label, probabilities) {
 }
 
 const rows = classes.map((name, number) => {
-  const parts = {};
+  const cells = {};
   const row = document.createElement("li");
-  for (const part of ["number", "name", "value", "track"]) {
-    parts[part] = row.appendChild(document.createElement("span"));
-    parts[part].className = part;
+  for (const cell of ["number", "name", "value", "track"]) {
+    cells[cell] = row.appendChild(document.createElement("span"));
+    cells[cell].className = cell;
   }
-  parts.bar = parts.track.appendChild(document.createElement("div"));
-  parts.bar.className = "bar";
-  parts.number.textContent = number + 1;
-  parts.name.textContent = name;
+  cells.bar = cells.track.appendChild(document.createElement("div"));
+  cells.bar.className = "bar";
+  cells.number.textContent = number + 1;
+  cells.name.append(...breakable(name));
   $("bars").append(row);
-  return { row, ...parts };
+  return { row, ...cells };
 });
 if (classes.length > 12) {
   $("bars").className = "many"; // the list scrolls, by keyboard too
@@ -211,7 +214,9 @@ function showLegend(again = false) {
   $("legend").replaceChildren(
     ...labels.map((label) => {
       const item = document.createElement("li");
-      item.append(document.createElement("canvas"), name(label));
+      const text = item.appendChild(document.createElement("span"));
+      text.append(...breakable(name(label)));
+      item.prepend(document.createElement("canvas"));
       return item;
     }),
   );
@@ -225,7 +230,16 @@ function paintAgain() {
 }
 
 function write(id, text) {
-  if ($(id).textContent !== text) $(id).textContent = text;
+  if ($(id).textContent !== text) $(id).replaceChildren(...breakable(text));
+}
+
+function partsOf(text) {
+  return parts[classes.indexOf(text)] ?? [text];
+}
+
+/** A text as nodes. If it is the name of a class, a line may break between its parts. */
+function breakable(text) {
+  return partsOf(text).flatMap((part, i) => (i ? [document.createElement("wbr"), part] : [part]));
 }
 
 function percent(thousandths) {

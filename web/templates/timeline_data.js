@@ -94,9 +94,10 @@ function clock(seconds, decimals = 0) {
   return `${Math.floor(minutes / 60)}:${String(minutes % 60).padStart(2, "0")}:${rest}`;
 }
 
-// Write a name into an element; lines may break between its words.
+// Write a name into an element; lines may break between its words, as in web/templating.py.
 function write(element, text) {
-  const parts = text.split(/(?<=[a-z])(?=[A-Z])|(?<=[_/.-])(?=\w)/);
+  const words = text.split(/(?<=\p{Ll})(?=\p{Lu})|(?<=[_/.-])(?=[\p{L}\p{N}_])/u);
+  const parts = words.flatMap(word => word.match(/\S{21}/u) ? word.match(/[^]{1,12}/gu) : [word]);
   element.replaceChildren(...parts.flatMap((part, i) => i ? [document.createElement("wbr"), part] : [part]));
 }
 

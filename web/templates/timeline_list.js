@@ -40,7 +40,7 @@ function showTotals() {
     row.hidden = !count && isMark(label);
     row.querySelector("input").checked = shownLabels.has(label);
     row.querySelector(".count").textContent = count;
-    row.querySelector(".time").textContent = clock(time, 1);
+    row.querySelector(".time").textContent = clock(time, duration < 3600 ? 1 : 0);
     row.querySelector(".share").textContent = percent(time / duration, 1);
   }
 }
@@ -114,7 +114,8 @@ function fillRow(row, number) {
   row.querySelector(".value").textContent = corrected ? "" : percent(confidence);
   row.classList.toggle("corrected", corrected);
   row.querySelector(".restore").hidden = !corrected;
-  row.querySelector(".restore").textContent = nameOf(before); // timeline.css writes "Back to" before it
+  row.querySelector(".restore").title = `Back to ${nameOf(before)}`;
+  row.querySelector(".restore").textContent = nameOf(before);
 }
 
 // Mark the row of the segment that is played; scroll to it if `bring`.

@@ -168,10 +168,10 @@ function drawCurve(canvas, label) {
 }
 
 function placeHeads() {
-  const time = position(), x = xOf(time), inside = time >= view.from && time <= view.to;
-  $("playhead").hidden = !inside;
-  $("playhead").style.transform = `translateX(${Math.min(laneWidth() - 1, x)}px)`;
-  $("whole-head").style.left = `${100 * time / duration}%`;
+  const time = position();
+  $("tracks").classList.toggle("elsewhere", time < view.from || time > view.to);
+  $("tracks").style.setProperty("--at", (time - view.from) / (view.to - view.from));
+  $("whole").style.setProperty("--at", time / duration);
 }
 
 function showValues(time) {
