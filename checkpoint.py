@@ -16,15 +16,14 @@ from torch import nn
 from config import from_dict
 from models import build_model
 from utils.errors import UserError
-from utils.files import atomic, load_safely
+from utils.torch_files import load_safely, save_safely
 
 FORMAT_VERSION = 1
 
 
 def save_checkpoint(path: str | Path, state: dict[str, Any]) -> None:
     """Write a checkpoint; a kill at any moment leaves the old file or the new one."""
-    with atomic(path) as unfinished:
-        torch.save({**state, "format_version": FORMAT_VERSION}, unfinished)
+    save_safely(path, {**state, "format_version": FORMAT_VERSION})
 
 
 def load_checkpoint(run_or_file: str | Path, name: str = "best.pt") -> dict[str, Any]:

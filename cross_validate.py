@@ -9,7 +9,6 @@ are those of all these out-of-fold predictions together. All other settings are 
 """
 
 import dataclasses
-import json
 import os
 import shlex
 from collections import Counter
@@ -22,7 +21,7 @@ from clips.split import SPLITS
 from config import OLD_NAMES, OLD_VALUES, TrainConfig, from_dict, setting
 from utils.cli import cli_main, parse
 from utils.errors import ResultWarning, UserError
-from utils.files import write_json, write_text
+from utils.files import read_json, write_json, write_text
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -52,6 +51,7 @@ def cross_validate(config: CrossValidateConfig, folder: Path | None = None) -> P
         SystemExit: interrupted; finished folds are kept, and the state of the current one is saved.
     """
     from utils.device import describe_device, get_device
+    from utils.lock import FolderLock
     from utils.run_dir import log_environment, new_run_dir
 
     folds = fold_folders(config.folds)
@@ -61,16 +61,17 @@ def cross_validate(config: CrossValidateConfig, folder: Path | None = None) -> P
     else:
         check_folds(config, folds)
         folder = folder or new_run_dir(config.run_dir, f"cv_{config.model_name}")
-        folder.mkdir(parents=True, exist_ok=True)
-        config = dataclasses.replace(config, folds=os.path.abspath(config.folds))
-        write_json(folder / "config.json", dataclasses.asdict(config))
-    log_environment(folder, device)
-    for fold in folds:
-        run = folder / fold.name
-        if not (run / "test_metrics.json").exists():  # written last
-            print(f"\n=== {fold.name} of {len(folds)}: {run}", flush=True)
-            _train_fold(_fold_config(config, fold), run, folder)
-    return pool_folds(folder, [folder / fold.name for fold in folds])
+    with FolderLock(folder):
+        if not config.resume:
+            config = dataclasses.replace(config, folds=os.path.abspath(config.folds))
+            write_json(folder / "config.json", dataclasses.asdict(config))
+        log_environment(folder, device)
+        for fold in folds:
+            run = folder / fold.name
+            if not (run / "test_metrics.json").exists():  # written last
+                print(f"\n=== {fold.name} of {len(folds)}: {run}", flush=True)
+                _train_fold(_fold_config(config, fold), run, folder)
+        return pool_folds(folder, [folder / fold.name for fold in folds])
 
 
 def check_folds(config: CrossValidateConfig, folds: Sequence[Path]) -> None:
@@ -216,11 +217,10 @@ def read_settings() -> CrossValidateConfig:
     if not config.resume:
         return config
     path = Path(config.resume) / "config.json"
-    try:
-        settings = json.loads(path.read_text(encoding="utf-8"))
-        saved = from_dict({**settings, "resume": config.resume}, CrossValidateConfig)
-    except (OSError, ValueError, KeyError, TypeError):
-        raise UserError(f"{path}: not the settings of a cross-validation") from None
+    settings = read_json(path, {"classes": list, "folds": str})
+    if not settings:
+        raise UserError(f"{path}: no such file: give the folder of a cross-validation")
+    saved = from_dict({**settings, "resume": config.resume}, CrossValidateConfig, str(path))
     from training.checks import refuse_changes
 
     config = parse_with(saved)

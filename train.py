@@ -11,6 +11,7 @@ Settings are the fields of TrainConfig in config.py: edit them there or give the
 import dataclasses
 import logging
 import math
+import os
 import shlex
 import signal
 import time
@@ -49,8 +50,9 @@ from utils import distributed
 from utils.cli import cli_main, parse
 from utils.device import autocast_dtype, describe_device, get_device, prepare_model
 from utils.errors import ResultWarning, format_warning
-from utils.files import remove_unfinished, write_json
+from utils.files import write_json
 from utils.interrupt import Interrupt, Interrupted
+from utils.lock import FolderLock
 from utils.run_dir import log_environment, new_run_dir
 from video.clip_reader import FrameSampler, effective_fps
 
@@ -132,10 +134,10 @@ def train(
     # run folder and log
     folder = Path(config.resume) if config.resume else folder
     folder = Path(distributed.broadcast_object(_run_dir(config, folder) if is_main else None))
+    lock = FolderLock(folder) if is_main else None
     if is_main:
         start_log(folder)
         log_environment(folder, describe_device(device))
-        remove_unfinished(folder)
     warnings = patient_overlap(rows) + warn_double_balancing(config)
     log.info(run_header(config, model, rows, device, dtype))
     for warning in warnings:
@@ -168,6 +170,8 @@ def train(
     finally:
         interrupt.restore()
         distributed.cleanup()
+        if lock:
+            lock.release()
     return folder
 
 
@@ -386,6 +390,8 @@ def read_settings() -> tuple[TrainConfig, dict[str, Any] | None]:
     if run.is_file():  # a checkpoint of the run: take its folder
         run = run.parent
     state = load_checkpoint(run, "last.pt")
+    if os.environ.get("RANK", "0") == "0":  # of torchrun's processes one holds the lock
+        FolderLock(run).release()  # is another process training it?
     saved = dataclasses.replace(from_dict(state["config"]), resume=str(run))
     config = dataclasses.replace(parse_with(saved), resume=str(run))
     refuse_changes(saved, config)

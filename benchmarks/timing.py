@@ -95,7 +95,7 @@ def run_isolated(function: Callable[..., Any], *arguments: Any) -> Any:
         raise RuntimeError(f"the process ended with code {process.exitcode}") from None
     process.join()
     if isinstance(result, Exception):
-        raise MemoryError(str(result)) if is_out_of_memory(str(result)) else result
+        raise MemoryError(str(result)) if is_out_of_memory(result) else result
     return result
 
 

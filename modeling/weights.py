@@ -10,7 +10,7 @@ from torch import nn
 
 from modeling.frame_encoder import inflate_filters
 from utils.errors import UserError, first_line
-from utils.files import load_safely
+from utils.torch_files import load_safely
 
 
 def load_weights(model: nn.Module, spec: str) -> str:

@@ -2,11 +2,9 @@
 
 import dataclasses
 import logging
-import math
 import os
 from collections import Counter
 from collections.abc import Sequence
-from typing import get_args, get_type_hints
 
 from torch import nn
 from torch.utils.data import DataLoader
@@ -14,7 +12,14 @@ from tqdm import tqdm
 
 from clips.manifest import UNCERTAIN
 from cnn_lstm import CNNLSTM
-from config import DEMO_DEFAULTS, OWN_DATA_DEFAULTS, TrainConfig, differences, names_with
+from config import (
+    DEMO_DEFAULTS,
+    OWN_DATA_DEFAULTS,
+    TrainConfig,
+    differences,
+    names_with,
+    wrong_values,
+)
 from dataset import ClipsDataset, require_readable
 from modeling.weights import load_weights
 from models import MODELS, build_model, freeze, model_options
@@ -47,21 +52,9 @@ def resolve(config: TrainConfig) -> TrainConfig:
 
 def find_problems(config: TrainConfig) -> list[str]:
     """A line for each wrong setting, with the allowed values."""
-    problems, unknown_choice = [], False
-    hints = get_type_hints(type(config))
-    for field in dataclasses.fields(config):
-        name, value = field.name, getattr(config, field.name)
-        choices = get_args(hints[name]) if "Literal" in str(hints[name]) else ()
-        if choices and value not in choices:
-            problems.append(f"{name} = {value!r}: choose from {', '.join(map(repr, choices))}")
-            unknown_choice = True
-        low, high = field.metadata.get("low"), field.metadata.get("high")
-        if (low is not None and not low <= value < math.inf) or (high is not None and value > high):
-            problems.append(f"{name} = {value}: must be {_range(low, high)}")
+    problems = wrong_values(config)
     if not problems:
-        problems += _of_other_models(config) + _without_effect(config)
-    if not unknown_choice:
-        problems += _contradictions(config)
+        problems = _of_other_models(config) + _without_effect(config) + _contradictions(config)
     if len(config.classes) < 2:
         problems.append(f"classes = {config.classes}: at least two are needed")
     if UNCERTAIN in config.classes:
@@ -134,10 +127,6 @@ def _without_effect(config: TrainConfig) -> list[str]:
         if needs and value != field.default and not getattr(config, needs):
             problems.append(f"{name} has no effect without {needs}: leave it out, or give that too")
     return problems
-
-
-def _range(low: float | None, high: float | None) -> str:
-    return f"at least {low}" if high is None else f"from {low} to {high}"
 
 
 def refuse_changes(saved: TrainConfig, config: TrainConfig) -> None:
