@@ -23,7 +23,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
-from checkpoint import load_checkpoint, rebuild_model, save_checkpoint
+from checkpoint import check_resume, load_checkpoint, rebuild_model, save_checkpoint
 from clips.manifest import patient_overlap
 from config import OLD_NAMES, OLD_VALUES, TrainConfig, from_dict
 from evaluation.calibration import Calibration, calibrate
@@ -120,6 +120,7 @@ def train(
     progress = Progress(batches)
     state = TrainState(config, model, optimizer, scheduler, scaler, ema, progress, class_counts)
     if resume_from:
+        check_resume(resume_from, state.state_dict(), optimizer, config.resume or folder)
         state.load_state_dict(resume_from)
     else:
         torch.manual_seed(config.seed + distributed.rank())

@@ -172,7 +172,7 @@ def test_folds_are_taken_in_order(tmp_path: Path) -> None:
         (["--folds", "{folds}"], "data_root: name the folder of the clips"),
         (["--folds", "{folds}", "--data-root", "."], "fold1: the manifests have problems"),
         (["--folds", "{folds}", "--data-root", "{data}", "--epochs", "0"], "epochs = 0"),
-        (["--resume", "nowhere"], "nowhere/config.json: not the settings"),
+        (["--resume", "nowhere"], "nowhere/config.json: no such file"),
         (["--resume", "{run}", "--epochs", "7"], "epochs is 2, not 7"),
     ],
 )

@@ -11,8 +11,8 @@ def find_mismatch(value: Any, shape: Any, where: str = "") -> str:
     Args:
         shape: one of
 
-            * a type, or several as `int | None`; `float` means any finite number, and a bool is
-              neither an int nor a float;
+            * a type, or several as `int | None`; `float` means any finite number, a bool is
+              neither an int nor a float, and `object` is anything;
             * `[shape]`: a list or tuple of such items;
             * `{"name": shape, "other?": shape}`: a dict with at least these keys; those that end
               in a question mark may be missing;
@@ -46,6 +46,8 @@ def find_mismatch(value: Any, shape: Any, where: str = "") -> str:
 
 def _is_a(value: Any, kinds: Any) -> bool:
     kinds = getattr(kinds, "__args__", (kinds,))
+    if object in kinds:
+        return True
     if isinstance(value, bool):
         return bool in kinds
     if float in kinds and isinstance(value, int | float):

@@ -12,6 +12,7 @@ from utils.errors import UserError
 from utils.files import atomic
 
 _MAX_EXPANSION = 10  # tensors may share memory; more than this is meant to fill it
+_MAX_OBJECTS = 4_000_000  # bytes beside the tensors: torch reads two million of them in a second
 
 
 def save_safely(path: str | Path, state: dict[str, Any]) -> None:
@@ -72,6 +73,8 @@ def _check_claims(path: Path) -> None:
             if sum(record.file_size for record in records) > path.stat().st_size:
                 raise _Refused("it is compressed, and would fill the memory")
             names = [r.filename for r in records if r.filename.endswith("data.pkl")]
+            if sum(archive.getinfo(name).file_size for name in names) > _MAX_OBJECTS:
+                raise _Refused(f"beside its tensors it holds over {_MAX_OBJECTS / 1e6:.0f} MB")
             objects = b"".join(map(archive.read, names))
     else:
         objects = path.read_bytes()
