@@ -3,8 +3,6 @@
 import os
 import signal
 import time
-from collections.abc import Callable
-from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import pytest
@@ -19,6 +17,7 @@ from helpers import (
     tiny_config,
     train_epoch,
     train_flags,
+    wait_for,
 )
 from torch.utils.data import DataLoader
 
@@ -31,14 +30,6 @@ from training.state import TrainState
 from utils.interrupt import Interrupt
 
 pytestmark = pytest.mark.usefixtures("no_figures")
-
-
-def wait_for(condition: Callable[[], object], process: BaseProcess, seconds: float = 120) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert process.exitcode is None, "training ended before it could be disturbed"
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
 
 
 def epochs_done(folder: Path) -> int:
