@@ -27,7 +27,7 @@ from config import OLD_NAMES, OLD_VALUES, TrainConfig, differences, from_dict, n
 from cross_validate import CrossValidateConfig, check_folds, cross_validate, fold_folders
 from utils.cli import cli_main, parse
 from utils.errors import UserError
-from utils.files import read_json, to_markdown, write_json, write_text
+from utils.files import read_json, to_markdown, write_all, write_json, write_text
 from utils.run_dir import read_sessions
 
 if TYPE_CHECKING:
@@ -49,7 +49,7 @@ class AblateConfig(CrossValidateConfig):
 
 
 def ablate(config: AblateConfig) -> str:
-    """Train what is missing and write the table. Returns the table as Markdown.
+    """Train what is missing, print the table and write it. Returns the table as Markdown.
 
     Raises:
         UserError: an ablation is unknown or cannot work, or the folder's runs had other settings.
@@ -79,10 +79,15 @@ def _ablate(config: AblateConfig, folder: Path) -> str:
         for name, tau in POST_HOC.items():
             predictions[name] = [_adjusted(run, tau) for run in runs[BASELINE]]
     table = ablation_table(predictions)
-    write_text(folder / "study.csv", table.to_csv(index=False))
     text = format_table(table, config.seeds, predictions[BASELINE][0], runs[BASELINE][0])
-    write_text(folder / "study.md", text)
-    plot_deltas(table, folder / "study.png")
+    print(f"\n{text}")
+    write_all(
+        {
+            folder / "study.csv": lambda path: write_text(path, table.to_csv(index=False)),
+            folder / "study.md": lambda path: write_text(path, text),
+            folder / "study.png": lambda path: plot_deltas(table, path),
+        }
+    )
     return text
 
 
@@ -301,7 +306,8 @@ def main() -> None:
     config = parse(AblateConfig, __doc__, None, old_names, OLD_VALUES, aliases=("model",))
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UserError("ablate.py is one process: start it several times, each with its --output")
-    print(f"\n{ablate(config)}\nsaved in {config.output}")
+    ablate(config)
+    print(f"saved in {config.output}")
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ import numpy as np
 from config import OLD_VALUES, Precision, TrainConfig, from_dict
 from utils.cli import cli_main, parse
 from utils.errors import UserError
-from utils.files import read_json
+from utils.files import read_json, require_writable
 
 # torch, pandas and what imports them are imported in the functions: --help does without them.
 if TYPE_CHECKING:
@@ -336,6 +336,7 @@ def main() -> None:
         raise UserError("warmup must be at least 0, and at least one model must be given")
     from benchmarks.timing import report
 
+    require_writable(config.output)
     for what in config.what:
         if what == "latency":
             report(what, *time_models(config), config.output, FORMATS)

@@ -120,7 +120,7 @@ def _find_problem(state: dict[str, Any], config: TrainConfig) -> str:
         return mismatch
     if len(state.get("class_counts", ())) not in (0, len(config.classes)):
         return "class_counts has another length than classes"
-    if min(state.get("epoch", 0), *state.get("class_counts", ())) < 0:
+    if min(0, state.get("epoch", 0), *state.get("class_counts", ())) < 0:
         return "a count in it is below 0"
     if (state.get("frame_rate") or 1) <= 0:
         return "its frame_rate is not above 0"

@@ -21,7 +21,7 @@ from clips.split import SPLITS
 from config import OLD_NAMES, OLD_VALUES, TrainConfig, from_dict, setting
 from utils.cli import cli_main, parse
 from utils.errors import ResultWarning, UserError
-from utils.files import read_json, write_json, write_text
+from utils.files import read_json, require_writable, write_json, write_text
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -54,6 +54,8 @@ def cross_validate(config: CrossValidateConfig, folder: Path | None = None) -> P
     from utils.lock import FolderLock
     from utils.run_dir import log_environment, new_run_dir
 
+    if not config.resume:
+        require_writable(folder or config.run_dir, "--run-dir")
     folds = fold_folders(config.folds)
     device = describe_device(get_device(config.device))
     if config.resume:
@@ -130,7 +132,12 @@ def pool_folds(folder: Path, runs: Sequence[Path]) -> Path:
     from checkpoint import load_checkpoint
     from evaluation.calibration import Calibration
     from evaluation.predictions import Predictions, read_predictions
-    from evaluation.results import format_results, read_results, write_results
+    from evaluation.results import (
+        compute_results,
+        format_results,
+        read_results,
+        save_results,
+    )
 
     parts, calibrations, rows, names = [], [], [], []
     warnings: list[ResultWarning] = []
@@ -149,9 +156,8 @@ def pool_folds(folder: Path, runs: Sequence[Path]) -> Path:
         [line for part in parts for line in part.unreadable],
     )
     metadata = {"split": f"out of {len(runs)} folds", "folds": rows, "warnings": warnings}
-    results = write_results(pooled, classes, folder, calibrations, metadata, names)
+    results = {**compute_results(pooled, classes, calibrations), **metadata}
     table = fold_table(rows, results)
-    write_text(folder / "cross_validation.csv", table.to_csv(float_format="%.6g"))
     blanked = table.astype(object).where(table.notna(), "-")
     leakage = any(warning["kind"] == "leakage" for warning in warnings)
     model = (
@@ -159,6 +165,8 @@ def pool_folds(folder: Path, runs: Sequence[Path]) -> Path:
     )
     print(f"\nall clips, each tested by {model}:\n{format_results(results)}")
     print(f"\nthe folds:\n{blanked.to_string(float_format='{:.4f}'.format)}\n\nresults: {folder}")
+    write_text(folder / "cross_validation.csv", table.to_csv(float_format="%.6g"))
+    save_results(results, pooled, classes, folder, calibrations, names)
     return folder
 
 

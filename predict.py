@@ -11,7 +11,6 @@ timeline.csv, frames.csv, timeline.vtt (subtitles), timeline.png and timeline.ht
 through. Ctrl-C stops early and writes the results so far.
 """
 
-import importlib.util
 import math
 import sys
 from collections.abc import Callable
@@ -24,7 +23,7 @@ import tyro
 
 from config import Precision
 from utils.cli import cli_main, parse
-from utils.errors import UserError
+from utils.errors import UserError, require_package
 
 if TYPE_CHECKING:
     import numpy as np
@@ -113,8 +112,8 @@ def check_settings(config: PredictConfig) -> None:
         value = getattr(config, name)
         if not 0 <= value < math.inf:
             raise UserError(f"{name} = {value}: must be 0 or more")
-    if config.serve and importlib.util.find_spec("aiohttp") is None:
-        raise UserError("--serve needs aiohttp: pip install -r requirements-optional.txt")
+    if config.serve:
+        require_package("aiohttp", "--serve")
 
 
 def find_sources(texts: tuple[str, ...]) -> list[str | Path]:
@@ -252,7 +251,7 @@ def predict(
     """Predict the timeline of each source, and write its results.
 
     Returns:
-        One error message per source that could not be read.
+        One error message per source that could not be read or whose results not be written.
 
     Raises:
         Interrupted: the process was asked to stop; the results so far are written.
@@ -290,8 +289,12 @@ def predict(
             print(f"error: {error}", file=sys.stderr)
             continue
         log_environment(folder, describe_device(predictor.device))
-        write_outputs(folder, timeline, source if isinstance(source, Path) else None, metadata)
         print(_summary(timeline, video.seconds, frames.live, folder))
+        try:
+            write_outputs(folder, timeline, source if isinstance(source, Path) else None, metadata)
+        except UserError as error:
+            failures.append(str(error))
+            print(f"error: {error}", file=sys.stderr)
         interrupt.check()
     interrupt.restore()
     return failures
@@ -321,17 +324,26 @@ def _summary(timeline: "Timeline", seconds: float, live: bool, folder: Path) -> 
 def write_outputs(
     folder: Path, timeline: "Timeline", video: Path | None, metadata: dict[str, str]
 ) -> None:
-    """Write timeline.csv, timeline.vtt, timeline.png and timeline.html beside frames.csv."""
+    """Write timeline.csv, timeline.vtt, timeline.png and timeline.html beside frames.csv.
+
+    Raises:
+        UserError: one of them could not be written; the others are.
+    """
     from timeline.output import plot_timeline
     from timeline.segments import write_subtitles, write_timeline
-    from utils.files import remove_unfinished
+    from utils.files import write_all
     from web.timeline_page import write_timeline_page
 
-    remove_unfinished(folder)
-    write_timeline(folder / "timeline.csv", timeline.segments)
-    write_subtitles(folder / "timeline.vtt", timeline.segments)
-    plot_timeline(timeline, folder / "timeline.png")
-    write_timeline_page(folder / "timeline.html", timeline, video, metadata)
+    write_all(
+        {
+            folder / "timeline.csv": lambda path: write_timeline(path, timeline.segments),
+            folder / "timeline.html": lambda path: write_timeline_page(
+                path, timeline, video, metadata
+            ),
+            folder / "timeline.vtt": lambda path: write_subtitles(path, timeline.segments),
+            folder / "timeline.png": lambda path: plot_timeline(timeline, path),
+        }
+    )
 
 
 @cli_main
@@ -340,9 +352,13 @@ def main() -> None:
     check_settings(config)
     sources = find_sources(config.sources)  # before the model: a misspelt name is found at once
 
+    from timeline.output import output_folders
     from timeline.predictor import load_frame_filter
+    from utils.files import require_writable
     from utils.interrupt import Interrupted
 
+    for folder in output_folders(sources, config.output):
+        require_writable(folder)
     frame_filter = load_frame_filter(config.out_of_body) if config.out_of_body else None
     predictor, smoothing, metadata = build_predictor(config)
     try:
@@ -351,7 +367,7 @@ def main() -> None:
         print("interrupted: the results so far are written", file=sys.stderr)
         sys.exit(130)
     if failures:
-        raise UserError(f"{len(failures)} of {len(sources)} videos could not be read (see above)")
+        raise UserError(f"{len(failures)} of {len(sources)} videos failed (see above)")
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from clips.clip_table import read_clips
 from clips.split import SplitConfig, split
 from utils.cli import cli_main, parse_subcommand
 from utils.errors import UserError
-from utils.files import write_text
+from utils.files import require_writable, write_text
 from utils.workers import in_parallel
 from video.decoder import check_video
 
@@ -62,7 +62,10 @@ def check(config: CheckConfig) -> int:
     if config.num_workers < 0:
         raise UserError(f"num_workers = {config.num_workers}: must be at least 0")
     clips = read_clips(config.sources, config.data_root)
-    Path(config.output).parent.mkdir(parents=True, exist_ok=True)
+    output = Path(config.output)
+    if output.is_dir():
+        raise UserError(f"{output}: is a folder: name a file (--output)")
+    require_writable(output.parent)
     missing = clips[clips["file"].isna()]
     bad = [(path, "no such file") for path in missing["path"]]
     files = list(dict.fromkeys(clips["file"].dropna()))
@@ -70,10 +73,11 @@ def check(config: CheckConfig) -> int:
         if problem:
             bad.append((str(file), problem))
     table = pd.DataFrame(bad, columns=["path", "reason"])
-    write_text(config.output, table.to_csv(index=False))
-    print(f"{len(files) + len(missing):,} files, {len(bad):,} of them bad: {config.output}")
+    print(f"{len(files) + len(missing):,} files, {len(bad):,} of them bad: {output}")
     for reason, count in Counter(reason for _, reason in bad).most_common(10):
         print(f"  {count:,}: {reason}")
+    output.parent.mkdir(parents=True, exist_ok=True)
+    write_text(output, table.to_csv(index=False))
     return int(bool(bad))
 
 

@@ -11,7 +11,6 @@ Settings are the fields of TrainConfig in config.py: edit them there or give the
 import dataclasses
 import logging
 import math
-import os
 import shlex
 import signal
 import time
@@ -31,7 +30,14 @@ from evaluation.predictions import Predictions
 from modeling.layers import enable_gradient_checkpointing
 from modeling.weights import load_weights
 from models import build_model, freeze
-from training.checks import check_cache, check_clips, refuse_changes, require_frozen, resolve
+from training.checks import (
+    check_cache,
+    check_clips,
+    check_outputs,
+    refuse_changes,
+    require_frozen,
+    resolve,
+)
 from training.engine import evaluate, train_one_epoch
 from training.feature_cache import feature_loader, head_only
 from training.loaders import batches_per_epoch, build_dataloaders
@@ -83,6 +89,8 @@ def train(
     start_log(None)
     if not is_main:
         logging.disable()
+    folder = Path(config.resume) if config.resume else folder
+    check_outputs(config, folder)
 
     # data
     loaders = build_dataloaders(config)
@@ -133,7 +141,6 @@ def train(
         check_clips({"validation": val_loader, "test": test_loader}, config.skip_unreadable)
 
     # run folder and log
-    folder = Path(config.resume) if config.resume else folder
     folder = Path(distributed.broadcast_object(_run_dir(config, folder) if is_main else None))
     lock = FolderLock(folder) if is_main else None
     if is_main:
@@ -150,7 +157,7 @@ def train(
         train_loader, val_loader, test_loader = (
             feature_loader(loader, model, config, device) for loader in splits.values()
         )
-    ddp_model = _wrap_ddp(model, device)
+    ddp_model = distributed.wrap_ddp(model, device)
     if config.compile:
         model.compile()  # in place, so that the keys of the checkpoint stay the same
 
@@ -240,15 +247,16 @@ def train_epochs(
             if better:
                 save_checkpoint(folder / "best.pt", state.model_state_dict())
             write_history(folder / "metrics.csv", state.history)
-            ended = progress.epoch == config.epochs or _out_of_patience(state)
-            if ended or time.monotonic() > last_drawn + 10:  # drawing takes as long as an epoch
-                draw_curves(folder / "curves.png", state.history, state.best["epoch"])
-                last_drawn = time.monotonic()
+        state.save(folder)
         if writer:
             for name, value in row.items():
                 writer.add_scalar(name, value, progress.epoch)
             writer.flush()
-        state.save(folder)
+        ended = progress.epoch == config.epochs or _out_of_patience(state)
+        if is_main and (ended or time.monotonic() > last_drawn + 10):
+            # Drawing takes as long as an epoch of the demo.
+            draw_curves(folder / "curves.png", state.history, state.best["epoch"])
+            last_drawn = time.monotonic()
     if progress.epoch < config.epochs:
         log.info(
             f"stopped: none of {config.early_stopping_patience} epochs was better than epoch "
@@ -300,7 +308,7 @@ def final_test(
     Raises:
         Interrupted: before the end.
     """
-    from evaluation.results import format_results, write_results
+    from evaluation.results import write_results
 
     config, best = state.config, load_checkpoint(folder)
     predictions = _evaluate_best(best, loader, device, "test", config, interrupt)
@@ -314,11 +322,11 @@ def final_test(
             "warnings": warnings,
         }
         calibration = Calibration.from_state_dict(best["calibration"])
-        results = write_results(predictions, config.classes, folder, [calibration], metadata)
         last = config.monitor == "last"
         chosen = "the last" if last else f"the best by validation {config.monitor}"
         log.info(f"\ntest of epoch {best['epoch']}, {chosen}:")
-        log.info(f"{format_results(results)}\n\nrun folder: {folder}")
+        write_results(predictions, config.classes, folder, [calibration], metadata, show=log.info)
+        log.info(f"\nrun folder: {folder}")
 
 
 def _evaluate_best(
@@ -343,16 +351,6 @@ def _evaluate_best(
         interrupt,
         Calibration.from_state_dict(best.get("calibration")).temperature,
     )
-
-
-def _wrap_ddp(model: nn.Module, device: torch.device) -> nn.Module | None:
-    """The model as torchrun's processes train it together; None for a single process."""
-    if distributed.world_size() == 1:
-        return None
-    if device.type == "cuda":
-        nn.SyncBatchNorm.convert_sync_batchnorm(model)
-        return nn.parallel.DistributedDataParallel(model, device_ids=[device.index])
-    return nn.parallel.DistributedDataParallel(model)
 
 
 def _score(row: dict[str, Any], config: TrainConfig) -> float:
@@ -391,8 +389,6 @@ def read_settings() -> tuple[TrainConfig, dict[str, Any] | None]:
     if run.is_file():  # a checkpoint of the run: take its folder
         run = run.parent
     state = load_checkpoint(run, "last.pt")
-    if os.environ.get("RANK", "0") == "0":  # of torchrun's processes one holds the lock
-        FolderLock(run).release()  # is another process training it?
     saved = dataclasses.replace(from_dict(state["config"]), resume=str(run))
     config = dataclasses.replace(parse_with(saved), resume=str(run))
     refuse_changes(saved, config)

@@ -200,11 +200,11 @@ def report(
     """
     text = to_markdown(table, conditions, formats)
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     records = json.loads(table.to_json(orient="records", double_precision=9))
     result = {"conditions": dict(conditions), "rows": records}
+    print(f"{text}\nfiles: {folder}/{name}.csv, .md, .json")
+    print(json.dumps(result))
+    folder.mkdir(parents=True, exist_ok=True)
     write_text(folder / f"{name}.csv", table.to_csv(index=False))
     write_text(folder / f"{name}.md", text)
     write_json(folder / f"{name}.json", result)
-    print(f"{text}\nsaved: {folder}/{name}.csv, .md, .json")
-    print(json.dumps(result))

@@ -9,6 +9,7 @@ need no files; missing files are only counted.
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import combinations
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -20,7 +21,7 @@ from clips.clip_table import read_clips, splits_of
 from clips.manifest_formats import read_records
 from clips.perceptual_hash import duplicate_groups, perceptual_hash, sha256_file
 from utils.errors import UserError
-from utils.files import write_text
+from utils.files import require_writable, write_all, write_text
 from utils.workers import in_parallel
 from video.container import ClipError, VideoMetadata, probe
 
@@ -90,7 +91,7 @@ def audit(config: AuditConfig) -> int:
         raise UserError("num_workers and max_hamming_distance must be at least 0")
     clips = read_clips(config.manifests, config.data_root, config.patient_pattern)
     folder = Path(config.output or f"runs/audit_{Path(config.manifests[0]).stem}")
-    folder.mkdir(parents=True, exist_ok=True)
+    require_writable(folder)
     print(f"{len(clips):,} clips in {', '.join(map(str, splits_of(clips)))}")
     _print_unknown_patients(clips)
     tables = {"composition": composition(clips)}
@@ -109,8 +110,11 @@ def audit(config: AuditConfig) -> int:
         print("no file was read: the audit compares names only, not the contents of the clips")
     tables["overlaps"] = overlaps(clips, config.names)
     leaks = _print_overlaps(clips)
-    for name, table in tables.items():
-        write_text(folder / f"{name}.csv", table.to_csv(index=name == "looped"))
+    folder.mkdir(parents=True, exist_ok=True)
+    texts = {name: table.to_csv(index=name == "looped") for name, table in tables.items()}
+    write_all(
+        {folder / f"{name}.csv": partial(write_text, text=text) for name, text in texts.items()}
+    )
     print(f"\ntables: {folder}")
     return int(leaks)
 

@@ -1,7 +1,7 @@
 """The results of a test: test_metrics.json, predictions.csv, the confusion matrix, a table."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ from evaluation import metrics
 from evaluation.bootstrap import format_interval, score_intervals
 from evaluation.calibration import Calibration, apply_temperature
 from evaluation.predictions import Predictions, write_predictions
-from utils.files import read_json, write_json, write_text
+from utils.files import read_json, write_all, write_json, write_text
 
 # Earlier names in test_metrics.json.
 _OLD_NAMES = {
@@ -74,34 +74,65 @@ def write_results(
     calibrations: Sequence[Calibration],
     metadata: Mapping[str, Any] | None = None,
     folds: Sequence[str] = (),
+    show: Callable[[str], object] | None = None,
 ) -> dict[str, Any]:
-    """Write test_metrics.json, predictions.csv and confusion_matrix.csv and .png into a folder.
+    """Show the results, and write test_metrics.json, predictions.csv and confusion_matrix.csv and
+    .png into a folder.
 
     Args:
         calibrations: as for `compute_results`.
         metadata: more values for test_metrics.json.
         folds: name of the fold of each clip, for predictions.csv.
+        show: gets the results as text, before anything is written.
 
     Returns:
         What test_metrics.json holds.
+
+    Raises:
+        UserError: a file could not be written; the others are.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "test_metrics.json").unlink(missing_ok=True)  # results of an earlier test
     results = {**compute_results(predictions, classes, calibrations), **(metadata or {})}
-    _, thresholds = _temperatures_and_thresholds(calibrations)
-    write_predictions(folder / "predictions.csv", predictions, classes, thresholds, folds)
+    if show:
+        show(format_results(results))
+    save_results(results, predictions, classes, folder, calibrations, folds)
+    return results
+
+
+def save_results(
+    results: dict[str, Any],
+    predictions: Predictions,
+    classes: Sequence[str],
+    folder: Path,
+    calibrations: Sequence[Calibration],
+    folds: Sequence[str] = (),
+) -> None:
+    """Write the files of `write_results`, which explains the arguments.
+
+    Raises:
+        UserError: a file could not be written; the others are.
+    """
     import pandas as pd  # takes half a second to import, matplotlib as long
 
     from evaluation.plots import plot_confusion
 
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "test_metrics.json").unlink(missing_ok=True)  # results of an earlier test
+    _, thresholds = _temperatures_and_thresholds(calibrations)
     matrix, names = predictions.confusion, pd.Index(classes, name="true\\predicted")
-    write_text(
-        folder / "confusion_matrix.csv", pd.DataFrame(matrix, index=names, columns=classes).to_csv()
+    confusion = pd.DataFrame(matrix, index=names, columns=classes).to_csv()
+
+    def write_scores(path: Path) -> None:
+        write_predictions(path, predictions, classes, thresholds, folds)
+        # Its presence means that the predictions are there and complete.
+        write_json(folder / "test_metrics.json", results)
+
+    write_all(
+        {
+            folder / "predictions.csv": write_scores,
+            folder / "confusion_matrix.csv": lambda path: write_text(path, confusion),
+            folder / "confusion_matrix.png": lambda path: plot_confusion(matrix, classes, path),
+        }
     )
-    plot_confusion(matrix, classes, folder / "confusion_matrix.png")
-    # Written last: its presence means that the results are complete.
-    write_json(folder / "test_metrics.json", results)
-    return results
 
 
 def read_results(path: Path) -> dict[str, Any]:

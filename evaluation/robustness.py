@@ -18,7 +18,7 @@ from evaluation.bootstrap import (
     n_clusters,
 )
 from evaluation.predictions import Predictions
-from utils.files import write_json, write_text
+from utils.files import write_all, write_json, write_text
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -31,11 +31,12 @@ EvaluateFn = Callable[[str, int], Predictions]
 
 def measure_robustness(
     evaluate: EvaluateFn, clean: Predictions, corruptions: Iterable[str], folder: Path
-) -> str:
-    """Evaluate every corruption and severity; write robustness.csv, .json and .png into a folder.
+) -> None:
+    """Evaluate every corruption and severity; print the table for people, and write
+    robustness.csv, .json and .png into a folder.
 
-    Returns:
-        The table for people.
+    Raises:
+        UserError: a file could not be written; the others are.
     """
     import pandas as pd
 
@@ -49,10 +50,15 @@ def measure_robustness(
             rows.append({"corruption": name, "severity": severity, **corrupted.scores})
     table = pd.DataFrame(rows)
     summary = summarize(clean, correct)
-    write_text(folder / "robustness.csv", table.to_csv(index=False, float_format="%.6g"))
-    write_json(folder / "robustness.json", summary)
-    plot_robustness(table, summary["clean_accuracy"], folder / "robustness.png")
-    return format_robustness(table, summary)
+    print(format_robustness(table, summary))
+    accuracy, text = summary["clean_accuracy"], table.to_csv(index=False, float_format="%.6g")
+    write_all(
+        {
+            folder / "robustness.csv": lambda path: write_text(path, text),
+            folder / "robustness.json": lambda path: write_json(path, summary),
+            folder / "robustness.png": lambda path: plot_robustness(table, accuracy, path),
+        }
+    )
 
 
 def summarize(clean: Predictions, correct: Mapping[tuple[str, int], np.ndarray]) -> dict[str, Any]:

@@ -5,6 +5,7 @@ import logging
 import os
 from collections import Counter
 from collections.abc import Sequence
+from pathlib import Path
 
 from torch import nn
 from torch.utils.data import DataLoader
@@ -24,7 +25,9 @@ from dataset import ClipsDataset, require_readable
 from modeling.weights import load_weights
 from models import MODELS, build_model, freeze, model_options
 from utils import distributed
-from utils.errors import UserError
+from utils.errors import UserError, require_package
+from utils.files import require_writable
+from utils.lock import FolderLock
 from video.motion import Modality
 
 log = logging.getLogger(__name__)
@@ -144,6 +147,28 @@ def refuse_changes(saved: TrainConfig, config: TrainConfig) -> None:
             f"{', '.join(sorted(resumable - {'resume'}))} may change; to train on from its "
             f"weights, start a new run with --weights {config.resume}/best.pt)"
         )
+
+
+def check_outputs(config: TrainConfig, folder: str | Path | None) -> None:
+    """Check, before anything is decoded, that what the training writes can be written.
+
+    Of torchrun's processes the first one writes and checks.
+
+    Args:
+        folder: the run folder (None: a new one below config.run_dir).
+
+    Raises:
+        UserError: a folder cannot be written, another process works in it, or a package is missing.
+    """
+    if distributed.rank():
+        return
+    require_writable(folder or config.run_dir, "--run-dir")
+    if folder:
+        FolderLock(folder).release()  # it is taken when the training begins
+    if config.feature_cache:
+        require_writable(config.feature_cache, "--feature-cache")
+    if config.tensorboard:
+        require_package("torch.utils.tensorboard", "--tensorboard")
 
 
 def check_cache(datasets: Sequence[ClipsDataset]) -> None:

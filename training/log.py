@@ -15,8 +15,8 @@ from config import TrainConfig
 from models import summary
 from utils import distributed
 from utils.device import describe_device
-from utils.errors import UserError
-from utils.files import write_text
+from utils.errors import require_package
+from utils.files import try_write, write_text
 
 
 def start_log(folder: Path | None) -> None:
@@ -65,11 +65,12 @@ def write_history(path: str | Path, history: Sequence[dict[str, Any]]) -> None:
     write_text(path, pd.DataFrame(history).to_csv(index=False, float_format="%.6g"))
 
 
-def draw_curves(path: str | Path, history: Sequence[dict[str, Any]], best_epoch: int) -> None:
-    """Draw the losses and scores of the epochs so far."""
+def draw_curves(path: Path, history: Sequence[dict[str, Any]], best_epoch: int) -> None:
+    """Draw the losses and scores of the epochs so far. An error is no reason to stop training."""
     from evaluation.plots import plot_curves  # importing matplotlib takes longer than an epoch
 
-    plot_curves(history, best_epoch, path)
+    if problem := try_write(path, lambda path: plot_curves(history, best_epoch, path)):
+        logging.getLogger(__name__).warning(problem)
 
 
 def tensorboard_writer(folder: Path) -> Any:
@@ -78,10 +79,7 @@ def tensorboard_writer(folder: Path) -> Any:
     Raises:
         UserError: TensorBoard is not installed.
     """
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        raise UserError(
-            "--tensorboard needs a package: pip install -r requirements-optional.txt"
-        ) from None
+    require_package("torch.utils.tensorboard", "--tensorboard")
+    from torch.utils.tensorboard import SummaryWriter
+
     return SummaryWriter(folder)

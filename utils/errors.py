@@ -1,6 +1,7 @@
 """UserError, which scripts print without a traceback, and warnings that go into results."""
 
 import errno
+import importlib
 import sys
 from typing import Literal, TypedDict
 
@@ -33,6 +34,20 @@ def is_out_of_memory(error: BaseException) -> bool:
     # On a CPU and on Apple's GPUs, PyTorch raises a RuntimeError without a code: its text is all.
     text = str(error).lower() if isinstance(error, RuntimeError) else ""
     return "can't allocate memory" in text or "out of memory" in text
+
+
+def require_package(module: str, what: str) -> None:
+    """Check that an optional package can be imported.
+
+    Raises:
+        UserError: it cannot; `what` says in the message what needs it.
+    """
+    try:
+        importlib.import_module(module)
+    except ImportError:  # it is missing, or lacks something itself
+        raise UserError(
+            f"{what} needs a package: pip install -r requirements-optional.txt"
+        ) from None
 
 
 FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)

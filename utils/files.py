@@ -7,7 +7,7 @@ import math
 import os
 import shutil
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -72,10 +72,39 @@ def write_text(path: str | Path, text: str) -> None:
         unfinished.write_text(text, encoding="utf-8")
 
 
-def require_writable(folder: str | Path) -> None:
+def write_all(writers: Mapping[Path, Callable[[Path], object]]) -> None:
+    """Write several files, the most valuable first: if one fails, the others are still written.
+
+    Args:
+        writers: for each path the function that writes it.
+
+    Raises:
+        UserError: naming the files that could not be written, and why.
+    """
+    problems = [problem for path, write in writers.items() if (problem := try_write(path, write))]
+    if problems:
+        raise UserError("; ".join(problems))
+
+
+def try_write(path: Path, write: Callable[[Path], object]) -> str:
+    """Call a function that writes a file. Returns why it could not, in one line, or nothing."""
+    try:
+        write(path)
+    except OSError as error:
+        return f"could not be written: {describe_os_error(error)}"
+    except Exception as error:  # e.g. of a library that draws: no reason to lose other files
+        return f"{path}: could not be written: {type(error).__name__}: {first_line(error)}"
+    return ""
+
+
+def require_writable(folder: str | Path, flag: str = "--output") -> None:
     """Make a folder and try to write into it, before hours of work depend on it.
 
     The permissions alone do not tell: on Windows and network drives they are not the whole truth.
+    What did not exist is removed again.
+
+    Args:
+        flag: how the user chooses the folder.
 
     Raises:
         UserError: that is not possible; with the cause and the remedy.
@@ -87,7 +116,7 @@ def require_writable(folder: str | Path) -> None:
         unfinished.write_bytes(b" ")
         unfinished.unlink()
     except OSError as error:
-        raise UserError(describe_os_error(error)) from None
+        raise UserError(f"{describe_os_error(error)} ({flag})") from None
     finally:  # a command that fails later leaves no empty folder
         remove_empty(made)
 
