@@ -57,8 +57,7 @@ def load_weights(model: nn.Module, spec: str) -> str:
     weights = find_weights(state)
     if not weights:
         raise UserError(f"{path}: holds no weights ({', '.join(map(str, list(state)[:3]))} ...)")
-    own = model.state_dict().keys()
-    if "format_version" in state or len(own & weights.keys()) > len(own) / 2:
+    if "format_version" in state or weights.keys() == model.state_dict().keys():
         return f"weights: {path}, {_load_checkpoint(model, weights, path)}"
     _load_backbone(model, weights, path)
     return f"weights: {path}, backbone only; the head is new"
