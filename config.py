@@ -358,17 +358,21 @@ def from_dict(
         config = kind(**{name: value for name, value in named.items() if name in known})
     except TypeError:  # a value that is no key of OLD_VALUES
         raise UserError(f"{source}: a setting is of another type than this version's") from None
-    if problems := wrong_values(config):
+    # models.MODELS may hold more models than TrainConfig names; build_model refuses unknown ones.
+    own_model = {"model_name"} if isinstance(config.model_name, str) else ()
+    if problems := wrong_values(config, own_model):
         raise UserError(f"{source}: the settings of no run: {'; '.join(problems)}")
     return config
 
 
-def wrong_values(config: TrainConfig) -> list[str]:
+def wrong_values(config: TrainConfig, ignore: Container[str] = ()) -> list[str]:
     """A line for each setting whose value is of another type, or not among the allowed ones."""
     problems = []
     hints = get_type_hints(type(config))
     for field in dataclasses.fields(config):
         name, value, hint = field.name, getattr(config, field.name), hints[field.name]
+        if name in ignore:
+            continue
         choices = get_args(hint) if get_origin(hint) is Literal else ()
         low, high = field.metadata.get("low"), field.metadata.get("high")
         shape = [get_args(hint)[0]] if get_origin(hint) is tuple else hint

@@ -367,7 +367,9 @@ def main() -> None:
         print("interrupted: the results so far are written", file=sys.stderr)
         sys.exit(130)
     if failures:
-        raise UserError(f"{len(failures)} of {len(sources)} videos failed (see above)")
+        raise UserError(
+            f"{len(failures)} of {len(sources)} videos could not be read or written (see above)"
+        )
 
 
 if __name__ == "__main__":

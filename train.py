@@ -34,6 +34,7 @@ from training.checks import (
     check_cache,
     check_clips,
     check_outputs,
+    check_smallest_batch,
     refuse_changes,
     require_frozen,
     resolve,
@@ -134,6 +135,7 @@ def train(
         torch.manual_seed(config.seed + distributed.rank())
 
     # checks, before anything is written
+    check_smallest_batch(config, train_loader.sampler.clips_per_epoch)
     if config.feature_cache:
         require_frozen(model)
     check_cache([loader.dataset for loader in splits.values()])

@@ -11,7 +11,9 @@ from evaluation import metrics
 from evaluation.bootstrap import format_interval, score_intervals
 from evaluation.calibration import Calibration, apply_temperature
 from evaluation.predictions import Predictions, write_predictions
+from utils.errors import UserError
 from utils.files import read_json, write_all, write_json, write_text
+from utils.structure import find_mismatch
 
 # Earlier names in test_metrics.json.
 _OLD_NAMES = {
@@ -19,6 +21,28 @@ _OLD_NAMES = {
     "wanted_error": "target_error",
     "units": "groups",
     "adjust": "logit_adjust_tau",
+}
+
+
+# What test_metrics.json holds, as far as somebody reads it; see `utils.structure.find_mismatch`.
+_NUMBER = float | None
+_NUMBERS = {str: _NUMBER}
+_SHAPE = {
+    **{f"{name}?": _NUMBER for name in ("accuracy", "balanced_accuracy", "macro_f1", "loss")},
+    **{f"{name}?": int | None for name in ("clips", "patients", "epoch", "views", "crops")},
+    "unreadable_clips?": int,
+    "intervals?": {str: {str: list | None}},
+    "averages?": dict,
+    "actions?": _NUMBERS,
+    "calibration?": {"ece?": _NUMBER, "brier?": _NUMBER, "nll?": _NUMBER, "before?": _NUMBERS},
+    "selective?": _NUMBERS,
+    "per_class?": {str: _NUMBERS},
+    "checkpoint?": str,
+    "split?": str,
+    "shuffle_frames?": bool,
+    "logit_adjust_tau?": float,
+    "folds?": [dict],
+    "warnings?": [str | dict],
 }
 
 
@@ -144,6 +168,8 @@ def read_results(path: Path) -> dict[str, Any]:
     results = _renamed(read_json(path))
     if not results:
         return {}
+    if mismatch := find_mismatch(results, _SHAPE):
+        raise UserError(f"{path}: not the results of a test ({mismatch})")
     # In earlier versions a warning was a text, and one about leakage began with LEAKAGE.
     results["warnings"] = [
         {"kind": "leakage" if "LEAKAGE" in w else "other", "text": w.removeprefix("LEAKAGE: ")}

@@ -1,5 +1,6 @@
 """Checks before the first epoch: settings, cache, clips, model, changes of a resumed run."""
 
+import contextlib
 import dataclasses
 import logging
 import os
@@ -7,6 +8,7 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
 from torch import nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
@@ -23,7 +25,7 @@ from config import (
 )
 from dataset import ClipsDataset, require_readable
 from modeling.weights import load_weights
-from models import MODELS, build_model, freeze, model_options
+from models import MODELS, build_model, freeze, keep_frozen_in_eval, model_options
 from utils import distributed
 from utils.errors import UserError, require_package
 from utils.files import require_writable
@@ -225,6 +227,36 @@ def check_model(config: TrainConfig) -> None:
         freeze(model, config.freeze_until)
     if config.feature_cache:
         require_frozen(model)
+
+
+def check_smallest_batch(config: TrainConfig, num_clips: int) -> None:
+    """Check that BatchNorm can be trained on the smallest batch of an epoch.
+
+    In a batch of one clip with few frames and pixels, its last layers get one value per channel,
+    which has no variance. The model is tried on the meta device, where nothing is computed.
+
+    Args:
+        num_clips: number of training clips per epoch and process.
+
+    Raises:
+        UserError: with the remedy.
+    """
+    smallest = num_clips % config.batch_size or min(num_clips, config.batch_size)
+    modality, size = Modality.parse(config.modality), config.image_size
+    with torch.device("meta"), contextlib.suppress(NotImplementedError, RuntimeError):
+        model = build_model(config, len(config.classes)).train()
+        if config.freeze_until:
+            freeze(model, config.freeze_until)
+        keep_frozen_in_eval(model, config.freeze_batchnorm)
+        try:
+            model(torch.zeros(smallest, config.n_frames, modality.channels, size, size))
+        except ValueError:  # of torch.nn.functional.batch_norm, and of it alone
+            raise UserError(
+                f"batch_size = {config.batch_size}: the smallest batch of an epoch has {smallest} "
+                f"of {num_clips} clips, too few for BatchNorm with {config.n_frames} frames of "
+                f"{size} px: give another --batch-size, a larger --image-size or --n-frames, or "
+                "--freeze-batchnorm"
+            ) from None
 
 
 def require_frozen(model: nn.Module) -> None:

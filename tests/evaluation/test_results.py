@@ -319,6 +319,25 @@ def test_files_of_several_folds(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    "content",
+    [
+        {"accuracy": "high"},
+        {"warnings": 3},
+        {"per_class": {"cut": 3}},
+        {"intervals": []},
+        {"views": [1]},
+        {"checkpoint": 5},
+    ],
+)
+def test_results_of_other_types_are_refused(content: dict, tmp_path: Path) -> None:
+    path = tmp_path / "test_metrics.json"
+    path.write_text(json.dumps(content))
+    with pytest.raises(UserError) as told:
+        read_results(path)
+    assert str(told.value).startswith(f"{path}: not the results of a test ({next(iter(content))}")
+
+
+@pytest.mark.parametrize(
     ("writer", "lost"),
     [
         ("evaluation.plots.plot_confusion", {"confusion_matrix.png"}),
