@@ -30,15 +30,7 @@ from evaluation.predictions import Predictions
 from modeling.layers import enable_gradient_checkpointing
 from modeling.weights import load_weights
 from models import build_model, freeze
-from training.checks import (
-    check_cache,
-    check_clips,
-    check_outputs,
-    check_smallest_batch,
-    refuse_changes,
-    require_frozen,
-    resolve,
-)
+from training import checks
 from training.engine import evaluate, train_one_epoch
 from training.feature_cache import feature_loader, head_only
 from training.loaders import batches_per_epoch, build_dataloaders
@@ -83,7 +75,7 @@ def train(
     Raises:
         SystemExit: interrupted; the run is saved.
     """
-    config = resolve(config)
+    config = checks.resolve(config)
     device = distributed.init(get_device(config.device))
     dtype = autocast_dtype(config.precision, device)
     is_main = distributed.rank() == 0
@@ -91,7 +83,7 @@ def train(
     if not is_main:
         logging.disable()
     folder = Path(config.resume) if config.resume else folder
-    check_outputs(config, folder)
+    checks.check_outputs(config, folder)
 
     # data
     loaders = build_dataloaders(config)
@@ -135,12 +127,12 @@ def train(
         torch.manual_seed(config.seed + distributed.rank())
 
     # checks, before anything is written
-    check_smallest_batch(config, train_loader.sampler.clips_per_epoch)
+    checks.check_smallest_batch(config, train_loader.sampler.clips_per_epoch)
     if config.feature_cache:
-        require_frozen(model)
-    check_cache([loader.dataset for loader in splits.values()])
+        checks.require_frozen(model)
+    checks.check_cache([loader.dataset for loader in splits.values()])
     if config.check_clips and config.data_root and not resume_from:
-        check_clips({"validation": val_loader, "test": test_loader}, config.skip_unreadable)
+        checks.check_clips({"validation": val_loader, "test": test_loader}, config.skip_unreadable)
 
     # run folder and log
     folder = Path(distributed.broadcast_object(_run_dir(config, folder) if is_main else None))
@@ -393,7 +385,7 @@ def read_settings() -> tuple[TrainConfig, dict[str, Any] | None]:
     state = load_checkpoint(run, "last.pt")
     saved = dataclasses.replace(from_dict(state["config"]), resume=str(run))
     config = dataclasses.replace(parse_with(saved), resume=str(run))
-    refuse_changes(saved, config)
+    checks.refuse_changes(saved, config)
     return config, state
 
 

@@ -17,6 +17,7 @@ from tqdm import tqdm
 from clips.cache import CacheSettings, ClipCache
 from clips.manifest import read_paths
 from utils.errors import UserError
+from utils.files import remove_unfinished
 from utils.lock import FolderLock
 from utils.workers import in_parallel
 from video.motion import require_opencv
@@ -60,6 +61,9 @@ def _fill(cache: ClipCache, clips: Sequence[Path], num_workers: int) -> int:
     todo = [clip for clip in bar if cache.check(clip, unreadable=True)]
     print(f"{len(clips):,} clips, {len(clips) - len(todo):,} of them cached already")
     unreadable = _write(cache, todo, num_workers) if todo else []
+    # Writing clears folders as well; but workers outlive a killed process for a moment.
+    for folder in cache.folder.glob("???"):
+        remove_unfinished(folder)
     print(f"done: {cache.folder}")
     if unreadable:
         print("\n  ".join([f"{len(unreadable)} clips cannot be read:", *unreadable]))
