@@ -16,7 +16,6 @@ resamples of the same patients. Where the interval includes zero, no effect is s
 
 # Everything that imports torch is imported where it is used: --help does without.
 import dataclasses
-import json
 import os
 import re
 from collections.abc import Sequence
@@ -28,7 +27,8 @@ from config import OLD_NAMES, OLD_VALUES, TrainConfig, differences, from_dict, n
 from cross_validate import CrossValidateConfig, check_folds, cross_validate, fold_folders
 from utils.cli import cli_main, parse
 from utils.errors import UserError
-from utils.files import to_markdown, write_json, write_text
+from utils.files import read_json, to_markdown, write_all, write_json, write_text
+from utils.run_dir import read_sessions
 from utils.tables import write_table
 
 if TYPE_CHECKING:
@@ -50,15 +50,22 @@ class AblateConfig(CrossValidateConfig):
 
 
 def ablate(config: AblateConfig) -> str:
-    """Train what is missing and write the table. Returns the table as Markdown.
+    """Train what is missing, print the table and write it. Returns the table as Markdown.
 
     Raises:
         UserError: an ablation is unknown or cannot work, or the folder's runs had other settings.
         SystemExit: interrupted; the same command continues.
     """
+    from utils.lock import FolderLock
+
+    with FolderLock(config.output):
+        return _ablate(config, Path(config.output))
+
+
+def _ablate(config: AblateConfig, folder: Path) -> str:
+    """The same, in a folder in which no other process works."""
     from evaluation.ablation import BASELINE, POST_HOC, ablation_table, plot_deltas
 
-    folder = Path(config.output)
     ablations = select_ablations(config)
     hold_to_baseline(config, folder)
     runs = {name: [_run_dir(folder, name, seed) for seed in config.seeds] for name in ablations}
@@ -73,10 +80,15 @@ def ablate(config: AblateConfig) -> str:
         for name, tau in POST_HOC.items():
             predictions[name] = [_adjusted(run, tau) for run in runs[BASELINE]]
     table = ablation_table(predictions)
-    write_table(folder / "study.csv", table)
-    plot_deltas(table, folder / "study.png")
     text = format_table(table, config.seeds, predictions[BASELINE][0], runs[BASELINE][0])
-    write_text(folder / "study.md", text)
+    print(f"\n{text}")
+    write_all(
+        {
+            folder / "study.csv": lambda path: write_table(path, table),
+            folder / "study.md": lambda path: write_text(path, text),
+            folder / "study.png": lambda path: plot_deltas(table, path),
+        }
+    )
     return text
 
 
@@ -168,7 +180,7 @@ def hold_to_baseline(config: AblateConfig, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         write_json(file, dataclasses.asdict(baseline))
         return
-    saved = from_dict(json.loads(file.read_text(encoding="utf-8")), CrossValidateConfig)
+    saved = from_dict(read_json(file), CrossValidateConfig, str(file))
     may_differ = _may_differ(config)
     for name, before, value in differences(resolve(saved), resolve(baseline), ignore=may_differ):
         raise UserError(
@@ -194,7 +206,7 @@ def is_finished(run: Path, settings: CrossValidateConfig) -> bool:
     if not (run / "test_metrics.json").exists():  # written last
         return False
     first = run / fold_folders(settings.folds)[0].name if settings.folds else run
-    saved = from_dict(json.loads((first / "config.json").read_text(encoding="utf-8")))
+    saved = from_dict(read_json(first / "config.json"), source=str(first / "config.json"))
     for name, before, value in differences(saved, resolve(settings), ignore=_may_differ(settings)):
         raise UserError(f"{run}: was trained with {name} {before!r}, not {value!r}: delete it")
     return True
@@ -267,7 +279,7 @@ def format_table(
         text = format_interval(interval, pattern, missing="")
         return f"{value} ({text})" if text else value
 
-    sessions = json.loads((run / "environment.json").read_text(encoding="utf-8"))["sessions"]
+    session = (read_sessions(run) or [{}])[-1]
     patients = {patient for patient in baseline.groups("patient") if patient is not None}
     rows = []
     for row in table.to_dict(orient="records"):
@@ -283,8 +295,8 @@ def format_table(
         "seeds": ", ".join(map(str, seeds)),
         "test clips": len(baseline),
         "patients": len(patients) or "unknown: the intervals take clips as independent",
-        "device": sessions[-1]["device"],
-        "torch": sessions[-1]["torch"],
+        "device": session.get("device", "unknown"),
+        "torch": session.get("torch", "unknown"),
     }
     return to_markdown(pd.DataFrame(rows), conditions)
 
@@ -295,7 +307,8 @@ def main() -> None:
     config = parse(AblateConfig, __doc__, None, old_names, OLD_VALUES, aliases=("model",))
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UserError("ablate.py is one process: start it several times, each with its --output")
-    print(f"\n{ablate(config)}\nsaved in {config.output}")
+    ablate(config)
+    print(f"saved in {config.output}")
 
 
 if __name__ == "__main__":

@@ -19,7 +19,6 @@ Only the forward pass is timed, from a batch in the memory of the device to its 
 the column end to end, which starts at a video file (an H.264 clip of 30 frames, 1280 x 720).
 """
 
-import json
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +29,7 @@ import numpy as np
 from config import OLD_VALUES, Precision, TrainConfig, from_dict
 from utils.cli import cli_main, parse
 from utils.errors import UserError
+from utils.files import read_json, require_writable
 
 # torch, pandas and what imports them are imported in the functions: --help does without them.
 if TYPE_CHECKING:
@@ -129,8 +129,9 @@ def read_model(name_or_run: str, config: BenchmarkConfig) -> ModelSpec:
             "checkpoint"
         )
     state = load_checkpoint(name_or_run)
-    settings, results = from_dict(state["config"]), Path(name_or_run) / "test_metrics.json"
-    scores = json.loads(results.read_text(encoding="utf-8")) if results.is_file() else {}
+    settings = from_dict(state["config"])
+    shape = {"accuracy?": float | None, "macro_f1?": float | None}
+    scores = read_json(Path(name_or_run) / "test_metrics.json", shape)
     label = f"{settings.model_name} ({Path(name_or_run).name})"
     return ModelSpec(label, rebuild_model(state), settings.n_frames, settings.image_size, scores)
 
@@ -335,6 +336,7 @@ def main() -> None:
         raise UserError("warmup must be at least 0, and at least one model must be given")
     from benchmarks.timing import report
 
+    require_writable(config.output)
     for what in config.what:
         if what == "latency":
             report(what, *time_models(config), config.output, FORMATS)

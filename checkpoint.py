@@ -13,18 +13,19 @@ from typing import Any
 import torch
 from torch import nn
 
-from config import from_dict
+from config import TrainConfig, from_dict
+from modeling.weights import find_weights
 from models import build_model
-from utils.errors import UserError
-from utils.files import atomic, load_safely
+from utils.errors import UserError, first_line
+from utils.structure import find_mismatch, shorten
+from utils.torch_files import load_safely, save_safely
 
 FORMAT_VERSION = 1
 
 
 def save_checkpoint(path: str | Path, state: dict[str, Any]) -> None:
     """Write a checkpoint; a kill at any moment leaves the old file or the new one."""
-    with atomic(path) as unfinished:
-        torch.save({**state, "format_version": FORMAT_VERSION}, unfinished)
+    save_safely(path, {**state, "format_version": FORMAT_VERSION})
 
 
 def load_checkpoint(run_or_file: str | Path, name: str = "best.pt") -> dict[str, Any]:
@@ -39,17 +40,208 @@ def load_checkpoint(run_or_file: str | Path, name: str = "best.pt") -> dict[str,
     if not path.is_file():
         raise UserError(f"{path}: no such checkpoint (give a run folder or a .pt file)")
     state = load_safely(path, "give a run folder or a .pt file of this project")
-    if "format_version" not in state:
-        raise UserError(f"{path}: not a checkpoint of this project (no 'format_version' in it)")
-    if state["format_version"] > FORMAT_VERSION:
+    _check_version(state, path)
+    if mismatch := find_mismatch(state, _SHAPE):
+        raise UserError(f"{path}: not a checkpoint of this project ({mismatch})")
+    config = from_dict(state["config"], source=str(path))
+    if problem := _find_problem(state, config):
+        raise UserError(f"{path}: is damaged: {problem}")
+    return state
+
+
+# What a checkpoint holds; see `utils.structure.find_mismatch`. Losses may be infinite.
+_NUMBER = int | float | None
+_ROW = {"epoch": int, "train_loss": _NUMBER, "val_loss": _NUMBER, "val_accuracy": _NUMBER}
+_SHAPE = {
+    "model": {str: torch.Tensor},
+    "config": {str: object},
+    "classes": [str],
+    "epoch?": int,
+    "best?": dict,
+    "history?": [_ROW],
+    "class_counts?": [int],
+    "calibration?": {
+        "temperature": float,
+        "target_error?": float | None,
+        "wanted_error?": float | None,  # its earlier name
+        "threshold": float | None,
+        "confidence": [float],
+    },
+    "frame_rate?": float | None,
+}
+_RESUME_SHAPE = {
+    "optimizer": {
+        "state": {int: {str: torch.Tensor}},
+        "param_groups": [
+            {"params": [int], "lr": float, "betas": [float], "eps": float, "weight_decay": float}
+        ],
+    },
+    "scheduler": {"last_epoch": int, "_last_lr": [float]},
+    "scaler": {str: float},
+    "epoch": int,
+    "step": int,
+    "best": dict,
+    "history": [_ROW],
+    "totals": [[float]],
+    "rng": [{"python": [object], "torch": torch.Tensor, "cuda": [torch.Tensor]}],
+    "unreadable": [str],
+}
+
+
+def _check_version(state: dict[str, Any], path: Path) -> None:
+    version = state.get("format_version")
+    if version is None:
+        count = len(find_weights(state))
+        raise UserError(
+            f"{path}: not a checkpoint of this project (no 'format_version' in it)"
+            + (
+                f"; it holds {count} tensors of another program, from which a model can be trained:"
+                f" python train.py --weights {path}"
+            )
+            * bool(count)
+        )
+    if isinstance(version, bool) or not isinstance(version, int):
+        raise UserError(f"{path}: is damaged: its format_version is no whole number")
+    if version > FORMAT_VERSION:
         raise UserError(
             f"{path}: written by a newer version of this project "
-            f"(format {state['format_version']}, this one reads up to {FORMAT_VERSION})"
+            f"(format {shorten(version)}, this one reads up to {FORMAT_VERSION})"
         )
-    for key, kind in {"model": dict, "config": dict, "classes": (list, tuple)}.items():
-        if not isinstance(state.get(key), kind):
-            raise UserError(f"{path}: not a checkpoint of this project (no {key!r} in it)")
-    return state
+
+
+def _find_problem(state: dict[str, Any], config: TrainConfig) -> str:
+    """What contradicts itself in a checkpoint of the right structure; empty if nothing does."""
+    if list(state["classes"]) != list(config.classes):
+        return "its classes are not those of its settings"
+    if None in (config.n_frames, config.image_size):
+        return "its settings do not say how long or how large the clips are"
+    best, calibration = state.get("best"), state.get("calibration")
+    if best and (mismatch := find_mismatch(best, _ROW, "best")):
+        return mismatch
+    if len(state.get("class_counts", ())) not in (0, len(config.classes)):
+        return "class_counts has another length than classes"
+    if min(0, state.get("epoch", 0), *state.get("class_counts", ())) < 0:
+        return "a count in it is below 0"
+    if (state.get("frame_rate") or 1) <= 0:
+        return "its frame_rate is not above 0"
+    if calibration:
+        correct = calibration.get("correct", calibration.get("right"))  # its earlier name
+        if find_mismatch(correct, [bool]) or len(correct) != len(calibration["confidence"]):
+            return "its calibration has not one `correct` per clip"
+        if calibration["temperature"] <= 0:
+            return "its calibration has a temperature that is not above 0"
+    try:
+        with torch.device("meta"):  # takes no memory, whatever the settings claim
+            model = build_model(config, len(config.classes))
+    except Exception as error:  # the settings are a file's, and may be anything
+        return f"its settings describe no model ({first_line(error)})"
+    return _find_wrong_weight(state["model"], model.state_dict())
+
+
+def _find_wrong_weight(weights: dict[str, Any], own: dict[str, torch.Tensor]) -> str:
+    """The first tensor that is missing, or not as the model has it; empty if there is none."""
+    if missing := own.keys() ^ weights.keys():
+        return f"{len(missing)} weights are missing or unknown, e.g. {min(missing)}"
+    for name, value in weights.items():
+        if value.shape != own[name].shape:
+            return f"weight {name} has the shape {tuple(value.shape)}, not {tuple(own[name].shape)}"
+        if not _is_finite(value):
+            return f"weight {name} holds numbers that are not finite"
+    return ""
+
+
+def _is_finite(value: torch.Tensor) -> bool:
+    return not value.is_floating_point() or bool(torch.isfinite(value).all())
+
+
+def check_resume(
+    state: dict[str, Any],
+    fresh: dict[str, Any],
+    optimizer: torch.optim.Optimizer,
+    source: str | Path,
+) -> None:
+    """Check, before any part of a run is changed, that training can continue from a checkpoint.
+
+    Args:
+        state: the checkpoint, as `load_checkpoint` returns it.
+        fresh: `TrainState.state_dict()` of a run that begins, with the same settings.
+        optimizer: the optimizer of that run.
+        source: the file or folder, for messages.
+
+    Raises:
+        UserError: a part is missing, damaged or of another run.
+    """
+    problem = find_mismatch(state, _RESUME_SHAPE) or (_find_resume_problem(state, fresh, optimizer))
+    if problem:
+        raise UserError(
+            f"{source}: the training cannot continue from its last.pt ({problem}); its weights can "
+            f"be trained further: python train.py --weights {source}"
+        )
+
+
+def _find_resume_problem(
+    state: dict[str, Any], fresh: dict[str, Any], optimizer: torch.optim.Optimizer
+) -> str:
+    if "trained" in fresh:
+        if mismatch := find_mismatch(
+            state, {"trained": {str: torch.Tensor}, "averaged_steps": int}
+        ):
+            return mismatch
+        if problem := _find_wrong_weight(state["trained"], fresh["trained"]):
+            return problem
+    if state["step"] < 0:
+        return "its step is below 0"
+    groups = state["optimizer"]["param_groups"]
+    if [g["params"] for g in groups] != [g["params"] for g in fresh["optimizer"]["param_groups"]]:
+        return "its optimizer trains other parameters"
+    for part in ("optimizer", "scheduler", "scaler"):
+        if not _has_types_of(state[part], fresh[part]):
+            return f"its {part} is of another kind"
+    if state["scaler"].keys() != fresh["scaler"].keys():
+        return "its scaler is of another kind"
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    for number, averages in state["optimizer"]["state"].items():
+        if not 0 <= number < len(parameters) or averages.keys() != _ADAMW:
+            return "its optimizer is of another kind"
+        shapes = {name: value.shape for name, value in averages.items()}
+        expected = dict.fromkeys(_ADAMW, parameters[number].shape) | {"step": torch.Size()}
+        if shapes != expected or not all(map(_is_finite, averages.values())):
+            return f"its optimizer's averages of parameter {number} are damaged"
+    if len(state["totals"]) != len(state["rng"]) or any(len(sums) != 3 for sums in state["totals"]):
+        return "its totals are not three per process"
+    try:
+        for rng in state["rng"]:
+            version, internal, gauss = rng["python"]
+            random.Random().setstate((version, tuple(internal), gauss))
+            torch.Generator().set_state(rng["torch"])
+    except (TypeError, ValueError, OverflowError, RuntimeError):
+        return "its states of the random generators are damaged"
+    if any(value.dtype != torch.uint8 for rng in state["rng"] for value in rng["cuda"]):
+        return "its states of the GPUs' random generators are damaged"
+    return ""
+
+
+_ADAMW = {"step", "exp_avg", "exp_avg_sq"}
+
+
+def _has_types_of(value: Any, fresh: Any) -> bool:
+    """Whether a value has the types of a fresh one; keys that only one of them has do not count,
+    because other versions of torch have others."""
+    if fresh is None or value is None:
+        return True
+    if isinstance(fresh, dict):
+        return isinstance(value, dict) and all(
+            _has_types_of(value[key], fresh[key]) for key in fresh.keys() & value.keys()
+        )
+    if isinstance(fresh, list | tuple):
+        return (
+            isinstance(value, list | tuple)
+            and len(value) == len(fresh)
+            and all(map(_has_types_of, value, fresh))
+        )
+    if isinstance(fresh, int | float):
+        return isinstance(value, int | float) and not find_mismatch(float(value), float)
+    return isinstance(value, type(fresh))
 
 
 def rebuild_model(state: dict[str, Any]) -> nn.Module:

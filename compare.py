@@ -25,7 +25,7 @@ import tyro
 from config import Precision
 from utils.cli import cli_main, parse
 from utils.errors import UserError
-from utils.files import to_markdown, write_text
+from utils.files import require_writable, to_markdown, write_all, write_text
 from utils.tables import write_table
 
 if TYPE_CHECKING:
@@ -351,6 +351,7 @@ def main() -> None:
     config = parse(CompareConfig, __doc__, old_names={"amp": "precision"})
     if config.batch_size < 1 or config.repeats < 1 or config.warmup < 0:
         raise UserError("batch_size and repeats must be at least 1, warmup at least 0")
+    require_writable(config.output)
     candidates = load_candidates(config.runs)
     scores = [candidate.run.predictions.scores[config.by] for candidate in candidates]
     best = scores.index(max(scores))
@@ -360,15 +361,19 @@ def main() -> None:
 
         table = pd.concat([table, speed_table(candidates, config)], axis=1)
     text = format_comparison(table, candidates, best, config)
+    print(text)
     folder = Path(config.output)
     folder.mkdir(parents=True, exist_ok=True)
-    write_table(folder / "comparison.csv", table)
-    write_text(folder / "comparison.md", text)
+    writers = {
+        folder / "comparison.csv": lambda path: write_table(path, table),
+        folder / "comparison.md": lambda path: write_text(path, text),
+    }
     figure = folder / "accuracy_latency.png"
     figure.unlink(missing_ok=True)  # of an earlier comparison
     if config.speed:
-        draw(table, config, figure)
-    print(f"{text}\nsaved in {folder}")
+        writers[figure] = lambda path: draw(table, config, path)
+    write_all(writers)
+    print(f"saved in {folder}")
 
 
 if __name__ == "__main__":

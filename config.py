@@ -4,12 +4,15 @@ Edit the defaults here, or give them as flags: `--batch-size 16` sets `batch_siz
 """
 
 import dataclasses
+import sys
 from collections.abc import Container, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 from clips.manifest import CLASSES
+from utils.errors import UserError
+from utils.structure import find_mismatch, shorten
 
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
 
@@ -71,9 +74,9 @@ class TrainConfig:
     """read every validation and test clip once before the first epoch"""
 
     # ---- Clips ----
-    n_frames: int | None = setting(None, section="Clips", low=1, pixels="all clips")
+    n_frames: int | None = setting(None, section="Clips", low=1, high=1024, pixels="all clips")
     """frames per clip, T (None: 16; demo data 8)"""
-    image_size: int | None = setting(None, low=16, pixels="all clips")
+    image_size: int | None = setting(None, low=16, high=4096, pixels="all clips")
     """height and width of the frames in pixels (None: 224; demo data 48)"""
     modality: Literal["rgb", "rgbdiff", "flow", "mv", "rgb+rgbdiff", "rgb+flow", "rgb+mv"] = (
         setting("rgb", pixels="all clips")
@@ -139,7 +142,7 @@ class TrainConfig:
     camera's motion (summary)"""
     shift_place: Literal["blockres", "stage"] = "blockres"
     """tsm_resnet: shift inside every residual branch, or before each of the four stages"""
-    shift_div: int = setting(8, low=2)
+    shift_div: int = setting(8, low=2, high=1024)
     """tsm_resnet: 1/shift_div of the channels are shifted forward in time, as many backward"""
     shift_mode: Literal["bidirectional", "causal"] = "bidirectional"
     """tsm_resnet: causal shifts from the past only, so that predict.py can follow a live stream"""
@@ -148,9 +151,9 @@ class TrainConfig:
     its shift buffer, as in a stream, and not with an empty one"""
     spatial_pool: int = setting(1, low=1, high=7)
     """cnnlstm: pool each of spatial_pool x spatial_pool parts of the frame, not the whole frame"""
-    lstm_hidden: int = setting(512, low=1, needs="lstm_layers")
+    lstm_hidden: int = setting(512, low=1, high=65536, needs="lstm_layers")
     """cnnlstm: hidden size of the LSTM"""
-    lstm_layers: int = setting(1, low=0)
+    lstm_layers: int = setting(1, low=0, high=16)
     """cnnlstm: layers of the LSTM (0: no LSTM, the features of the frames are pooled)"""
     bidirectional: bool = setting(False, needs="lstm_layers")
     """cnnlstm: a second LSTM reads the clip backward"""
@@ -250,7 +253,7 @@ class TrainConfig:
     chosen on the validation clips after training, and below it a clip is called uncertain"""
 
     # ---- Run ----
-    num_workers: int = setting(2, section="Run", low=0, neutral=True)
+    num_workers: int = setting(2, section="Run", low=0, high=1024, neutral=True)
     """processes that read clips, per training process (0: read them between the steps)"""
     seed: int = setting(0, low=0, high=2**32)
     """random seed"""
@@ -334,15 +337,59 @@ OLD_VALUES = {
 }
 
 
-def from_dict(settings: Mapping[str, Any], kind: type[Config] = TrainConfig) -> Config:
+def from_dict(
+    settings: Mapping[str, Any], kind: type[Config] = TrainConfig, source: str = "settings"
+) -> Config:
     """The config of a checkpoint or a config.json, also of earlier versions.
 
     Settings that this version does not know are left out.
+
+    Args:
+        source: the file, for messages.
+
+    Raises:
+        UserError: a setting has a value of another type, or out of its range.
     """
     known = {field.name for field in dataclasses.fields(kind)}
     named = {OLD_NAMES.get(name, name): value for name, value in settings.items()}
-    values = {name: value for name, value in named.items() if name in known}
-    return kind(**{**values, "classes": tuple(values["classes"])})
+    named = {name: tuple(v) if isinstance(v, list) else v for name, v in named.items()}
+    if "classes" not in named:
+        raise UserError(f"{source}: names no classes: not the settings of a run")
+    try:
+        config = kind(**{name: value for name, value in named.items() if name in known})
+    except TypeError:  # a value that is no key of OLD_VALUES
+        raise UserError(f"{source}: a setting is of another type than this version's") from None
+    # models.MODELS may hold more models than TrainConfig names; build_model refuses unknown ones.
+    own_model = {"model_name"} if isinstance(config.model_name, str) else ()
+    if problems := wrong_values(config, own_model):
+        raise UserError(f"{source}: the settings of no run: {'; '.join(problems)}")
+    return config
+
+
+def wrong_values(config: TrainConfig, ignore: Container[str] = ()) -> list[str]:
+    """A line for each setting whose value is of another type, or not among the allowed ones."""
+    problems = []
+    hints = get_type_hints(type(config))
+    for field in dataclasses.fields(config):
+        name, value, hint = field.name, getattr(config, field.name), hints[field.name]
+        if name in ignore:
+            continue
+        choices = get_args(hint) if get_origin(hint) is Literal else ()
+        low, high = field.metadata.get("low"), field.metadata.get("high")
+        shape = [get_args(hint)[0]] if get_origin(hint) is tuple else hint
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        if choices and value not in choices:
+            problems.append(
+                f"{name} = {shorten(value)}: choose from {', '.join(map(repr, choices))}"
+            )
+        elif is_number and low is not None and not low <= value <= (high or sys.float_info.max):
+            allowed = f"at least {low}" if high is None else f"from {low} to {high}"
+            problems.append(f"{name} = {shorten(value)}: must be {allowed}")
+        elif not choices and (mismatch := find_mismatch(value, shape, name)):
+            problems.append(mismatch)
+        elif isinstance(value, str) and "\0" in value:
+            problems.append(f"{name} holds a character that no path has")
+    return problems
 
 
 def differences(

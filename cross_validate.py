@@ -9,7 +9,6 @@ are those of all these out-of-fold predictions together. All other settings are 
 """
 
 import dataclasses
-import json
 import os
 import shlex
 from collections import Counter
@@ -22,7 +21,7 @@ from clips.split import SPLITS
 from config import OLD_NAMES, OLD_VALUES, TrainConfig, from_dict, setting
 from utils.cli import cli_main, parse
 from utils.errors import ResultWarning, UserError
-from utils.files import write_json
+from utils.files import read_json, require_writable, write_json
 from utils.tables import write_table
 from utils.text_table import frame_table
 
@@ -54,8 +53,11 @@ def cross_validate(config: CrossValidateConfig, folder: Path | None = None) -> P
         SystemExit: interrupted; finished folds are kept, and the state of the current one is saved.
     """
     from utils.device import describe_device, get_device
+    from utils.lock import FolderLock
     from utils.run_dir import log_environment, new_run_dir
 
+    if not config.resume:
+        require_writable(folder or config.run_dir, "--run-dir")
     folds = fold_folders(config.folds)
     device = describe_device(get_device(config.device))
     if config.resume:
@@ -63,16 +65,17 @@ def cross_validate(config: CrossValidateConfig, folder: Path | None = None) -> P
     else:
         check_folds(config, folds)
         folder = folder or new_run_dir(config.run_dir, f"cv_{config.model_name}")
-        folder.mkdir(parents=True, exist_ok=True)
-        config = dataclasses.replace(config, folds=os.path.abspath(config.folds))
-        write_json(folder / "config.json", dataclasses.asdict(config))
-    log_environment(folder, device)
-    for fold in folds:
-        run = folder / fold.name
-        if not (run / "test_metrics.json").exists():  # written last
-            print(f"\n=== {fold.name} of {len(folds)}: {run}", flush=True)
-            _train_fold(_fold_config(config, fold), run, folder)
-    return pool_folds(folder, [folder / fold.name for fold in folds])
+    with FolderLock(folder):
+        if not config.resume:
+            config = dataclasses.replace(config, folds=os.path.abspath(config.folds))
+            write_json(folder / "config.json", dataclasses.asdict(config))
+        log_environment(folder, device)
+        for fold in folds:
+            run = folder / fold.name
+            if not (run / "test_metrics.json").exists():  # written last
+                print(f"\n=== {fold.name} of {len(folds)}: {run}", flush=True)
+                _train_fold(_fold_config(config, fold), run, folder)
+        return pool_folds(folder, [folder / fold.name for fold in folds])
 
 
 def check_folds(config: CrossValidateConfig, folds: Sequence[Path]) -> None:
@@ -131,7 +134,12 @@ def pool_folds(folder: Path, runs: Sequence[Path]) -> Path:
     from checkpoint import load_checkpoint
     from evaluation.calibration import Calibration
     from evaluation.predictions import Predictions, read_predictions
-    from evaluation.results import format_results, read_results, write_results
+    from evaluation.results import (
+        compute_results,
+        format_results,
+        read_results,
+        save_results,
+    )
 
     parts, calibrations, rows, names = [], [], [], []
     warnings: list[ResultWarning] = []
@@ -150,15 +158,16 @@ def pool_folds(folder: Path, runs: Sequence[Path]) -> Path:
         [line for part in parts for line in part.unreadable],
     )
     metadata = {"split": f"out of {len(runs)} folds", "folds": rows, "warnings": warnings}
-    results = write_results(pooled, classes, folder, calibrations, metadata, names)
+    results = {**compute_results(pooled, classes, calibrations), **metadata}
     table = fold_table(rows, results)
-    write_table(folder / "cross_validation.csv", table, index=True, float_format=".6g")
     leakage = any(warning["kind"] == "leakage" for warning in warnings)
     model = (
         "a model that saw some of their patients" if leakage else "the model that did not see it"
     )
     print(f"\nall clips, each tested by {model}:\n{format_results(results)}")
     print(f"\nthe folds:\n{frame_table(table, 4)}\n\nresults: {folder}")
+    write_table(folder / "cross_validation.csv", table, index=True, float_format=".6g")
+    save_results(results, pooled, classes, folder, calibrations, names)
     return folder
 
 
@@ -217,11 +226,10 @@ def read_settings() -> CrossValidateConfig:
     if not config.resume:
         return config
     path = Path(config.resume) / "config.json"
-    try:
-        settings = json.loads(path.read_text(encoding="utf-8"))
-        saved = from_dict({**settings, "resume": config.resume}, CrossValidateConfig)
-    except (OSError, ValueError, KeyError, TypeError):
-        raise UserError(f"{path}: not the settings of a cross-validation") from None
+    settings = read_json(path, {"classes": list, "folds": str})
+    if not settings:
+        raise UserError(f"{path}: no such file: give the folder of a cross-validation")
+    saved = from_dict({**settings, "resume": config.resume}, CrossValidateConfig, str(path))
     from training.checks import refuse_changes
 
     config = parse_with(saved)

@@ -226,12 +226,13 @@ def evaluate_checkpoint(config: EvaluateConfig) -> None:
     """
     from checkpoint import load_checkpoint, rebuild_model
     from clips.corruptions import CORRUPTIONS, Corrupt, ShuffleFrames
-    from evaluation.results import format_results, write_results
+    from evaluation.results import write_results
     from evaluation.robustness import measure_robustness
     from training.engine import evaluate
     from training.loaders import eval_loader, open_cache
     from training.losses import logit_adjustment, warn_double_adjustment
     from utils.device import autocast_dtype, describe_device, get_device
+    from utils.files import require_writable
     from utils.run_dir import command, log_environment
 
     # checkpoint
@@ -243,6 +244,9 @@ def evaluate_checkpoint(config: EvaluateConfig) -> None:
     device = get_device(config.device)
     dtype = autocast_dtype(config.precision, device)
     model = rebuild_model(state)
+
+    folder = output_folder(config)
+    require_writable(folder)
 
     # data
     rows, warnings = load_rows(config, settings, training)
@@ -276,7 +280,6 @@ def evaluate_checkpoint(config: EvaluateConfig) -> None:
     predictions = predict()
 
     # results
-    folder = output_folder(config)
     folder.mkdir(parents=True, exist_ok=True)
     log_environment(folder, describe_device(device))
     for earlier in folder.glob("robustness.*"):
@@ -292,14 +295,10 @@ def evaluate_checkpoint(config: EvaluateConfig) -> None:
         "logit_adjust_tau": config.logit_adjust_tau,
         "warnings": warnings,
     }
-    print(
-        format_results(
-            write_results(predictions, state["classes"], folder, [calibration], metadata)
-        )
-    )
+    write_results(predictions, state["classes"], folder, [calibration], metadata, show=print)
     if config.corruptions is not None:
         corruptions = config.corruptions or tuple(CORRUPTIONS)
-        print(measure_robustness(predict, predictions, corruptions, folder))
+        measure_robustness(predict, predictions, corruptions, folder)
     print(f"results: {folder}")
 
 

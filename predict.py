@@ -12,7 +12,6 @@ timeline.csv, frames.csv, timeline.vtt (subtitles), timeline.png and timeline.ht
 through. Ctrl-C stops early and writes the results so far.
 """
 
-import importlib.util
 import math
 import sys
 from collections.abc import Callable
@@ -25,7 +24,7 @@ import tyro
 
 from config import Precision
 from utils.cli import cli_main, parse
-from utils.errors import UserError
+from utils.errors import UserError, require_package
 from video.files import find_videos
 
 if TYPE_CHECKING:
@@ -112,8 +111,8 @@ def check_settings(config: PredictConfig) -> None:
         value = getattr(config, name)
         if not 0 <= value < math.inf:
             raise UserError(f"{name} = {value}: must be 0 or more")
-    if config.serve and importlib.util.find_spec("aiohttp") is None:
-        raise UserError("--serve needs aiohttp: pip install -r requirements-optional.txt")
+    if config.serve:
+        require_package("aiohttp", "--serve")
 
 
 def find_sources(texts: tuple[str, ...]) -> list[str | Path]:
@@ -255,7 +254,7 @@ def predict(
     """Predict the timeline of each source, and write its results.
 
     Returns:
-        One error message per source that could not be predicted.
+        One error message per source that could not be predicted or whose results not be written.
 
     Raises:
         Interrupted: the process was asked to stop; the results so far are written.
@@ -295,9 +294,13 @@ def predict(
         timeline.notes += _advice(timeline, calibration)
         rate = {"video": f"{frames.rate:.3g} frames per second"} if frames.rate else {}
         log_environment(folder, describe_device(predictor.device))
-        path = source if isinstance(source, Path) else None
-        write_outputs(folder, timeline, path, {**metadata, **rate})
         print(_summary(timeline, video.seconds, frames, folder))
+        path = source if isinstance(source, Path) else None
+        try:
+            write_outputs(folder, timeline, path, {**metadata, **rate})
+        except UserError as error:
+            failures.append(str(error))
+            print(f"error: {error}", file=sys.stderr)
         interrupt.check()
     interrupt.restore()
     return failures
@@ -344,17 +347,26 @@ def _summary(timeline: "Timeline", seconds: float, frames: "FrameSource", folder
 def write_outputs(
     folder: Path, timeline: "Timeline", video: Path | None, metadata: dict[str, str]
 ) -> None:
-    """Write timeline.csv, timeline.vtt, timeline.png and timeline.html beside frames.csv."""
+    """Write timeline.csv, timeline.vtt, timeline.png and timeline.html beside frames.csv.
+
+    Raises:
+        UserError: one of them could not be written; the others are.
+    """
     from timeline.output import plot_timeline
     from timeline.segments import write_subtitles, write_timeline
-    from utils.files import remove_unfinished
+    from utils.files import write_all
     from web.timeline_page import write_timeline_page
 
-    remove_unfinished(folder)
-    write_timeline(folder / "timeline.csv", timeline.segments)
-    write_subtitles(folder / "timeline.vtt", timeline.segments)
-    plot_timeline(timeline, folder / "timeline.png")
-    write_timeline_page(folder / "timeline.html", timeline, video, metadata)
+    write_all(
+        {
+            folder / "timeline.csv": lambda path: write_timeline(path, timeline.segments),
+            folder / "timeline.html": lambda path: write_timeline_page(
+                path, timeline, video, metadata
+            ),
+            folder / "timeline.vtt": lambda path: write_subtitles(path, timeline.segments),
+            folder / "timeline.png": lambda path: plot_timeline(timeline, path),
+        }
+    )
 
 
 @cli_main
@@ -363,9 +375,13 @@ def main() -> None:
     check_settings(config)
     sources = find_sources(config.sources)  # before the model: a misspelt name is found at once
 
+    from timeline.output import output_folders
     from timeline.predictor import load_frame_filter
+    from utils.files import require_writable
     from utils.interrupt import Interrupted
 
+    for folder in output_folders(sources, config.output):
+        require_writable(folder)
     frame_filter = load_frame_filter(config.out_of_body) if config.out_of_body else None
     predictor, smoothing, calibration, metadata = build_predictor(config)
     print(f"the model sees {describe_window(predictor)}", flush=True)
@@ -378,7 +394,8 @@ def main() -> None:
         sys.exit(130)
     if failures:
         raise UserError(
-            f"{len(failures)} of {len(sources)} videos could not be predicted (see above)"
+            f"{len(failures)} of {len(sources)} videos could not be predicted or written (see "
+            "above)"
         )
 
 

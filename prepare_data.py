@@ -22,6 +22,7 @@ from clips.clip_table import read_clips
 from clips.split import SplitConfig, split
 from utils.cli import cli_main, parse_subcommand
 from utils.errors import UserError
+from utils.files import require_writable
 from utils.tables import write_csv
 from utils.workers import in_parallel
 from video.clip_reader import check_clip
@@ -68,7 +69,10 @@ def check(config: CheckConfig) -> int:
     if config.num_workers < 0:
         raise UserError(f"num_workers = {config.num_workers}: must be at least 0")
     clips = read_clips(config.sources, config.data_root)
-    Path(config.output).parent.mkdir(parents=True, exist_ok=True)
+    output = Path(config.output)
+    if output.is_dir():
+        raise UserError(f"{output}: is a folder: name a file (--output)")
+    require_writable(output.parent)
     missing = clips[clips["file"].isna()]
     bad = [(path, "no such file") for path in missing["path"]]
     files = list(dict.fromkeys(clips["file"].dropna()))
@@ -76,10 +80,11 @@ def check(config: CheckConfig) -> int:
     for file, problem in in_parallel(check_file, files, config.num_workers, "decoding"):
         if problem:
             bad.append((str(file), problem))
-    write_csv(config.output, [["path", "reason"], *bad])
-    print(f"{len(files) + len(missing):,} files, {len(bad):,} of them bad: {config.output}")
+    print(f"{len(files) + len(missing):,} files, {len(bad):,} of them bad: {output}")
     for reason, count in Counter(reason for _, reason in bad).most_common(10):
         print(f"  {count:,}: {reason}")
+    output.parent.mkdir(parents=True, exist_ok=True)
+    write_csv(output, [["path", "reason"], *bad])
     return int(bool(bad))
 
 

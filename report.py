@@ -16,7 +16,7 @@ import tyro
 
 from utils.cli import cli_main, parse
 from utils.errors import UserError
-from utils.files import write_text
+from utils.files import require_writable, write_text
 
 
 @dataclass
@@ -45,8 +45,11 @@ def main() -> None:
     from web.report_page import build_page
 
     data = load_report_data(config.run)
-    page = build_page(data, config.with_frames, config.with_patients, config.mistakes)
     path = Path(config.output) if config.output else data.run.folder / "report.html"
+    if path.is_dir():
+        raise UserError(f"{path}: is a folder: name a file (--output)")
+    require_writable(path.parent)
+    page = build_page(data, config.with_frames, config.with_patients, config.mistakes)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_text(path, page)
     confidential = ["video frames"] * config.with_frames + ["patient names"] * config.with_patients

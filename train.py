@@ -22,7 +22,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
-from checkpoint import load_checkpoint, rebuild_model, save_checkpoint
+from checkpoint import check_resume, load_checkpoint, rebuild_model, save_checkpoint
 from clips.manifest import clips_digest, patient_overlap
 from config import OLD_NAMES, OLD_VALUES, TrainConfig, from_dict
 from evaluation.calibration import Calibration, calibrate
@@ -30,16 +30,7 @@ from evaluation.predictions import Predictions
 from modeling.layers import enable_gradient_checkpointing
 from modeling.weights import load_weights
 from models import build_model, freeze
-from training.checks import (
-    check_cache,
-    check_clips,
-    keep_clips_per_step,
-    refuse_changes,
-    require_batch_statistics,
-    require_frozen,
-    require_some_readable,
-    resolve,
-)
+from training import checks
 from training.engine import evaluate, train_one_epoch
 from training.feature_cache import feature_loader, head_only
 from training.loaders import DEMO_ROOT, batches_per_epoch, build_dataloaders
@@ -59,8 +50,9 @@ from utils import distributed
 from utils.cli import cli_main, parse
 from utils.device import autocast_dtype, describe_device, get_device, prepare_model
 from utils.errors import ResultWarning, format_warning
-from utils.files import remove_unfinished, write_json
+from utils.files import write_json
 from utils.interrupt import Interrupt, Interrupted
+from utils.lock import FolderLock
 from utils.run_dir import log_environment, new_run_dir
 from video.clip_reader import FrameSampler, effective_fps
 
@@ -84,15 +76,17 @@ def train(
     Raises:
         SystemExit: interrupted; the run is saved.
     """
-    config = resolve(config)
+    config = checks.resolve(config)
     device = distributed.init(get_device(config.device))
     if resume_from:
-        config = keep_clips_per_step(config, resume_from)
+        config = checks.keep_clips_per_step(config, resume_from)
     dtype = autocast_dtype(config.precision, device)
     is_main = distributed.rank() == 0
     start_log(None)
     if not is_main:
         logging.disable()
+    folder = Path(config.resume) if config.resume else folder
+    checks.check_outputs(config, folder)
 
     # data
     loaders = build_dataloaders(config)
@@ -132,26 +126,26 @@ def train(
         config, model, optimizer, scheduler, scaler, ema, progress, class_counts, clips
     )
     if resume_from:
+        check_resume(resume_from, state.state_dict(), optimizer, config.resume or folder)
         state.load_state_dict(resume_from)
     else:
         torch.manual_seed(config.seed + distributed.rank())
 
     # checks, before anything is written
+    checks.check_smallest_batch(config, train_loader.sampler.clips_per_epoch)
     if config.feature_cache:
-        require_frozen(model)
-    check_cache([loader.dataset for loader in splits.values()])
-    require_batch_statistics(model, config, device, train_loader.sampler.clips_per_epoch)
-    require_some_readable(splits, config.classes)
+        checks.require_frozen(model)
+    checks.check_cache([loader.dataset for loader in splits.values()])
+    checks.require_some_readable(splits, config.classes)
     if config.check_clips and config.data_root and not resume_from:
-        check_clips({"validation": val_loader, "test": test_loader}, config.skip_unreadable)
+        checks.check_clips({"validation": val_loader, "test": test_loader}, config.skip_unreadable)
 
     # run folder and log
-    folder = Path(config.resume) if config.resume else folder
     folder = Path(distributed.broadcast_object(_run_dir(config, folder) if is_main else None))
+    lock = FolderLock(folder) if is_main else None
     if is_main:
         start_log(folder)
         log_environment(folder, describe_device(device))
-        remove_unfinished(folder)
     warnings = patient_overlap(rows) + warn_double_balancing(config)
     log.info(run_header(config, model, rows, device, dtype))
     for warning in warnings:
@@ -162,7 +156,7 @@ def train(
         train_loader, val_loader, test_loader = (
             feature_loader(loader, model, config, device) for loader in splits.values()
         )
-    ddp_model = _wrap_ddp(model, device)
+    ddp_model = distributed.wrap_ddp(model, device)
     if config.compile:
         model.compile()  # in place, so that the keys of the checkpoint stay the same
 
@@ -183,6 +177,8 @@ def train(
     finally:
         interrupt.restore()
         distributed.cleanup()
+        if lock:
+            lock.release()
     return folder
 
 
@@ -250,15 +246,16 @@ def train_epochs(
             if better:
                 save_checkpoint(folder / "best.pt", state.model_state_dict())
             write_history(folder / "metrics.csv", state.history)
-            ended = progress.epoch == config.epochs or _out_of_patience(state)
-            if ended or time.monotonic() > last_drawn + 10:  # drawing takes as long as an epoch
-                draw_curves(folder / "curves.png", state.history, state.best["epoch"])
-                last_drawn = time.monotonic()
+        state.save(folder)
         if writer:
             for name, value in row.items():
                 writer.add_scalar(name, value, progress.epoch)
             writer.flush()
-        state.save(folder)
+        ended = progress.epoch == config.epochs or _out_of_patience(state)
+        if is_main and (ended or time.monotonic() > last_drawn + 10):
+            # Drawing takes as long as an epoch of the demo.
+            draw_curves(folder / "curves.png", state.history, state.best["epoch"])
+            last_drawn = time.monotonic()
     if progress.epoch < config.epochs:
         log.info(
             f"stopped: none of {config.early_stopping_patience} epochs was better than epoch "
@@ -312,7 +309,7 @@ def final_test(
     Raises:
         Interrupted: before the end.
     """
-    from evaluation.results import format_results, write_results
+    from evaluation.results import write_results
 
     config, best = state.config, load_checkpoint(folder)
     predictions = _evaluate_best(best, loader, device, "test", config, interrupt)
@@ -326,11 +323,11 @@ def final_test(
             "warnings": warnings,
         }
         calibration = Calibration.from_state_dict(best["calibration"])
-        results = write_results(predictions, config.classes, folder, [calibration], metadata)
         last = config.monitor == "last"
         chosen = "the last" if last else f"the best by validation {config.monitor}"
         log.info(f"\ntest of epoch {best['epoch']}, {chosen}:")
-        log.info(f"{format_results(results)}\n\nrun folder: {folder}")
+        write_results(predictions, config.classes, folder, [calibration], metadata, show=log.info)
+        log.info(f"\nrun folder: {folder}")
 
 
 def _evaluate_best(
@@ -355,16 +352,6 @@ def _evaluate_best(
         interrupt,
         Calibration.from_state_dict(best.get("calibration")).temperature,
     )
-
-
-def _wrap_ddp(model: nn.Module, device: torch.device) -> nn.Module | None:
-    """The model as torchrun's processes train it together; None for a single process."""
-    if distributed.world_size() == 1:
-        return None
-    if device.type == "cuda":
-        nn.SyncBatchNorm.convert_sync_batchnorm(model)
-        return nn.parallel.DistributedDataParallel(model, device_ids=[device.index])
-    return nn.parallel.DistributedDataParallel(model)
 
 
 def _score(row: dict[str, Any], config: TrainConfig) -> float:
@@ -405,7 +392,7 @@ def read_settings() -> tuple[TrainConfig, dict[str, Any] | None]:
     state = load_checkpoint(run, "last.pt")
     saved = dataclasses.replace(from_dict(state["config"]), resume=str(run))
     config = dataclasses.replace(parse_with(saved), resume=str(run))
-    refuse_changes(saved, config)
+    checks.refuse_changes(saved, config)
     return config, state
 
 

@@ -128,7 +128,7 @@ class ViViT(nn.Module):
         self.normalize = Normalize(IMAGENET_MEAN_STD)
         self.embedding = Embedding(n_frames, image_size, patch_size, dim, dropout)
         shape = (dim, heads, dim_head, dropout)
-        rates = torch.linspace(0, drop_path, 2 * depth).tolist()
+        rates = torch.linspace(0, drop_path, 2 * depth, device="cpu").tolist()
         self.spatial = nn.ModuleList(Block(*shape, rate) for rate in rates[:depth])
         self.spatial_norm = nn.LayerNorm(dim)
         # A list with one parameter: stages() lists modules, and a parameter alone is not a module.

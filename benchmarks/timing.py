@@ -96,7 +96,7 @@ def run_isolated(function: Callable[..., Any], *arguments: Any) -> Any:
         raise RuntimeError(f"the process ended with code {process.exitcode}") from None
     process.join()
     if isinstance(result, Exception):
-        raise MemoryError(str(result)) if is_out_of_memory(str(result)) else result
+        raise MemoryError(str(result)) if is_out_of_memory(result) else result
     return result
 
 
@@ -201,11 +201,11 @@ def report(
     """
     text = to_markdown(table, conditions, formats)
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     records = json.loads(table.to_json(orient="records", double_precision=9))
     result = {"conditions": dict(conditions), "rows": records}
+    print(f"{text}\nfiles: {folder}/{name}.csv, .md, .json")
+    print(json.dumps(result))
+    folder.mkdir(parents=True, exist_ok=True)
     write_table(folder / f"{name}.csv", table)
     write_text(folder / f"{name}.md", text)
     write_json(folder / f"{name}.json", result)
-    print(f"{text}\nsaved: {folder}/{name}.csv, .md, .json")
-    print(json.dumps(result))

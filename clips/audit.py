@@ -9,6 +9,7 @@ need no files; missing files are only counted.
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import combinations
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -21,6 +22,7 @@ from clips.manifest import class_problems
 from clips.manifest_formats import read_records
 from clips.perceptual_hash import duplicate_groups, perceptual_hash, sha256_file
 from utils.errors import UserError
+from utils.files import require_writable, write_all
 from utils.tables import write_table
 from utils.text_table import frame_table
 from utils.workers import in_parallel
@@ -94,7 +96,7 @@ def audit(config: AuditConfig) -> int:
         raise UserError("num_workers and max_hamming_distance must be at least 0")
     clips = read_clips(config.manifests, config.data_root, config.patient_pattern)
     folder = Path(config.output or f"runs/audit_{Path(config.manifests[0]).stem}")
-    folder.mkdir(parents=True, exist_ok=True)
+    require_writable(folder)
     print(f"{len(clips):,} clips in {', '.join(map(str, splits_of(clips)))}")
     _print_unknown_patients(clips)
     for problem in class_problems(sorted(clips["label"].unique())):
@@ -116,8 +118,12 @@ def audit(config: AuditConfig) -> int:
     tables["overlaps"] = overlaps(clips, config.names)
     code, text = verdict(clips, _print_overlaps(clips), config.contents)
     print(text)
-    for name, table in tables.items():
-        write_table(folder / f"{name}.csv", table, index=name == "looped")
+    write_all(
+        {
+            folder / f"{name}.csv": partial(write_table, table=table, index=name == "looped")
+            for name, table in tables.items()
+        }
+    )
     print(f"\ntables: {folder}")
     return code
 

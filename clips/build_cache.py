@@ -1,7 +1,7 @@
 """Fill a cache with every clip as small JPEGs: `prepare_data.py cache`.
 
 Interrupted at any moment, it continues when started again; clips that changed, that could not be
-read, or that were cached with other settings are cached again. Only one process may fill a cache.
+read, or that were cached with other settings are cached again. One process at a time fills a cache.
 """
 
 import dataclasses
@@ -18,6 +18,7 @@ from clips.cache import CacheSettings, ClipCache
 from clips.manifest import read_paths
 from utils.errors import UserError
 from utils.files import remove_unfinished
+from utils.lock import FolderLock
 from utils.workers import in_parallel
 from video.motion import require_opencv
 
@@ -61,13 +62,19 @@ def fill_cache(config: CacheConfig) -> int:
     clips = list(dict.fromkeys(clip for path in manifests for clip in read_paths(path, root)))
     names = [field.name for field in dataclasses.fields(CacheSettings)]
     settings = CacheSettings(**{name: getattr(config, name) for name in names})
-    cache = ClipCache.create(config.output, root, settings)
-    for folder in cache.folder.glob("???"):
-        remove_unfinished(folder)
+    with FolderLock(config.output):
+        return _fill(ClipCache.create(config.output, root, settings), clips, config.num_workers)
+
+
+def _fill(cache: ClipCache, clips: Sequence[Path], num_workers: int) -> int:
+    """Write the clips that the cache lacks. Returns the exit code."""
     bar = tqdm(clips, "checking the cache", leave=False, delay=1)
     todo = [clip for clip in bar if cache.check(clip, unreadable=True)]
     print(f"{len(clips):,} clips, {len(clips) - len(todo):,} of them cached already")
-    unreadable = _write(cache, todo, config.num_workers) if todo else []
+    unreadable = _write(cache, todo, num_workers) if todo else []
+    # Writing clears folders as well; but workers outlive a killed process for a moment.
+    for folder in cache.folder.glob("???"):
+        remove_unfinished(folder)
     print(f"done: {cache.folder} holds {len(clips) - len(unreadable):,} of {len(clips):,} clips")
     if unreadable:
         print("\n  ".join([f"{len(unreadable)} clips cannot be read:", *unreadable]))

@@ -26,7 +26,8 @@ from typing import Any, BinaryIO, Literal
 import numpy as np
 
 from utils.errors import UserError
-from utils.files import atomic, write_json
+from utils.files import atomic, parse_json, read_json, write_json
+from utils.structure import find_mismatch
 from video.clip_reader import DecodedClip, FrameSampler, read_frames_and_motion
 from video.container import ClipError
 from video.motion import Modality, StoredMotion, grid_side
@@ -39,6 +40,26 @@ _LOWEST_QUALITY = 20
 # Settings and values under their earlier names, as caches of earlier versions hold them.
 _OLD_NAMES = {"per_segment": "frames_per_segment", "inputs": "modality"}
 _OLD_VALUES = {"rgb+vectors": "rgb+mv"}
+
+
+# What cache.json and the header of a clip's file hold; see `utils.structure.find_mismatch`. The
+# first caches held no motion and do not name their modality.
+_SHAPE = {
+    "n_frames": int,
+    "image_size": int,
+    "quality": int,
+    "frames_per_segment": int,
+    "modality?": str,
+}
+_HEADER = {
+    "source": [int],
+    "settings": dict,
+    "error?": str,
+    "count?": int,
+    "numbers?": [int],
+    "lengths?": [int],
+    "motion?": [int],
+}
 
 
 @dataclass(frozen=True)
@@ -80,17 +101,19 @@ class ClipCache:
     def __init__(self, folder: str | Path, root: str | Path) -> None:
         self.folder = Path(folder)
         self.root = Path(root)
-        try:
-            content = json.loads((self.folder / "cache.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError):
+        content = read_json(self.folder / "cache.json")
+        if not content:
             raise UserError(
                 f"{self.folder}: holds no cache (make one: python prepare_data.py cache)"
-            ) from None
-        if not isinstance(content, dict) or content.pop("format", None) != FORMAT:
+            )
+        known = content.pop("format", None) == FORMAT
+        settings = _renamed(content)
+        known &= not find_mismatch(settings, _SHAPE)
+        if not known or not settings.keys() <= asdict(CacheSettings()).keys():
             raise UserError(
                 f"{self.folder}: a cache of another version of this project: make it anew"
             )
-        self.settings = CacheSettings(**_renamed(content))
+        self.settings = CacheSettings(**settings)
 
     @classmethod
     def create(cls, folder: str | Path, root: str | Path, settings: CacheSettings) -> "ClipCache":
@@ -174,11 +197,14 @@ class ClipCache:
             if file.read(len(_MAGIC)) != _MAGIC:
                 raise ValueError
             (length,) = struct.unpack("<I", file.read(4))
-            header = json.loads(file.read(length))
-            lengths = header.get("lengths", []) + header.get("motion", [])
-            if file.tell() + sum(lengths) != os.fstat(file.fileno()).st_size:
+            size = os.fstat(file.fileno()).st_size
+            header = parse_json(file.read(min(length, size)), str(clip), _HEADER)
+            lengths = [*header.get("lengths", []), *header.get("motion", [])]
+            if "error" not in header and not {"count", "numbers", "lengths"} <= header.keys():
                 raise ValueError
-        except (ValueError, struct.error):
+            if min(lengths, default=0) < 0 or file.tell() + sum(lengths) != size:
+                raise ValueError
+        except (ValueError, struct.error, UserError):
             raise StaleCacheEntry("damaged in the cache") from None
         # The first caches held no motion and do not name their modality.
         if {"modality": "rgb", **_renamed(header["settings"])} != asdict(self.settings):
@@ -241,7 +267,7 @@ def _renamed(settings: dict[str, Any]) -> dict[str, Any]:
     """Settings of an earlier version under today's names."""
     values = {_OLD_NAMES.get(name, name): value for name, value in settings.items()}
     if "modality" in values:
-        values["modality"] = _OLD_VALUES.get(values["modality"], values["modality"])
+        values["modality"] = _OLD_VALUES.get(str(values["modality"]), values["modality"])
     return values
 
 

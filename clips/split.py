@@ -4,7 +4,6 @@ import dataclasses
 import os
 import shlex
 import shutil
-import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +16,8 @@ from clips.clip_table import NO_LABEL, read_clips
 from clips.manifest import class_problems
 from clips.stratified_groups import class_imbalance, missing_classes, stratified_group_split
 from utils.errors import UserError
-from utils.files import write_json
+from utils.files import remove_unfinished, require_writable, unfinished_path, write_json
+from utils.lock import FolderLock
 from utils.tables import write_table
 from utils.text_table import frame_table
 
@@ -65,6 +65,17 @@ def split(config: SplitConfig) -> int:
     if output.exists():
         raise UserError(f"{output}: exists already and is not overwritten: give another --output")
     _check(config)
+    require_writable(output.absolute().parent)
+    with FolderLock(output.absolute().parent, f".{output.name}.lock"):
+        return _divide(config, output)
+
+
+def _divide(config: SplitConfig, output: Path) -> int:
+    """Divide the clips and write the manifests, while no other process does. Returns the exit code.
+
+    Raises:
+        UserError: the clips cannot be divided like this.
+    """
     clips = _clips_to_divide(config)
     labels = clips["label"].to_numpy(str)
     groups = clips["path" if config.group_by == "clip" else config.group_by].to_numpy(str)
@@ -191,19 +202,16 @@ def _write(
     output: Path, config: SplitConfig, clips: "pd.DataFrame", folds: Mapping[str, np.ndarray]
 ) -> None:
     """Write all manifests into a hidden folder and then rename it: all appear at once, or none."""
+    unfinished = unfinished_path(output.absolute())
+    remove_unfinished(unfinished.parent)
     try:
-        output.absolute().parent.mkdir(parents=True, exist_ok=True)
-        unfinished = Path(tempfile.mkdtemp(prefix=".split", dir=output.absolute().parent))
-    except OSError as error:
-        raise UserError(f"{output}: cannot be made: {error.strerror}") from None
-    try:
+        unfinished.mkdir()
         for name, splits in folds.items():
             (unfinished / name).mkdir(exist_ok=True)
             for split in SPLITS:
                 subset = clips.loc[splits == split, _COLUMNS]
                 write_table(unfinished / name / f"{split}.csv", subset)
         write_json(unfinished / "split.json", dataclasses.asdict(config))
-        unfinished.chmod(0o755)
         os.rename(unfinished, output)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)

@@ -8,7 +8,6 @@ patient is in two splits, and the classes have unequal numbers of clips, as in r
 """
 
 import functools
-import glob
 import itertools
 import json
 import os
@@ -30,6 +29,7 @@ from clips.manifest import CLASSES
 from demo.scene import Patient, make_patient, make_tissue, render_clip
 from utils.allocator import keep_freed_memory
 from utils.errors import UserError
+from utils.files import read_json, remove_unfinished, unfinished_path, write_text
 from utils.tables import write_csv
 from utils.workers import exit_with_parent
 from video.encoder import write_video
@@ -110,13 +110,13 @@ def render_demo(
         return root
     _refuse_foreign(root)
     clips = list(plan_clips(settings["patients"], settings["clips_per_patient"]))
-    _remove_leftovers(root)
-    unfinished = _hidden(root, os.getpid())
+    remove_unfinished(root.parent)
+    unfinished = unfinished_path(root)
     try:
         _render_all(clips, unfinished / "clips", seed, num_workers)
         for split in settings["patients"]:
             _write_csv(unfinished / f"{split}.csv", [c for c in clips if c.split == split])
-        (unfinished / MARKER).write_text(json.dumps(settings))
+        write_text(unfinished / MARKER, json.dumps(settings))
         _replace(root, unfinished, settings)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
@@ -158,12 +158,11 @@ def _patient_and_tissue(
 def _read_settings(root: Path) -> dict | None:
     """The settings that the demo data in a folder was rendered with; None if it holds none."""
     try:
-        settings = json.loads((root / MARKER).read_text())
-    except (OSError, ValueError):
+        # A folder with the demo.json of another program must not be replaced.
+        shape = {"version": int, "seed": int, "clips_per_patient": dict}
+        return read_json(root / MARKER, shape) or None
+    except (OSError, UserError):
         return None
-    # A folder with the demo.json of another program must not be replaced.
-    names = {"version", "seed", "clips_per_patient"}
-    return settings if isinstance(settings, dict) and names <= settings.keys() else None
 
 
 def _refuse_foreign(root: Path) -> None:
@@ -176,33 +175,6 @@ def _refuse_foreign(root: Path) -> None:
         )
 
 
-def _hidden(root: Path, process_id: int | str) -> Path:
-    return root.with_name(f".{root.name}.{process_id}.unfinished")
-
-
-def _remove_leftovers(root: Path) -> None:
-    """Delete the hidden folders of killed processes, but not those of processes that still run."""
-    for leftover in root.parent.glob(_hidden(Path(glob.escape(str(root))), "*").name):
-        process_id = leftover.name.split(".")[-2]
-        if not (process_id.isdecimal() and _is_running(int(process_id))):
-            shutil.rmtree(leftover, ignore_errors=True)
-
-
-def _is_running(process_id: int) -> bool:
-    """Whether another process has this number."""
-    if process_id == os.getpid():
-        return False  # an earlier process had the same number: this one has only begun
-    if os.name != "posix":
-        return True  # os.kill would end the process there; a leftover does less harm
-    try:
-        os.kill(process_id, 0)
-    except ProcessLookupError:
-        return False
-    except OSError:  # it is another user's process
-        return True
-    return True
-
-
 def _replace(root: Path, finished: Path, settings: dict) -> None:
     """Rename the finished folder to `root`, unless another process was faster."""
     if _read_settings(root) == settings:
@@ -210,7 +182,7 @@ def _replace(root: Path, finished: Path, settings: dict) -> None:
     _refuse_foreign(root)
     if root.exists():  # demo data of other settings, or an empty folder
         # It is renamed first: a folder that is half deleted would still hold the marker.
-        old = _hidden(root, f"old.{os.getpid()}")
+        old = unfinished_path(root.with_name(f"{root.name}.old"))
         os.replace(root, old)
         shutil.rmtree(old)
     os.replace(finished, root)

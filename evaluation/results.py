@@ -1,7 +1,7 @@
 """The results of a test: test_metrics.json, predictions.csv, the confusion matrix, a table."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,9 @@ from evaluation import metrics
 from evaluation.bootstrap import format_interval, score_intervals
 from evaluation.calibration import Calibration, apply_temperature, describe_alternative
 from evaluation.predictions import Predictions, write_predictions
-from utils.files import read_json, write_json
+from utils.errors import UserError
+from utils.files import read_json, write_all, write_json
+from utils.structure import find_mismatch
 from utils.tables import write_table
 from utils.text_table import frame_table
 
@@ -21,6 +23,28 @@ _OLD_NAMES = {
     "wanted_error": "target_error",
     "units": "groups",
     "adjust": "logit_adjust_tau",
+}
+
+
+# What test_metrics.json holds, as far as somebody reads it; see `utils.structure.find_mismatch`.
+_NUMBER = float | None
+_NUMBERS = {str: _NUMBER}
+_SHAPE = {
+    **{f"{name}?": _NUMBER for name in ("accuracy", "balanced_accuracy", "macro_f1", "loss")},
+    **{f"{name}?": int | None for name in ("clips", "patients", "epoch", "views", "crops")},
+    "unreadable_clips?": int,
+    "intervals?": {str: {str: list | None}},
+    "averages?": dict,
+    "actions?": _NUMBERS,
+    "calibration?": {"ece?": _NUMBER, "brier?": _NUMBER, "nll?": _NUMBER, "before?": _NUMBERS},
+    "selective?": _NUMBERS,
+    "per_class?": {str: _NUMBERS},
+    "checkpoint?": str,
+    "split?": str,
+    "shuffle_frames?": bool,
+    "logit_adjust_tau?": float,
+    "folds?": [dict],
+    "warnings?": [str | dict],
 }
 
 
@@ -79,33 +103,65 @@ def write_results(
     calibrations: Sequence[Calibration],
     metadata: Mapping[str, Any] | None = None,
     folds: Sequence[str] = (),
+    show: Callable[[str], object] | None = None,
 ) -> dict[str, Any]:
-    """Write test_metrics.json, predictions.csv and confusion_matrix.csv and .png into a folder.
+    """Show the results, and write test_metrics.json, predictions.csv and confusion_matrix.csv and
+    .png into a folder.
 
     Args:
         calibrations: as for `compute_results`.
         metadata: more values for test_metrics.json.
         folds: name of the fold of each clip, for predictions.csv.
+        show: gets the results as text, before anything is written.
 
     Returns:
         What test_metrics.json holds.
+
+    Raises:
+        UserError: a file could not be written; the others are.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "test_metrics.json").unlink(missing_ok=True)  # results of an earlier test
     results = {**compute_results(predictions, classes, calibrations), **(metadata or {})}
-    _, thresholds = _temperatures_and_thresholds(calibrations)
-    write_predictions(folder / "predictions.csv", predictions, classes, thresholds, folds)
+    if show:
+        show(format_results(results))
+    save_results(results, predictions, classes, folder, calibrations, folds)
+    return results
+
+
+def save_results(
+    results: dict[str, Any],
+    predictions: Predictions,
+    classes: Sequence[str],
+    folder: Path,
+    calibrations: Sequence[Calibration],
+    folds: Sequence[str] = (),
+) -> None:
+    """Write the files of `write_results`, which explains the arguments.
+
+    Raises:
+        UserError: a file could not be written; the others are.
+    """
     import pandas as pd  # takes half a second to import, matplotlib as long
 
     from evaluation.plots import plot_confusion
 
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "test_metrics.json").unlink(missing_ok=True)  # results of an earlier test
+    _, thresholds = _temperatures_and_thresholds(calibrations)
     matrix, names = predictions.confusion, pd.Index(classes, name="true\\predicted")
-    table = pd.DataFrame(matrix, index=names, columns=classes)
-    write_table(folder / "confusion_matrix.csv", table, index=True)
-    plot_confusion(matrix, classes, folder / "confusion_matrix.png")
-    # Written last: its presence means that the results are complete.
-    write_json(folder / "test_metrics.json", results)
-    return results
+    confusion = pd.DataFrame(matrix, index=names, columns=classes)
+
+    def write_scores(path: Path) -> None:
+        write_predictions(path, predictions, classes, thresholds, folds)
+        # Its presence means that the predictions are there and complete.
+        write_json(folder / "test_metrics.json", results)
+
+    write_all(
+        {
+            folder / "predictions.csv": write_scores,
+            folder / "confusion_matrix.csv": lambda path: write_table(path, confusion, index=True),
+            folder / "confusion_matrix.png": lambda path: plot_confusion(matrix, classes, path),
+        }
+    )
 
 
 def read_results(path: Path) -> dict[str, Any]:
@@ -117,6 +173,8 @@ def read_results(path: Path) -> dict[str, Any]:
     results = _renamed(read_json(path))
     if not results:
         return {}
+    if mismatch := find_mismatch(results, _SHAPE):
+        raise UserError(f"{path}: not the results of a test ({mismatch})")
     # In earlier versions a warning was a text, and one about leakage began with LEAKAGE.
     results["warnings"] = [
         {"kind": "leakage" if "LEAKAGE" in w else "other", "text": w.removeprefix("LEAKAGE: ")}

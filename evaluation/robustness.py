@@ -18,7 +18,7 @@ from evaluation.bootstrap import (
     n_clusters,
 )
 from evaluation.predictions import Predictions
-from utils.files import write_json
+from utils.files import write_all, write_json
 from utils.tables import write_table
 from utils.text_table import frame_table
 
@@ -33,11 +33,12 @@ EvaluateFn = Callable[[str, int], Predictions]
 
 def measure_robustness(
     evaluate: EvaluateFn, clean: Predictions, corruptions: Iterable[str], folder: Path
-) -> str:
-    """Evaluate every corruption and severity; write robustness.csv, .json and .png into a folder.
+) -> None:
+    """Evaluate every corruption and severity; print the table for people, and write
+    robustness.csv, .json and .png into a folder.
 
-    Returns:
-        The table for people.
+    Raises:
+        UserError: a file could not be written; the others are.
     """
     import pandas as pd
 
@@ -51,10 +52,15 @@ def measure_robustness(
             rows.append({"corruption": name, "severity": severity, **corrupted.scores})
     table = pd.DataFrame(rows)
     summary = summarize(clean, correct)
-    write_table(folder / "robustness.csv", table, float_format=".6g")
-    write_json(folder / "robustness.json", summary)
-    plot_robustness(table, summary["clean_accuracy"], folder / "robustness.png")
-    return format_robustness(table, summary)
+    print(format_robustness(table, summary))
+    accuracy = summary["clean_accuracy"]
+    write_all(
+        {
+            folder / "robustness.csv": lambda path: write_table(path, table, float_format=".6g"),
+            folder / "robustness.json": lambda path: write_json(path, summary),
+            folder / "robustness.png": lambda path: plot_robustness(table, accuracy, path),
+        }
+    )
 
 
 def summarize(clean: Predictions, correct: Mapping[tuple[str, int], np.ndarray]) -> dict[str, Any]:

@@ -80,7 +80,7 @@ def read_run(folder: str | Path) -> Run:
     results = read_results(folder / "test_metrics.json")
     home = _home(folder, results)
     settings = read_json(home / "config.json")
-    config = from_dict(settings) if settings else None
+    config = from_dict(settings, source=str(home / "config.json")) if settings else None
     return Run(folder, home, results, predictions, classes, decided, config)
 
 

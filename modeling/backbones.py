@@ -14,7 +14,7 @@ from torchvision.models.convnext import CNBlock, CNBlockConfig, ConvNeXt
 from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 
 from modeling.layers import HALF_MEAN_STD, IMAGENET_MEAN_STD, LAYERS, checkpointed
-from utils.errors import UserError
+from utils.errors import require_package
 
 
 class Backbone(nn.Module):
@@ -139,13 +139,9 @@ class EfficientNetLite0(Backbone):
 
     def __init__(self, spatial_pool: int) -> None:
         super().__init__()
-        try:
-            from timm import create_model
-        except ImportError:
-            raise UserError(
-                "backbone efficientnet_lite0 needs packages: pip install -r "
-                "requirements-optional.txt"
-            ) from None
+        require_package("timm", "backbone efficientnet_lite0")
+        from timm import create_model
+
         # "tf": padded as in TensorFlow, where the weights come from, and with its epsilon.
         net = create_model("tf_efficientnet_lite0", num_classes=0)
         for name, norm in list(net.named_modules()):

@@ -10,7 +10,7 @@ from torch import nn
 
 from modeling.frame_encoder import inflate_filters
 from utils.errors import UserError, first_line
-from utils.files import load_safely
+from utils.torch_files import load_safely
 
 
 def load_weights(model: nn.Module, spec: str) -> str:
@@ -54,10 +54,38 @@ def load_weights(model: nn.Module, spec: str) -> str:
         raise UserError(
             f"weights {spec!r}: neither a file nor one of {', '.join([*names, 'none'])}"
         )
-    if isinstance(state.get("model"), dict):
-        return f"weights: {path}, {_load_checkpoint(model, state['model'], path)}"
-    _load_backbone(model, state, path)
+    weights = find_weights(state)
+    if not weights:
+        raise UserError(f"{path}: holds no weights ({', '.join(map(str, list(state)[:3]))} ...)")
+    if "format_version" in state or weights.keys() == model.state_dict().keys():
+        return f"weights: {path}, {_load_checkpoint(model, weights, path)}"
+    _load_backbone(model, weights, path)
     return f"weights: {path}, backbone only; the head is new"
+
+
+# Where other programs keep the weights in their checkpoints, and what they put before the names:
+# DistributedDataParallel, torch.compile, Lightning, and models that hold a network as a part.
+_WRAPPERS = ("state_dict", "model_state_dict", "model", "net", "teacher", "model_ema")
+_PREFIXES = ("module.", "_orig_mod.", "model.", "net.", "encoder.")
+
+
+def find_weights(state: dict[str, Any]) -> dict[str, torch.Tensor]:
+    """The tensors of a checkpoint by name, without the wrappers and prefixes of other programs.
+
+    Empty if there are none.
+    """
+    while inner := next(
+        (state[key] for key in _WRAPPERS if isinstance(state.get(key), dict)), None
+    ):
+        state = inner
+    weights = {key: v for key, v in state.items() if isinstance(v, torch.Tensor)}
+    while prefix := next((p for p in _PREFIXES if weights and _all_begin(weights, p)), ""):
+        weights = {key.removeprefix(prefix): value for key, value in weights.items()}
+    return weights
+
+
+def _all_begin(weights: dict[str, torch.Tensor], prefix: str) -> bool:
+    return all(isinstance(key, str) and key.startswith(prefix) for key in weights)
 
 
 def _official_file(weights: Any) -> Path:
@@ -89,9 +117,14 @@ def _load_backbone(model: nn.Module, state: dict[str, torch.Tensor], path: Path)
     """Load an official file without its classifier. The oldest files lack `num_batches_tracked`."""
     backbone = getattr(model, "backbone", None)
     if backbone is None:
-        raise UserError(f"{path} is no checkpoint of {type(model).__name__} (no 'model' in it)")
+        raise UserError(
+            f"{path} is no checkpoint of {type(model).__name__} ({len(state)} tensors, e.g. "
+            f"{', '.join(map(str, list(state)[:3]))})"
+        )
     if getattr(backbone, "weights_package", None):
         state = to_timm_names(state)
+    inside = {k[9:]: v for k, v in state.items() if str(k).startswith("backbone.")}
+    state = inside or state  # another program's model, whose head is of no use here
     state = {key: v for key, v in state.items() if not str(key).startswith(_CLASSIFIERS)}
     nets = model.backbones() if hasattr(model, "backbones") else [backbone]
     for net in nets:

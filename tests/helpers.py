@@ -9,6 +9,7 @@ import multiprocessing
 import os
 import subprocess
 import sys
+import time
 import traceback
 from collections.abc import Callable, Sequence
 from fractions import Fraction
@@ -162,6 +163,14 @@ def _run_in(
         raise
     finally:
         atexit._run_exitfuncs()  # a process of multiprocessing ends without
+
+
+def wait_for(condition: Callable[[], object], process: BaseProcess, seconds: float = 120) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert process.exitcode is None, "training ended before it could be disturbed"
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
 
 
 def train_flags(data: Path, *more: object) -> list[str]:

@@ -30,7 +30,7 @@ from modeling.backbones import build_backbone
 from modeling.frame_encoder import FrameEncoder
 from models import MODELS
 from train import main
-from training.checks import refuse_changes, resolve
+from training.checks import check_smallest_batch, refuse_changes, resolve
 from training.losses import Criterion
 from tsm_resnet import TSM
 from utils.cli import field_docs
@@ -197,7 +197,9 @@ def test_settings_without_effect_are_refused(name: str) -> None:
 def test_settings_of_other_choices_are_refused(name: str) -> None:
     field = FIELDS[name]
     choices = get_args(HINTS[name])
-    value = choices[0] if choices else field.default + (field.metadata["high"] or 1e6) / 1e6
+    value = choices[0] if choices else field.default + 1
+    if not choices and HINTS[name] is float:
+        value = field.default + field.metadata["high"] / 1e6
     ((other, users),) = field.metadata["only_with"].items()
     assert value != field.default
     for choice in get_args(HINTS[other]):
@@ -403,3 +405,25 @@ def test_earlier_flags_of_the_scripts_name_the_new_ones(
     main = importlib.import_module(script).main
     _, stderr = mistake(main, "run", f"--{old}", "1", cwd=tmp_path)
     assert stderr == f"error: --{old} is now called --{new}\n"
+
+
+@pytest.mark.parametrize(
+    ("model", "clips", "changes", "fits"),
+    [
+        ("tsm_resnet", 9, {}, False),
+        ("tsm_resnet", 8, {}, True),
+        ("tsm_resnet", 9, {"n_frames": 2}, True),
+        ("tsm_resnet", 9, {"image_size": 64}, True),
+        ("tsm_resnet", 9, {"freeze_batchnorm": True}, True),
+        ("r2plus1d", 9, {"image_size": 16}, False),
+        ("vivit", 9, {}, True),
+    ],
+)
+def test_a_last_batch_of_one_value_per_channel_is_refused(model, clips, changes, fits) -> None:
+    settings = {"n_frames": 1, "image_size": 32, "batch_size": 4, "model_name": model}
+    config = resolve(TrainConfig(**{**settings, **changes}))
+    if fits:
+        check_smallest_batch(config, clips)
+        return
+    with pytest.raises(UserError, match="the smallest batch of an epoch has 1 of 9 clips, too few"):
+        check_smallest_batch(config, clips)

@@ -176,7 +176,7 @@ def test_folds_are_taken_in_order(tmp_path: Path) -> None:
             ["--folds", "{folds}", "--data-root", "{data}", "--classes", "dark", "uncertain"],
             "no class may be called 'uncertain'",
         ),
-        (["--resume", "nowhere"], "nowhere/config.json: not the settings"),
+        (["--resume", "nowhere"], "nowhere/config.json: no such file"),
         (["--resume", "{run}", "--epochs", "7"], "epochs is 2, not 7"),
     ],
 )

@@ -214,7 +214,7 @@ def test_patients_of_the_training_in_another_manifest_are_told(
     [
         (["{run}", "--target-error", "2"], "target_error = 2.0: must be from 0 to 1"),
         (["nowhere"], "nowhere: no such checkpoint"),
-        (["{csv}"], "is damaged or holds no weights"),
+        (["{csv}"], "it is damaged, or not a file of torch.save"),
         (["{foreign}"], "not a checkpoint of this project"),
         (["{future}"], "written by a newer version"),
         (["{run}", "--views", "0"], "views and batch_size must be at least 1"),

@@ -22,7 +22,7 @@ from timeline.metrics import (
 )
 from timeline.segments import Segment, format_timestamp, read_timeline
 from utils.errors import UserError
-from utils.files import write_json
+from utils.files import require_writable, write_json
 from utils.run_dir import command
 from utils.text_table import text_table
 
@@ -75,6 +75,8 @@ def evaluate_timelines(truth: str, prediction: str, relaxed: float = 0.0, output
     """
     if not 0 <= relaxed < math.inf:
         raise UserError(f"relaxed = {relaxed}: must be a number of seconds, 0 or more")
+    if output:
+        require_writable(output)
     pairs, warnings = read_pairs(truth, prediction)
     results = compute_results(pairs, relaxed)
     lines = [*warnings, format_results(results)]

@@ -1,27 +1,36 @@
 """Checks before the first epoch: settings, cache, clips, model, changes of a resumed run."""
 
+import contextlib
 import dataclasses
 import logging
-import math
 import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import Any, get_args, get_type_hints
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from clips.manifest import class_problems
 from cnn_lstm import CNNLSTM
-from config import DEMO_DEFAULTS, OWN_DATA_DEFAULTS, TrainConfig, differences, names_with
+from config import (
+    DEMO_DEFAULTS,
+    OWN_DATA_DEFAULTS,
+    TrainConfig,
+    differences,
+    names_with,
+    wrong_values,
+)
 from dataset import ClipsDataset, require_readable
 from modeling.weights import load_weights
 from models import MODELS, build_model, freeze, keep_frozen_in_eval, model_options
 from utils import distributed
-from utils.errors import UserError
+from utils.errors import UserError, require_package
+from utils.files import require_writable
+from utils.lock import FolderLock
 from utils.workers import read_batches
 from video.container import ClipError
 from video.motion import Modality
@@ -51,21 +60,9 @@ def resolve(config: TrainConfig) -> TrainConfig:
 
 def find_problems(config: TrainConfig) -> list[str]:
     """A line for each wrong setting, with the allowed values."""
-    problems, unknown_choice = [], False
-    hints = get_type_hints(type(config))
-    for field in dataclasses.fields(config):
-        name, value = field.name, getattr(config, field.name)
-        choices = get_args(hints[name]) if "Literal" in str(hints[name]) else ()
-        if choices and value not in choices:
-            problems.append(f"{name} = {value!r}: choose from {', '.join(map(repr, choices))}")
-            unknown_choice = True
-        low, high = field.metadata.get("low"), field.metadata.get("high")
-        if (low is not None and not low <= value < math.inf) or (high is not None and value > high):
-            problems.append(f"{name} = {value}: must be {_range(low, high)}")
+    problems = wrong_values(config)
     if not problems:
-        problems += _of_other_models(config) + _without_effect(config)
-    if not unknown_choice:
-        problems += _contradictions(config)
+        problems = _of_other_models(config) + _without_effect(config) + _contradictions(config)
     if len(config.classes) < 2:
         problems.append(f"classes = {config.classes}: at least two are needed")
     return problems + class_problems(config.classes)
@@ -134,10 +131,6 @@ def _without_effect(config: TrainConfig) -> list[str]:
     return problems
 
 
-def _range(low: float | None, high: float | None) -> str:
-    return f"at least {low}" if high is None else f"from {low} to {high}"
-
-
 def refuse_changes(saved: TrainConfig, config: TrainConfig) -> None:
     """Refuse to resume a run with settings that would change its result.
 
@@ -174,35 +167,6 @@ SINGLE_VALUE = (
 )
 
 
-@torch.inference_mode()
-def require_batch_statistics(
-    model: nn.Module, config: TrainConfig, device: torch.device, clips_per_epoch: int
-) -> None:
-    """Check that BatchNorm gets more than one value per channel from the smallest batch.
-
-    Raises:
-        UserError: it does not.
-    """
-    if 1 not in (config.batch_size, clips_per_epoch % config.batch_size):
-        return
-    model.train()
-    keep_frozen_in_eval(model, config.freeze_batchnorm)
-    layers = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.training]
-    values: list[int] = []
-    hooks = [
-        layer.register_forward_pre_hook(lambda _, x: values.append(x[0].numel() // x[0].shape[1]))
-        for layer in layers
-    ]
-    channels = Modality.parse(config.modality).channels
-    size = config.image_size
-    model.eval()
-    model(torch.zeros(1, config.n_frames, channels, size, size, dtype=torch.uint8, device=device))
-    for hook in hooks:
-        hook.remove()
-    if 1 in values:
-        raise UserError(SINGLE_VALUE)
-
-
 def require_some_readable(loaders: Mapping[str, DataLoader], classes: Sequence[str]) -> None:
     """Check that each split has a clip that can be read, and the training split one of each class.
 
@@ -232,6 +196,28 @@ def require_some_readable(loaders: Mapping[str, DataLoader], classes: Sequence[s
                 f"none of the {split} clips{' of ' + names if names else ''} can be read:\n"
                 f"  {listing}"
             )
+
+
+def check_outputs(config: TrainConfig, folder: str | Path | None) -> None:
+    """Check, before anything is decoded, that what the training writes can be written.
+
+    Of torchrun's processes the first one writes and checks.
+
+    Args:
+        folder: the run folder (None: a new one below config.run_dir).
+
+    Raises:
+        UserError: a folder cannot be written, another process works in it, or a package is missing.
+    """
+    if distributed.rank():
+        return
+    require_writable(folder or config.run_dir, "--run-dir")
+    if folder:
+        FolderLock(folder).release()  # it is taken when the training begins
+    if config.feature_cache:
+        require_writable(config.feature_cache, "--feature-cache")
+    if config.tensorboard:
+        require_package("torch.utils.tensorboard", "--tensorboard")
 
 
 def check_cache(datasets: Sequence[ClipsDataset]) -> None:
@@ -297,6 +283,36 @@ def check_model(config: TrainConfig) -> None:
         freeze(model, config.freeze_until)
     if config.feature_cache:
         require_frozen(model)
+
+
+def check_smallest_batch(config: TrainConfig, num_clips: int) -> None:
+    """Check that BatchNorm can be trained on the smallest batch of an epoch.
+
+    In a batch of one clip with few frames and pixels, its last layers get one value per channel,
+    which has no variance. The model is tried on the meta device, where nothing is computed.
+
+    Args:
+        num_clips: number of training clips per epoch and process.
+
+    Raises:
+        UserError: with the remedy.
+    """
+    smallest = num_clips % config.batch_size or min(num_clips, config.batch_size)
+    modality, size = Modality.parse(config.modality), config.image_size
+    with torch.device("meta"), contextlib.suppress(NotImplementedError, RuntimeError):
+        model = build_model(config, len(config.classes)).train()
+        if config.freeze_until:
+            freeze(model, config.freeze_until)
+        keep_frozen_in_eval(model, config.freeze_batchnorm)
+        try:
+            model(torch.zeros(smallest, config.n_frames, modality.channels, size, size))
+        except ValueError:  # of torch.nn.functional.batch_norm, and of it alone
+            raise UserError(
+                f"batch_size = {config.batch_size}: the smallest batch of an epoch has {smallest} "
+                f"of {num_clips} clips, too few for BatchNorm with {config.n_frames} frames of "
+                f"{size} px: give another --batch-size, a larger --image-size or --n-frames, or "
+                "--freeze-batchnorm"
+            ) from None
 
 
 def require_frozen(model: nn.Module) -> None:

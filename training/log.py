@@ -16,7 +16,8 @@ from models import summary
 from training.state import Progress
 from utils import distributed
 from utils.device import describe_device
-from utils.errors import UserError
+from utils.errors import require_package
+from utils.files import try_write
 from utils.tables import write_table
 from utils.text_table import text_table
 
@@ -89,11 +90,12 @@ def write_history(path: str | Path, history: Sequence[dict[str, Any]]) -> None:
     write_table(path, pd.DataFrame(history), float_format=".6g")
 
 
-def draw_curves(path: str | Path, history: Sequence[dict[str, Any]], best_epoch: int) -> None:
-    """Draw the losses and scores of the epochs so far."""
+def draw_curves(path: Path, history: Sequence[dict[str, Any]], best_epoch: int) -> None:
+    """Draw the losses and scores of the epochs so far. An error is no reason to stop training."""
     from evaluation.plots import plot_curves  # importing matplotlib takes longer than an epoch
 
-    plot_curves(history, best_epoch, path)
+    if problem := try_write(path, lambda path: plot_curves(history, best_epoch, path)):
+        logging.getLogger(__name__).warning(problem)
 
 
 def tensorboard_writer(folder: Path) -> Any:
@@ -102,10 +104,7 @@ def tensorboard_writer(folder: Path) -> Any:
     Raises:
         UserError: TensorBoard is not installed.
     """
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        raise UserError(
-            "--tensorboard needs a package: pip install -r requirements-optional.txt"
-        ) from None
+    require_package("torch.utils.tensorboard", "--tensorboard")
+    from torch.utils.tensorboard import SummaryWriter
+
     return SummaryWriter(folder)

@@ -14,13 +14,18 @@ import signal
 import sys
 import textwrap
 from collections.abc import Callable, Container, Mapping
-from errno import ENOSPC
 from typing import Annotated, Any, TypeVar, get_type_hints
 
 import tyro
 
 from utils.allocator import keep_freed_memory
-from utils.errors import UserError, first_line, is_out_of_memory
+from utils.errors import (
+    FULL_DISK,
+    UserError,
+    describe_os_error,
+    first_line,
+    is_out_of_memory,
+)
 from utils.workers import worker_failure
 
 Config = TypeVar("Config")
@@ -178,20 +183,16 @@ def cli_main(main: Callable[[], None]) -> Callable[[], None]:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             sys.exit(141)
         except OSError as error:
-            if error.errno is None or (error.filename is None and error.errno != ENOSPC):
+            if error.errno is None or (error.filename is None and error.errno not in FULL_DISK):
                 raise  # not about a file: a bug of this project
-            sys.exit(_fail(f"{error.strerror}: {error.filename or 'the disk'}"))
-        except RuntimeError as error:
+            sys.exit(_fail(describe_os_error(error)))
+        except (MemoryError, RuntimeError) as error:
             if reason := worker_failure():
                 sys.exit(_fail(reason))
-            if "PytorchStreamWriter" in str(error):
-                sys.exit(_fail("a checkpoint could not be written: is the disk full?"))
-            if "could not create a primitive" in str(error):  # e.g. the LSTM of oneDNN in bf16
-                sys.exit(_fail("this CPU cannot run the model in that precision: give "
-                               "--precision fp32"))  # fmt: skip
-            if not is_out_of_memory(str(error)):
+            if not is_out_of_memory(error):
                 raise
-            sys.exit(_fail(f"{first_line(error)} (lower batch_size, image_size or n_frames)"))
+            remedy = "lower batch_size, image_size or n_frames"
+            sys.exit(_fail(f"memory is short: {first_line(error)} ({remedy})"))
 
     return wrapped
 

@@ -56,7 +56,13 @@ def prepare_model(model: nn.Module, device: torch.device, dtype: torch.dtype) ->
 
     The weights of convolutions go channels last, the layout in which convolutions are fast, on CPUs
     and GPUs alike; activations follow the weights.
+
+    Raises:
+        UserError: the model has an LSTM, which this CPU cannot run in `dtype`.
     """
+    has_lstm = any(isinstance(module, nn.LSTM) for module in model.modules())
+    if has_lstm and device.type == "cpu" and dtype != torch.float32:
+        _require_lstm(dtype)
     model.to(device)
     torch.backends.cudnn.benchmark = device.type == "cuda"  # try which algorithm is fastest
     layouts = {4: torch.channels_last, 5: torch.channels_last_3d}
@@ -68,6 +74,18 @@ def prepare_model(model: nn.Module, device: torch.device, dtype: torch.dtype) ->
             # In place, PyTorch's bf16 kernels take three times as long on a CPU.
             module.inplace = not (device.type == "cpu" and dtype == torch.bfloat16)
     return model
+
+
+def _require_lstm(dtype: torch.dtype) -> None:
+    """Try a tiny LSTM: on CPUs without AVX-512, oneDNN has none in bf16 and fp16."""
+    try:
+        with torch.random.fork_rng([]), torch.no_grad(), autocast(torch.device("cpu"), dtype):
+            nn.LSTM(8, 8)(torch.zeros(1, 1, 8))
+    except RuntimeError:
+        raise UserError(
+            f"this CPU cannot run the model's LSTM in {str(dtype).removeprefix('torch.')}: give "
+            "--precision fp32"
+        ) from None
 
 
 def describe_device(device: torch.device) -> str:

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import nn
 
 
 def init(device: torch.device) -> torch.device:
@@ -36,6 +37,16 @@ def rank() -> int:
 def world_size() -> int:
     """The number of processes."""
     return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def wrap_ddp(model: nn.Module, device: torch.device) -> nn.Module | None:
+    """The model as torchrun's processes train it together; None for a single process."""
+    if world_size() == 1:
+        return None
+    if device.type == "cuda":
+        nn.SyncBatchNorm.convert_sync_batchnorm(model)
+        return nn.parallel.DistributedDataParallel(model, device_ids=[device.index])
+    return nn.parallel.DistributedDataParallel(model)
 
 
 def all_reduce_sum(values: Sequence[float]) -> list[float]:

@@ -1,5 +1,8 @@
 """UserError, which scripts print without a traceback, and warnings that go into results."""
 
+import errno
+import importlib
+import sys
 from typing import Literal, TypedDict
 
 
@@ -23,9 +26,50 @@ def format_warning(warning: ResultWarning) -> str:
     return f"LEAKAGE: {warning['text']}" if warning["kind"] == "leakage" else warning["text"]
 
 
-def is_out_of_memory(text: str) -> bool:
-    """Whether an error message of PyTorch says that memory is short, on a GPU or a CPU."""
-    return any(phrase in text.lower() for phrase in ("out of memory", "allocate memory"))
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory is short, on a GPU or a CPU."""
+    torch = sys.modules.get("torch")  # a program that has not imported it gets no error from it
+    if isinstance(error, MemoryError) or (torch and isinstance(error, torch.OutOfMemoryError)):
+        return True
+    # On a CPU and on Apple's GPUs, PyTorch raises a RuntimeError without a code: its text is all.
+    text = str(error).lower() if isinstance(error, RuntimeError) else ""
+    return "can't allocate memory" in text or "out of memory" in text
+
+
+def require_package(module: str, what: str) -> None:
+    """Check that an optional package can be imported.
+
+    Raises:
+        UserError: it cannot; `what` says in the message what needs it.
+    """
+    try:
+        importlib.import_module(module)
+    except ImportError:  # it is missing, or lacks something itself
+        raise UserError(
+            f"{what} needs a package: pip install -r requirements-optional.txt"
+        ) from None
+
+
+FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+_CAUSES = {
+    errno.ENOSPC: "the disk is full: free some space, or write to another disk",
+    errno.EDQUOT: "your share of the disk is full: free some space, or write to another disk",
+    errno.EFBIG: "the file is larger than this disk or account allows: write to another disk",
+    errno.EROFS: "the disk is read-only: write to another one",
+    errno.EACCES: "permission denied: change its permissions, close the program that has it open, "
+    "or choose another place",
+    errno.ENOTDIR: "a file is in the place of a folder: move it away, or choose another place",
+    errno.EEXIST: "a file is in the place of a folder: move it away, or choose another place",
+    errno.EMFILE: "too many files are open: lower num_workers, or raise the limit (ulimit -n)",
+}
+_CAUSES[errno.EPERM] = _CAUSES[errno.EACCES]
+
+
+def describe_os_error(error: OSError) -> str:
+    """What an error of the operating system is about, its cause and the remedy, in one line."""
+    path = error.filename2 or error.filename  # the target of a rename comes second
+    return f"{path or 'the disk'}: {_CAUSES.get(error.errno, error.strerror or error)}"
 
 
 def first_line(error: BaseException) -> str:

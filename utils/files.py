@@ -1,14 +1,19 @@
-"""Writing files atomically, and reading files without running code from them."""
+"""Writing files atomically, clearing what killed processes left, and reading JSON files."""
 
+import contextlib
+import functools
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping
+import shutil
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from utils.errors import UserError
+from utils.errors import UserError, describe_os_error, first_line
+from utils.structure import find_mismatch
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -19,17 +24,46 @@ def atomic(path: str | Path) -> Iterator[Path]:
     """Yield a temporary path beside `path`, and rename it to `path` if the block ends well.
 
     Even after a kill or a power cut `path` is either the old file or the complete new one. The
-    temporary file has the suffix of `path`, because some writers choose the format by it.
+    temporary file has the suffix of `path`, because some writers choose the format by it. What
+    earlier processes left in the folder, because they were killed, is deleted.
+
+    Raises:
+        OSError: the file cannot be written; its `filename` is `path`.
     """
     path = Path(path)
-    unfinished = path.with_name(f".{path.stem}.{os.getpid()}.unfinished{path.suffix}")
+    unfinished = unfinished_path(path)
     try:
+        _clear_once(path.parent.absolute())
         yield unfinished
-        with open(unfinished, "rb") as file:  # on the disk before the name points to it
+        with open(unfinished, "r+b") as file:  # on the disk before the name points to it
             os.fsync(file.fileno())
-        os.replace(unfinished, path)
+        _replace(unfinished, path)
+    except OSError as error:
+        # Errors of write() name no file, and the temporary one is of no interest.
+        if error.errno and error.filename in (None, str(unfinished)):
+            error.filename, error.filename2 = str(path), None
+        raise
     finally:
         unfinished.unlink(missing_ok=True)
+
+
+def _replace(source: Path, target: Path) -> None:
+    """Rename a file over another one, and wait until the new name is on the disk as well."""
+    for seconds in (0.1, 0.3, 1, None):
+        try:
+            os.replace(source, target)
+            break
+        except PermissionError:  # on Windows while a virus scanner or a viewer has it open
+            if os.name == "posix" or seconds is None:
+                raise
+            time.sleep(seconds)
+    if os.name == "posix":  # Windows cannot open folders
+        with contextlib.suppress(OSError):  # some network drives cannot either
+            folder = os.open(target.parent, os.O_RDONLY)
+            try:
+                os.fsync(folder)
+            finally:
+                os.close(folder)
 
 
 def write_text(path: str | Path, text: str) -> None:
@@ -42,50 +76,119 @@ def write_text(path: str | Path, text: str) -> None:
         unfinished.write_text(text, encoding="utf-8", errors="backslashreplace", newline="\n")
 
 
-def remove_unfinished(folder: str | Path) -> None:
-    """Delete the temporary files that killed processes left in a folder."""
-    for leftover in Path(folder).glob(".*.unfinished*"):
-        leftover.unlink(missing_ok=True)
-
-
-def load_safely(path: Path, remedy: str) -> dict:
-    """Read a file that torch.save wrote, onto the CPU, without running any code from it.
+def write_all(writers: Mapping[Path, Callable[[Path], object]]) -> None:
+    """Write several files, the most valuable first: if one fails, the others are still written.
 
     Args:
-        remedy: what the user can do if the file cannot be used; the error message ends with it.
+        writers: for each path the function that writes it.
 
     Raises:
-        UserError: the file cannot be read, is damaged, or holds something other than a dict.
+        UserError: naming the files that could not be written, and why.
     """
-    import torch  # not above: programs without a model use this module too
+    problems = [problem for path, write in writers.items() if (problem := try_write(path, write))]
+    if problems:
+        raise UserError("; ".join(problems))
 
+
+def try_write(path: Path, write: Callable[[Path], object]) -> str:
+    """Call a function that writes a file. Returns why it could not, in one line, or nothing."""
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # flipped bytes raise IndexError, struct.error, AssertionError ...
-        size = path.stat().st_size / 1e6
-        raise UserError(
-            f"{path} ({size:.1f} MB) is damaged or holds no weights ({_reason(path, error)}): "
-            f"{remedy}"
-        ) from None
-    if not isinstance(state, dict):
-        raise UserError(f"{path} holds a {type(state).__name__}, not weights: {remedy}")
-    return state
+        write(path)
+    except OSError as error:
+        return f"could not be written: {describe_os_error(error)}"
+    except Exception as error:  # e.g. of a library that draws: no reason to lose other files
+        return f"{path}: could not be written: {type(error).__name__}: {first_line(error)}"
+    return ""
 
 
-def _reason(path: Path, error: Exception) -> str:
-    """Why torch.load failed, in a few words.
+def require_writable(folder: str | Path, flag: str = "--output") -> None:
+    """Make a folder and try to write into it, before hours of work depend on it.
 
-    The error's own text is cut after its first sentence. Text about `weights_only` is left out: it
-    advises to switch that off, and then code in the file would run.
+    The permissions alone do not tell: on Windows and network drives they are not the whole truth.
+    What did not exist is removed again.
+
+    Args:
+        flag: how the user chooses the folder.
+
+    Raises:
+        UserError: that is not possible; with the cause and the remedy.
     """
-    if not isinstance(error, OSError):  # the file can be opened
-        with open(path, "rb") as file:
-            start = file.read(262)
-        # torchvision's first ResNet-18, resnet18-5c106cde.pth, is one of these even when intact.
-        if start.endswith(b"ustar"):
-            return "the .tar format of 2017, which torch no longer loads safely"
-    text = str(error).split("Cannot use ``weights_only")[0].strip()
-    return text.splitlines()[0].split(". ")[0].rstrip(".") if text else type(error).__name__
+    made = []
+    try:
+        made = make_folder(folder)
+        unfinished = unfinished_path(Path(folder) / "writable")
+        unfinished.write_bytes(b" ")
+        unfinished.unlink()
+    except OSError as error:
+        raise UserError(f"{describe_os_error(error)} ({flag})") from None
+    finally:  # a command that fails later leaves no empty folder
+        remove_empty(made)
+
+
+def make_folder(folder: str | Path) -> list[Path]:
+    """Make a folder. Returns what was missing of it and its parents, the innermost first."""
+    folder = Path(folder)
+    missing = [path for path in (folder, *folder.parents) if not path.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    return missing
+
+
+def remove_empty(folders: Iterable[Path]) -> None:
+    """Remove folders that are empty, the innermost first."""
+    for folder in folders:
+        with contextlib.suppress(OSError):
+            folder.rmdir()
+
+
+def unfinished_path(path: Path, process_id: int | None = None) -> Path:
+    """The hidden name, beside `path`, of what a process has not finished writing."""
+    return path.with_name(f".{path.stem}.{process_id or os.getpid()}.unfinished{path.suffix}")
+
+
+def remove_unfinished(folder: str | Path) -> None:
+    """Delete the temporary files and folders that killed processes left in a folder.
+
+    Those of processes that still run on this machine stay.
+    """
+    for leftover in Path(folder).glob(".*.unfinished*"):
+        process_id = leftover.name.rpartition(".unfinished")[0].rpartition(".")[2]
+        if process_id.isdecimal() and not _is_running(int(process_id)):
+            if leftover.is_dir() and not leftover.is_symlink():
+                shutil.rmtree(leftover, ignore_errors=True)
+            else:
+                with contextlib.suppress(OSError):  # another user's
+                    leftover.unlink()
+
+
+_clear_once = functools.cache(remove_unfinished)
+
+
+def _is_running(process_id: int) -> bool:
+    """Whether another process has this number."""
+    if process_id == os.getpid():
+        return False  # an earlier process had the same number: this one has only begun
+    if os.name != "posix":
+        return _is_running_on_windows(process_id)
+    try:
+        os.kill(process_id, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except OSError:  # it is another user's process
+        return True
+    return True
+
+
+def _is_running_on_windows(process_id: int) -> bool:
+    """The same on Windows, where os.kill would end the process."""
+    import ctypes
+
+    kernel = ctypes.WinDLL("kernel32", use_last_error=True)
+    handle = kernel.OpenProcess(0x00100000, False, process_id)  # the right to wait for its end
+    if not handle:
+        return ctypes.get_last_error() != 87  # "invalid parameter": there is no such process
+    ended = kernel.WaitForSingleObject(handle, 0) == 0
+    kernel.CloseHandle(handle)
+    return not ended
 
 
 def write_json(path: str | Path, content: dict[str, Any]) -> None:
@@ -93,21 +196,48 @@ def write_json(path: str | Path, content: dict[str, Any]) -> None:
     write_text(path, json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path, shape: Any = dict) -> dict[str, Any]:
     """The content of a JSON file of this project; empty if there is no file.
 
+    Args:
+        shape: what it must hold; see `utils.structure.find_mismatch`.
+
     Raises:
-        UserError: it is damaged.
+        UserError: it is damaged, or holds something else.
     """
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
         return {}
-    except ValueError as error:
-        raise UserError(f"{path}: is damaged: {error}") from None
-    if not isinstance(content, dict):
-        raise UserError(f"{path}: not one of this project's files")
+    except UnicodeDecodeError:
+        raise UserError(f"{path}: is damaged: not a text in UTF-8") from None
+    return parse_json(text, str(path), shape)
+
+
+def parse_json(text: str | bytes, source: str, shape: Any = dict) -> dict[str, Any]:
+    """The content of a JSON text; `source` says in messages where it is from.
+
+    Raises:
+        UserError: it is damaged, or holds something else than `shape`.
+    """
+    try:
+        content = json.loads(text, parse_constant=_refuse_number, parse_float=_finite)
+    except RecursionError:
+        raise UserError(f"{source}: is damaged: brackets in brackets without end") from None
+    except ValueError as error:  # also a number of more than 4300 digits
+        raise UserError(f"{source}: is damaged: {first_line(error)}") from None
+    mismatch = find_mismatch(content, shape)
+    if mismatch:
+        raise UserError(f"{source}: not one of this project's files ({mismatch})")
     return content
+
+
+def _finite(text: str) -> float:
+    return float(text) if math.isfinite(float(text)) else _refuse_number(text)
+
+
+def _refuse_number(text: str) -> float:
+    raise ValueError(f"the number {text}")
 
 
 def to_markdown(

@@ -1,6 +1,5 @@
 """The folder of a run, `runs/<time>_<model>/`, and what is recorded about its environment."""
 
-import json
 import os
 import platform
 import re
@@ -11,8 +10,8 @@ import time
 from importlib.metadata import version
 from pathlib import Path
 
-from utils.errors import UserError
-from utils.files import write_json
+from utils.errors import UserError, describe_os_error
+from utils.files import read_json, write_json
 
 
 def new_run_dir(run_dir: str | Path, model: str) -> Path:
@@ -30,7 +29,7 @@ def new_run_dir(run_dir: str | Path, model: str) -> Path:
         except FileExistsError:
             continue
         except OSError as error:
-            raise UserError(f"{folder}: cannot be made: {error.strerror}") from None
+            raise UserError(describe_os_error(error)) from None
     raise UserError(f"{run_dir}: no free name for a run folder")
 
 
@@ -67,9 +66,20 @@ def log_environment(folder: Path, device: str) -> None:
         **{name: version(name) for name in packages},
         "commit": _commit(),
     }
-    path = folder / "environment.json"
-    earlier = json.loads(path.read_text(encoding="utf-8"))["sessions"] if path.exists() else []
-    write_json(path, {"sessions": [*earlier, session]})
+    write_json(folder / "environment.json", {"sessions": [*read_sessions(folder), session]})
+
+
+_SESSION = {f"{name}?": str for name in ("command", "time", "device", "python", "torch")}
+
+
+def read_sessions(folder: Path) -> list[dict]:
+    """The entries of environment.json, none if there is no such file; an older file is one entry.
+
+    Raises:
+        UserError: it is damaged.
+    """
+    content = read_json(folder / "environment.json", {"sessions?": [_SESSION], **_SESSION})
+    return content.get("sessions", [content] if "command" in content else [])
 
 
 def _commit() -> str | None:

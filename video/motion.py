@@ -18,7 +18,7 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
-from utils.errors import UserError
+from utils.errors import require_package
 
 StoredMotion = Literal["flow", "mv"]
 
@@ -71,13 +71,8 @@ def encode_motion(motion: np.ndarray) -> np.ndarray:
 
 def require_opencv() -> None:
     """Raise a UserError unless OpenCV is installed."""
-    try:
-        import cv2  # noqa: F401
-    except ImportError:
-        raise UserError(
-            "optical flow needs a package: pip install -r requirements-optional.txt (not for "
-            "training from a cache that was filled with --modality rgb+flow)"
-        ) from None
+    what = "optical flow (unless a cache was filled with --modality rgb+flow)"
+    require_package("cv2", what)
 
 
 def flow_fields(pairs: Iterable[tuple[np.ndarray, np.ndarray]], size: int) -> np.ndarray:

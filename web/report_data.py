@@ -25,6 +25,7 @@ from evaluation.predictions import Predictions
 from evaluation.runs import Run, read_run
 from utils.errors import UserError
 from utils.files import read_json
+from utils.run_dir import read_sessions
 from utils.tables import read_table
 from web.anonymize import identifiers
 
@@ -115,8 +116,8 @@ def load_report_data(folder: str | Path) -> ReportData:
     return ReportData(
         run,
         read_json(run.home / "config.json"),
-        _sessions(run.home),
-        [] if own else _sessions(folder),
+        read_sessions(run.home),
+        [] if own else read_sessions(folder),
         _histories(run, run.results.get("epoch") if own else None),
         _read_table(run.home / "cross_validation.csv"),
         _names_in_manifests(run.config),
@@ -218,12 +219,6 @@ def _names_in_manifests(config: TrainConfig | None) -> frozenset[str]:
         for record in read_records(manifest)[0]
     ]
     return frozenset(identifiers(rows))
-
-
-def _sessions(folder: Path) -> list[dict[str, Any]]:
-    """The entries of environment.json; an older file is a single one."""
-    content = read_json(folder / "environment.json")
-    return content.get("sessions", [content] if "command" in content else [])
 
 
 def _histories(run: Run, epoch: int | None) -> list[History]:

@@ -188,7 +188,7 @@ def test_nothing_is_left_of_a_split_that_failed(listed: Path, monkeypatch) -> No
         (["twice.csv", "--output", "o"], "1 clips are listed with two labels"),
         (["names.csv", "--output", "o"], "1 clips have no label"),
         (["two.csv", "--output", "o"], "1 clips are listed with two patients"),
-        (["all.csv", "--output", "all.csv/o"], "cannot be made"),
+        (["all.csv", "--output", "all.csv/o"], "a file is in the place of a folder"),
         (["reserved.csv", "--output", "o"], "no class may be called 'uncertain'"),
         (["spellings.csv", "--output", "o"], "'Cut' and 'cut' differ only in case"),
     ],

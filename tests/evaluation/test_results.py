@@ -339,18 +339,45 @@ def test_files_of_several_folds(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "writer", ["evaluation.plots.plot_confusion", "evaluation.results.write_predictions"]
+    "content",
+    [
+        {"accuracy": "high"},
+        {"warnings": 3},
+        {"per_class": {"cut": 3}},
+        {"intervals": []},
+        {"views": [1]},
+        {"checkpoint": 5},
+    ],
 )
-def test_metrics_are_written_last(
-    writer: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_results_of_other_types_are_refused(content: dict, tmp_path: Path) -> None:
+    path = tmp_path / "test_metrics.json"
+    path.write_text(json.dumps(content))
+    with pytest.raises(UserError) as told:
+        read_results(path)
+    assert str(told.value).startswith(f"{path}: not the results of a test ({next(iter(content))}")
+
+
+@pytest.mark.parametrize(
+    ("writer", "lost"),
+    [
+        ("evaluation.plots.plot_confusion", {"confusion_matrix.png"}),
+        ("evaluation.results.write_predictions", {"predictions.csv", "test_metrics.json"}),
+    ],
+)
+def test_a_file_that_cannot_be_written_costs_no_other(
+    writer: str, lost: set[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Where there is a test_metrics.json, there is everything else."""
+    """Where there is a test_metrics.json, there are the predictions."""
 
     def fail(*_: object) -> None:
-        raise RuntimeError("disk full")
+        raise RuntimeError("no font")
 
     monkeypatch.setattr(writer, fail)
-    with pytest.raises(RuntimeError, match="disk full"):
-        write_results(small(), CLASSES, tmp_path, [FITTED])
-    assert not list(tmp_path.glob("*test_metrics*"))
-    assert not list(tmp_path.glob(".*"))  # nor anything unfinished
+    shown: list[str] = []
+    with pytest.raises(UserError) as told:
+        write_results(small(), CLASSES, tmp_path, [FITTED], show=shown.append)
+    path = tmp_path / next(name for name in sorted(lost))
+    assert str(told.value) == f"{path}: could not be written: RuntimeError: no font"
+    names = {"predictions.csv", "test_metrics.json", "confusion_matrix.csv", "confusion_matrix.png"}
+    assert {file.name for file in tmp_path.iterdir()} == names - lost
+    assert "accuracy" in shown[0]

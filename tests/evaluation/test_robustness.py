@@ -56,14 +56,15 @@ def test_the_same_predictions_lose_nothing_and_one_patient_has_no_interval() -> 
     )
 
 
-def test_every_severity_is_evaluated_once_and_written(tmp_path: Path) -> None:
+def test_every_severity_is_evaluated_once_and_written(tmp_path: Path, capsys) -> None:
     asked = []
 
     def evaluate(name: str, severity: int) -> Predictions:
         asked.append((name, severity))
         return predictions(*([1] * (severity - 1 if name == "smoke" else 0) + [0] * 4)[:4])
 
-    text = measure_robustness(evaluate, predictions(0, 0, 0, 0), ("smoke", "defocus"), tmp_path)
+    measure_robustness(evaluate, predictions(0, 0, 0, 0), ("smoke", "defocus"), tmp_path)
+    text = capsys.readouterr().out
     assert asked == [(name, s) for name in ("smoke", "defocus") for s in range(1, 6)]
     table = pd.read_csv(tmp_path / "robustness.csv").set_index(["corruption", "severity"])
     assert table["accuracy"]["smoke"].tolist() == [1, 0.75, 0.5, 0.25, 0]

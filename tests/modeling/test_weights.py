@@ -264,7 +264,8 @@ def test_own_checkpoint_and_other_classes(tmp_path: Path) -> None:
 
 
 def test_checkpoint_of_another_model(tmp_path: Path) -> None:
-    path = save({"model": make_model("tsm_resnet", 7).state_dict()}, tmp_path / "best.pt")
+    state = {"format_version": 1, "model": make_model("tsm_resnet", 7).state_dict()}
+    path = save(state, tmp_path / "best.pt")
     message = fails(make_model("cnnlstm", 7, lstm_hidden=8), path)
     assert "does not fit CNNLSTM" in message
     assert "lstm.weight_ih_l0" in message
@@ -310,3 +311,27 @@ def test_real_tensors_arrive(digits: str, real: Path, tmp_path: Path) -> None:
     load_weights(model, save(state | recovered, tmp_path / f"resnet18-{digits}.pth"))
     own = model.backbone.state_dict()
     assert all(torch.equal(own[key], value) for key, value in recovered.items())
+
+
+@pytest.mark.parametrize("wrapper", ["", "state_dict", "model", "model_state_dict", "net"])
+@pytest.mark.parametrize("prefix", ["", "module.", "model.", "module.backbone.", "_orig_mod."])
+def test_weights_of_other_programs_arrive(
+    wrapper: str, prefix: str, tmp_path: Path, tsm: torch.nn.Module
+) -> None:
+    """As DistributedDataParallel, torch.compile, Lightning and others save them."""
+    state = official()
+    content = {prefix + name: value for name, value in state.items()}
+    if prefix.endswith("backbone."):
+        content["module.head.weight"] = torch.zeros(3, 512)
+    path = save({wrapper: content, "epoch": 3} if wrapper else content, tmp_path / "other.pth")
+    assert "backbone only" in load_weights(tsm, path)
+    own = tsm.backbone.state_dict()
+    assert all(torch.equal(own[k], v) for k, v in state.items() if not k.startswith("fc."))
+
+
+def test_a_model_of_this_project_saved_by_other_means_keeps_its_head(tmp_path: Path) -> None:
+    trained = make_model("tsm_resnet", 7)
+    path = save({"state_dict": trained.state_dict()}, tmp_path / "own.pth")
+    model = make_model("tsm_resnet", 7)
+    assert "all of the model" in load_weights(model, path)
+    assert torch.equal(model.head.weight, trained.head.weight)

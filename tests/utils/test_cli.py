@@ -20,8 +20,8 @@ def too_much() -> None:
     torch.empty(1 << 50)
 
 
-def no_primitive() -> None:
-    raise RuntimeError("could not create a primitive descriptor for the LSTM forward propagation")
+def no_memory() -> None:
+    bytearray(1 << 60)
 
 
 def mistaken() -> None:
@@ -32,13 +32,18 @@ def full() -> None:
     raise OSError(errno.ENOSPC, "No space left on device")
 
 
+def forbidden() -> None:
+    raise PermissionError(errno.EACCES, "Permission denied", "secret.csv")
+
+
 @pytest.mark.parametrize(
     ("main", "words"),
     [
         (too_much, "(lower batch_size, image_size or n_frames)"),
-        (no_primitive, "give --precision fp32"),
+        (no_memory, "(lower batch_size, image_size or n_frames)"),
+        (forbidden, "secret.csv: permission denied"),
         (mistaken, "clips: no such folder"),
-        (full, "No space left on device: the disk"),
+        (full, "the disk: the disk is full: free some space"),
     ],
 )
 def test_one_line_and_code_2(main, words: str, monkeypatch, capsys) -> None:
