@@ -60,6 +60,7 @@ _SHAPE = {
     "best?": dict,
     "history?": [_ROW],
     "class_counts?": [int],
+    "clips?": {str: str},
     "calibration?": {
         "temperature": float,
         "target_error?": float | None,
@@ -194,10 +195,11 @@ def _find_resume_problem(
     groups = state["optimizer"]["param_groups"]
     if [g["params"] for g in groups] != [g["params"] for g in fresh["optimizer"]["param_groups"]]:
         return "its optimizer trains other parameters"
-    for part in ("optimizer", "scheduler", "scaler"):
+    for part in ("optimizer", "scheduler"):
         if not _has_types_of(state[part], fresh[part]):
             return f"its {part} is of another kind"
-    if state["scaler"].keys() != fresh["scaler"].keys():
+    scalers = state["scaler"], fresh["scaler"]  # empty except in fp16
+    if all(scalers) and not (_has_types_of(*scalers) and scalers[0].keys() == scalers[1].keys()):
         return "its scaler is of another kind"
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     for number, averages in state["optimizer"]["state"].items():

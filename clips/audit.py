@@ -118,6 +118,7 @@ def audit(config: AuditConfig) -> int:
     tables["overlaps"] = overlaps(clips, config.names)
     code, text = verdict(clips, _print_overlaps(clips), config.contents)
     print(text)
+    folder.mkdir(parents=True, exist_ok=True)
     write_all(
         {
             folder / f"{name}.csv": partial(write_table, table=table, index=name == "looped")

@@ -37,7 +37,7 @@ _SHAPE = {
     "averages?": dict,
     "actions?": _NUMBERS,
     "calibration?": {"ece?": _NUMBER, "brier?": _NUMBER, "nll?": _NUMBER, "before?": _NUMBERS},
-    "selective?": _NUMBERS,
+    "selective?": {str: _NUMBER | dict},
     "per_class?": {str: _NUMBERS},
     "checkpoint?": str,
     "split?": str,

@@ -172,7 +172,7 @@ BROKEN_RESUME = {
     "scheduler's parts a number": put("scheduler", "_schedulers", value=3),
     "scheduler's parts missing": put("scheduler", "_schedulers", value=[]),
     "scheduler's part of texts": put("scheduler", "_schedulers", 0, "base_lrs", value=["x"]),
-    "scaler of another kind": put("scaler", value={"scale": 1.0}),
+    "scaler of another kind": put("scaler", value={"scale": [1.0]}),
     "rng of numbers": put("rng", value=[3]),
     "rng without torch": drop("rng", 0, "torch"),
     "rng's torch short": put("rng", 0, "torch", value=torch.zeros(3, dtype=torch.uint8)),

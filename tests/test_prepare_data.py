@@ -135,7 +135,7 @@ def test_unreadable_clips_are_listed_and_left_to_training(
         0,
     )
     said = run_main(train_main, *arguments, cwd=tmp_path).stdout
-    assert "1 training clips could not be read and were left out" in said
+    assert "1 training clips that were drawn could not be read and were left out" in said
     shutil.copy(next((data / "clips/test").glob("*.mp4")), broken)
     assert "36 clips, 35 of them cached already" in cache()  # mended, done again
 

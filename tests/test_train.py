@@ -220,13 +220,13 @@ def test_batchnorm_needs_more_than_one_value_per_channel(
     flags = ["--model-name", "r2plus1d", "--image-size", 16, "--batch-size", 17]
     code, stderr = mistake(main, *train_flags(tiny_data, *flags), cwd=tmp_path)
     assert code == 2
-    assert "BatchNorm cannot train on a single value per channel" in stderr
+    assert "the smallest batch of an epoch has 1 of 18 clips, too few for BatchNorm" in stderr
     assert not (tmp_path / "runs").exists()
     # A batch that only unreadable clips make that small is found out later.
-    monkeypatch.setattr("train.require_batch_statistics", lambda *_: None)
+    monkeypatch.setattr("training.checks.check_smallest_batch", lambda *_: None)
     code, stderr = mistake(main, *train_flags(tiny_data, *flags), cwd=tmp_path)
     assert code == 2
-    assert "BatchNorm cannot train on a single value per channel" in stderr
+    assert "a batch has only one clip that can be read, too few for BatchNorm" in stderr
 
 
 def test_non_finite_loss_stops_with_the_clips(tiny_data: Path, tmp_path: Path, mistake) -> None:

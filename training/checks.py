@@ -161,12 +161,6 @@ def keep_clips_per_step(config: TrainConfig, state: Mapping[str, Any]) -> TrainC
     return dataclasses.replace(config, gradient_accumulation_steps=batches_per_process)
 
 
-SINGLE_VALUE = (
-    "BatchNorm cannot train on a single value per channel, which it gets from a batch of one clip "
-    "of this size: change batch_size (or give a larger image_size or --freeze-batchnorm)"
-)
-
-
 def require_some_readable(loaders: Mapping[str, DataLoader], classes: Sequence[str]) -> None:
     """Check that each split has a clip that can be read, and the training split one of each class.
 

@@ -14,7 +14,6 @@ from dataset import Batch, require_readable
 from evaluation.predictions import Predictions
 from modeling.inference import prepare_for_inference
 from models import keep_frozen_in_eval
-from training.checks import SINGLE_VALUE
 from training.losses import Criterion
 from training.mixup import mixup_cutmix
 from training.optim import ModelEma
@@ -170,7 +169,10 @@ def _forward(
     except ValueError:
         if n > 1:
             raise
-        raise UserError(f"{SINGLE_VALUE}. The other clips of the batch are unreadable") from None
+        raise UserError(
+            "a batch has only one clip that can be read, too few for BatchNorm with clips of this "
+            "size: repair the others, or give a larger --image-size or --freeze-batchnorm"
+        ) from None
     losses = criterion(logits.float(), labels, progress.epoch)  # (B,)
     if mixed:
         other_losses = criterion(logits.float(), other_labels, progress.epoch)

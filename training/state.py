@@ -187,10 +187,11 @@ class TrainState:
     def _require_same_clips(self, state: dict[str, Any]) -> None:
         before = state.get("clips")
         if not before:  # a run of an earlier version, or a test without manifests
-            if state["config"]["data_root"] != self.config.data_root:
+            earlier = state["config"].get("data_root", "")
+            if earlier != self.config.data_root:
                 raise UserError(
-                    "data_root: this run of an earlier version continues only with "
-                    f"{state['config']['data_root']!r}, because it does not say what its clips were"
+                    f"data_root: this run of an earlier version continues only with {earlier!r}, "
+                    "because it does not say what its clips were"
                 )
             return
         changed = [split for split, digest in self.clips.items() if before.get(split) != digest]
