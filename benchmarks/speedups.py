@@ -5,7 +5,6 @@ The variants take turns.
 """
 
 import os
-import resource
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -149,7 +148,11 @@ def measure(job: Job) -> dict[str, Any]:
     result["seconds"] = float(np.median(seconds))
     if device.type == "cuda":
         result["peak"] = torch.cuda.max_memory_allocated(device) / 1e6
+    elif sys.platform == "win32":
+        result["peak"] = float("nan")  # Windows tells it in another way
     else:
+        import resource
+
         unit = 1 if sys.platform == "darwin" else 1024
         result["peak"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6
     return result

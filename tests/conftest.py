@@ -1,11 +1,11 @@
 """The fixtures that tests share; plain functions and constants are in helpers.py."""
 
-import fcntl
 import inspect
 import io
 import os
 import shutil
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
@@ -16,6 +16,8 @@ import torch
 from helpers import CHROMIUM, Ended, Mistake, make_data, only_run, train_flags
 
 from utils.allocator import SWITCH
+from utils.errors import UserError
+from utils.lock import FolderLock
 
 # The tests run in as many processes as there are cores (pyproject.toml), so each process and each
 # script that it starts gets one thread.
@@ -28,12 +30,17 @@ def shared(factory: pytest.TempPathFactory, name: str) -> Iterator[tuple[Path, b
     """A folder that the processes of a test session share, and whether this one is to fill it."""
     root = factory.getbasetemp()
     root = root.parent if "PYTEST_XDIST_WORKER" in os.environ else root
-    with open(root / f"{name}.lock", "a+") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        (root / name).mkdir(exist_ok=True)
-        lock.seek(0)
-        yield root / name, not lock.read()
-        lock.write("filled")
+    folder, filled = root / name, root / f"{name}.filled"
+    while True:
+        try:
+            lock = FolderLock(root, f"{name}.lock")
+            break
+        except UserError:  # another process fills it now
+            time.sleep(0.1)
+    with lock:
+        folder.mkdir(exist_ok=True)
+        yield folder, not filled.exists()
+        filled.touch()
 
 
 @pytest.fixture(scope="session")
