@@ -28,7 +28,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from timeline.segments import NON_CLASS_LABELS, Segment
+from clips.manifest import NON_CLASS_LABELS
+from timeline.segments import Segment
 
 OVERLAPS = (0.10, 0.25, 0.50)  # of segmental F1@10, @25, @50
 
