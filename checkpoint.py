@@ -17,7 +17,7 @@ from config import TrainConfig, from_dict
 from modeling.weights import find_weights
 from models import build_model
 from utils.errors import UserError, first_line
-from utils.structure import find_mismatch, shorten
+from utils.structure import find_mismatch, short_repr
 from utils.torch_files import load_safely, save_safely
 
 FORMAT_VERSION = 1
@@ -87,26 +87,25 @@ _RESUME_SHAPE = {
     "rng": [{"python": [object], "torch": torch.Tensor, "cuda": [torch.Tensor]}],
     "unreadable": [str],
 }
+_ADAMW = {"step", "exp_avg", "exp_avg_sq"}  # what AdamW keeps per parameter
 
 
 def _check_version(state: dict[str, Any], path: Path) -> None:
     version = state.get("format_version")
     if version is None:
-        count = len(find_weights(state))
-        raise UserError(
-            f"{path}: not a checkpoint of this project (no 'format_version' in it)"
-            + (
+        message = f"{path}: not a checkpoint of this project (no 'format_version' in it)"
+        if count := len(find_weights(state)):
+            message += (
                 f"; it holds {count} tensors of another program, from which a model can be trained:"
                 f" python train.py --weights {path}"
             )
-            * bool(count)
-        )
+        raise UserError(message)
     if isinstance(version, bool) or not isinstance(version, int):
         raise UserError(f"{path}: is damaged: its format_version is no whole number")
     if version > FORMAT_VERSION:
         raise UserError(
             f"{path}: written by a newer version of this project "
-            f"(format {shorten(version)}, this one reads up to {FORMAT_VERSION})"
+            f"(format {short_repr(version)}, this one reads up to {FORMAT_VERSION})"
         )
 
 
@@ -172,7 +171,7 @@ def check_resume(
     Raises:
         UserError: a part is missing, damaged or of another run.
     """
-    problem = find_mismatch(state, _RESUME_SHAPE) or (_find_resume_problem(state, fresh, optimizer))
+    problem = find_mismatch(state, _RESUME_SHAPE) or _find_resume_problem(state, fresh, optimizer)
     if problem:
         raise UserError(
             f"{source}: the training cannot continue from its last.pt ({problem}); its weights can "
@@ -183,6 +182,7 @@ def check_resume(
 def _find_resume_problem(
     state: dict[str, Any], fresh: dict[str, Any], optimizer: torch.optim.Optimizer
 ) -> str:
+    """Why a run cannot continue from this state; empty if it can. See `check_resume`."""
     if "trained" in fresh:
         if mismatch := find_mismatch(
             state, {"trained": {str: torch.Tensor}, "averaged_steps": int}
@@ -223,12 +223,11 @@ def _find_resume_problem(
     return ""
 
 
-_ADAMW = {"step", "exp_avg", "exp_avg_sq"}
-
-
 def _has_types_of(value: Any, fresh: Any) -> bool:
-    """Whether a value has the types of a fresh one; keys that only one of them has do not count,
-    because other versions of torch have others."""
+    """Whether a value has the types of a fresh one.
+
+    Keys that only one of them has do not count: other versions of torch have others.
+    """
     if fresh is None or value is None:
         return True
     if isinstance(fresh, dict):

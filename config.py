@@ -12,7 +12,7 @@ from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 from clips.manifest import CLASSES
 from utils.errors import UserError
-from utils.structure import find_mismatch, shorten
+from utils.structure import find_mismatch, short_repr
 
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
 
@@ -380,11 +380,11 @@ def wrong_values(config: TrainConfig, ignore: Container[str] = ()) -> list[str]:
         is_number = isinstance(value, int | float) and not isinstance(value, bool)
         if choices and value not in choices:
             problems.append(
-                f"{name} = {shorten(value)}: choose from {', '.join(map(repr, choices))}"
+                f"{name} = {short_repr(value)}: choose from {', '.join(map(repr, choices))}"
             )
         elif is_number and low is not None and not low <= value <= (high or sys.float_info.max):
             allowed = f"at least {low}" if high is None else f"from {low} to {high}"
-            problems.append(f"{name} = {shorten(value)}: must be {allowed}")
+            problems.append(f"{name} = {short_repr(value)}: must be {allowed}")
         elif not choices and (mismatch := find_mismatch(value, shape, name)):
             problems.append(mismatch)
         elif isinstance(value, str) and "\0" in value:

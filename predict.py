@@ -235,11 +235,9 @@ def open_source(
     options = predictor.fps, predictor.image_size, config.serve
     if isinstance(source, Path):
         return FileSource(source, *options)
-    return (
-        PipeSource(*options)
-        if source == "-"
-        else open_address(source, *options, config.reconnect_timeout)
-    )
+    if source == "-":
+        return PipeSource(*options)
+    return open_address(source, *options, config.reconnect_timeout)
 
 
 def predict(
@@ -386,17 +384,14 @@ def main() -> None:
     predictor, smoothing, calibration, metadata = build_predictor(config)
     print(f"the model sees {describe_window(predictor)}", flush=True)
     try:
-        failures = predict(
-            config, sources, predictor, smoothing, calibration, frame_filter, metadata
-        )
+        options = predictor, smoothing, calibration, frame_filter, metadata
+        failures = predict(config, sources, *options)
     except Interrupted:
         print("interrupted: the results so far are written", file=sys.stderr)
         sys.exit(130)
     if failures:
-        raise UserError(
-            f"{len(failures)} of {len(sources)} videos could not be predicted or written (see "
-            "above)"
-        )
+        count = f"{len(failures)} of {len(sources)} videos"
+        raise UserError(f"{count} could not be predicted or written (see above)")
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ from clips.clip_table import read_clips
 from clips.split import SplitConfig, split
 from utils.cli import cli_main, parse_subcommand
 from utils.errors import UserError
-from utils.files import require_writable
+from utils.files import require_writable_file
 from utils.tables import write_csv
 from utils.workers import in_parallel
 from video.clip_reader import check_clip
@@ -70,9 +70,7 @@ def check(config: CheckConfig) -> int:
         raise UserError(f"num_workers = {config.num_workers}: must be at least 0")
     clips = read_clips(config.sources, config.data_root)
     output = Path(config.output)
-    if output.is_dir():
-        raise UserError(f"{output}: is a folder: name a file (--output)")
-    require_writable(output.parent)
+    require_writable_file(output)
     missing = clips[clips["file"].isna()]
     bad = [(path, "no such file") for path in missing["path"]]
     files = list(dict.fromkeys(clips["file"].dropna()))

@@ -16,7 +16,7 @@ import tyro
 
 from utils.cli import cli_main, parse
 from utils.errors import UserError
-from utils.files import require_writable, write_text
+from utils.files import require_writable_file, write_text
 
 
 @dataclass
@@ -46,9 +46,7 @@ def main() -> None:
 
     data = load_report_data(config.run)
     path = Path(config.output) if config.output else data.run.folder / "report.html"
-    if path.is_dir():
-        raise UserError(f"{path}: is a folder: name a file (--output)")
-    require_writable(path.parent)
+    require_writable_file(path)
     page = build_page(data, config.with_frames, config.with_patients, config.mistakes)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_text(path, page)

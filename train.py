@@ -342,16 +342,9 @@ def _evaluate_best(
 
     They are calibrated if its checkpoint holds a calibration.
     """
-    return evaluate(
-        rebuild_model(best),
-        loader,
-        device,
-        torch.float32,
-        split,
-        config.skip_unreadable,
-        interrupt,
-        Calibration.from_state_dict(best.get("calibration")).temperature,
-    )
+    temperature = Calibration.from_state_dict(best.get("calibration")).temperature
+    options = split, config.skip_unreadable, interrupt, temperature
+    return evaluate(rebuild_model(best), loader, device, torch.float32, *options)
 
 
 def _score(row: dict[str, Any], config: TrainConfig) -> float:

@@ -26,7 +26,7 @@ from typing import NamedTuple
 from clips.manifest_formats import read_records
 from utils.errors import ResultWarning, UserError
 from utils.run_dir import sanitize
-from utils.tables import shorten
+from utils.text_table import shorten
 
 CLASSES = (
     "AbdominalEntry",

@@ -27,14 +27,14 @@ from helpers import ROOT, link, run_script, start_script, touch, write_stamped
 from torch import nn
 
 from checkpoint import load_checkpoint, rebuild_model, save_checkpoint
-from clips.manifest import UNCERTAIN
+from clips.manifest import OUT_OF_BODY, UNCERTAIN, UNREADABLE
 from config import TrainConfig
 from evaluation.calibration import Calibration
 from models import build_model
 from predict import PredictConfig, build_predictor, find_sources, main, write_outputs
 from timeline.output import NO_PREDICTION, output_folders, probability_curves
 from timeline.predictor import FrameFilter, VideoPredictor, load_frame_filter
-from timeline.segments import OUT_OF_BODY, UNREADABLE, Segment, Snapshot, Timeline, read_timeline
+from timeline.segments import Segment, Snapshot, Timeline, read_timeline
 from timeline.smoothing import SmoothingConfig
 from timeline.sources import FileSource, Frame
 from timeline.streaming import OnlinePredictor, supports_streaming

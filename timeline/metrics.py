@@ -4,7 +4,7 @@ Truth and prediction are segments in seconds. Time is not sampled: the scores ar
 stretches between all boundaries of both, the limit of ever finer sampling.
 
 - Only time to which the truth gives a class is scored. Where the truth has a gap or a mark
-  (`timeline.segments.NON_CLASS_LABELS`), the prediction does not count.
+  (`clips.manifest.NON_CLASS_LABELS`), the prediction does not count.
 - Time that the prediction leaves out or marks is not answered: it is wrong in the accuracy, and
   counts in the precision of no class. `coverage` is the fraction of time that is answered,
   `accuracy_answered` the accuracy over that time.
@@ -28,7 +28,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from timeline.segments import NON_CLASS_LABELS, Segment
+from clips.manifest import NON_CLASS_LABELS
+from timeline.segments import Segment
 
 OVERLAPS = (0.10, 0.25, 0.50)  # of segmental F1@10, @25, @50
 

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
-from timeline.segments import NON_CLASS_LABELS, OUT_OF_BODY, UNREADABLE, Timeline
+from clips.manifest import NON_CLASS_LABELS, OUT_OF_BODY, UNREADABLE
+from timeline.segments import Timeline
 from utils.run_dir import strip_credentials
 
 MAX_BINS = 20_000  # per curve; in a video of three hours each one is half a second long

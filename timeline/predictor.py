@@ -12,10 +12,10 @@ from typing import Self
 import numpy as np
 from tqdm import tqdm
 
-from clips.manifest import UNCERTAIN
+from clips.manifest import OUT_OF_BODY, UNCERTAIN
 from modeling.inference import NotFiniteError
 from timeline.prefetch import Prefetcher
-from timeline.segments import OUT_OF_BODY, FramesWriter, Segment, Snapshot, Timeline
+from timeline.segments import FramesWriter, Segment, Snapshot, Timeline
 from timeline.smoothing import ForwardFilter, SmoothingConfig, to_segments, viterbi_smooth
 from timeline.sources import Frame, FrameSource
 from timeline.streaming import FramePredictions, OnlinePredictor

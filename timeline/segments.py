@@ -14,11 +14,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-# Segments may have these labels too.
-from clips.manifest import NON_CLASS_LABELS, OUT_OF_BODY, UNREADABLE  # noqa: F401
 from utils.errors import UserError
 from utils.files import write_text
-from utils.tables import parse_number, read_table, shorten, write_csv, write_rows
+from utils.tables import parse_number, read_table, write_csv, write_rows
+from utils.text_table import shorten
 
 LONGEST = 1000 * 3600.0  # seconds; a time beyond it is a mistake
 
@@ -40,7 +39,7 @@ class Segment(NamedTuple):
     end: float
     """seconds, exclusive"""
     label: str
-    """a class, or one of NON_CLASS_LABELS"""
+    """a class, or one of clips.manifest.NON_CLASS_LABELS"""
     confidence: float = math.nan
     """mean probability of the label (of the likeliest class if `uncertain`); nan: unknown"""
 

@@ -17,7 +17,8 @@ from typing import NamedTuple
 import av
 import numpy as np
 
-from timeline.segments import UNREADABLE, Segment
+from clips.manifest import UNREADABLE
+from timeline.segments import Segment
 from utils.errors import UserError
 from video.container import (
     DECODING_ERRORS,
@@ -39,7 +40,6 @@ PREVIEW_WIDTH = 640
 
 # Seconds after an error in which frames that are predicted from other frames are not trusted.
 RECOVERY = 10.0
-
 
 # Packets at the start that tell the frame rate. A pipe cannot be read twice, nor a long file.
 HEAD = 50

@@ -125,6 +125,17 @@ def require_writable(folder: str | Path, flag: str = "--output") -> None:
         remove_empty(made)
 
 
+def require_writable_file(path: Path, flag: str = "--output") -> None:
+    """Check that a file can be written; see `require_writable`.
+
+    Raises:
+        UserError: it is a folder, or its folder cannot be written.
+    """
+    if path.is_dir():
+        raise UserError(f"{path}: is a folder: name a file ({flag})")
+    require_writable(path.parent, flag)
+
+
 def make_folder(folder: str | Path) -> list[Path]:
     """Make a folder. Returns what was missing of it and its parents, the innermost first."""
     folder = Path(folder)

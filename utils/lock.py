@@ -7,7 +7,6 @@ import socket
 import sys
 import time
 from pathlib import Path
-from types import TracebackType
 from typing import Self
 
 from utils.errors import UserError, describe_os_error
@@ -17,8 +16,6 @@ if sys.platform == "win32":
     import msvcrt
 else:
     import fcntl
-
-NAME = ".lock"
 
 _TAKEN = (errno.EACCES, errno.EAGAIN, errno.EDEADLK)
 
@@ -40,7 +37,7 @@ class FolderLock:
         UserError: another process holds it, or the folder cannot be written.
     """
 
-    def __init__(self, folder: str | Path, name: str = NAME) -> None:
+    def __init__(self, folder: str | Path, name: str = ".lock") -> None:
         self._path = Path(folder) / name
         self._descriptor = -1
         try:
@@ -95,12 +92,7 @@ class FolderLock:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.release()
 
 

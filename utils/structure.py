@@ -4,6 +4,8 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from utils.text_table import shorten
+
 
 def find_mismatch(value: Any, shape: Any, where: str = "") -> str:
     """Where a value differs from a shape, for people; empty if it does not.
@@ -21,18 +23,18 @@ def find_mismatch(value: Any, shape: Any, where: str = "") -> str:
     """
     if isinstance(shape, list):
         if not isinstance(value, list | tuple):
-            return _told(value, where, "a list")
+            return _mismatch(value, where, "a list")
         pairs = ((f"{where}[{i}]", item, shape[0]) for i, item in enumerate(value))
     elif isinstance(shape, Mapping):
         if not isinstance(value, Mapping):
-            return _told(value, where, "a dict")
+            return _mismatch(value, where, "a dict")
         pairs = []
         for name, inner in shape.items():
             if isinstance(name, type):
                 for key, item in value.items():
                     if not isinstance(key, name) or isinstance(key, bool):
-                        return f"{where or 'it'} has the key {shorten(key)}"
-                    pairs.append((f"{where}[{shorten(key)}]", item, inner))
+                        return f"{where or 'it'} has the key {short_repr(key)}"
+                    pairs.append((f"{where}[{short_repr(key)}]", item, inner))
                 continue
             key = name.removesuffix("?")
             if key in value:
@@ -40,8 +42,9 @@ def find_mismatch(value: Any, shape: Any, where: str = "") -> str:
             elif key == name:
                 return f"no {key!r} in {where or 'it'}"
     else:
-        return "" if _is_a(value, shape) else _told(value, where, _names(shape))
-    return next((told for at, item, inner in pairs if (told := find_mismatch(item, inner, at))), "")
+        return "" if _is_a(value, shape) else _mismatch(value, where, _names(shape))
+    mismatches = (find_mismatch(item, inner, name) for name, item, inner in pairs)
+    return next(filter(None, mismatches), "")
 
 
 def _is_a(value: Any, kinds: Any) -> bool:
@@ -60,15 +63,14 @@ def _names(kinds: Any) -> str:
     return " or ".join("None" if name == "NoneType" else name for name in names)
 
 
-def _told(value: Any, where: str, expected: str) -> str:
+def _mismatch(value: Any, where: str, expected: str) -> str:
     number = isinstance(value, int | float)
-    found = f"is {shorten(value)}" if number else f"is of type {type(value).__name__}"
+    found = f"is {short_repr(value)}" if number else f"is of type {type(value).__name__}"
     return f"{where or 'it'} {found}, not {expected}"
 
 
-def shorten(value: Any) -> str:
+def short_repr(value: Any) -> str:
     """A value in at most 40 characters; a number may have thousands of digits."""
     if isinstance(value, int) and abs(value) > 10**30:
         return "a number of more than 30 digits"
-    text = repr(value)
-    return text if len(text) <= 40 else text[:40] + "..."
+    return shorten(repr(value), 40)

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TextIO
 
 from utils.errors import UserError
 from utils.files import write_text
+from utils.text_table import shorten
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -172,11 +173,6 @@ def parse_number(text: str, delimiter: str = ",") -> float:
     if delimiter == "," and re.search(r",\d{3}$", text):
         raise ValueError("ambiguous, because the comma may separate thousands or decimals")
     return float(text.replace(",", "."))
-
-
-def shorten(text: str, length: int = 80) -> str:
-    """The beginning of a text that may be very long, for a message."""
-    return text if len(text) <= length else f"{text[:length]}..."
 
 
 def harmless(cell: Any) -> Any:

@@ -41,7 +41,7 @@ def frame_table(table: "pd.DataFrame", digits: int = 3, index: bool = True) -> s
     return text_table([header, *([_cell(value, digits) for value in row] for row in rows)])
 
 
-def shorten(text: str, length: int) -> str:
+def shorten(text: str, length: int = 80) -> str:
     """A text with … in place of its middle if it is longer than `length` characters."""
     if len(text) <= length:
         return text

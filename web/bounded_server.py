@@ -20,9 +20,7 @@ try:
 except ImportError:  # Windows, where open connections are not counted as files
     resource = None
 
-CONNECTION_TIMEOUT = (
-    5.0  # seconds that a browser has to send its requests and to take the responses
-)
+CONNECTION_TIMEOUT = 5.0  # seconds that a browser has for its requests and their responses
 
 MAX_CONNECTIONS = 256  # in all; half of them per address, and half of both for viewers
 
@@ -80,7 +78,7 @@ class BoundedServer(web.Server):
     def _neighbours(self, handler: RequestHandler) -> list[RequestHandler]:
         """The connections that come from the same address, this one included."""
         address = _address(self._opened[handler])
-        return [other for other, line in self._opened.items() if _address(line) == address]
+        return [other for other in self._opened if _address(self._opened[other]) == address]
 
     def _limit_time(self, handler: RequestHandler) -> None:
         loop = asyncio.get_running_loop()
@@ -99,9 +97,9 @@ class BoundedServer(web.Server):
             self._timers.pop(handler).cancel()
 
 
-def _address(line: asyncio.Transport) -> str:
+def _address(transport: asyncio.Transport) -> str:
     """The address of the other end; empty if it had left before it was asked for."""
-    return (line.get_extra_info("peername") or ("",))[0]
+    return (transport.get_extra_info("peername") or ("",))[0]
 
 
 def connection_limit() -> int:

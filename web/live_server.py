@@ -94,7 +94,7 @@ class LivePage:
         started.result(timeout=10)
         return self
 
-    def __exit__(self, *exception: object) -> None:
+    def __exit__(self, *_: object) -> None:
         """Tell the viewers that the run has ended, and stop the server."""
         self._leaving.set()
         self._thread.join(timeout=5)

@@ -14,8 +14,9 @@ from urllib.parse import quote, unquote
 
 from markupsafe import Markup
 
+from clips.manifest import NON_CLASS_LABELS
 from timeline.output import probability_curves
-from timeline.segments import NON_CLASS_LABELS, Timeline
+from timeline.segments import Timeline
 from utils.files import write_text
 from web.templating import has_long_words, page_environment, template_text
 

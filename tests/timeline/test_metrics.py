@@ -7,6 +7,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
+from clips.manifest import NON_CLASS_LABELS
 from timeline.metrics import (
     align_segments,
     duration_scores,
@@ -16,7 +17,7 @@ from timeline.metrics import (
     segmental_f1,
     segmental_scores,
 )
-from timeline.segments import NON_CLASS_LABELS, Segment
+from timeline.segments import Segment
 
 
 def line(*texts: str) -> list[Segment]:

@@ -7,9 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from clips.manifest import UNREADABLE
 from timeline.output import plot_timeline
 from timeline.segments import (
-    UNREADABLE,
     FramesWriter,
     Segment,
     Timeline,

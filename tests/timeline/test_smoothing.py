@@ -6,8 +6,8 @@ import math
 import numpy as np
 import pytest
 
-from clips.manifest import UNCERTAIN
-from timeline.segments import OUT_OF_BODY, UNREADABLE, Segment
+from clips.manifest import OUT_OF_BODY, UNCERTAIN, UNREADABLE
+from timeline.segments import Segment
 from timeline.smoothing import (
     ForwardFilter,
     HMMParams,

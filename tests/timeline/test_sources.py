@@ -15,10 +15,10 @@ import numpy as np
 import pytest
 from helpers import write_dv, write_stamped
 
+from clips.manifest import UNREADABLE
 from timeline.live_source import LiveSource, is_live, open_address
 from timeline.output import safe_name
 from timeline.prefetch import QUEUE_SIZE, Prefetcher
-from timeline.segments import UNREADABLE
 from timeline.sources import FileSource, Frame, FrameSource
 from video.container import ClipError
 from video.decoder import read_frames

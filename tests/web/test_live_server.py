@@ -21,8 +21,8 @@ import pytest
 from helpers import CUT_TEXTS, HOSTILE, LONG_NAMES, PALE_TEXTS, UNNAMED, WIDTHS
 from PIL import Image
 
-from clips.manifest import UNCERTAIN
-from timeline.segments import NON_CLASS_LABELS, OUT_OF_BODY, UNREADABLE, Snapshot
+from clips.manifest import NON_CLASS_LABELS, OUT_OF_BODY, UNCERTAIN, UNREADABLE
+from timeline.segments import Snapshot
 from utils.errors import UserError
 from web import live_feed, live_server
 from web.live_feed import MAX_PREDICTIONS, WINDOW, SnapshotFeed

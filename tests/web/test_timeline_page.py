@@ -12,12 +12,9 @@ import numpy as np
 import pytest
 from helpers import CUT_TEXTS, LONG_NAMES, PALE_TEXTS, UNNAMED, WIDTHS
 
-from clips.manifest import CLASSES, UNCERTAIN
+from clips.manifest import CLASSES, NON_CLASS_LABELS, OUT_OF_BODY, UNCERTAIN, UNREADABLE
 from timeline.output import MAX_BINS, NO_PREDICTION, bin_probabilities
 from timeline.segments import (
-    NON_CLASS_LABELS,
-    OUT_OF_BODY,
-    UNREADABLE,
     Segment,
     Timeline,
     read_timeline,
