@@ -145,13 +145,19 @@ def _find_wrong_weight(weights: dict[str, Any], own: dict[str, torch.Tensor]) ->
     for name, value in weights.items():
         if value.shape != own[name].shape:
             return f"weight {name} has the shape {tuple(value.shape)}, not {tuple(own[name].shape)}"
+        if value.dtype != own[name].dtype or not _is_ordinary(value):
+            return f"weight {name} is no ordinary tensor of {own[name].dtype}"
         if not _is_finite(value):
             return f"weight {name} holds numbers that are not finite"
     return ""
 
 
+def _is_ordinary(value: torch.Tensor) -> bool:
+    return value.device.type == "cpu" and value.layout == torch.strided
+
+
 def _is_finite(value: torch.Tensor) -> bool:
-    return not value.is_floating_point() or bool(torch.isfinite(value).all())
+    return _is_ordinary(value) and bool(torch.isfinite(value.float()).all())
 
 
 def check_resume(
