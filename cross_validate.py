@@ -85,7 +85,7 @@ def check_folds(config: CrossValidateConfig, folds: Sequence[Path]) -> None:
         UserError: manifests, settings or weights are wrong, a clip is tested in two folds, or test
             clips cannot be read.
     """
-    from training.checks import check_clips, check_model, resolve
+    from training.checks import check_clips, check_model, require_some_readable, resolve
     from training.loaders import eval_loader, load_splits, open_cache
 
     loaders, times_tested = {}, Counter()
@@ -102,6 +102,7 @@ def check_folds(config: CrossValidateConfig, folds: Sequence[Path]) -> None:
         raise UserError(f"{config.folds}: {len(repeated)} clips are tested in more than one fold")
     check_model(settings)
     if config.check_clips:  # each clip is a test clip of one fold
+        require_some_readable(loaders, config.classes)
         check_clips(loaders, config.skip_unreadable)
 
 

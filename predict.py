@@ -243,13 +243,14 @@ def open_source(
 def predict(
     config: PredictConfig,
     sources: list[str | Path],
+    folders: list[Path],
     predictor: "OnlinePredictor",
     smoothing: "SmoothingConfig",
     calibration: "Calibration",
     frame_filter: "Callable[[np.ndarray], bool] | None",
     metadata: dict[str, str],
 ) -> list[str]:
-    """Predict the timeline of each source, and write its results.
+    """Predict the timeline of each source, and write its results into its folder.
 
     Returns:
         One error message per source that could not be predicted or whose results not be written.
@@ -257,7 +258,6 @@ def predict(
     Raises:
         Interrupted: the process was asked to stop; the results so far are written.
     """
-    from timeline.output import output_folders
     from timeline.predictor import VideoPredictor
     from utils.device import describe_device
     from utils.interrupt import Interrupt
@@ -266,7 +266,6 @@ def predict(
 
     failures = []
     interrupt = Interrupt()
-    folders = output_folders(sources, config.output)
     for number, (source, folder) in enumerate(zip(sources, folders, strict=True), 1):
         counter = f"{number}/{len(sources)} " if len(sources) > 1 else ""
         try:
@@ -378,14 +377,15 @@ def main() -> None:
     from utils.files import require_writable
     from utils.interrupt import Interrupted
 
-    for folder in output_folders(sources, config.output):
+    folders = output_folders(sources, config.output)
+    for folder in folders:
         require_writable(folder)
     frame_filter = load_frame_filter(config.out_of_body) if config.out_of_body else None
     predictor, smoothing, calibration, metadata = build_predictor(config)
     print(f"the model sees {describe_window(predictor)}", flush=True)
     try:
         options = predictor, smoothing, calibration, frame_filter, metadata
-        failures = predict(config, sources, *options)
+        failures = predict(config, sources, folders, *options)
     except Interrupted:
         print("interrupted: the results so far are written", file=sys.stderr)
         sys.exit(130)

@@ -14,11 +14,11 @@ from torch import nn
 
 from benchmarks.timing import interleave, random_clips
 from benchmarks.videos import write_benchmark_video
-from modeling.inference import pack_convolutions, prepare_for_inference, require_finite
+from modeling.inference import pack_convolutions, prepare_for_inference
 from models import MODELS
 from timeline.prefetch import Prefetcher
 from timeline.sources import FileSource, Frame
-from timeline.streaming import Streamer
+from timeline.streaming import Streamer, to_probabilities
 
 STREAMED = {"tsm_resnet": {"shift_mode": "causal"}, "cnnlstm": {}}
 """the models that can be streamed, and their options for it"""
@@ -153,7 +153,7 @@ def _build(name: str) -> nn.Module:
 
 @torch.inference_mode()
 def _predict(model: nn.Module, window: torch.Tensor) -> torch.Tensor:
-    return require_finite(model(window).cpu().double()).softmax(dim=-1)
+    return to_probabilities(model(window), temperature=1.0)
 
 
 def _resident_memory() -> float:

@@ -123,7 +123,8 @@ def _load_backbone(model: nn.Module, state: dict[str, torch.Tensor], path: Path)
         )
     if getattr(backbone, "weights_package", None):
         state = to_timm_names(state)
-    inside = {k[9:]: v for k, v in state.items() if str(k).startswith("backbone.")}
+    prefix = "backbone."
+    inside = {k.removeprefix(prefix): v for k, v in state.items() if str(k).startswith(prefix)}
     state = inside or state  # another program's model, whose head is of no use here
     state = {key: v for key, v in state.items() if not str(key).startswith(_CLASSIFIERS)}
     nets = model.backbones() if hasattr(model, "backbones") else [backbone]

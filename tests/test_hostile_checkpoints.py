@@ -298,6 +298,12 @@ def three_million_classes(path: Path) -> None:
         archive.writestr("best/version", "3")
 
 
+def run_code(code: str, path: Path, check: bool) -> subprocess.CompletedProcess:
+    """Run a program that gets the path as its argument."""
+    command = [sys.executable, "-c", code, str(path)]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=check)
+
+
 BOMBS = {
     "compressed": compressed,
     "three million classes": three_million_classes,
@@ -323,8 +329,7 @@ def test_a_file_that_would_fill_the_memory_is_refused(what: str, tmp_path: Path)
         "except checkpoint.UserError as error: print(error)\n"
         "print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024)\n"
     )
-    command = [sys.executable, "-c", code, str(path)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    done = run_code(code, path, check=True)
     line, megabytes = done.stdout.splitlines()
     assert "cannot be loaded" in line
     assert int(megabytes) < 150
@@ -363,8 +368,7 @@ def test_a_full_disk_is_named(tmp_path: Path) -> None:
         "resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))\n"
         "cli_main(lambda: save_checkpoint(sys.argv[1], {'model': {'a': torch.zeros(10**6)}}))()\n"
     )
-    command = [sys.executable, "-c", code, str(path)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    done = run_code(code, path, check=False)
     assert done.returncode == 2
     assert done.stderr.startswith(f"error: {path}: the file is larger than this disk")
     assert len(done.stderr.splitlines()) == 1

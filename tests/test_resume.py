@@ -5,6 +5,7 @@ import os
 import shutil
 import signal
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -78,19 +79,25 @@ def test_interrupted_run_resumes_exactly(
     assert (run / "predictions.csv").read_text() == (whole / "predictions.csv").read_text()
 
 
+class Stop(Exception):
+    """Stands for an interrupt."""
+
+
+def stop_after(steps: int) -> Callable[[], None]:
+    """A function that raises Stop when it is called for the last of these steps."""
+    calls = iter(range(1, steps + 1))
+
+    def check() -> None:
+        if next(calls) == steps:
+            raise Stop
+
+    return check
+
+
 @pytest.mark.parametrize("more", [{}, {"ema_decay": 0.9, "mixup_alpha": 0.4, "cutmix_alpha": 1.0}])
 def test_stopping_inside_an_epoch_loses_no_step(more: dict, tiny_data: Path) -> None:
     """Two steps, a checkpoint and a third step in a new state equal three steps in a row."""
     config = tiny_config(tiny_data, model_name="tsm_resnet", dropout=0.3, **more)
-
-    class Stop(Exception):
-        pass
-
-    steps = iter(range(1, 9))
-
-    def stop_after_two() -> None:
-        if next(steps) == 2:
-            raise Stop
 
     def fresh() -> tuple[TrainState, DataLoader]:
         loader = build_dataloaders(config)[0]
@@ -104,7 +111,7 @@ def test_stopping_inside_an_epoch_loses_no_step(more: dict, tiny_data: Path) -> 
     first, loader = fresh()
     torch.manual_seed(2)
     with pytest.raises(Stop):
-        train_epoch(first, loader, stop_after_two)
+        train_epoch(first, loader, stop_after(2))
     saved = first.state_dict()
     assert saved["step"] == 2
     second, loader = fresh()
@@ -126,20 +133,11 @@ def test_another_number_of_processes_continues_at_the_same_clip(tiny_data: Path)
         model = make_model("vivit", 3, n_frames=4, image_size=32)
         return make_state(config, model, batches=6), build_dataloaders(config)[0]
 
-    class Stop(Exception):
-        pass
-
-    steps = iter(range(1, 9))
-
-    def stop_after_two() -> None:
-        if next(steps) == 2:
-            raise Stop
-
     whole, loader = fresh()
     train_epoch(whole, loader)
     first, loader = fresh()
     with pytest.raises(Stop):
-        train_epoch(first, loader, stop_after_two)
+        train_epoch(first, loader, stop_after(2))
     saved = first.state_dict()
     assert saved["step"] == 4
     # The same moment as two processes save it.
@@ -195,9 +193,6 @@ def test_a_run_continues_where_its_data_has_moved(
     shutil.copytree(tiny_data, broken)
     text = (broken / "train.csv").read_text()
     (broken / "train.csv").write_text(text.replace("dark", "light", 1))
-
-    class Stop(Exception):
-        pass
 
     def save(state: TrainState, folder: Path) -> None:
         save_checkpoint(folder / "last.pt", state.state_dict())

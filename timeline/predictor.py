@@ -219,17 +219,17 @@ class VideoPredictor:
         A window may reach across a stretch that is marked. A prediction that stands inside such a
         stretch is left out, because nothing was seen there.
         """
-        marks = [
-            mark
-            for mark in (*self.source.gaps, *self._out_of_body)
-            if len(predictions.times) and mark.end > predictions.times[0]
-        ]
-        is_seen = [
-            not any(mark.start <= time < mark.end for mark in marks) for time in predictions.times
-        ]
-        predictions = FramePredictions(*(array[is_seen] for array in predictions))
         if not len(predictions.times):
             return
+        marks = (*self.source.gaps, *self._out_of_body)
+        if marks := [mark for mark in marks if mark.end > predictions.times[0]]:
+            is_seen = [
+                not any(mark.start <= time < mark.end for mark in marks)
+                for time in predictions.times
+            ]
+            if not any(is_seen):
+                return
+            predictions = FramePredictions(*(array[is_seen] for array in predictions))
         # Not before the first prediction: a file or a model that is bad gets no results.
         self._open_results().write(*predictions)
         self._times.extend(predictions.times)

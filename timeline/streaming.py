@@ -129,7 +129,7 @@ class Streamer:
             if logits is None:
                 logits = part.new_empty(*lengths.shape, part.shape[1])
             logits[mask] = part
-        return _to_probabilities(logits, self.temperature)
+        return to_probabilities(logits, self.temperature)
 
 
 def split_model(model: nn.Module) -> tuple[Embedding, Consensus]:
@@ -139,7 +139,7 @@ def split_model(model: nn.Module) -> tuple[Embedding, Consensus]:
     return lambda clips, _: (model.frame_features(clips), []), model.consensus
 
 
-def _to_probabilities(logits: torch.Tensor, temperature: float) -> torch.Tensor:
+def to_probabilities(logits: torch.Tensor, temperature: float) -> torch.Tensor:
     """Logits as float64 probabilities on the CPU, computed as evaluate.py does.
 
     Raises:
@@ -191,7 +191,7 @@ class SlidingWindows:
         self._missing = self.stride
         window = torch.stack(list(self._frames))  # (T, C, H, W)
         logits = self._model(window[None].to(self.device))[0]  # (num_classes,)
-        return _to_probabilities(logits, self.temperature)
+        return to_probabilities(logits, self.temperature)
 
 
 class FramePredictions(NamedTuple):

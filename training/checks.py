@@ -31,7 +31,7 @@ from utils import distributed
 from utils.errors import UserError, require_package
 from utils.files import require_writable
 from utils.lock import FolderLock
-from utils.workers import read_batches
+from utils.workers import show_batches
 from video.container import ClipError
 from video.motion import Modality
 
@@ -240,24 +240,13 @@ def check_clips(loaders: dict[str, DataLoader], skip_unreadable: bool) -> None:
     """Read every clip of these loaders once, before hours of training depend on them.
 
     Raises:
-        UserError: listing all clips that cannot be read, unless they are to be skipped and others
-            of the loader can be read.
+        UserError: listing all clips that cannot be read, unless they are to be skipped.
     """
     unreadable = []
     for name, loader in loaders.items():
-        bar = tqdm(
-            read_batches(loader),
-            f"reading {name} clips",
-            total=len(loader),
-            leave=False,
-            disable=distributed.rank() != 0,
-            delay=1,
-        )
-        parts = distributed.all_gather([line for batch in bar for line in batch.unreadable])
-        lines = [line for part in parts for line in part]
-        if len(lines) == len(loader.dataset):
-            require_readable(lines, name)
-        unreadable += lines
+        batches = show_batches(loader, f"reading {name} clips", quiet=distributed.rank() != 0)
+        for lines in distributed.all_gather([line for b in batches for line in b.unreadable]):
+            unreadable += lines
     if not skip_unreadable:
         require_readable(unreadable, "validation and test")
     elif unreadable:

@@ -22,7 +22,7 @@ from utils import distributed
 from utils.device import autocast, autocast_dtype
 from utils.errors import UserError
 from utils.interrupt import Interrupt, Interrupted
-from utils.workers import read_batches
+from utils.workers import read_batches, show_batches
 from video.motion import Modality
 
 # Number of batches between two checks that the loss is finite. On a GPU a check waits for all
@@ -266,8 +266,7 @@ def evaluate(
     model = prepare_for_inference(model, device, dtype)
     indices, probabilities, unreadable = [], [], []
     quiet = distributed.rank() != 0
-    bar = {"total": len(loader), "unit": "batch", "leave": False, "disable": quiet, "delay": 1}
-    for batch in tqdm(read_batches(loader, interrupt), description, **bar):
+    for batch in show_batches(loader, description, interrupt, quiet):
         unreadable += batch.unreadable
         if len(batch.labels):
             views = batch.clips.to(device, non_blocking=True)

@@ -16,7 +16,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
-from tqdm import tqdm
 
 from clips.manifest import ClipRow
 from clips.transforms import ClipAugment
@@ -25,7 +24,7 @@ from config import TrainConfig, names_with
 from dataset import ClipsDataset, collate
 from modeling.inference import prepare_for_inference, require_finite
 from utils.files import atomic
-from utils.workers import read_batches, start_worker
+from utils.workers import show_batches, start_worker
 from video.container import ClipError
 
 _VERSION = 3  # raise it when the same settings and weights give other features than before
@@ -111,8 +110,7 @@ class CachedFeatures(Dataset):
             worker_init_fn=start_worker,
             generator=torch.Generator(),  # as in training/loaders.py
         )
-        bar = {"total": len(loader), "unit": "batch", "leave": False, "delay": 1}
-        for batch in tqdm(read_batches(loader), "frozen features", **bar):
+        for batch in show_batches(loader, "frozen features"):
             for index, _, clip in batch:
                 if isinstance(clip, str):
                     self.unreadable[index] = clip

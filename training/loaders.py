@@ -265,7 +265,7 @@ def _room_in_shared_memory(batch_bytes: int, num_workers: int) -> bool:
     return False
 
 
-@functools.cache  # once, and not for each loader
+@functools.cache  # once, and not for each loader of the same size
 def _tell_small_shared_memory(free: int, needed: int) -> None:
     log.warning(
         f"{SHARED_MEMORY} has {free / 1e6:.0f} MB free and the clips read ahead need "

@@ -75,6 +75,16 @@ def read_batches(loader: "DataLoader", interrupt: Interrupt | None = None) -> It
         yield batch
 
 
+def show_batches(
+    loader: "DataLoader", description: str, interrupt: Interrupt | None = None, quiet: bool = False
+) -> Iterator[Any]:
+    """`read_batches` with a progress bar, unless it is to be quiet."""
+    from tqdm import tqdm  # not above, as in `in_parallel`
+
+    bar_settings = {"total": len(loader), "unit": "batch", "leave": False, "delay": 1}
+    return tqdm(read_batches(loader, interrupt), description, disable=quiet, **bar_settings)
+
+
 def worker_failure() -> str:
     """Why a worker of a loader has ended too early, and the remedy; empty if none has."""
     codes = {worker.exitcode for worker in _workers} - {None, 0, -signal.SIGTERM}
