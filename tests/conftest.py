@@ -131,15 +131,23 @@ def browser() -> Iterator[Any]:
         browser.close()
 
 
-# The files that take longest, which start first: a long one at the end would run alone.
+# The files that take longest, which start first: a long one at the end would run alone. Left to
+# itself, xdist starts with the files of most tests; see --no-loadscope-reorder in pyproject.toml.
 _SLOWEST = (
     "test_resume.py",
     "test_real_clips.py",
     "test_train.py",
     "test_predict.py",
-    "test_cross_validate.py",
-    "test_streaming.py",
+    "test_lock.py",
     "test_benchmark_latency.py",
+    "test_hostile_checkpoints.py",
+    "test_timeline_page.py",
+    "test_compare.py",
+    "test_start_methods.py",
+    "test_live_server.py",
+    "test_streaming.py",
+    "test_cross_validate.py",
+    "test_backbones.py",
     "test_feature_cache.py",
 )
 
