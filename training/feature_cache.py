@@ -21,7 +21,7 @@ from clips.manifest import ClipRow
 from clips.transforms import ClipAugment
 from cnn_lstm import CNNLSTM
 from config import TrainConfig, names_with
-from dataset import ClipsDataset, collate
+from dataset import ClipsDataset, collate, collate_by_value
 from modeling.inference import prepare_for_inference, require_finite
 from utils.files import atomic
 from utils.workers import show_batches, start_worker
@@ -95,15 +95,17 @@ class CachedFeatures(Dataset):
         device: torch.device,
         num_workers: int,
         batch_size: int,
+        by_value: bool = False,
     ) -> None:
         """Compute and keep the missing features.
 
         Args:
             model: prepared for inference; only its `frame_features` is used.
+            by_value: the worker processes have no shared memory for the clips.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         loader = DataLoader(
-            _Uncached(self.clips, uncached, bool(self.augmentations)),
+            _Uncached(self.clips, uncached, bool(self.augmentations), by_value),
             batch_size,
             num_workers=num_workers,
             collate_fn=list,
@@ -117,7 +119,8 @@ class CachedFeatures(Dataset):
             readable = [item for item in batch if not isinstance(item[2], str)]
             if not readable:
                 continue
-            clips = torch.stack([clip for *_, clip in readable]).to(device)  # (B, [V,] T, C, H, W)
+            clips = torch.stack([torch.as_tensor(clip) for *_, clip in readable])
+            clips = clips.to(device)  # (B, [V,] T, C, H, W)
             features = model.frame_features(clips.flatten(0, -5))  # (B * V, T, num_features)
             features = features.unflatten(0, clips.shape[:-4]).half().cpu()
             features = require_finite(features).numpy()
@@ -130,16 +133,21 @@ class _Uncached(Dataset):
     """Clips whose features are to be computed: `(index, augmentation, clip or error message)`."""
 
     def __init__(
-        self, clips: ClipsDataset, uncached: Sequence[tuple[int, int]], augment: bool
+        self,
+        clips: ClipsDataset,
+        uncached: Sequence[tuple[int, int]],
+        augment: bool,
+        by_value: bool,
     ) -> None:
         self.clips = clips
         self.uncached = uncached
         self.augment = augment
+        self.by_value = by_value
 
     def __len__(self) -> int:
         return len(self.uncached)
 
-    def __getitem__(self, position: int) -> tuple[int, int, torch.Tensor | str]:
+    def __getitem__(self, position: int) -> tuple[int, int, torch.Tensor | np.ndarray | str]:
         index, augmentation = self.uncached[position]
         # Seeded by its path, so that a clip is augmented alike wherever a manifest lists it.
         key = f"{self.clips.rows[index].path.absolute()} {augmentation}"
@@ -148,7 +156,8 @@ class _Uncached(Dataset):
             clip, _, *params = self.clips[(index, int.from_bytes(seed)) if self.augment else index]
             if params:  # not applied yet: in training a GPU would do it
                 clip = self.clips.transform.apply(clip[None], params[0][None])[0]
-            return index, augmentation, clip
+            # Only tensors are passed on in shared memory; arrays are pickled with their values.
+            return index, augmentation, clip.numpy() if self.by_value else clip
         except ClipError as error:
             return index, augmentation, str(error)
 
@@ -177,7 +186,8 @@ def feature_loader(
     if uncached := features.uncached():
         prepared = prepare_for_inference(model, device)
         batch_size = max(1, config.batch_size // clips.num_views)
-        features.compute(uncached, prepared, device, config.num_workers, batch_size)
+        by_value = loader.collate_fn is collate_by_value
+        features.compute(uncached, prepared, device, config.num_workers, batch_size, by_value)
     return DataLoader(
         features,
         loader.batch_size,

@@ -5,13 +5,14 @@ import hashlib
 import os
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from helpers import TINY_FLAGS, make_model, same_tensors
+from torch.utils.data import DataLoader
 
 import evaluate
 import train
@@ -82,6 +83,29 @@ def test_features_are_those_of_the_clips(tiny_data: Path, tmp_path: Path) -> Non
             wanted = model.frame_features(clip.flatten(0, -5) if clip.dim() > 4 else clip[None])
             # They are kept as fp16.
             torch.testing.assert_close(array, wanted.view(shape), atol=2e-3, rtol=2e-3)
+
+
+@torch.no_grad()
+def test_without_shared_memory_the_clips_are_sent_by_value(
+    tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same features, whether or not the workers have room for their clips in /dev/shm."""
+    sent, computed = set(), []
+
+    def show_batches(loader: DataLoader, *_: object) -> Iterator[list]:
+        for batch in loader:
+            sent.add(type(batch[0][2]))
+            yield batch
+
+    monkeypatch.setattr("training.feature_cache.show_batches", show_batches)
+    for free, folder in ((10**12, "shared"), (1, "pipes")):
+        monkeypatch.setattr("training.loaders.shared_memory_free", lambda free=free: free)
+        config = dataclasses.replace(settings(tiny_data, tmp_path / folder), num_workers=1)
+        _, val, _, _ = build_dataloaders(config)
+        dataset = feature_loader(val, frozen_model(), config, CPU).dataset
+        computed.append([dataset[number][1][0] for number in range(len(dataset))])
+    assert sent == {torch.Tensor, np.ndarray}
+    assert all(map(torch.equal, *computed))
 
 
 @pytest.mark.parametrize("on_device", [False, True])
