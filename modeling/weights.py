@@ -30,7 +30,7 @@ def load_weights(model: nn.Module, spec: str) -> str:
             message names the file, its size and the folder to put it in.
     """
     if spec == "none":
-        return "weights: random, trained from scratch"
+        return "weights: random"
     enum = model.torchvision_weights
     packaged = getattr(getattr(model, "backbone", None), "weights_package", None)
     names = ["default"] if enum or packaged else []
