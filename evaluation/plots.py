@@ -15,6 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
 
 from utils.files import atomic
+from utils.text_table import shorten
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -40,7 +41,7 @@ def plot_confusion(matrix: np.ndarray, classes: Sequence[str], path: str | Path)
         if matrix[row, column]:
             text_colour = "white" if fraction[row, column] > 0.55 else "black"
             axes.text(column, row, matrix[row, column], ha="center", va="center", color=text_colour)
-    names = [plain_text(name if len(name) <= 28 else f"{name[:27]}…") for name in classes]
+    names = [plain_text(shorten(name, 28)) for name in classes]
     axes.set_xticks(range(n), names, rotation=40, ha="right", rotation_mode="anchor")
     axes.set_yticks(range(n), names)
     axes.set(xlabel="predicted", ylabel="true", title=f"{int(matrix.sum())} clips")
@@ -129,9 +130,8 @@ def _label_beside(axes: Axes, x: np.ndarray, y: np.ndarray, labels: Sequence[str
     upward, downward = np.maximum.accumulate(target), np.minimum.accumulate(target[::-1])[::-1]
     heights = np.clip((upward + downward) / 2 + step, step, 1 - step[::-1])
     for n, height in zip(order, heights, strict=True):
-        name = labels[n] if len(labels[n]) < 40 else f"{labels[n][:18]}...{labels[n][-18:]}"
         axes.annotate(
-            plain_text(name),
+            plain_text(shorten(labels[n], 40)),
             (x[n], y[n]),
             (1.03, height),
             textcoords="axes fraction",
