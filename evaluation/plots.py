@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.font_manager import FontProperties, findfont, get_font
 from matplotlib.ticker import LogLocator, NullFormatter
 
 from utils.files import atomic
@@ -28,15 +29,21 @@ COLOURS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#f
 def plot_confusion(matrix: np.ndarray, classes: Sequence[str], path: str | Path) -> None:
     """Draw a confusion matrix: colours are fractions of the true class, numbers are clips.
 
+    The row of a class without clips is grey.
+
     Args:
         matrix: `(num_classes, num_classes)` counts, rows are the true classes.
     """
     n = len(classes)
-    fraction = matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1)
+    totals = matrix.sum(axis=1, keepdims=True)
+    fraction = np.where(totals, matrix / np.maximum(totals, 1), np.nan)
     side = 2.2 + 0.62 * n
     figure = Figure(figsize=(side + 0.8, side), layout="constrained")
     axes = figure.subplots()
+    axes.set_facecolor("0.9")  # seen where the fraction is not a number
     image = axes.imshow(fraction, vmin=0, vmax=1, cmap="Blues")
+    for row in np.flatnonzero(totals == 0):
+        axes.text((n - 1) / 2, row, "no clips", ha="center", va="center", color="0.35")
     for row, column in np.ndindex(n, n):
         if matrix[row, column]:
             text_colour = "white" if fraction[row, column] > 0.55 else "black"
@@ -177,9 +184,13 @@ def save_figure(figure: Figure, path: str | Path) -> None:
 
 
 def _series_name(column: str) -> str:
-    return column.replace("val_", "validation ").replace("train_", "training ").replace("_", " ")
+    name = column.replace("val_", "validation ").replace("train_", "training ")
+    return name.replace("macro_f1", "macro-F1").replace("_", " ")
 
 
 def plain_text(name: str) -> str:
-    """A name as matplotlib shows it unchanged: text between dollar signs would be a formula."""
-    return name.replace("$", r"\$")
+    """A name as matplotlib can draw it: letters that its font lacks, such as emoji, become □."""
+    drawable = get_font(findfont(FontProperties())).get_charmap()
+    marks = "\ufe0e\ufe0f\u200d"  # they choose or join emoji, and are not seen by themselves
+    text = "".join(c if ord(c) in drawable else "□" for c in name if c not in marks)
+    return text.replace("$", r"\$")  # text between dollar signs would be a formula

@@ -398,8 +398,9 @@ CUT_TEXTS = """mayScroll => {
     if (box.scrollWidth > box.clientWidth) found.push(`cut: ${nameOf(box)}: ${quote(text)}`);
   }
   for (const box of document.querySelectorAll(".scroll:has(.hint)")) {
-    const hint = box.querySelector(".hint").clientHeight;
-    if (box.scrollWidth > box.clientWidth !== hint > 15) found.push(`hint of ${hint} pixels: ${box.ariaLabel}`);
+    const isHinted = box.querySelector(".hint").clientHeight > 15;
+    const scrolls = box.scrollWidth > box.clientWidth;
+    if (scrolls !== isHinted) found.push(`hint is ${isHinted}: ${nameOf(box)}: ${box.ariaLabel}`);
   }
   for (const text of document.querySelectorAll("svg text")) {
     const [inner, outer] = [text, text.ownerSVGElement].map(e => e.getBoundingClientRect());
