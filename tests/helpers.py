@@ -377,9 +377,9 @@ LONG_NAMES = (
 )
 
 # JavaScript: what cannot be read of a page: a page that scrolls sideways, texts that are cut off
-# by a box or by the edge of a picture or that leave their cell, words and flags of commands that
-# are broken where they could be on a line, and boxes that scroll sideways and do not say so. A text
-# of more than 20 characters may be cut if a tooltip says it all.
+# by a box or by the edge of a picture or that leave their cell, boxes that scroll sideways and do
+# not say so, and words, percentages and flags of commands that are broken where they could be on a
+# line. A text of more than 20 characters may be cut if a tooltip says it all.
 # The argument is a selector of boxes that may scroll sideways, or null.
 CUT_TEXTS = """mayScroll => {
   const found = [];
@@ -415,7 +415,8 @@ CUT_TEXTS = """mayScroll => {
     const { parentElement, data } = nodes.currentNode;
     if (parentElement.closest("svg, script") || !visible(parentElement)) continue;
     const isTyped = parentElement.closest("pre, code, dd"); // paths are broken anywhere there
-    const words = isTyped ? /--[\\w-]+/gu : /(--)?[\\p{L}\\p{N}_.]+((?<=--.*)-[\\w-]+)?/gu;
+    const words = isTyped ? /--[\\w-]+/gu
+      : /(--)?[\\p{L}\\p{N}_.]+((?<=--.*)-[\\w-]+)?(\\u00a0%)?/gu;
     for (const { 0: word, index } of data.matchAll(words)) {
       if (word.length > 20) continue;
       const range = document.createRange();
