@@ -326,7 +326,8 @@ def _summary(timeline: "Timeline", seconds: float, frames: "FrameSource", folder
     for segment in timeline.segments:
         durations[segment.label] = durations.get(segment.label, 0.0) + segment.duration
     longest_first = sorted(durations.items(), key=lambda pair: -pair[1])
-    total = f"{len(timeline.segments)} segments in {timeline.duration:.1f} s of video"
+    count = len(timeline.segments)
+    total = f"{count} segment{'s' * (count != 1)} in {timeline.duration:.1f} s of video"
     if frames.rate:
         total += f" at {frames.rate:.3g} frames per second"
     if not frames.live:

@@ -12,9 +12,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.font_manager import FontProperties, findfont, get_font
 from matplotlib.ticker import LogLocator, NullFormatter
 
 from utils.files import atomic
+from utils.text_table import shorten
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -27,20 +29,26 @@ COLOURS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#f
 def plot_confusion(matrix: np.ndarray, classes: Sequence[str], path: str | Path) -> None:
     """Draw a confusion matrix: colours are fractions of the true class, numbers are clips.
 
+    The row of a class without clips is grey.
+
     Args:
         matrix: `(num_classes, num_classes)` counts, rows are the true classes.
     """
     n = len(classes)
-    fraction = matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1)
+    totals = matrix.sum(axis=1, keepdims=True)
+    fraction = np.where(totals, matrix / np.maximum(totals, 1), np.nan)
     side = 2.2 + 0.62 * n
     figure = Figure(figsize=(side + 0.8, side), layout="constrained")
     axes = figure.subplots()
+    axes.set_facecolor("0.9")  # seen where the fraction is not a number
     image = axes.imshow(fraction, vmin=0, vmax=1, cmap="Blues")
+    for row in np.flatnonzero(totals == 0):
+        axes.text((n - 1) / 2, row, "no clips", ha="center", va="center", color="0.35")
     for row, column in np.ndindex(n, n):
         if matrix[row, column]:
             text_colour = "white" if fraction[row, column] > 0.55 else "black"
             axes.text(column, row, matrix[row, column], ha="center", va="center", color=text_colour)
-    names = [plain_text(name if len(name) <= 28 else f"{name[:27]}…") for name in classes]
+    names = [plain_text(shorten(name, 28)) for name in classes]
     axes.set_xticks(range(n), names, rotation=40, ha="right", rotation_mode="anchor")
     axes.set_yticks(range(n), names)
     axes.set(xlabel="predicted", ylabel="true", title=f"{int(matrix.sum())} clips")
@@ -129,9 +137,8 @@ def _label_beside(axes: Axes, x: np.ndarray, y: np.ndarray, labels: Sequence[str
     upward, downward = np.maximum.accumulate(target), np.minimum.accumulate(target[::-1])[::-1]
     heights = np.clip((upward + downward) / 2 + step, step, 1 - step[::-1])
     for n, height in zip(order, heights, strict=True):
-        name = labels[n] if len(labels[n]) < 40 else f"{labels[n][:18]}...{labels[n][-18:]}"
         axes.annotate(
-            plain_text(name),
+            plain_text(shorten(labels[n], 40)),
             (x[n], y[n]),
             (1.03, height),
             textcoords="axes fraction",
@@ -177,9 +184,13 @@ def save_figure(figure: Figure, path: str | Path) -> None:
 
 
 def _series_name(column: str) -> str:
-    return column.replace("val_", "validation ").replace("train_", "training ").replace("_", " ")
+    name = column.replace("val_", "validation ").replace("train_", "training ")
+    return name.replace("macro_f1", "macro-F1").replace("_", " ")
 
 
 def plain_text(name: str) -> str:
-    """A name as matplotlib shows it unchanged: text between dollar signs would be a formula."""
-    return name.replace("$", r"\$")
+    """A name as matplotlib can draw it: letters that its font lacks, such as emoji, become □."""
+    drawable = get_font(findfont(FontProperties())).get_charmap()
+    marks = "\ufe0e\ufe0f\u200d"  # they choose or join emoji, and are not seen by themselves
+    text = "".join(c if ord(c) in drawable else "□" for c in name if c not in marks)
+    return text.replace("$", r"\$")  # text between dollar signs would be a formula

@@ -377,8 +377,9 @@ LONG_NAMES = (
 )
 
 # JavaScript: what cannot be read of a page: a page that scrolls sideways, texts that are cut off
-# by a box or by the edge of a picture or that leave their cell, and words that are broken where
-# they could be on a line. A text of more than 20 characters may be cut if a tooltip says it all.
+# by a box or by the edge of a picture or that leave their cell, boxes that scroll sideways and do
+# not say so, and words, percentages and flags of commands that are broken where they could be on a
+# line. A text of more than 20 characters may be cut if a tooltip says it all.
 # The argument is a selector of boxes that may scroll sideways, or null.
 CUT_TEXTS = """mayScroll => {
   const found = [];
@@ -396,6 +397,11 @@ CUT_TEXTS = """mayScroll => {
     if (mayScroll && box.matches(mayScroll)) continue;
     if (box.scrollWidth > box.clientWidth) found.push(`cut: ${nameOf(box)}: ${quote(text)}`);
   }
+  for (const box of document.querySelectorAll(".scroll:has(.hint)")) {
+    const isHinted = box.querySelector(".hint").clientHeight > 15;
+    const scrolls = box.scrollWidth > box.clientWidth;
+    if (scrolls !== isHinted) found.push(`hint is ${isHinted}: ${nameOf(box)}: ${box.ariaLabel}`);
+  }
   for (const text of document.querySelectorAll("svg text")) {
     const [inner, outer] = [text, text.ownerSVGElement].map(e => e.getBoundingClientRect());
     const above = 5; // pixels of a line above and below its figures
@@ -407,8 +413,11 @@ CUT_TEXTS = """mayScroll => {
   const nodes = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
   while (nodes.nextNode()) {
     const { parentElement, data } = nodes.currentNode;
-    if (parentElement.closest("svg, pre, code, script, dd") || !visible(parentElement)) continue;
-    for (const { 0: word, index } of data.matchAll(/[\\p{L}\\p{N}_.]+/gu)) {
+    if (parentElement.closest("svg, script") || !visible(parentElement)) continue;
+    const isTyped = parentElement.closest("pre, code, dd"); // paths are broken anywhere there
+    const words = isTyped ? /--[\\w-]+/gu
+      : /(--)?[\\p{L}\\p{N}_.]+((?<=--.*)-[\\w-]+)?(\\u00a0%)?/gu;
+    for (const { 0: word, index } of data.matchAll(words)) {
       if (word.length > 20) continue;
       const range = document.createRange();
       range.setStart(nodes.currentNode, index);

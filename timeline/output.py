@@ -10,6 +10,7 @@ import numpy as np
 from clips.manifest import NON_CLASS_LABELS, OUT_OF_BODY, UNREADABLE
 from timeline.segments import Timeline
 from utils.run_dir import strip_credentials
+from utils.text_table import shorten
 
 MAX_BINS = 20_000  # per curve; in a video of three hours each one is half a second long
 
@@ -128,11 +129,11 @@ def plot_timeline(timeline: Timeline, path: str | Path) -> None:
             style = {"facecolor": "none", "edgecolor": "0.35", "hatch": "////", "lw": 0.5}
         else:
             style = {"facecolor": COLOURS[row % len(COLOURS)], "edgecolor": "none"}
-            base = row + 0.4
-            top = base - 0.8 * curves[:, row] / 254
+            base = row + 0.05
+            top = base - 0.5 * curves[:, row] / 254
             axes.stairs(top, edges, baseline=base, fill=True, color="0.85")
         axes.broken_barh(bars, (row + 0.05, 0.35), **style)
-    axes.set_yticks(range(len(rows)), [plain_text(name) for name in rows])
+    axes.set_yticks(range(len(rows)), [plain_text(shorten(name, 32)) for name in rows])
     axes.set(xlim=(0, timeline.duration), ylim=(len(rows) - 0.5, -0.5), xlabel="time")
     axes.xaxis.set_major_locator(MultipleLocator(_tick(timeline.duration)))
     axes.xaxis.set_major_formatter(

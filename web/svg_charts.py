@@ -123,7 +123,7 @@ class Row:
                     lines.append("")
                 lines[-1] += word
         if len(lines) > max_lines:
-            lines = [*lines[: max_lines - 1], f"{lines[max_lines - 1]:.{_NAME_LENGTH - 1}}…"]
+            lines = [*lines[: max_lines - 1], "".join(lines[max_lines - 1 :])]
         return [shorten(line.strip(), _NAME_LENGTH) for line in lines]
 
 
@@ -145,6 +145,16 @@ class RowChart:
     def name_lines(self) -> int:
         """How many lines a name may have."""
         return 2 if self.row_height >= 30 else 1
+
+    @property
+    def name_width(self) -> int:
+        """The width of the room for a name."""
+        return self.left - 12
+
+    def is_wide(self, line: str) -> bool:
+        """Whether a line of a name may need more room than there is, at 12 units per em."""
+        em = sum(0.63 if c.islower() or not c.isalpha() else 1.0 for c in line)
+        return 12 * em > self.name_width
 
     @property
     def bottom_line(self) -> int:

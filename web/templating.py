@@ -6,6 +6,7 @@ from itertools import pairwise
 from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
 
 from evaluation.bootstrap import Interval, format_interval
 
@@ -23,7 +24,7 @@ def page_environment() -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    filters = (percent, decimals, interval_text, break_points, has_long_words)
+    filters = (percent, decimals, interval_text, break_points, has_long_words, unbroken)
     environment.filters.update({function.__name__: function for function in filters})
     return environment
 
@@ -72,3 +73,13 @@ def has_long_words(names: Iterable[str]) -> bool:
     """Whether a name holds a word that is too long for a narrow column."""
     words = (word for name in names for part in break_points(name) for word in part.split())
     return any(len(word) > 9 for word in words)
+
+
+def unbroken(text: str) -> Markup:
+    """A text in which no line ends at a hyphen: `--select-by` and other flags stay whole.
+
+    Only a word that is longer than a line is broken; see `.unbroken` in templates/report.css.
+    """
+    words = re.split(r"(\s+)", text)
+    whole = Markup('<span class="unbroken">{}</span>')
+    return Markup("").join(whole.format(word) if "-" in word else word for word in words)

@@ -1,6 +1,7 @@
 """The results of a test: every number of a small case by hand, as JSON and as text."""
 
 import json
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ import pytest
 from clips.manifest import ClipRow
 from evaluation.calibration import Calibration, apply_temperature
 from evaluation.metrics import brier_scores, expected_calibration_error, per_sample_nll
+from evaluation.plots import plain_text, plot_confusion, save_figure
 from evaluation.predictions import Predictions, read_predictions
 from evaluation.results import (
     compute_results,
@@ -381,3 +383,22 @@ def test_a_file_that_cannot_be_written_costs_no_other(
     names = {"predictions.csv", "test_metrics.json", "confusion_matrix.csv", "confusion_matrix.png"}
     assert {file.name for file in tmp_path.iterdir()} == names - lost
     assert "accuracy" in shown[0]
+
+
+def test_names_that_the_font_of_pictures_lacks_are_drawn_without_a_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = ("🔪 hook", "✂️ cut", "吸引", "Өт пен қан", "a $ of $ b", "x" * 49 + "1", "x" * 49 + "2")
+    assert [plain_text(name) for name in names[:4]] == ["□ hook", "✂ cut", "□□", "Өт пен қан"]
+    figures = []
+    monkeypatch.setattr("evaluation.plots.save_figure", lambda *written: figures.append(written))
+    matrix = np.diag([0, 3, 1, 1, 1, 1, 1])
+    plot_confusion(matrix, names, tmp_path / "confusion.png")
+    monkeypatch.undo()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        save_figure(*figures[0])
+    assert (tmp_path / "confusion.png").stat().st_size > 5000
+    axes = figures[0][0].axes[0]
+    assert [text.get_text() for text in axes.texts] == ["no clips", *"311111"]
+    assert len({text.get_text() for text in axes.get_yticklabels()}) == len(names)
