@@ -10,6 +10,7 @@ import torch
 
 from utils.errors import UserError
 from utils.files import atomic
+from utils.text_table import list_some
 
 _MAX_EXPANSION = 10  # tensors may share memory; more than this is meant to fill it
 _MAX_OBJECTS = 4_000_000  # bytes beside the tensors: torch reads two million of them in a second
@@ -108,6 +109,6 @@ def _reason(path: Path, start: bytes, error: Exception) -> str:
     if not objects:
         return "it is damaged, or not a file of torch.save"
     return (
-        f"it holds Python objects ({', '.join(objects[:3])}), which could run code; save its "
+        f"it holds Python objects ({list_some(objects, 3)}), which could run code; save its "
         "weights alone, with torch.save(model.state_dict(), FILE)"
     )
