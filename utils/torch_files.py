@@ -2,6 +2,7 @@
 
 import contextlib
 import pickle
+import warnings
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -46,7 +47,8 @@ def load_safely(path: Path, remedy: str) -> dict:
     size = path.stat().st_size
     try:
         _check_claims(path)
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings(action="ignore"):  # of kinds of tensors that are refused later
+            state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # flipped bytes raise IndexError, struct.error, AssertionError ...
         reason = error if isinstance(error, _Refused) else _reason(path, start, error)
         raise UserError(
