@@ -113,7 +113,7 @@ def read_model(name_or_run: str, config: BenchmarkConfig) -> ModelSpec:
     name, _, size = name_or_run.partition("@")
     name = OLD_VALUES["model_name"].get(name, name)
     if name in MODELS:
-        if size and not size.isdigit():
+        if size and not (size.isdecimal() and len(size) < 5):
             raise UserError(
                 f"{name_or_run!r}: after the @ comes the image size in pixels, e.g. {name}@112"
             )

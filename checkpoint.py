@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from config import TrainConfig, from_dict
-from modeling.weights import find_weights
+from modeling.weights import find_weights, is_finite, is_ordinary
 from models import build_model
 from utils.errors import UserError, first_line
 from utils.structure import find_mismatch, short_repr
@@ -145,19 +145,11 @@ def _find_wrong_weight(weights: dict[str, Any], own: dict[str, torch.Tensor]) ->
     for name, value in weights.items():
         if value.shape != own[name].shape:
             return f"weight {name} has the shape {tuple(value.shape)}, not {tuple(own[name].shape)}"
-        if value.dtype != own[name].dtype or not _is_ordinary(value):
+        if value.dtype != own[name].dtype or not is_ordinary(value):
             return f"weight {name} is no ordinary tensor of {own[name].dtype}"
-        if not _is_finite(value):
+        if not is_finite(value):
             return f"weight {name} holds numbers that are not finite"
     return ""
-
-
-def _is_ordinary(value: torch.Tensor) -> bool:
-    return value.device.type == "cpu" and value.layout == torch.strided
-
-
-def _is_finite(value: torch.Tensor) -> bool:
-    return _is_ordinary(value) and bool(torch.isfinite(value.float()).all())
 
 
 def check_resume(
@@ -213,7 +205,7 @@ def _find_resume_problem(
             return "its optimizer is of another kind"
         shapes = {name: value.shape for name, value in averages.items()}
         expected = dict.fromkeys(_ADAMW, parameters[number].shape) | {"step": torch.Size()}
-        if shapes != expected or not all(map(_is_finite, averages.values())):
+        if shapes != expected or not all(map(is_finite, averages.values())):
             return f"its optimizer's averages of parameter {number} are damaged"
     if len(state["totals"]) != len(state["rng"]) or any(len(sums) != 3 for sums in state["totals"]):
         return "its totals are not three per process"

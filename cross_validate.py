@@ -56,16 +56,15 @@ def cross_validate(config: CrossValidateConfig, folder: Path | None = None) -> P
     from utils.lock import FolderLock
     from utils.run_dir import log_environment, new_run_dir
 
-    if not config.resume:
-        require_writable(folder or config.run_dir, "--run-dir")
+    folder = Path(config.resume) if config.resume else folder
+    require_writable(folder or config.run_dir, "--resume" if config.resume else "--run-dir")
     folds = fold_folders(config.folds)
     device = describe_device(get_device(config.device))
-    if config.resume:
-        folder = Path(config.resume)
-    else:
+    if not config.resume:
         check_folds(config, folds)
-        folder = folder or new_run_dir(config.run_dir, f"cv_{config.model_name}")
-    with FolderLock(folder):
+    name = f"cv_{config.model_name}"
+    with FolderLock(folder) if folder else new_run_dir(config.run_dir, name) as lock:
+        folder = lock.folder
         if not config.resume:
             config = dataclasses.replace(config, folds=os.path.abspath(config.folds))
             write_json(folder / "config.json", dataclasses.asdict(config))
@@ -112,7 +111,7 @@ def fold_folders(folder: str) -> list[Path]:
     Raises:
         UserError: there are none, or manifests are missing.
     """
-    folds = [path for path in Path(folder or ".").glob("fold*") if path.name[4:].isdigit()]
+    folds = [path for path in Path(folder or ".").glob("fold*") if path.name[4:].isdecimal()]
     if not folder or not folds:
         raise UserError(
             f"folds = {folder!r}: holds no fold1, fold2 ... (make them: python prepare_data.py "

@@ -15,6 +15,7 @@ import shlex
 import signal
 import time
 from collections import Counter
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,7 @@ from training.loaders import DEMO_ROOT, batches_per_epoch, build_dataloaders
 from training.log import (
     draw_curves,
     epoch_line,
+    record_settings,
     resume_line,
     run_header,
     start_log,
@@ -48,12 +50,10 @@ from training.optim import ModelEma, cosine_with_warmup, param_groups
 from training.state import Progress, TrainState
 from utils import distributed
 from utils.cli import cli_main, parse
-from utils.device import autocast_dtype, describe_device, get_device, prepare_model
+from utils.device import autocast_dtype, get_device, prepare_model
 from utils.errors import ResultWarning, format_warning
-from utils.files import write_json
 from utils.interrupt import Interrupt, Interrupted
-from utils.lock import FolderLock
-from utils.run_dir import log_environment, new_run_dir
+from utils.run_dir import new_run_dir
 from video.clip_reader import FrameSampler, effective_fps
 
 log = logging.getLogger(__name__)
@@ -76,7 +76,16 @@ def train(
     Raises:
         SystemExit: interrupted; the run is saved.
     """
+    with ExitStack() as stack:  # however it ends, the run folder is released
+        return _train(stack, config, resume_from, folder, resume_command)
+
+
+def _train(
+    stack: ExitStack, config: TrainConfig, resume_from: dict | None, folder: Path | None, again: str
+) -> Path:
+    """The same; the stack ends what begins here, and `again` is the `resume_command`."""
     config = checks.resolve(config)
+    stack.callback(distributed.cleanup)
     device = distributed.init(get_device(config.device))
     if resume_from:
         config = checks.keep_clips_per_step(config, resume_from)
@@ -86,7 +95,7 @@ def train(
     if not is_main:
         logging.disable()
     folder = Path(config.resume) if config.resume else folder
-    checks.check_outputs(config, folder)
+    stack.enter_context(checks.hold_outputs(config, folder))
 
     # data
     loaders = build_dataloaders(config)
@@ -132,6 +141,7 @@ def train(
         torch.manual_seed(config.seed + distributed.rank())
 
     # checks, before anything is written
+    checks.check_space(state, folder or config.run_dir)
     checks.check_smallest_batch(config, train_loader.sampler.clips_per_epoch)
     if config.feature_cache:
         checks.require_frozen(model)
@@ -141,11 +151,14 @@ def train(
         checks.check_clips({"validation": val_loader, "test": test_loader}, config.skip_unreadable)
 
     # run folder and log
-    folder = Path(distributed.broadcast_object(_run_dir(config, folder) if is_main else None))
-    lock = FolderLock(folder) if is_main else None
+    if is_main and not folder:
+        run = new_run_dir(config.run_dir, config.model_name, "last.pt")
+        folder = stack.enter_context(run).folder
+    folder = distributed.broadcast_object(folder)
     if is_main:
+        stack.callback(start_log, None)
         start_log(folder)
-        log_environment(folder, describe_device(device))
+        record_settings(folder, config, device)
     warnings = patient_overlap(rows) + warn_double_balancing(config)
     log.info(run_header(config, model, rows, device, dtype))
     for warning in warnings:
@@ -161,7 +174,7 @@ def train(
         model.compile()  # in place, so that the keys of the checkpoint stay the same
 
     # loop
-    interrupt = Interrupt()
+    interrupt = stack.enter_context(Interrupt())
     state.save(folder)  # from here on there is a checkpoint to resume from, whatever happens
     try:
         train_epochs(
@@ -172,13 +185,8 @@ def train(
     except Interrupted:
         state.save(folder)
         command = shlex.join(["python", "train.py", "--resume", str(folder)])
-        log.info(f"\ninterrupted: to continue, run\n  {resume_command or command}")
+        log.info(f"\ninterrupted: to continue, run\n  {again or command}")
         raise SystemExit(128 + (interrupt.signal or signal.SIGTERM)) from None
-    finally:
-        interrupt.restore()
-        distributed.cleanup()
-        if lock:
-            lock.release()
     return folder
 
 
@@ -243,9 +251,10 @@ def train_epochs(
             state.best = row
         log.info(epoch_line(row, config, better))
         if is_main:
+            # Before the checkpoints, for which the disk may be full; a resumed run replaces it.
+            write_history(folder / "metrics.csv", state.history)
             if better:
                 save_checkpoint(folder / "best.pt", state.model_state_dict())
-            write_history(folder / "metrics.csv", state.history)
         state.save(folder)
         if writer:
             for name, value in row.items():
@@ -359,15 +368,6 @@ def _out_of_patience(state: TrainState) -> bool:
     patience = state.config.early_stopping_patience
     waited = state.progress.epoch - state.best["epoch"] if state.best else 0
     return bool(patience) and waited >= patience
-
-
-def _run_dir(config: TrainConfig, folder: Path | None) -> str:
-    """The given folder or a new one, with the settings in it."""
-    folder = folder or new_run_dir(config.run_dir, config.model_name)
-    folder.mkdir(parents=True, exist_ok=True)
-    if not (folder / "config.json").exists():
-        write_json(folder / "config.json", dataclasses.asdict(config))
-    return str(folder)
 
 
 def read_settings() -> tuple[TrainConfig, dict[str, Any] | None]:

@@ -21,7 +21,7 @@ from clips.clip_table import read_clips, splits_of
 from clips.manifest import class_problems
 from clips.manifest_formats import read_records
 from clips.perceptual_hash import duplicate_groups, perceptual_hash, sha256_file
-from utils.errors import UserError
+from utils.errors import UserError, os_error_cause
 from utils.files import require_writable, write_all
 from utils.tables import write_table
 from utils.text_table import frame_table
@@ -267,7 +267,7 @@ def _read_contents(file: Path) -> Contents:
     except ClipError as error:
         return Contents(None, sha256_file(file), None, error.reason)
     except OSError as error:  # for example without the permission to read the file
-        return Contents(None, None, None, error.strerror or str(error))
+        return Contents(None, None, None, os_error_cause(error))
 
 
 def _shared(clips: "pd.DataFrame", kind: str) -> "list[tuple[str, pd.DataFrame]]":

@@ -17,7 +17,7 @@ from tqdm import tqdm
 from clips.cache import CacheSettings, ClipCache
 from clips.manifest import read_paths
 from utils.errors import UserError
-from utils.files import remove_unfinished
+from utils.files import remove_unfinished, require_space
 from utils.lock import FolderLock
 from utils.workers import in_parallel
 from video.motion import require_opencv
@@ -98,8 +98,7 @@ def _write(cache: ClipCache, clips: Sequence[Path], num_workers: int) -> list[st
         f"to write: {len(clips):,} clips, about {size / 1e9:.2f} GB of {free / 1e9:,.0f} GB free, "
         f"about {minutes:,.0f} min with {num_workers} workers (estimated from {len(samples)} clips)"
     )
-    if size > free:
-        raise UserError(f"{cache.folder}: the disk is too small: {free / 1e9:.1f} GB are free")
+    require_space(cache.folder, size, "the clips need about")
     done = set(samples)
     others = [clip for clip in clips if clip not in done]
     for clip, (size, error) in in_parallel(cache.write, others, num_workers, "caching"):

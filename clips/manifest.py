@@ -26,7 +26,7 @@ from typing import NamedTuple
 from clips.manifest_formats import read_records
 from utils.errors import ResultWarning, UserError
 from utils.run_dir import sanitize
-from utils.text_table import shorten
+from utils.text_table import list_some, shorten
 
 CLASSES = (
     "AbdominalEntry",
@@ -332,13 +332,12 @@ def _suggest(label: str, count: int, classes: Sequence[str]) -> str:
     return f"{shorten(label)!r} ({count} row{'s' * (count > 1)}{suggestion})"
 
 
-def _summary(problem: str, items: Sequence[str], limit: int = 5) -> list[str]:
+def _summary(problem: str, items: Sequence[str]) -> list[str]:
     """One line about all items with the same problem, which shows the first few of them."""
     if not items:
         return []
-    more = f" and {len(items) - limit:,} more" if len(items) > limit else ""
-    shown = "; ".join(shorten(sanitize(item), 300) for item in items[:limit])
-    return [f"{problem}: {len(items):,}: {shown}{more}"]
+    shown = list_some((shorten(sanitize(item), 300) for item in items), separator="; ")
+    return [f"{problem}: {len(items):,}: {shown}"]
 
 
 def _raise(problems: Sequence[str]) -> None:

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
-from utils.errors import UserError
+from utils.errors import UserError, describe_os_error
 from utils.tables import Row, Table, column_name, read_table
 from video.files import is_video
 
@@ -75,7 +75,7 @@ def read_records(manifest: Path) -> tuple[list[Record], list[str]]:
     except FileNotFoundError:
         return [], [f"{manifest}: no such manifest (a CSV with the columns path,label)"]
     except OSError as error:
-        return [], [f"{manifest}: {error.strerror}"]
+        return [], [describe_os_error(error, manifest)]
     except UserError as error:
         return records, [str(error)]
     return records, []

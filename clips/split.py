@@ -15,7 +15,7 @@ import tyro
 from clips.clip_table import NO_LABEL, read_clips
 from clips.manifest import class_problems
 from clips.stratified_groups import class_imbalance, missing_classes, stratified_group_split
-from utils.errors import UserError
+from utils.errors import UserError, describe_os_error
 from utils.files import remove_unfinished, require_writable, unfinished_path, write_json
 from utils.lock import FolderLock
 from utils.tables import write_table
@@ -66,7 +66,7 @@ def split(config: SplitConfig) -> int:
         raise UserError(f"{output}: exists already and is not overwritten: give another --output")
     _check(config)
     require_writable(output.absolute().parent)
-    with FolderLock(output.absolute().parent, f".{output.name}.lock"):
+    with FolderLock(output.absolute(), beside=True):
         return _divide(config, output)
 
 
@@ -213,6 +213,8 @@ def _write(
                 write_table(unfinished / name / f"{split}.csv", subset)
         write_json(unfinished / "split.json", dataclasses.asdict(config))
         os.rename(unfinished, output)
+    except OSError as error:
+        raise UserError(describe_os_error(error, output)) from None
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
 

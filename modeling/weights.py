@@ -10,6 +10,8 @@ from torch import nn
 
 from modeling.frame_encoder import inflate_filters
 from utils.errors import UserError, first_line
+from utils.structure import short_repr
+from utils.text_table import list_some
 from utils.torch_files import load_safely
 
 
@@ -56,7 +58,15 @@ def load_weights(model: nn.Module, spec: str) -> str:
         )
     weights = find_weights(state)
     if not weights:
-        raise UserError(f"{path}: holds no weights ({', '.join(map(str, list(state)[:3]))} ...)")
+        raise UserError(f"{path}: holds no weights ({list_some(map(str, state), 3)})")
+    for name, value in weights.items():
+        if not is_finite(value):
+            kind = "numbers that are not finite" if is_ordinary(value) else "no ordinary numbers"
+            raise UserError(
+                f"{path}: weight {short_repr(name)} holds {kind} ({value.dtype}, {value.layout}, "
+                f"{value.device}): save the model's weights as float32 on the CPU, or give "
+                "another file"
+            )
     if "format_version" in state or weights.keys() == model.state_dict().keys():
         return f"weights: {path}, {_load_checkpoint(model, weights, path)}"
     _load_backbone(model, weights, path)
@@ -82,6 +92,19 @@ def find_weights(state: dict[str, Any]) -> dict[str, torch.Tensor]:
     while prefix := next((p for p in _PREFIXES if weights and _all_begin(weights, p)), ""):
         weights = {key.removeprefix(prefix): value for key, value in weights.items()}
     return weights
+
+
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.int64)
+
+
+def is_ordinary(value: torch.Tensor) -> bool:
+    """Whether a tensor of a file holds a number per element, and not on the meta device."""
+    return value.dtype in _DTYPES and value.device.type == "cpu" and value.layout == torch.strided
+
+
+def is_finite(value: torch.Tensor) -> bool:
+    """Whether a tensor of a file is ordinary, and all its numbers are finite."""
+    return is_ordinary(value) and bool(torch.isfinite(value).all())
 
 
 def _all_begin(weights: dict[str, torch.Tensor], prefix: str) -> bool:
@@ -118,8 +141,8 @@ def _load_backbone(model: nn.Module, state: dict[str, torch.Tensor], path: Path)
     backbone = getattr(model, "backbone", None)
     if backbone is None:
         raise UserError(
-            f"{path} is no checkpoint of {type(model).__name__} ({len(state)} tensors, e.g. "
-            f"{', '.join(map(str, list(state)[:3]))})"
+            f"{path} is no checkpoint of {type(model).__name__} ({len(state)} tensors: "
+            f"{list_some(map(str, state), 3)})"
         )
     if getattr(backbone, "weights_package", None):
         state = to_timm_names(state)
@@ -145,7 +168,7 @@ def _inflated(
     than RGB; see `modeling.frame_encoder.inflate_filters`."""
     wider = {}
     for key, value in state.items():
-        shape, own_shape = _shape(value) or (), own[key].shape if key in own else ()
+        shape, own_shape = value.shape, own[key].shape if key in own else ()
         if len(shape) == len(own_shape) == 4 and shape[1] == 3 < own_shape[1]:
             wider[key] = inflate_filters(value, own_shape[1] - 3)
     return state | wider
@@ -157,15 +180,15 @@ def _load_checkpoint(model: nn.Module, state: dict[str, torch.Tensor], path: Pat
     fitted = adapt(state) if adapt else state
     own = model.state_dict()
     head = [key for key in own if key.startswith("head.")]
-    other = [key for key in head if key in state and _shape(state[key]) != own[key].shape]
+    other = [key for key in head if key in state and state[key].shape != own[key].shape]
     _load(model, fitted | {key: own[key] for key in other}, path)
     loaded = "all but the head, which is new" if other else "all of the model"
     return loaded if fitted is state else f"{loaded}; positions resized to this T and image size"
 
 
-def _shape(value: object) -> tuple[int, ...] | None:
-    """The shape of a tensor; None for anything else, which then does not fit."""
-    return tuple(value.shape) if isinstance(value, torch.Tensor) else None
+def _fits(value: torch.Tensor, own: torch.Tensor) -> bool:
+    """Whether a weight can take a value; the number of its digits may be another."""
+    return value.shape == own.shape and value.is_floating_point() == own.is_floating_point()
 
 
 def _load(module: nn.Module, state: dict[str, torch.Tensor], path: Path) -> None:
@@ -173,13 +196,13 @@ def _load(module: nn.Module, state: dict[str, torch.Tensor], path: Path) -> None
     wrong = {
         "missing": [key for key in own if key not in state],
         "unexpected": [key for key in state if key not in own],
-        "of another shape": [
-            key for key in own if key in state and own[key].shape != _shape(state[key])
+        "of another shape or type": [
+            key for key, value in own.items() if key in state and not _fits(state[key], value)
         ],
     }
     if any(wrong.values()):
         listing = "; ".join(
-            f"{len(keys)} {what}, e.g. {', '.join(map(str, keys[:3]))}"
+            f"{len(keys)} {what}: {list_some(map(str, keys), 3)}"
             for what, keys in wrong.items()
             if keys
         )

@@ -33,7 +33,7 @@ def shared(factory: pytest.TempPathFactory, name: str) -> Iterator[tuple[Path, b
     folder, filled = root / name, root / f"{name}.filled"
     while True:
         try:
-            lock = FolderLock(root, f"{name}.lock")
+            lock = FolderLock(folder, beside=True)
             break
         except UserError:  # another process fills it now
             time.sleep(0.1)

@@ -4,6 +4,7 @@ import atexit
 import contextlib
 import csv
 import importlib
+import logging
 import math
 import multiprocessing
 import os
@@ -35,6 +36,7 @@ from training.losses import Criterion
 from training.optim import ModelEma, cosine_with_warmup, param_groups
 from training.state import Progress, TrainState
 from tsm_resnet import TSM
+from utils.cli import cli_main, end_workers
 from video.encoder import write_video
 
 ROOT = Path(__file__).parent.parent
@@ -163,6 +165,33 @@ def _run_in(
         raise
     finally:
         atexit._run_exitfuncs()  # a process of multiprocessing ends without
+
+
+def in_process(function: Callable[[], None], folder: Path, seconds: float = 50) -> tuple[int, str]:
+    """Call a function as a script's `main` in a process that is forked from this one, so that
+    PyTorch is imported already. Returns its exit code and its output.
+    """
+    if not hasattr(os, "fork"):
+        pytest.skip("processes cannot be forked here")
+
+    def run() -> None:
+        output = os.open(folder / "out.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        os.dup2(output, 1)
+        os.dup2(output, 2)
+        sys.stdout = sys.stderr = open(1, "w", buffering=1, encoding="utf-8")  # noqa: SIM115
+        logging.basicConfig(stream=sys.stdout, force=True, format="%(message)s")
+        try:
+            cli_main(function)()
+        finally:
+            end_workers()  # as at the end of a script
+
+    process = multiprocessing.get_context("fork").Process(target=run)
+    process.start()
+    process.join(seconds)
+    if process.exitcode is None:
+        process.kill()
+        pytest.fail(f"it hangs:\n{(folder / 'out.txt').read_text()}")
+    return process.exitcode, (folder / "out.txt").read_text(encoding="utf-8")
 
 
 def wait_for(condition: Callable[[], object], process: BaseProcess, seconds: float = 120) -> None:

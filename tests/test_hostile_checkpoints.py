@@ -3,8 +3,8 @@
 import io
 import pickle
 import random
-import subprocess
-import sys
+import signal
+import warnings
 import zipfile
 from argparse import Namespace
 from collections.abc import Callable
@@ -12,15 +12,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import ROOT, make_model, make_state
+from helpers import in_process, make_model, make_state, same_tensors
 
 from benchmark_latency import main as benchmark_main
 from checkpoint import check_resume, load_checkpoint, rebuild_model, save_checkpoint
 from compare import main as compare_main
 from config import from_dict
 from evaluate import main as evaluate_main
+from modeling.weights import load_weights
+from models import build_model
 from predict import main as predict_main
 from train import main as train_main
+from training.state import TrainState
 from utils.errors import UserError
 
 NAN = float("nan")
@@ -56,7 +59,8 @@ def fill(*path: object) -> Callable[[dict], None]:
     def change(state: dict) -> None:
         for key in path:
             state = state[key]
-        next(value for value in state.values() if value.is_floating_point()).fill_(NAN)
+        name = next(name for name, value in state.items() if value.is_floating_point())
+        state[name] = torch.full_like(state[name], NAN)
 
     return change
 
@@ -75,6 +79,23 @@ def claim_expanded(state: dict) -> None:
     state["model"][HEAD] = torch.zeros(1).expand(20_000, 192)
 
 
+def no_numbers(values: torch.Tensor) -> dict[str, torch.Tensor]:
+    """The values as tensors of the same shape that no weight can be."""
+    with warnings.catch_warnings(action="ignore"):  # some of these kinds are deprecated
+        return {
+            "on the meta device": values.to("meta"),
+            "sparse": values.to_sparse(),
+            "sparse by rows": values.to_sparse_csr(),
+            "of 8 bits": values.to(torch.float8_e4m3fn),
+            "quantized": torch.quantize_per_tensor(values, 0.1, 0, torch.qint8),
+            "bool": values > 0,
+            "complex": values.to(torch.complex64),
+            "integers": values.to(torch.int64),
+        }
+
+
+ODD_HEADS = no_numbers(torch.ones(3, 192))
+
 # Of best.pt: refused by load_checkpoint.
 BROKEN = {
     "no model": drop("model"),
@@ -90,6 +111,7 @@ BROKEN = {
     "weight unknown": put("model", "other", value=torch.zeros(2)),
     "weight of another shape": reshape,
     "weight not finite": fill("model"),
+    **{f"weight {kind}": put("model", HEAD, value=value) for kind, value in ODD_HEADS.items()},
     "config a list": put("config", value=["model_name"]),
     "config with a number as key": put("config", 3, value=1),
     "format a text": put("format_version", value="one"),
@@ -166,6 +188,10 @@ BROKEN_RESUME = {
     "optimizer's average of another shape": put("optimizer", "state", 0, "exp_avg",
                                                 value=torch.zeros(1)),
     "optimizer's average NaN": fill("optimizer", "state", 0),
+    **{f"optimizer's average {kind}": put("optimizer", "state", 0, "exp_avg", value=value)
+       for kind, value in no_numbers(torch.zeros(1, 192)).items()},
+    "optimizer's step on the meta device": put("optimizer", "state", 0, "step",
+                                               value=torch.zeros((), device="meta")),
     "optimizer's average of no parameter": put("optimizer", "state", 9999, value={}),
     "scheduler empty": put("scheduler", value={}),
     "scheduler's epoch a text": put("scheduler", "last_epoch", value="3"),
@@ -176,6 +202,8 @@ BROKEN_RESUME = {
     "rng of numbers": put("rng", value=[3]),
     "rng without torch": drop("rng", 0, "torch"),
     "rng's torch short": put("rng", 0, "torch", value=torch.zeros(3, dtype=torch.uint8)),
+    "rng's torch on the meta device": put("rng", 0, "torch", value=torch.zeros(
+        5056, dtype=torch.uint8, device="meta")),
     "rng's torch of floats": put("rng", 0, "torch", value=torch.zeros(5056)),
     "rng's python short": put("rng", 0, "python", value=[3, [1, 2], None]),
     "rng's python of texts": put("rng", 0, "python", value=["a", "b", "c"]),
@@ -184,12 +212,28 @@ BROKEN_RESUME = {
 }  # fmt: skip
 
 
+def copied(value: object) -> object:
+    """A checkpoint whose dicts and lists can be changed; the tensors are shared."""
+    if isinstance(value, dict):
+        return {key: copied(item) for key, item in value.items()}
+    return [copied(item) for item in value] if isinstance(value, list) else value
+
+
+@pytest.fixture(scope="module")
+def saved(trained: tuple[Path, str]) -> dict[str, dict]:
+    """The checkpoints of the tiny run. The optimizer's averages are zeros that take no place."""
+    states = {n: torch.load(trained[0] / n, weights_only=True) for n in ("best.pt", "last.pt")}
+    for averages in states["last.pt"]["optimizer"]["state"].values():
+        averages |= {k: torch.zeros(1).expand(averages[k].shape) for k in ("exp_avg", "exp_avg_sq")}
+    return states
+
+
 @pytest.fixture
-def write(trained: tuple[Path, str], tmp_path: Path) -> Callable:
+def write(saved: dict[str, dict], tmp_path: Path) -> Callable:
     """Change a checkpoint of the tiny run, and write it into a run folder."""
 
     def call(change: Callable[[dict], None], name: str = "best.pt") -> Path:
-        state = torch.load(trained[0] / name, weights_only=True)
+        state = copied(saved[name])
         change(state)
         torch.save(state, tmp_path / name)
         return tmp_path / name
@@ -208,33 +252,49 @@ def test_a_broken_checkpoint_is_one_line(what: str, write) -> None:
     assert len(message) < 500
 
 
-def resume(path: Path) -> None:
-    saved = load_checkpoint(path)
-    config = from_dict(saved["config"])
+@pytest.fixture(scope="module")
+def fresh(saved: dict[str, dict]) -> tuple[TrainState, dict]:
+    """The state of a run that begins, which no check may change, and its checkpoint."""
+    config = from_dict(saved["last.pt"]["config"])
     options = {"n_frames": config.n_frames, "image_size": config.image_size}
     state = make_state(config, make_model("vivit", 3, **options))
-    before = random.getstate()
-    try:
-        check_resume(saved, state.state_dict(), state.optimizer, path.parent)
-    except UserError:
-        assert random.getstate() == before
-        raise
-    state.load_state_dict(saved)
+    return state, state.state_dict()
 
 
 @pytest.mark.parametrize("what", BROKEN_RESUME)
-def test_a_broken_state_of_training_is_one_line(what: str, write) -> None:
-    path = write(BROKEN_RESUME[what], "last.pt")
+def test_a_broken_state_of_training_is_one_line(what: str, write, fresh) -> None:
+    path, before = write(BROKEN_RESUME[what], "last.pt"), random.getstate()
     with pytest.raises(UserError) as refused:
-        resume(path)
+        check_resume(load_checkpoint(path), fresh[1], fresh[0].optimizer, path.parent)
     message = str(refused.value)
     assert str(path.parent) in message
     assert len(message.splitlines()) == 1
+    assert random.getstate() == before
 
 
-def test_intact_checkpoints_pass(trained) -> None:
+def test_intact_checkpoints_pass(trained, write, fresh) -> None:
     rebuild_model(load_checkpoint(trained[0]))
-    resume(trained[0] / "last.pt")
+    for path in (trained[0] / "last.pt", write(lambda _: None, "last.pt")):
+        state = load_checkpoint(path)
+        check_resume(state, fresh[1], fresh[0].optimizer, path.parent)
+    make_state(from_dict(state["config"]), rebuild_model(state)).load_state_dict(state)
+
+
+@pytest.mark.parametrize("what", ["not finite", *ODD_HEADS])
+def test_weights_of_another_kind_are_refused(what: str, saved, tmp_path: Path) -> None:
+    """By --weights, from a checkpoint of this project and from the model's weights alone."""
+    config = from_dict(saved["best.pt"]["config"])
+    own = build_model(config, 3)
+    before = copied(own.state_dict())
+    path, state = tmp_path / "best.pt", copied(saved["best.pt"])
+    BROKEN[f"weight {what}"](state)
+    for content in (state, state["model"]):
+        torch.save(content, path)
+        with pytest.raises(UserError) as refused:
+            load_weights(own, str(path))
+        assert str(path) in str(refused.value)
+        assert len(str(refused.value).splitlines()) == 1
+        assert same_tensors(own.state_dict(), before)
 
 
 @pytest.mark.parametrize(
@@ -298,12 +358,6 @@ def three_million_classes(path: Path) -> None:
         archive.writestr("best/version", "3")
 
 
-def run_code(code: str, path: Path, check: bool) -> subprocess.CompletedProcess:
-    """Run a program that gets the path as its argument."""
-    command = [sys.executable, "-c", code, str(path)]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=check)
-
-
 BOMBS = {
     "compressed": compressed,
     "three million classes": three_million_classes,
@@ -316,21 +370,25 @@ BOMBS = {
 @pytest.mark.parametrize("what", BOMBS)
 def test_a_file_that_would_fill_the_memory_is_refused(what: str, tmp_path: Path) -> None:
     """In a process of its own, whose largest use of memory is measured."""
+    resource = pytest.importorskip("resource")
     path = tmp_path / "bomb.pt"
     if callable(BOMBS[what]):
         BOMBS[what](path)
     else:
         torch.save({"format_version": 1, "config": {}, "classes": [], **BOMBS[what]}, path)
     assert path.stat().st_size < 50_000_000
-    code = (
-        "import sys, resource, torch, checkpoint\n"
-        "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
-        "try: checkpoint.load_checkpoint(sys.argv[1])\n"
-        "except checkpoint.UserError as error: print(error)\n"
-        "print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024)\n"
-    )
-    done = run_code(code, path, check=True)
-    line, megabytes = done.stdout.splitlines()
+
+    def main() -> None:
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        try:
+            load_checkpoint(path)
+        except UserError as error:
+            print(error)
+        print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024)
+
+    code, output = in_process(main, tmp_path)
+    assert code == 0, output
+    line, megabytes = output.splitlines()
     assert "cannot be loaded" in line
     assert int(megabytes) < 150
 
@@ -357,20 +415,20 @@ def test_files_of_other_programs_are_called_what_they_are(tmp_path: Path) -> Non
 
 def test_a_full_disk_is_named(tmp_path: Path) -> None:
     """The limit on the size of files stands for the disk; torch gives its own error for both."""
-    path = tmp_path / "last.pt"
+    resource = pytest.importorskip("resource")
+    path = tmp_path / "run" / "last.pt"
+    path.parent.mkdir()
     save_checkpoint(path, {"model": {}})
     before = path.read_bytes()
-    code = (
-        "import resource, signal, sys, torch\n"
-        "from checkpoint import save_checkpoint\n"
-        "from utils.cli import cli_main\n"
-        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
-        "resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))\n"
-        "cli_main(lambda: save_checkpoint(sys.argv[1], {'model': {'a': torch.zeros(10**6)}}))()\n"
-    )
-    done = run_code(code, path, check=False)
-    assert done.returncode == 2
-    assert done.stderr.startswith(f"error: {path}: the file is larger than this disk")
-    assert len(done.stderr.splitlines()) == 1
+
+    def main() -> None:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
+        save_checkpoint(path, {"model": {"a": torch.zeros(10**6)}})
+
+    code, output = in_process(main, tmp_path)
+    assert code == 2
+    assert output.startswith(f"error: {path}: the file is larger than this disk")
+    assert len(output.splitlines()) == 1
     assert path.read_bytes() == before
-    assert [file.name for file in tmp_path.iterdir()] == ["last.pt"]
+    assert [file.name for file in path.parent.iterdir()] == ["last.pt"]

@@ -19,7 +19,7 @@ from timeline.segments import FramesWriter, Segment, Snapshot, Timeline
 from timeline.smoothing import ForwardFilter, SmoothingConfig, to_segments, viterbi_smooth
 from timeline.sources import Frame, FrameSource
 from timeline.streaming import FramePredictions, OnlinePredictor
-from utils.errors import UserError, first_line
+from utils.errors import UserError, first_line, os_error_cause
 from utils.interrupt import Interrupt, Interrupted
 from utils.run_dir import sanitize
 from video.container import ClipError
@@ -179,9 +179,7 @@ class VideoPredictor:
                 earlier.unlink()  # it would not fit the new frames.csv
             self._writer = FramesWriter(self.folder / "frames.csv", self.predictor.classes)
         except OSError as error:
-            raise ClipError(
-                self.folder, f"cannot be written ({error.strerror}): choose --output"
-            ) from None
+            raise ClipError(self.folder, f"{os_error_cause(error)} (--output)") from None
         self._stack.callback(self._writer.close)
         return self._writer
 

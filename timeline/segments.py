@@ -14,10 +14,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from utils.errors import UserError
+from utils.errors import UserError, describe_os_error
 from utils.files import write_text
 from utils.tables import parse_number, read_table, write_csv, write_rows
-from utils.text_table import shorten
+from utils.text_table import list_some, shorten
 
 LONGEST = 1000 * 3600.0  # seconds; a time beyond it is a mistake
 
@@ -88,7 +88,7 @@ def read_timeline(path: str | Path) -> dict[str, list[Segment]]:
     try:
         table = read_table(path)
     except OSError as error:
-        raise UserError(f"{path}: {error.strerror}") from None
+        raise UserError(describe_os_error(error, path)) from None
     missing = {"start", "end", "label"} - set(table.header())
     if missing:
         raise UserError(
@@ -113,8 +113,8 @@ def read_timeline(path: str | Path) -> dict[str, list[Segment]]:
     if not videos and not problems:
         problems.append("holds no segments")
     if problems:
-        more = [f"and {len(problems) - 20:,} more lines"] if len(problems) > 20 else []
-        raise UserError("\n  ".join([f"{path}: not a timeline:", *problems[:20], *more]))
+        listing = list_some(problems, 20, "\n  ")
+        raise UserError(f"{path}: not a timeline:\n  {listing}")
     return {name: [segment for _, segment in pairs] for name, pairs in videos.items()}
 
 

@@ -27,10 +27,12 @@ from config import (
 from dataset import ClipsDataset, require_readable
 from modeling.weights import load_weights
 from models import MODELS, build_model, freeze, keep_frozen_in_eval, model_options
+from training.state import TrainState
 from utils import distributed
 from utils.errors import UserError, require_package
-from utils.files import require_writable
+from utils.files import require_space, require_writable
 from utils.lock import FolderLock
+from utils.text_table import list_some
 from utils.workers import show_batches
 from video.container import ClipError
 from video.motion import Modality
@@ -185,14 +187,16 @@ def require_some_readable(loaders: Mapping[str, DataLoader], classes: Sequence[s
                 break
         else:
             names = ", ".join(classes[label] for label in wanted if label is not None)
-            listing = "\n  ".join(errors[:5])
+            listing = list_some(errors, separator="\n  ")
             raise UserError(
                 f"none of the {split} clips{' of ' + names if names else ''} can be read:\n"
                 f"  {listing}"
             )
 
 
-def check_outputs(config: TrainConfig, folder: str | Path | None) -> None:
+def hold_outputs(
+    config: TrainConfig, folder: str | Path | None
+) -> contextlib.AbstractContextManager:
     """Check, before anything is decoded, that what the training writes can be written.
 
     Of torchrun's processes the first one writes and checks.
@@ -200,18 +204,44 @@ def check_outputs(config: TrainConfig, folder: str | Path | None) -> None:
     Args:
         folder: the run folder (None: a new one below config.run_dir).
 
+    Returns:
+        What keeps other processes out of the run folder, if it is given.
+
     Raises:
         UserError: a folder cannot be written, another process works in it, or a package is missing.
     """
     if distributed.rank():
-        return
+        return contextlib.nullcontext()
     require_writable(folder or config.run_dir, "--run-dir")
-    if folder:
-        FolderLock(folder).release()  # it is taken when the training begins
     if config.feature_cache:
         require_writable(config.feature_cache, "--feature-cache")
     if config.tensorboard:
         require_package("torch.utils.tensorboard", "--tensorboard")
+    return FolderLock(folder, "last.pt") if folder else contextlib.nullcontext()
+
+
+def check_space(state: TrainState, folder: str | Path) -> None:
+    """Check that there is room for the checkpoints, before anything is decoded.
+
+    last.pt holds the weights, with an EMA twice, and AdamW's two averages of each trained value;
+    best.pt holds the weights. While a new last.pt is written, the old one is still there.
+
+    Args:
+        folder: the run folder, or the folder in which a new one will be made. Checkpoints that are
+            in it will be replaced.
+
+    Raises:
+        UserError: there is less room.
+    """
+    if distributed.rank():
+        return
+    weights = sum(value.nbytes for value in state.model.state_dict().values())
+    trained = [p for group in state.optimizer.param_groups for p in group["params"]]
+    last = (2 if state.ema else 1) * weights + 2 * sum(p.nbytes for p in trained)
+    paths = [Path(folder) / name for name in ("last.pt", "best.pt")]
+    replaced = sum(path.stat().st_size for path in paths if path.is_file())
+    what = "two checkpoints and the next one need"
+    require_space(folder, 2 * last + weights - replaced, what, "--run-dir")
 
 
 def check_cache(datasets: Sequence[ClipsDataset]) -> None:

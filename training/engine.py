@@ -22,6 +22,7 @@ from utils import distributed
 from utils.device import autocast, autocast_dtype
 from utils.errors import UserError
 from utils.interrupt import Interrupt, Interrupted
+from utils.text_table import list_some
 from utils.workers import read_batches, show_batches
 from video.motion import Modality
 
@@ -131,7 +132,7 @@ def train_one_epoch(
                     _require_finite(unchecked, loader, config, progress)
                     raise
     if not distributed.all_reduce_sum([progress.running_sums[2]])[0]:
-        examples = "\n  ".join(sorted(progress.unreadable)[:5])
+        examples = list_some(sorted(progress.unreadable), separator="\n  ")
         raise UserError(f"none of the training clips can be read:\n  {examples}")
     if ema:
         ema.broadcast()

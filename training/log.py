@@ -1,5 +1,7 @@
 """The log of a training run: texts for people, train.log, metrics.csv, curves, TensorBoard."""
 
+import contextlib
+import dataclasses
 import logging
 import sys
 from collections import Counter
@@ -17,9 +19,22 @@ from training.state import Progress
 from utils import distributed
 from utils.device import describe_device
 from utils.errors import require_package
-from utils.files import try_write
+from utils.files import try_write, write_json
+from utils.run_dir import log_environment
 from utils.tables import write_table
 from utils.text_table import text_table
+
+
+class _LogFile(logging.FileHandler):
+    """A log file. A disk that is full is no reason to stop, or to print a traceback per line."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        if not isinstance(sys.exc_info()[1], OSError):
+            super().handleError(record)
+
+    def close(self) -> None:
+        with contextlib.suppress(OSError):
+            super().close()
 
 
 def start_log(folder: Path | None) -> None:
@@ -27,8 +42,15 @@ def start_log(folder: Path | None) -> None:
     handlers: list[logging.Handler] = [logging.StreamHandler(sys.stdout)]
     if folder:
         path = folder / "train.log"  # the names of files in it may not be UTF-8
-        handlers.append(logging.FileHandler(path, encoding="utf-8", errors="backslashreplace"))
+        handlers.append(_LogFile(path, encoding="utf-8", errors="backslashreplace"))
     logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=handlers, force=True)
+
+
+def record_settings(folder: Path, config: TrainConfig, device: torch.device) -> None:
+    """Write config.json, unless the run has one, and add an entry to environment.json."""
+    if not (folder / "config.json").exists():
+        write_json(folder / "config.json", dataclasses.asdict(config))
+    log_environment(folder, describe_device(device))
 
 
 def run_header(

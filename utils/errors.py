@@ -3,6 +3,7 @@
 import errno
 import importlib
 import sys
+from pathlib import Path
 from typing import Literal, TypedDict
 
 
@@ -66,10 +67,19 @@ _CAUSES = {
 _CAUSES[errno.EPERM] = _CAUSES[errno.EACCES]
 
 
-def describe_os_error(error: OSError) -> str:
-    """What an error of the operating system is about, its cause and the remedy, in one line."""
-    path = error.filename2 or error.filename  # the target of a rename comes second
-    return f"{path or 'the disk'}: {_CAUSES.get(error.errno, error.strerror or error)}"
+def describe_os_error(error: OSError, path: str | Path | None = None) -> str:
+    """What an error of the operating system is about, its cause and the remedy, in one line.
+
+    Args:
+        path: what the line names (None: the file that the error names).
+    """
+    path = path or error.filename2 or error.filename  # the target of a rename comes second
+    return f"{path or 'the disk'}: {os_error_cause(error)}"
+
+
+def os_error_cause(error: OSError) -> str:
+    """The cause of an error of the operating system and the remedy, without the path."""
+    return _CAUSES.get(error.errno) or error.strerror or str(error)
 
 
 def first_line(error: BaseException) -> str:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from utils.errors import UserError, describe_os_error, first_line
 from utils.structure import find_mismatch
+from utils.text_table import shorten
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -117,12 +118,43 @@ def require_writable(folder: str | Path, flag: str = "--output") -> None:
     try:
         made = make_folder(folder)
         unfinished = unfinished_path(Path(folder) / "writable")
-        unfinished.write_bytes(b" ")
-        unfinished.unlink()
+        try:
+            unfinished.write_bytes(b" ")
+        finally:  # on a full disk there is an empty file
+            unfinished.unlink(missing_ok=True)
     except OSError as error:
-        raise UserError(f"{describe_os_error(error)} ({flag})") from None
+        raise UserError(f"{describe_os_error(error, folder)} ({flag})") from None
     finally:  # a command that fails later leaves no empty folder
         remove_empty(made)
+
+
+def require_space(folder: str | Path, needed: float, what: str, flag: str = "--output") -> None:
+    """Check that a disk has room, before hours of work depend on it.
+
+    Args:
+        folder: it need not exist yet.
+        needed: bytes.
+        what: what needs them, for the message.
+        flag: how the user chooses the folder.
+
+    Raises:
+        UserError: there is less room.
+    """
+    folder = Path(folder).absolute()
+    try:
+        parent = next(path for path in (folder, *folder.parents) if path.exists())
+        total, _, free = shutil.disk_usage(parent)
+    except OSError:  # unknown: the writing will tell
+        return
+    if total and needed > free:  # some network drives say 0
+        raise UserError(
+            f"{folder}: the disk is too small: {what} {_size(needed)}, and {_size(free)} are free: "
+            f"free some space, or write to another disk ({flag})"
+        )
+
+
+def _size(num_bytes: float) -> str:
+    return f"{num_bytes / 1e9:,.1f} GB" if num_bytes >= 1e9 else f"{num_bytes / 1e6:,.1f} MB"
 
 
 def require_writable_file(path: Path, flag: str = "--output") -> None:
@@ -136,12 +168,29 @@ def require_writable_file(path: Path, flag: str = "--output") -> None:
     require_writable(path.parent, flag)
 
 
-def make_folder(folder: str | Path) -> list[Path]:
-    """Make a folder. Returns what was missing of it and its parents, the innermost first."""
-    folder = Path(folder)
+def make_folder(folder: str | Path, new: bool = False) -> list[Path]:
+    """Make a folder. Returns what this call made of it and its parents, the innermost first.
+
+    Args:
+        new: refuse a folder that exists.
+
+    Raises:
+        OSError: that is not possible; nothing of it is left.
+    """
+    folder, made = Path(folder), []
     missing = [path for path in (folder, *folder.parents) if not path.exists()]
-    folder.mkdir(parents=True, exist_ok=True)
-    return missing
+    try:
+        for path in reversed(missing or [folder]):
+            try:
+                path.mkdir()
+                made.insert(0, path)
+            except FileExistsError:  # also where another process has just made it
+                if not path.is_dir() or (new and path == folder):
+                    raise
+    except OSError:
+        remove_empty(made)
+        raise
+    return made
 
 
 def remove_empty(folders: Iterable[Path]) -> None:
@@ -232,10 +281,12 @@ def parse_json(text: str | bytes, source: str, shape: Any = dict) -> dict[str, A
         UserError: it is damaged, or holds something else than `shape`.
     """
     try:
-        content = json.loads(text, parse_constant=_refuse_number, parse_float=_finite)
+        content = json.loads(
+            text, parse_constant=_refuse_number, parse_float=_finite, parse_int=_whole
+        )
     except RecursionError:
         raise UserError(f"{source}: is damaged: brackets in brackets without end") from None
-    except ValueError as error:  # also a number of more than 4300 digits
+    except ValueError as error:
         raise UserError(f"{source}: is damaged: {first_line(error)}") from None
     mismatch = find_mismatch(content, shape)
     if mismatch:
@@ -247,8 +298,14 @@ def _finite(text: str) -> float:
     return float(text) if math.isfinite(float(text)) else _refuse_number(text)
 
 
+def _whole(text: str) -> int:
+    if len(text) > 300:  # as a float it is infinite; of 4301 digits on, int() refuses it
+        raise ValueError(f"a number of {len(text):,} digits")
+    return int(text)
+
+
 def _refuse_number(text: str) -> float:
-    raise ValueError(f"the number {text}")
+    raise ValueError(f"the number {shorten(text)}")
 
 
 def to_markdown(

@@ -3,7 +3,7 @@
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Self
 
 
 class Interrupted(Exception):
@@ -11,7 +11,10 @@ class Interrupted(Exception):
 
 
 class Interrupt:
-    """Turns the first Ctrl-C or SIGTERM into a request to stop; the second one ends at once."""
+    """Turns the first Ctrl-C or SIGTERM into a request to stop; the second one ends at once.
+
+    As a context manager it gives the signals back their handlers at the end.
+    """
 
     def __init__(self) -> None:
         self.signal = 0
@@ -48,6 +51,12 @@ class Interrupt:
         """Give the signals back the handlers that they had before."""
         for number, handler in self._before.items():
             signal.signal(number, handler)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.restore()
 
     def check(self) -> None:
         """Raise Interrupted if this process, or with torchrun any process, was asked to stop.

@@ -1,5 +1,6 @@
 """The folder of a run, `runs/<time>_<model>/`, and what is recorded about its environment."""
 
+import contextlib
 import os
 import platform
 import re
@@ -10,12 +11,16 @@ import time
 from importlib.metadata import version
 from pathlib import Path
 
-from utils.errors import UserError, describe_os_error
+from utils.errors import UserError
 from utils.files import read_json, write_json
+from utils.lock import FolderLock
 
 
-def new_run_dir(run_dir: str | Path, model: str) -> Path:
-    """Make a folder for a run. Two runs started in the same second get two folders.
+def new_run_dir(run_dir: str | Path, model: str, result: str = "") -> FolderLock:
+    """Make a folder for a run, and hold it. Two runs started in the same second get two folders.
+
+    Args:
+        result: see `FolderLock`.
 
     Raises:
         UserError: the folder cannot be made.
@@ -23,13 +28,8 @@ def new_run_dir(run_dir: str | Path, model: str) -> Path:
     name = f"{time.strftime('%Y%m%d-%H%M%S')}_{model}"
     for number in range(1, 1000):
         folder = Path(run_dir) / (name if number == 1 else f"{name}_{number}")
-        try:
-            folder.mkdir(parents=True)
-            return folder
-        except FileExistsError:
-            continue
-        except OSError as error:
-            raise UserError(describe_os_error(error)) from None
+        with contextlib.suppress(FileExistsError):
+            return FolderLock(folder, result, new=True)
     raise UserError(f"{run_dir}: no free name for a run folder")
 
 

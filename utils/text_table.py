@@ -1,4 +1,4 @@
-"""Tables for the terminal, whose columns align whatever the classes are called."""
+"""Tables, lists and shortened texts for the terminal; columns align whatever classes are called."""
 
 import sys
 import unicodedata
@@ -49,6 +49,19 @@ def shorten(text: str, length: int = 80) -> str:
         return text
     start = (2 * length) // 3
     return f"{text[:start]}…{text[start + 1 - length :]}"
+
+
+def list_some(items: Iterable[str], limit: int = 5, separator: str = ", ") -> str:
+    """The first few texts and how many more there are: `a, b, c and 4 more`.
+
+    Args:
+        separator: what stands between two texts; with a line break, each has a line of its own.
+    """
+    items = list(items)
+    text, more = separator.join(items[:limit]), len(items) - limit
+    if more <= 0:
+        return text
+    return text + (separator if "\n" in separator else " ") + f"and {more:,} more"
 
 
 def _cell(value: Any, digits: int) -> str:

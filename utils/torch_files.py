@@ -2,6 +2,7 @@
 
 import contextlib
 import pickle
+import warnings
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import torch
 
 from utils.errors import UserError
 from utils.files import atomic
+from utils.text_table import list_some
 
 _MAX_EXPANSION = 10  # tensors may share memory; more than this is meant to fill it
 _MAX_OBJECTS = 4_000_000  # bytes beside the tensors: torch reads two million of them in a second
@@ -45,7 +47,8 @@ def load_safely(path: Path, remedy: str) -> dict:
     size = path.stat().st_size
     try:
         _check_claims(path)
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings(action="ignore"):  # of kinds of tensors that are refused later
+            state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # flipped bytes raise IndexError, struct.error, AssertionError ...
         reason = error if isinstance(error, _Refused) else _reason(path, start, error)
         raise UserError(
@@ -108,6 +111,6 @@ def _reason(path: Path, start: bytes, error: Exception) -> str:
     if not objects:
         return "it is damaged, or not a file of torch.save"
     return (
-        f"it holds Python objects ({', '.join(objects[:3])}), which could run code; save its "
+        f"it holds Python objects ({list_some(objects, 3)}), which could run code; save its "
         "weights alone, with torch.save(model.state_dict(), FILE)"
     )

@@ -5,7 +5,8 @@ from collections import Counter, deque
 from pathlib import Path, PurePath
 from typing import NamedTuple
 
-from utils.errors import UserError
+from utils.errors import UserError, describe_os_error
+from utils.text_table import list_some
 
 # fmt: off
 VIDEO_SUFFIXES = frozenset({
@@ -76,13 +77,13 @@ def find_videos(folder: Path) -> FoundVideos:
         try:
             entries = list(os.scandir(current))
         except OSError as error:
-            unreadable.append(f"{current} ({error.strerror})")
+            unreadable.append(describe_os_error(error, current))
             continue
         for entry in sorted(entries, key=lambda entry: entry.name):
             try:
                 kind = _passed_over(entry)
             except OSError as error:  # for example links that lead to each other
-                unreadable.append(f"{entry.path} ({error.strerror})")
+                unreadable.append(describe_os_error(error, entry.path))
                 continue
             if kind:
                 passed_over[kind] += 1
@@ -93,9 +94,8 @@ def find_videos(folder: Path) -> FoundVideos:
             else:
                 waiting.appendleft(Path(entry))
     if unreadable:
-        shown, more = sorted(unreadable)[:_MOST_PATHS], len(unreadable) - _MOST_PATHS
-        shown += [f"and {more:,} more"] * (more > 0)
-        raise UserError("\n  ".join([f"{folder}: allow reading these, or take them out:", *shown]))
+        listing = list_some(sorted(unreadable), _MOST_PATHS, "\n  ")
+        raise UserError(f"{folder}: allow reading these, or take them out:\n  {listing}")
     return FoundVideos(sorted(paths), twice, _in_one_line(passed_over))
 
 

@@ -232,8 +232,10 @@ def _histories(run: Run, epoch: int | None) -> list[History]:
     histories = []
     for path in paths:
         table = numeric_columns(_read_table(path) or {})
-        if not len(table.get("epoch", ())):
+        if not len(epochs := table.get("epoch", ())):
             continue
+        if not np.isfinite(epochs).all():
+            raise UserError(f"{path}: is damaged: an epoch is no number")
         own = path.parent == run.home
         best_epoch = epoch if own and epoch else _best_epoch(table, run.config)
         histories.append(History("" if own else path.parent.name, table, best_epoch))

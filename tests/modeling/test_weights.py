@@ -245,9 +245,9 @@ def test_keys_that_do_not_fit_are_counted(tmp_path: Path, tsm: torch.nn.Module) 
     state["layer5.weight"] = torch.zeros(1)
     state["layer1.0.conv1.weight"] = torch.zeros(64, 64, 1, 1)
     message = fails(tsm, save(state, tmp_path / "other.pth"))
-    assert "2 missing, e.g. conv1.weight, bn1.running_mean" in message
-    assert "1 unexpected, e.g. layer5.weight" in message
-    assert "1 of another shape, e.g. layer1.0.conv1.weight" in message
+    assert "2 missing: conv1.weight, bn1.running_mean" in message
+    assert "1 unexpected: layer5.weight" in message
+    assert "1 of another shape or type: layer1.0.conv1.weight" in message
 
 
 def test_own_checkpoint_and_other_classes(tmp_path: Path) -> None:
@@ -282,7 +282,9 @@ def test_vivit_of_another_size(tmp_path: Path) -> None:
     assert model(torch.rand(1, 6, 3, 48, 48)).shape == (1, 5)
     assert "resized" not in load_weights(make_model("vivit", 7, **TINY_VIVIT), path)
     narrow = make_model("vivit", 7, **{**TINY_VIVIT, "dim": 12, "image_size": 48})
-    assert "of another shape, e.g. embedding.cls_token, embedding.positions" in fails(narrow, path)
+    assert "of another shape or type: embedding.cls_token, embedding.positions" in fails(
+        narrow, path
+    )
 
 
 @pytest.mark.parametrize("name", ["resnet18-5c106cde.pth", FILE])

@@ -4,27 +4,22 @@ Each case runs in a process of its own, which is forked from this one: PyTorch i
 """
 
 import ctypes
-import logging
-import multiprocessing
 import os
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from helpers import in_process
 from torch.utils.data import DataLoader, Dataset
 
 import utils.workers
 from dataset import collate, collate_by_value
-from utils.cli import cli_main, end_workers
 from utils.interrupt import Interrupt, Interrupted
 from utils.workers import read_batches, start_worker
-
-pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="processes cannot be forked here")
 
 CLIP = 600_000  # bytes
 
@@ -60,29 +55,6 @@ def read_all(loader: DataLoader, interrupt: Interrupt | None = None) -> None:
         for clip, index in zip(batch.clips, batch.indices, strict=True):
             assert (clip == index).all()
             print("read", index, flush=True)
-
-
-def in_process(function: Callable[[], None], folder: Path, seconds: float = 50) -> tuple[int, str]:
-    """Call a function as a script's `main` in a process. Returns its exit code and its output."""
-
-    def run() -> None:
-        output = os.open(folder / "out.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-        os.dup2(output, 1)
-        os.dup2(output, 2)
-        sys.stdout = sys.stderr = open(1, "w", buffering=1, encoding="utf-8")  # noqa: SIM115
-        logging.basicConfig(stream=sys.stdout, force=True, format="%(message)s")
-        try:
-            cli_main(function)()
-        finally:
-            end_workers()  # as at the end of a script
-
-    process = multiprocessing.get_context("fork").Process(target=run)
-    process.start()
-    process.join(seconds)
-    if process.exitcode is None:
-        process.kill()
-        pytest.fail(f"it hangs:\n{(folder / 'out.txt').read_text()}")
-    return process.exitcode, (folder / "out.txt").read_text(encoding="utf-8")
 
 
 def small_shared_memory() -> None:
@@ -177,7 +149,7 @@ def test_the_death_of_a_worker_that_pytorch_misses_is_found_out(tmp_path: Path) 
         time.sleep(100)
 
     def main() -> None:
-        utils.workers.PATIENCE = 2
+        utils.workers.PATIENCE = 0.5
         clips = Clips(lambda: os.kill(os.getpid(), signal.SIGKILL))
         loader = DataLoader(clips, 6, num_workers=2, worker_init_fn=start_worker)
         batches = iter(loader)
@@ -195,11 +167,12 @@ def test_an_interrupt_is_heard_while_no_batch_comes(tmp_path: Path) -> None:
 
     def main() -> None:
         utils.workers.PATIENCE = 0.5
+        torch.utils.data._utils.MP_STATUS_CHECK_INTERVAL = 0.2  # waits for each worker at the end
         interrupt = Interrupt()
         main_process = os.getpid()
 
         def hang() -> None:
-            time.sleep(2)
+            time.sleep(1.2)
             os.kill(main_process, signal.SIGINT)
             time.sleep(100)
 

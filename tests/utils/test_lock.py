@@ -6,18 +6,24 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from helpers import ROOT, run_script, start_script, train_flags, wait_for
+from helpers import ROOT, start_script, train_flags, wait_for
 
+import ablate
+import cross_validate
+import prepare_data
+import train
 from utils.errors import UserError
 from utils.lock import FolderLock
 
 HOLD = """
 import os, sys, time
 from utils.lock import FolderLock
-lock = FolderLock(sys.argv[1])
+lock = FolderLock(sys.argv[1], beside=sys.argv[2:] == ["beside"])
 child = os.fork()
 if child == 0:
     time.sleep(300)
@@ -27,18 +33,29 @@ time.sleep(300)
 """
 
 
-@pytest.fixture
-def holder(tmp_path: Path):
+@contextmanager
+def held(folder: Path, *beside: str) -> Iterator[tuple[subprocess.Popen, int]]:
     """A process that holds a folder, and the number of a worker that it has forked."""
     process = subprocess.Popen(
-        [sys.executable, "-c", HOLD, str(tmp_path)], cwd=ROOT, stdout=subprocess.PIPE, text=True
+        [sys.executable, "-c", HOLD, str(folder), *beside],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        text=True,
     )
     worker = int(process.stdout.readline())
-    yield process, worker
-    process.kill()
-    process.wait()
-    process.stdout.close()
-    os.kill(worker, signal.SIGKILL)
+    try:
+        yield process, worker
+    finally:
+        process.kill()
+        process.wait()
+        process.stdout.close()
+        os.kill(worker, signal.SIGKILL)
+
+
+@pytest.fixture
+def holder(tmp_path: Path) -> Iterator[tuple[subprocess.Popen, int]]:
+    with held(tmp_path) as processes:
+        yield processes
 
 
 def test_the_second_process_is_told_who_holds_the_folder(holder, tmp_path: Path) -> None:
@@ -87,7 +104,9 @@ def test_a_folder_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
         FolderLock(tmp_path / "file" / "folder")
 
 
-def test_two_trainings_of_one_run(tiny_data: Path, tmp_path: Path) -> None:
+def test_two_trainings_of_one_run(
+    tiny_data: Path, tmp_path: Path, run_main, mistake, no_figures
+) -> None:
     """The second stops at once and disturbs nothing; after a kill the next one goes on."""
     first = start_script("train.py", *train_flags(tiny_data, "--num-workers", 1), cwd=tmp_path)
     wait_for(lambda: list((tmp_path / "runs").glob("*/last.pt")), first)
@@ -95,32 +114,31 @@ def test_two_trainings_of_one_run(tiny_data: Path, tmp_path: Path) -> None:
     os.kill(first.pid, signal.SIGSTOP)  # it would end before the second has begun
     unfinished = run / f".last.{first.pid}.unfinished.pt"
     unfinished.touch()
-    second = run_script("train.py", "--resume", run, cwd=tmp_path, check=False)
-    assert second.returncode == 2
+    second = mistake(train.main, "--resume", run, cwd=tmp_path)
     assert f"another process is working in it (process {first.pid} on " in second.stderr
     assert len(second.stderr.splitlines()) == 1
     assert unfinished.exists()
     os.kill(first.pid, signal.SIGKILL)
     first.join()
-    third = run_script("train.py", "--resume", run, cwd=tmp_path)
+    third = run_main(train.main, "--resume", run, cwd=tmp_path)
     assert "resumed at epoch" in third.stdout
     assert not list(run.glob(".*"))
 
 
 @pytest.mark.parametrize(
-    ("script", "arguments", "lock"),
+    ("script", "arguments", "beside"),
     [
-        ("prepare_data.py", ["cache", "{data}", "--output", "out"], "out/.lock"),
-        ("prepare_data.py", ["split", "{data}", "--output", "out"], ".out.lock"),
-        ("cross_validate.py", ["--resume", "out"], "out/.lock"),
-        ("ablate.py", ["--data-root", "{data}", "--output", "out"], "out/.lock"),
+        (prepare_data, ["cache", "{data}", "--output", "out"], []),
+        (prepare_data, ["split", "{data}", "--output", "out"], ["beside"]),
+        (cross_validate, ["--resume", "out"], []),
+        (ablate, ["--data-root", "{data}", "--output", "out"], []),
     ],
 )
 def test_scripts_stop_where_another_process_works(
-    script, arguments, lock, tiny_data, tmp_path: Path
+    script, arguments, beside, tiny_data, tmp_path: Path, mistake
 ) -> None:
-    folder, name = (tmp_path / lock).parent, Path(lock).name
-    if script == "cross_validate.py":
+    folder = tmp_path / "out"
+    if script is cross_validate:
         (folder / "folds" / "fold1").mkdir(parents=True)
         for split in ("train", "val", "test"):
             (folder / "folds" / "fold1" / f"{split}.csv").touch()
@@ -128,9 +146,29 @@ def test_scripts_stop_where_another_process_works(
         (folder / "config.json").write_text(json.dumps(settings))
     before = sorted(tmp_path.rglob("*"))
     filled = [argument.format(data=tiny_data) for argument in arguments]
-    with FolderLock(folder, name):
-        done = run_script(script, *filled, cwd=tmp_path, check=False)
-    assert done.returncode == 2
-    assert f"another process is working in it (process {os.getpid()} on " in done.stderr
-    assert len(done.stderr.splitlines()) == 1
-    assert sorted(tmp_path.rglob("*")) == before
+    with held(folder, *beside) as (process, _):
+        locked = sorted(tmp_path.rglob("*"))
+        stderr = mistake(script.main, *filled, cwd=tmp_path).stderr
+        assert f"out: another process is working in it (process {process.pid} on " in stderr
+        assert len(stderr.splitlines()) == 1
+        assert sorted(tmp_path.rglob("*")) == locked
+    lock = {folder / ".lock", tmp_path / ".out.lock"} & set(locked)
+    assert set(locked) == {*before, *lock, *([] if beside else [folder])}
+
+
+def test_a_folder_without_its_result_is_removed_if_it_was_made_here(tmp_path: Path) -> None:
+    """With all that is in it, unless there is the result, or the folder was there before."""
+    for result in ("last.pt", "other.pt"):
+        with FolderLock(tmp_path / "runs" / "new", "last.pt", new=True) as lock:
+            (lock.folder / "part").mkdir()
+            (lock.folder / "part" / result).touch()
+        assert not list(tmp_path.iterdir())
+    with FolderLock(tmp_path / "run", "last.pt"):
+        (tmp_path / "run" / "last.pt").touch()
+    (tmp_path / "run" / "last.pt").unlink()
+    (tmp_path / "run" / "notes.txt").touch()
+    with FolderLock(tmp_path / "run", "last.pt"):
+        pass
+    assert [path.name for path in tmp_path.rglob("*")] == ["run", "notes.txt"]
+    with pytest.raises(FileExistsError):
+        FolderLock(tmp_path / "run", new=True)
