@@ -181,7 +181,7 @@ def build_predictor(
     if not fps:
         raise UserError(
             f"{config.run}: does not say at which frame rate it was trained (an older checkpoint, "
-            "or clips without time stamps): give --fps, the frames per second of the training "
+            "or clips whose rate is unknown): give --fps, the frames per second of the training "
             "clips (16 frames of a clip of 1.2 s are 13.3)"
         )
     classes = tuple(state["classes"])

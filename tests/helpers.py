@@ -320,6 +320,26 @@ def write_stamped(
     return path
 
 
+def write_reordered(path: Path, rate: Fraction | int, frames: int = 120, first: int = 0) -> Path:
+    """H.264 of constant rate in which up to 16 B-frames follow the frame that is shown after them.
+
+    Args:
+        first: number of the first frame: the file starts at `first / rate` seconds.
+    """
+    texture = np.random.default_rng(0).integers(0, 255, (100, 120, 3), dtype=np.uint8)
+    options = {"bf": "16", "b_strategy": "0", "x264-params": "scenecut=0"}
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=rate, options=options)
+        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
+        for k in range(frames):
+            image = np.ascontiguousarray(texture[k % 20 : k % 20 + 48, k % 30 : k % 30 + 64])
+            frame = av.VideoFrame.from_ndarray(image, format="rgb24")
+            frame.pts, frame.time_base = first + k, 1 / Fraction(rate)
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+    return path
+
+
 def write_dv(path: Path, frames: int = 50) -> Path:
     """Raw DV, PAL: 25 frames per second."""
     with av.open(str(path), "w", format="dv") as container:

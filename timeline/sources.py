@@ -27,6 +27,7 @@ from video.container import (
     TOLERANT,
     ClipError,
     decoding_stream,
+    duration,
     frame_rate,
     longest_step,
     open_video,
@@ -136,21 +137,22 @@ class Recording(FrameSource):
                 yield from self._read(container, stream)
         except DECODING_ERRORS as error:
             raise ClipError(self.name, f"cannot be read: {reason(error)}") from error
-        if self.duration > self.end + 1.0:
-            self._mark_gap(
-                self.duration, f"the file ends there, but its header says {self.duration:.1f} s"
-            )
 
     def _read(
         self, container: av.container.InputContainer, stream: av.VideoStream
     ) -> Iterator[Frame]:
-        self.duration = max(0.0, (container.duration or 0) / av.time_base)
+        origin = (container.start_time or 0) / av.time_base
+        self.duration = (container.duration or 0) / av.time_base
+        if "matroska" in container.format.name:  # it says when the last frame ends
+            self.duration -= origin
+        self.duration = max(0.0, self.duration)
         packets = read_packets(container, stream)
         head = list(itertools.islice(packets, HEAD))
-        interval = 1 / self._find_rate(stream, head)
-        origin = (container.start_time or 0) / av.time_base
+        interval = 1 / self._find_rate(stream, head, duration(container, stream))
         max_step = longest_step(interval)  # a longer time between two frames is a gap
         items = decode_packets(itertools.chain(head, packets))
+        if container.format.name == "avi":
+            items = _in_decoding_time(items)
         trusted, error, lost_at = True, "", -math.inf
         for item, seconds in _with_times(items, origin, interval, max_step):
             if isinstance(item, str):
@@ -183,21 +185,28 @@ class Recording(FrameSource):
             raise ClipError(self.name, f"holds no frame that can be decoded{detail}")
         if error and self.duration > self.end + interval:
             self._mark_gap(self.duration, error)
+        elif self.duration > self.end + max_step:
+            self._mark_gap(
+                self.duration, f"the file ends there, but its header says {self.duration:.1f} s"
+            )
 
-    def _find_rate(self, stream: av.VideoStream, head: list[av.Packet | str]) -> float:
+    def _find_rate(
+        self, stream: av.VideoStream, head: list[av.Packet | str], seconds: float
+    ) -> float:
         """The video's frames per second by its first packets; a note if they do not tell it."""
         stamps = [(p.pts, p.dts) for p in head if isinstance(p, av.Packet) and p.size]
-        is_whole = len(head) < HEAD
-        self.rate = frame_rate(stream, stamps, self.duration if is_whole else 0.0)
-        if self.rate:
-            return self.rate
+        self.rate, doubt = frame_rate(stream, stamps, seconds, len(head) < HEAD)
         header = float(stream.guessed_rate or 0)
-        assumed = header if 1 <= header <= MAX_RATE else 25.0
-        if all(stamp == (None, None) for stamp in stamps):
+        used = self.rate or (header if 1 <= header <= MAX_RATE else 25.0)
+        if doubt:
             self.notes.append(
-                f"the file holds no time stamps: all times assume {assumed:g} frames per second"
+                f"{doubt}: {used:.4g} frames per second are assumed where a time stamp is missing"
             )
-        return assumed
+        elif not self.rate and all(stamp == (None, None) for stamp in stamps):
+            self.notes.append(
+                f"the file holds no time stamps: all times assume {used:g} frames per second"
+            )
+        return used
 
 
 class FileSource(Recording):
@@ -266,6 +275,21 @@ def decode_packets(packets: Iterable[av.Packet | str]) -> Iterator[av.VideoFrame
             yield from packet.decode()
         except DECODING_ERRORS as error:
             yield reason(error)
+
+
+def _in_decoding_time(items: Iterator[av.VideoFrame | str]) -> Iterator[av.VideoFrame | str]:
+    """The items with frames that are stamped with decoding times, moved to begin at 0.
+
+    AVI holds no presentation times. Those that FFmpeg makes up run backwards where there are
+    B-frames. Decoders return frames in the right order, a constant number of frames later.
+    """
+    delay: int | None = None
+    for item in items:
+        if isinstance(item, av.VideoFrame):
+            if delay is None:  # no decoder waits for more than 16 frames: before, some are missing
+                delay = item.dts if item.dts and item.dts <= 16 else 0
+            item.pts = None if item.dts is None else item.dts - delay
+        yield item
 
 
 def _with_times(

@@ -17,8 +17,8 @@ LUMA = (0.299, 0.587, 0.114)
 # Larger frames are decompression bombs and do not come from an endoscope: 8K is 33 million pixels.
 MAX_PIXELS = 8192 * 4608
 
-# Frames per second above which a rate is not believed.
-MAX_RATE = 240.0
+# Frames per second above which time stamps alone are not believed. Milliseconds round 240 up.
+MAX_RATE = 250.0
 
 # Container formats that are opened. Playlists (HLS, DASH, concat, SDP) are left out, because the
 # reader would open any file or address that they name.
@@ -123,7 +123,7 @@ def probe(path: Path) -> VideoMetadata:
             stream = container.streams[index]
             context = stream.codec_context
             stamps = [(p.pts, p.dts) for p in container.demux(stream) if p.size]
-            rate = frame_rate(stream, stamps, duration(container, stream))
+            rate, _ = frame_rate(stream, stamps, duration(container, stream))
             seconds = len(stamps) / rate if rate else 0.0
             size = context.width, context.height
             return VideoMetadata(len(stamps), seconds, rate, *size, context.name)
@@ -151,31 +151,54 @@ def frame_rate(
     stream: av.VideoStream,
     stamps: Sequence[tuple[int | None, int | None]],
     seconds: float = 0.0,
-) -> float:
-    """Mean frames per second of a stream outside pauses; 0 if its packets do not tell it.
+    is_whole: bool = True,
+) -> tuple[float, str]:
+    """Mean frames per second of a stream outside pauses, and a doubt about its time stamps.
 
     The header is believed only where the packets agree. Where it holds no rate, FFmpeg takes the
     time base for one: a browser's WebM would have 1000 frames per second, and raw DV 60000.
 
     Args:
         stamps: presentation and decoding time of each packet, in units of the stream's time base.
-        seconds: duration of all these packets, for streams without usable times; 0: unknown.
+        seconds: duration of the stream; 0: unknown.
+        is_whole: whether these are all packets of the stream, and not only its first ones.
+
+    Returns:
+        The rate, 0 if the packets do not tell it; and what the time stamps say, if that is not
+        believed (else an empty text).
     """
-    # Some containers store only one of the two, or leave some out.
-    known = max(([t for t in times if t is not None] for times in zip(*stamps, strict=True)),
-                key=len, default=[])  # fmt: skip
-    rates = []
+    pts, dts = ([row[k] for row in stamps if row[k] is not None] for k in (0, 1))
+    known = max(pts, dts, key=len)  # some containers store only one of the two, or leave some out
+    if not is_whole:
+        # Later packets may be shown between these ones (B-frames), but none before the newest dts.
+        known = [time for time in known if time <= max(dts, default=time)]
+    tick = float(stream.time_base)
+    rate = 0.0
     if len(known) > max(1, len(stamps) / 2):
-        steps = np.diff(np.sort(known)) * float(stream.time_base)
+        steps = np.diff(np.sort(known)) * tick
         steps = steps[steps <= longest_step(float(np.median(steps)))]
-        rates.append(len(steps) / steps.sum() if steps.any() else 0.0)
-    if seconds:
-        rates.append(len(stamps) / seconds)
-    measured = next((rate for rate in rates if 0 < rate <= MAX_RATE), 0.0)
-    # Times in whole milliseconds, or the length of the last frame, change a rate a little.
-    headers = map(float, filter(None, (stream.average_rate, stream.guessed_rate)))
-    agreeing = (rate for rate in headers if abs(rate - measured) <= 0.03 * measured)
-    return next(agreeing, float(measured))
+        rate = len(steps) / float(steps.sum()) if steps.any() else 0.0
+    mean = len(stamps) / seconds if seconds and is_whole else 0.0
+    headers = [float(header) for header in (stream.average_rate, stream.guessed_rate) if header]
+    doubt = ""
+    # Cameras for slow motion are this fast, and so are wrong stamps: the whole file must agree. One
+    # frame per tick of a clock of milliseconds is the time base again. (AVI's base is its rate.)
+    if rate > MAX_RATE and (
+        not any(_are_near(header, rate) for header in headers)
+        or (mean and not _are_near(mean, rate, 0.1))
+        or (rate > 900 and _are_near(1 / tick, rate))
+    ):
+        doubt = f"its time stamps say {rate:.4g} frames per second, and nothing else confirms that"
+        rate = 0.0
+    if not rate and mean <= MAX_RATE:
+        rate = mean
+    agreeing = (header for header in headers if _are_near(header, rate))
+    return min(agreeing, key=lambda header: abs(header - rate), default=rate), doubt
+
+
+def _are_near(rate: float, reference: float, tolerance: float = 0.03) -> bool:
+    """Whether two rates are one: milliseconds, or the last frame's length, change one a little."""
+    return abs(rate - reference) <= tolerance * reference
 
 
 def count_packets(path: Path, index: int) -> int:

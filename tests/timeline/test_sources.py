@@ -8,19 +8,20 @@ import threading
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from fractions import Fraction
 from pathlib import Path
 
 import av
 import numpy as np
 import pytest
-from helpers import write_dv, write_stamped
+from helpers import write_dv, write_reordered, write_stamped
 
 from clips.manifest import UNREADABLE
 from timeline.live_source import LiveSource, is_live, open_address
 from timeline.output import safe_name
 from timeline.prefetch import QUEUE_SIZE, Prefetcher
 from timeline.sources import FileSource, Frame, FrameSource
-from video.container import ClipError
+from video.container import ClipError, probe
 from video.decoder import read_frames
 from video.encoder import write_video
 
@@ -391,6 +392,42 @@ def test_files_whose_header_has_no_frame_rate(tmp_path: Path, fps: float) -> Non
     assert source.rate == pytest.approx(30, rel=0.002)
     assert source.end == pytest.approx(2, abs=0.01)
     assert source.gaps == source.notes == []
+
+
+@pytest.mark.parametrize("suffix", ["mp4", "mkv", "ts", "avi"])
+@pytest.mark.parametrize("rate", [25, 50, Fraction(30000, 1001), Fraction(1, 2), 480])
+def test_b_frames_change_neither_rate_nor_times(tmp_path: Path, suffix: str, rate) -> None:
+    """The first packets lack frames that are shown between them. AVI has no presentation times."""
+    path = write_reordered(tmp_path / f"b.{suffix}", rate)
+    source = FileSource(path, 1e6, 16)
+    times = [frame.time for frame in source]
+    assert source.rate == pytest.approx(float(rate), rel=1e-3)
+    assert probe(path).rate == pytest.approx(float(rate), rel=1e-3)
+    assert times == pytest.approx(np.arange(120) / float(rate), abs=0.001)
+    assert source.end == pytest.approx(120 / float(rate), abs=0.001)
+    assert source.duration <= source.end + 0.001  # the timeline ends with the last frame
+    assert source.gaps == source.notes == []
+
+
+@pytest.mark.parametrize("suffix", ["mp4", "mkv", "ts", "flv"])
+def test_a_clock_that_does_not_begin_at_zero(tmp_path: Path, suffix: str) -> None:
+    source = FileSource(write_reordered(tmp_path / f"b.{suffix}", 25, first=125), ALL, 16)
+    assert times_of(source) == pytest.approx(np.arange(120) / 25)
+    assert source.end == pytest.approx(4.8)
+    assert source.duration == pytest.approx(4.8, abs=0.1)
+    assert source.gaps == []
+
+
+def test_a_rate_that_nothing_confirms_is_told(tmp_path: Path) -> None:
+    """A frame in each millisecond may be 1000 frames per second, or no clock at all."""
+    path = write_stamped(tmp_path / "a.mkv", range(60), "mpeg4")
+    source = FileSource(path, 1e6, 16)
+    assert times_of(source) == pytest.approx(np.arange(60) / 1000)
+    assert source.rate == probe(path).rate == 0
+    assert source.notes == [
+        "its time stamps say 1000 frames per second, and nothing else confirms that: 25 frames "
+        "per second are assumed where a time stamp is missing"
+    ]
 
 
 @pytest.mark.skipif("dvvideo" not in av.codecs_available, reason="FFmpeg without DV")
