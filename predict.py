@@ -25,7 +25,7 @@ import tyro
 from config import Precision
 from utils.cli import cli_main, parse
 from utils.errors import UserError, require_package
-from video.files import find_videos
+from video.files import find_videos, no_video
 
 if TYPE_CHECKING:
     import numpy as np
@@ -131,8 +131,7 @@ def find_sources(texts: tuple[str, ...]) -> list[str | Path]:
         elif path.is_dir():
             found = find_videos(path)
             if not found.paths:
-                remark = found.passed_over or "it is empty"
-                raise UserError(f"{path}: no videos in this folder ({remark})")
+                raise UserError(no_video(path, found))
             sources += found.paths
             if found.passed_over:
                 print(f"{path}: {found.passed_over}")

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from clips.manifest import CLASSES, is_number, parse_label, resolve_path
 from clips.manifest_formats import Record, parse_slam_filename, read_records
 from utils.errors import UserError
-from video.files import find_videos, is_video
+from video.files import find_videos, is_video, no_video
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -109,8 +109,7 @@ def _folder_records(folder: Path) -> tuple[list[Record], list[str]]:
     """The videos in a folder as rows of a manifest, and the problems with it."""
     found = find_videos(folder)
     if not found.paths:
-        remark = found.passed_over or "it is empty"
-        return [], [f"{folder}: holds neither train.csv nor any video ({remark})"]
+        return [], [no_video(folder, found, "neither train.csv nor any video")]
     if found.passed_over:
         print(f"{folder}: {found.passed_over}")
     records, classes = [], set()

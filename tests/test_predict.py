@@ -89,10 +89,11 @@ def run(
     threshold: float = 0.4,
     model: nn.Module | None = None,
     frame_filter: FrameFilter | None = None,
+    stride: int = 2,
 ) -> Timeline:
     source = FileSource(path, 10.0, 16)
     config = smoothing(method, threshold)
-    with VideoPredictor(source, predictor(model), config, folder, frame_filter) as video:
+    with VideoPredictor(source, predictor(model, stride), config, folder, frame_filter) as video:
         return video.run("test")
 
 
@@ -231,14 +232,15 @@ def test_an_error_in_the_middle_keeps_what_is_known(video: Path, tmp_path: Path)
 
 
 @pytest.mark.parametrize(
-    "kind", ["damaged", "outside", "all outside", "flicker", "short", "pause", "one frame"]
+    "kind",
+    ["damaged", "outside", "all outside", "flicker", "short", "pause", "one frame", "stride"],
 )
 def test_all_outputs_agree_where_something_was_predicted(
-    kind: str, video: Path, tmp_path: Path
+    kind: str, video: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """frames.csv, timeline.csv, timeline.html and timeline.png, of what is not seen in parts."""
     frame_filter, path = None, tmp_path / "video.mkv"
-    if kind == "damaged":
+    if kind in ("damaged", "stride"):
         damage(video, path)
     elif kind in ("outside", "all outside", "flicker"):
         shutil.copy(video, path)
@@ -253,7 +255,10 @@ def test_all_outputs_agree_where_something_was_predicted(
         write_stamped(path, [*range(0, 600, 40), *range(4000, 4600, 40)], "mpeg4")
     else:
         write_video(path, painted([("dark", 0.2 if kind == "short" else 0.04)]), 25)
-    timeline = run(path, tmp_path / "out", frame_filter=frame_filter)
+    stride = 30 if kind == "stride" else 2
+    timeline = run(path, tmp_path / "out", frame_filter=frame_filter, stride=stride)
+    pictures = []
+    monkeypatch.setattr("evaluation.plots.save_figure", lambda *saved: pictures.append(saved[0]))
     write_outputs(tmp_path / "out", timeline, path, {})
 
     table = np.array(rows_of(tmp_path / "out" / "frames.csv")[1:], float).reshape(-1, 4)
@@ -281,12 +286,20 @@ def test_all_outputs_agree_where_something_was_predicted(
         for s in segments
     ]
     curves = np.frombuffer(base64.b64decode(data["curves"]), np.uint8).reshape(3, -1).T
-    np.testing.assert_array_equal(curves, probability_curves(timeline))  # as in timeline.png
+    np.testing.assert_array_equal(curves, probability_curves(timeline))
     edges = np.linspace(0, duration, len(curves) + 1)
+    drawn = [patch.get_data() for patch in pictures[0].axes[0].patches]
+    assert len(drawn) == 3
+    for number, (heights, ends, baseline) in enumerate(drawn):
+        np.testing.assert_array_equal(ends, edges)
+        expected = np.where(curves[:, number] == NO_PREDICTION, np.nan, curves[:, number] / 254)
+        np.testing.assert_allclose((baseline - heights) / 0.5, expected, atol=1e-9)
     is_known = (curves != NO_PREDICTION).all(axis=1)
     assert (is_known == (curves != NO_PREDICTION).any(axis=1)).all()
     per_bin = np.histogram(times, edges)[0]
     assert is_known[per_bin > 0].all()
+    distance = np.abs(edges[:-1, None] - times).min(axis=1, initial=math.inf)
+    assert (distance[is_known] < 2 * max(0.2, stride / 10) + 0.1).all() or len(times) == 1
     for segment in segments:
         if segment.label in (UNREADABLE, OUT_OF_BODY):
             is_within = (edges[:-1] >= segment.start) & (edges[1:] <= segment.end)
@@ -349,6 +362,7 @@ def test_a_newcomer_is_told_what_the_model_sees(runs, run_main, tmp_path: Path) 
         assert sum(text in line for line in lines if line.startswith("note: ")) == count
     assert any("in 3.0 s of video at 3 frames per second" in line for line in lines)
     page = (tmp_path / "a.mp4.timeline" / "timeline.html").read_text()
+    page = re.sub(r"</?span[^>]*>", "", page)
     assert all(text in html.unescape(page) for text in (slow, remedy, window))
     assert read_timeline(tmp_path / "a.mp4.timeline" / "timeline.csv")[""][0].label == UNCERTAIN
     ended = run_main(main, "run.pt", "a.mp4", "--target-error", "1", cwd=tmp_path)
@@ -553,7 +567,7 @@ def test_sources(tmp_path: Path, capsys) -> None:
     for texts, message in (
         ((), "no source"),
         (("missing.mp4",), "no such file"),
-        ((str(tmp_path / "empty"),), "no videos in this folder .passed over: 1 .txt."),
+        ((str(tmp_path / "empty"),), "holds no video .passed over: 1 .txt."),
         ((str(tmp_path / "deep"), "0"), "must be the only source"),
     ):
         with pytest.raises(UserError, match=message):

@@ -487,6 +487,8 @@ def test_results_that_cannot_be_reported(run: Path, tmp_path: Path) -> None:
         load_report_data(folder)
 
 
+KAZAKH = ("Құрсақ қуысына кіру", "Қысқыш салу", "Ілгекпен кесу", "Жергілікті көрініс", "Тігу")
+
 FIFTY_LETTERS = (
     *(f"a_class_of_exactly_fifty_letters_in_all_with_end_{c}" for c in "abc"),
     "W" * 50,
@@ -545,8 +547,8 @@ def test_the_printed_page_is_light_and_complete(browser, hostile: tuple[Path, st
 
 @pytest.mark.parametrize(
     "classes",
-    [("cut", "sew"), CLASSES, HOSTILE, (*LONG_NAMES, *"abcdef"), FIFTY_LETTERS],
-    ids=["short", "SLAM", "hostile", "long", "fifty letters"],
+    [("cut", "sew"), CLASSES, KAZAKH, HOSTILE, (*LONG_NAMES, *"abcdef"), FIFTY_LETTERS],
+    ids=["short", "SLAM", "Kazakh", "hostile", "long", "fifty letters"],
 )
 def test_all_texts_are_whole(browser, tmp_path: Path, classes: tuple[str, ...]) -> None:
     predictions = make_predictions(classes, missing_classes=min(6, len(classes) - 1))

@@ -71,7 +71,8 @@ def bin_probabilities(
 
     A bin holds the mean of its predictions, 0 to 254 for 0 to 1. With means, the classes still add
     up to one and agree with the confidence of the segments. A prediction holds until the next one
-    is due; where there is none, as in a stretch that could not be read, the bin is NO_PREDICTION.
+    is due, also where the model becomes slower; where there is none, as in a stretch that could not
+    be read, the bin is NO_PREDICTION.
 
     Args:
         times: `(N,)` seconds.
@@ -88,7 +89,8 @@ def bin_probabilities(
         return np.empty((0, num_classes), np.uint8)
     order = np.argsort(times, kind="stable")
     times, probabilities = times[order], probabilities[order]
-    interval = float(np.median(np.diff(times))) if len(times) > 1 else duration
+    steps = np.diff(times)
+    interval = float(np.median(steps)) if len(times) > 1 else duration
     max_bins = max(1, min(max_bins, MAX_VALUES // num_classes))
     bins = min(max_bins, math.ceil(duration / interval)) if interval > 0 else max_bins
     edges = np.arange(bins) * (duration / bins)
@@ -99,7 +101,10 @@ def bin_probabilities(
     means = np.stack(sums, axis=1) / np.maximum(count, 1)[:, None]
 
     before = np.searchsorted(times, edges, "right") - 1  # the last prediction before each bin
-    is_held = (count == 0) & (before >= 0) & (edges - times[before] < 2 * interval)
+    # A single long step is a gap, but two in a row are a slower model.
+    steps = np.append(steps, [0, 0])
+    due = times + np.maximum(2 * interval, 1.5 * np.minimum(steps[:-1], steps[1:]))
+    is_held = (count == 0) & (before >= 0) & (edges < due[before])
     means[is_held] = probabilities[before[is_held]]
     values = np.round(254 * np.clip(means, 0, 1)).astype(np.uint8)
     values[(count == 0) & ~is_held] = NO_PREDICTION

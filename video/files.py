@@ -46,6 +46,11 @@ class FoundVideos(NamedTuple):
     """how many files and folders of each kind were not read, in one line; empty if none were"""
 
 
+def no_video(folder: Path, found: FoundVideos, wanted: str = "no video") -> str:
+    """The error message for a folder without a video: what it holds instead."""
+    return f"{folder}: holds {wanted} ({found.passed_over or 'it is empty'})"
+
+
 def is_video(name: str) -> bool:
     """Whether a file name has the extension of a video."""
     return PurePath(name.strip()).suffix.lower() in VIDEO_SUFFIXES

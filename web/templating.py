@@ -69,10 +69,10 @@ def break_points(name: str) -> list[str]:
     ]
 
 
-def has_long_words(names: Iterable[str]) -> bool:
-    """Whether a name holds a word that is too long for a narrow column."""
+def has_long_words(names: Iterable[str], longest: int = 9) -> bool:
+    """Whether a name holds a word of more than `longest` letters: too long for a narrow column."""
     words = (word for name in names for part in break_points(name) for word in part.split())
-    return any(len(word) > 9 for word in words)
+    return any(len(word) > longest for word in words)
 
 
 def unbroken(text: str) -> Markup:

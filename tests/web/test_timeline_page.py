@@ -103,6 +103,15 @@ def test_a_prediction_holds_until_the_next_is_due() -> None:
     assert shown == [None, 0.1, 0.25, 0.3, 0.4, 0.4, 0.4, None, 0.8, 0.8, 0.9, 0.9]
 
 
+def test_a_model_that_becomes_slower_leaves_no_holes() -> None:
+    times = np.concatenate([np.arange(0, 100, 0.04), np.arange(100, 120, 0.2), [130, 130.2]])
+    curves = bin_probabilities(times, np.ones((len(times), 1)), 131.0)
+    starts = np.arange(len(curves)) * 131.0 / len(curves)
+    is_known = curves[:, 0] != NO_PREDICTION
+    assert is_known[starts < 120].all()
+    assert not is_known[(starts > 120.4) & (starts < 129.9)].any()
+
+
 @pytest.mark.parametrize("number", [0, 1])
 def test_curves_of_few_predictions(number: int) -> None:
     curves = bin_probabilities(np.zeros(number), np.ones((number, 2)), 5.0)
