@@ -135,6 +135,7 @@ class Recording(FrameSource):
     def _packets(
         self, container: av.container.InputContainer, stream: av.VideoStream
     ) -> Iterator[av.Packet | str]:
+        """The packets, see `read_packets`; a source may explain the messages."""
         return read_packets(container, stream)
 
     def __iter__(self) -> Iterator[Frame]:
