@@ -564,6 +564,7 @@ def test_sources(tmp_path: Path, capsys) -> None:
     assert f"{tmp_path}: passed over: 2 .txt, 1 made by predict.py\n" == capsys.readouterr().out
     assert find_sources(("0",)) == ["0"]
     assert find_sources(("-",)) == ["-"]
+    assert find_sources(("HTTP://host/a.mp4",)) == ["HTTP://host/a.mp4"]
     for texts, message in (
         ((), "no source"),
         (("missing.mp4",), "no such file"),

@@ -26,6 +26,10 @@ _PROTOCOLS = ",".join((*_SCHEMES, "rtp", "srtp", "tls", "crypto", "httpproxy"))
 
 _TIMEOUT = 10.0  # seconds
 
+_PLAYLISTS = ("hls", "dash")
+
+_ADVICE = "; download it and predict the file"
+
 
 def open_address(
     address: str,
@@ -43,10 +47,10 @@ def open_address(
         ClipError: the http address cannot be opened, or sends no video.
     """
     source = LiveSource(address, fps, size, preview, reconnect_timeout)
-    if not address.startswith(("http://", "https://")):
+    if not source.address.startswith(("http://", "https://")):
         return source
     container = source.connect()
-    is_playlist = container.format.name in ("hls", "dash")
+    is_playlist = container.format.name in _PLAYLISTS
     if container.duration or (container.size > 0 and not is_playlist):
         return AddressSource(container, source.name, fps, size, preview)
     source.container = container
@@ -70,18 +74,44 @@ class AddressSource(Recording):
         preview: bool = False,
     ) -> None:
         super().__init__(name, fps, size, preview)
+        self.in_parts = container.format.name in _PLAYLISTS
         self._container = container
+        self._size = 0 if self.in_parts else max(0, container.size)
+        self._received = 0
+        """bytes of the file up to the end of the newest packet"""
+        self._problem = ""
+        """why no more packets came"""
 
     def _open(self) -> av.container.InputContainer:
         return self._container
+
+    def _packets(
+        self, container: av.container.InputContainer, stream: av.VideoStream
+    ) -> Iterator[av.Packet | str]:
+        """The packets, and messages that say what the connection did."""
+        asked = time.monotonic()
+        for item in read_packets(container, stream):
+            if isinstance(item, str):
+                self._problem = _describe(item, time.monotonic() - asked)
+                if self._problem.startswith("invalid data"):  # so is called what an MP4 lacks
+                    self._problem = "the connection ended, or the file is damaged"
+                item = self._problem + _ADVICE
+            elif item.size:
+                self._received = max(self._received, (item.pos or 0) + item.size)
+                self._problem = ""
+            yield item
+            asked = time.monotonic()
 
     def __iter__(self) -> Iterator[Frame]:
         try:
             yield from super().__iter__()
         except ClipError as error:
             # Of a server that sends no parts of a file, an MP4 with its index at the end is such.
-            advice = "; download it and predict the file"
-            raise ClipError(self.name, error.reason + advice) from error
+            raise ClipError(self.name, error.reason.removesuffix(_ADVICE) + _ADVICE) from error
+        is_cut = self._received < 0.9 * self._size or self._problem.startswith("no data")
+        if is_cut and self.duration < 0.9 * self.end:  # the duration, if any, does not show it
+            problem = self._problem or f"only {self._received / self._size:.0%} of the file came"
+            self.notes.append(f"from {self.end:.1f} s on unreadable: {problem}{_ADVICE}")
 
 
 class LiveSource(FrameSource):
@@ -107,7 +137,8 @@ class LiveSource(FrameSource):
     ) -> None:
         name = f"camera {address}" if address.isdecimal() else strip_credentials(address)
         super().__init__(name, fps, size, preview)
-        self.address = address
+        scheme, separator, rest = address.partition("://")
+        self.address = scheme.lower() + separator + rest  # FFmpeg knows small letters only
         self.reconnect_timeout = reconnect_timeout
         self.container: av.container.InputContainer | None = None
         """a connection that is open already and used first"""
@@ -161,6 +192,7 @@ class LiveSource(FrameSource):
         Raises:
             ClipError: it cannot be opened, or sends no video.
         """
+        began, cause, message = time.monotonic(), None, ""
         try:
             if self.address.isdecimal():
                 container = _open_camera(int(self.address))
@@ -169,22 +201,34 @@ class LiveSource(FrameSource):
                 if self.address.startswith("rtsp"):
                     options["rtsp_transport"] = "tcp"  # with UDP, lost packets smear frames
                 container = av.open(self.address, options=options, timeout=_TIMEOUT, **TOLERANT)
-            if not container.streams.video:
-                container.close()
-                raise ClipError(self.name, "sends no video")
-            return container
+            if container.streams.video:
+                return container
+            container.close()
         except DECODING_ERRORS as error:
-            raise ClipError(self.name, f"cannot be opened: {_describe(reason(error))}") from error
+            cause, message = error, reason(error)
+        problem = _describe(message, time.monotonic() - began)
+        if problem != message:
+            problem += ": check the address, the network and the server"
+        problem = f"cannot be opened: {problem}" if problem else "sends no video"
+        raise ClipError(self.name, problem) from cause
 
 
 def is_live(text: str) -> bool:
     """Whether a text is the number of a camera or the address of a stream."""
-    return text.isdecimal() or text.partition("://")[0] in _SCHEMES
+    scheme, separator, _ = text.partition("://")
+    return text.isdecimal() or bool(separator and scheme.lower() in _SCHEMES)
 
 
-def _describe(message: str) -> str:
-    """FFmpeg's message for a timeout in plain words; other messages as they are."""
-    return f"no answer within {_TIMEOUT:.0f} s" if message.startswith("immediate exit") else message
+def _describe(message: str, waited: float = 0.0) -> str:
+    """FFmpeg's message about a connection in plain words; other messages as they are.
+
+    Args:
+        waited: seconds until the message came. After a timeout, many demuxers report what they
+            make of the data so far.
+    """
+    if message.startswith("immediate exit") or waited >= 0.9 * _TIMEOUT:
+        return f"no data came within {_TIMEOUT:g} s"
+    return "the connection ended" if message in ("input/output error", "end of file") else message
 
 
 def _open_camera(index: int) -> av.container.InputContainer:

@@ -126,8 +126,17 @@ class FrameSource(ABC):
 class Recording(FrameSource):
     """A video with a beginning, an end, and timestamps."""
 
+    in_parts = False
+    """whether the video is a playlist of parts, each of which can be missing by itself"""
+
     @abstractmethod
     def _open(self) -> av.container.InputContainer: ...
+
+    def _packets(
+        self, container: av.container.InputContainer, stream: av.VideoStream
+    ) -> Iterator[av.Packet | str]:
+        """The packets, see `read_packets`; a source may explain the messages."""
+        return read_packets(container, stream)
 
     def __iter__(self) -> Iterator[Frame]:
         try:
@@ -146,18 +155,22 @@ class Recording(FrameSource):
         if "matroska" in container.format.name:  # it says when the last frame ends
             self.duration -= origin
         self.duration = max(0.0, self.duration)
-        packets = read_packets(container, stream)
+        packets = self._packets(container, stream)
         head = list(itertools.islice(packets, HEAD))
         interval = 1 / self._find_rate(stream, head, duration(container, stream))
-        max_step = longest_step(interval)  # a longer time between two frames is a gap
+        # A longer time between two frames is a gap. The parts of a playlist can be short.
+        max_step = longest_step(interval, 0.25 if self.in_parts else 1.0)
         items = decode_packets(itertools.chain(head, packets))
         if container.format.name == "avi":
             items = _in_decoding_time(items)
         trusted, error, lost_at = True, "", -math.inf
+        first = next((packet for packet in head if isinstance(packet, av.Packet)), None)
         for item, seconds in _with_times(items, origin, interval, max_step):
             if isinstance(item, str):
-                error, trusted, lost_at = error or item, False, self.end
+                error, trusted, lost_at = item, False, self.end
                 continue
+            if first and not first.is_keyframe:  # FFmpeg may lose a packet while it opens a file
+                first, error = None, error or "the first key frame is missing"
             # After an error the decoder patches frames up from others until the next key frame.
             # If frames are missing after that, the damage goes on.
             if seconds > lost_at + RECOVERY:
@@ -186,16 +199,21 @@ class Recording(FrameSource):
         if error and self.duration > self.end + interval:
             self._mark_gap(self.duration, error)
         elif self.duration > self.end + max_step:
-            self._mark_gap(
-                self.duration, f"the file ends there, but its header says {self.duration:.1f} s"
-            )
+            problem = "the file ends there, but its header says"
+            if self.in_parts:
+                problem = "parts of the playlist are missing at its start or its end: it says"
+            self._mark_gap(self.duration, f"{problem} {self.duration:.1f} s")
 
     def _find_rate(
         self, stream: av.VideoStream, head: list[av.Packet | str], seconds: float
     ) -> float:
         """The video's frames per second by its first packets; a note if they do not tell it."""
-        stamps = [(p.pts, p.dts) for p in head if isinstance(p, av.Packet) and p.size]
-        self.rate, doubt = frame_rate(stream, stamps, seconds, len(head) < HEAD)
+        # Packets are missing where an error is: the rate is that of the longest piece without one.
+        pieces = itertools.groupby(head, key=lambda item: isinstance(item, str))
+        packets = max((list(piece) for is_error, piece in pieces if not is_error), key=len)
+        stamps = [(packet.pts, packet.dts) for packet in packets if packet.size]
+        is_whole = len(packets) == len(head) < HEAD
+        self.rate, doubt = frame_rate(stream, stamps, seconds, is_whole)
         header = float(stream.guessed_rate or 0)
         used = self.rate or (header if 1 <= header <= MAX_RATE else 25.0)
         if doubt:
@@ -249,32 +267,55 @@ class PipeSource(Recording):
 def read_packets(
     container: av.container.InputContainer, stream: av.VideoStream
 ) -> Iterator[av.Packet | str]:
-    """All packets that can be read, and an error message in place of each one that cannot."""
-    failures = 0  # one after the other
+    """All packets that can be read, and an error message in place of those that cannot.
+
+    The last packet is empty: for it, the decoder returns the frames that it holds back.
+    """
+    failures, problem = 0, ""  # one after the other
     while failures < 50:
         try:
             # An error ends PyAV's iterator; a new iterator continues behind the damage.
             for packet in container.demux(stream):
-                yield packet
+                if packet.size and problem:
+                    yield problem
+                    problem = ""
+                if packet.size:
+                    yield packet
                 failures = 0
-            return
+            break
         except av.EOFError:
-            return
+            break
         except DECODING_ERRORS as error:
             failures += 1
-            yield reason(error)
+            problem = problem or reason(error)
+    flush = av.Packet()
+    flush.stream, flush.time_base = stream, stream.time_base
+    yield flush  # before the message: the frames in the decoder are not damaged
+    if problem:
+        yield problem
 
 
 def decode_packets(packets: Iterable[av.Packet | str]) -> Iterator[av.VideoFrame | str]:
-    """All frames that can be decoded, and an error message in place of each one that cannot."""
+    """All frames that can be decoded, and an error message in place of each one that cannot.
+
+    Args:
+        packets: output of `read_packets`.
+    """
+    problem = ""
     for packet in packets:
+        # The empty packet at the end gives frames that came before the packet with the problem.
+        if problem and (isinstance(packet, str) or packet.size):
+            yield problem
+            problem = ""
         if isinstance(packet, str):
             yield packet
             continue
         try:
             yield from packet.decode()
         except DECODING_ERRORS as error:
-            yield reason(error)
+            problem = reason(error)
+    if problem:
+        yield problem
 
 
 def _in_decoding_time(items: Iterator[av.VideoFrame | str]) -> Iterator[av.VideoFrame | str]:

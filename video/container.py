@@ -138,13 +138,14 @@ def duration(container: av.container.InputContainer, stream: av.VideoStream) -> 
     return max(0.0, (container.duration or 0) / av.time_base)
 
 
-def longest_step(interval: float) -> float:
+def longest_step(interval: float, least: float = 1.0) -> float:
     """Seconds from one frame to the next above which something is missing between them.
 
     Args:
         interval: usual seconds between two frames.
+        least: least result, for videos whose frame rate varies.
     """
-    return max(1.0, 5 * interval)
+    return max(least, 5 * interval)
 
 
 def frame_rate(

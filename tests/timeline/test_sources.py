@@ -100,12 +100,7 @@ def test_a_bad_stretch_is_skipped_and_marked(video: Path, tmp_path: Path) -> Non
 
 def test_a_truncated_file_has_a_gap_at_its_end(video: Path, tmp_path: Path) -> None:
     whole = tmp_path / "whole.mkv"
-    with av.open(str(video)) as source, av.open(str(whole), "w") as target:
-        stream = target.add_stream_from_template(source.streams.video[0])
-        for packet in source.demux(video=0):
-            if packet.dts is not None:
-                packet.stream = stream
-                target.mux(packet)
+    copy_packets(video, whole)
     half = tmp_path / "half.mkv"
     half.write_bytes(whole.read_bytes()[: whole.stat().st_size // 2])
     source = FileSource(half, 10.0, 16)
@@ -214,19 +209,19 @@ def test_a_lost_stream_is_connected_again(transport: bytes) -> None:
     address, server = serve([transport, transport])
     pauses: list[float] = []
     states: list[str] = []
-    source = LiveSource(address, 1e7, 16, reconnect_timeout=0.3, sleep=lambda s: wait(s))
+    source = LiveSource(address, 1e7, 16, reconnect_timeout=60, sleep=lambda s: wait(s))
 
     def wait(seconds: float) -> None:
         pauses.append(seconds)
         states.append(source.state)
-        threading.Event().wait(min(seconds, 0.2))
+        if len(pauses) == 4:  # the server has gone: enough
+            source.reconnect_timeout = 1e-6
 
     times = [frame.time for frame in source]
     server.join(5)
     assert len(times) >= 180  # of twice 100
     assert times == sorted(times)
-    assert pauses[0] == 0.5
-    assert pauses == sorted(pauses)  # the pauses grow while nothing comes
+    assert pauses == [0.5, 0.5, 1, 2]  # the pauses grow while nothing comes
     assert states[0].startswith("reconnecting (")
     assert "given up after" in source.notes[-1]
     assert source.gaps[-1].end > source.end
@@ -246,15 +241,29 @@ class Files(http.server.SimpleHTTPRequestHandler):
 
     ranges = False
     endless = False
+    """send no length"""
+    lost = ""
+    """end of the path of a file that is not sent"""
+    stop_after: int | None = None
+    """send only so many bytes"""
+    stall: threading.Event | None = None
+    """wait for it after the last byte, and do not close the connection before"""
 
     def do_GET(self) -> None:
         self.server.requests.append(self.path)
+        if self.lost and self.path.endswith(self.lost):
+            self.send_error(503)
+            return
         path = Path(self.translate_path(self.path))
         content = path.read_bytes() if path.exists() else b""
-        if self.endless:  # no length: a stream
+        if self.endless or self.stop_after is not None:
             self.send_response(200)
+            if not self.endless:
+                self.send_header("Content-Length", str(len(content)))
             self.end_headers()
-            self.wfile.write(content)
+            self.wfile.write(content[: self.stop_after])
+            if self.stall:
+                self.stall.wait(60)
             return
         if not (self.ranges and content and self.headers["Range"]):
             super().do_GET()
@@ -278,18 +287,28 @@ class Files(http.server.SimpleHTTPRequestHandler):
 
 
 @contextmanager
-def web_server(folder: Path, **options: bool) -> Iterator[tuple[str, list]]:
+def web_server(folder: Path, **options: object) -> Iterator[tuple[str, list]]:
     """The address of a folder's server, and the paths that are asked for."""
     handler = functools.partial(type("Handler", (Files,), options), directory=str(folder))
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         server.requests = []
-        thread = threading.Thread(target=server.serve_forever, daemon=True)
+        thread = threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True)
         thread.start()
         try:
             yield f"http://127.0.0.1:{server.server_port}", server.requests
         finally:
             server.shutdown()
             thread.join()
+
+
+def copy_packets(video: Path, to: Path, options: dict | None = None, skip: int = 0) -> None:
+    """Copy a video into another container, without its first `skip` packets."""
+    with av.open(str(video)) as source, av.open(str(to), "w", options=options or {}) as target:
+        stream = target.add_stream_from_template(source.streams.video[0])
+        for number, packet in enumerate(source.demux(video=0)):
+            if packet.size and number >= skip:
+                packet.stream = stream
+                target.mux(packet)
 
 
 @pytest.fixture(scope="module")
@@ -301,15 +320,11 @@ def web_folder(video: Path, transport: bytes, tmp_path_factory: pytest.TempPathF
     (folder / "stream.ts").write_bytes(transport)
     for name, options in (
         ("start.mp4", {"movflags": "faststart"}),
+        ("whole.mkv", {}),
         ("live.mkv", {"live": "1"}),
         ("list.m3u8", {"hls_time": "2", "hls_list_size": "0"}),
     ):
-        with av.open(str(video)) as source, av.open(str(folder / name), "w", options=options) as to:
-            stream = to.add_stream_from_template(source.streams.video[0])
-            for packet in source.demux(video=0):
-                if packet.dts is not None:
-                    packet.stream = stream
-                    to.mux(packet)
+        copy_packets(video, folder / name, options)
     return folder
 
 
@@ -359,15 +374,111 @@ def test_a_download_that_breaks_off_ends(web_folder: Path) -> None:
     assert (gap.end, gap.label) == (20, UNREADABLE)
 
 
+@pytest.mark.parametrize("name", ["start.mp4", "whole.mkv"])
+def test_a_file_without_a_length_is_read_to_its_end(name: str, web_folder: Path) -> None:
+    """The server closes the connection at the end, which FFmpeg reports as an error."""
+    with web_server(web_folder, endless=True) as (address, requests):
+        source = open_address(f"{address}/{name}", ALL, 16)
+        times = times_of(source)
+    assert not source.live
+    assert len(requests) == 1
+    assert times == pytest.approx(np.arange(500) / 25, abs=0.001)
+    assert source.end == source.duration == pytest.approx(20)
+    assert source.gaps == source.notes == []
+    with web_server(web_folder, endless=True, stop_after=40_000) as (address, _):
+        source = open_address(f"{address}/{name}", 5.0, 16)
+        assert 1 < times_of(source)[-1] < 19
+    (gap,) = source.gaps
+    assert (gap.start, gap.end) == (source.end, source.duration)
+    (note,) = source.notes
+    assert note.endswith(": the connection ended; download it and predict the file")
+
+
+@pytest.mark.parametrize(("stalls", "endless"), [(True, False), (False, False), (False, True)])
+def test_a_server_that_sends_no_more(
+    stalls: bool, endless: bool, web_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    over = threading.Event()
+    problem, options = "the connection ended", {"endless": endless}
+    if stalls:
+        monkeypatch.setattr("timeline.live_source._TIMEOUT", 1.0)
+        problem, options = "no data came within 1 s", {"stall": over}
+    with web_server(web_folder, stop_after=2000, **options) as (address, _):  # within the index
+        with pytest.raises(ClipError) as caught:
+            open_address(f"{address}/start.mp4", 5.0, 16)
+        over.set()
+    assert caught.value.reason == (
+        f"cannot be opened: {problem}: check the address, the network and the server"
+    )
+    for name in ("start.mp4", "whole.mkv"):
+        over.clear()
+        with web_server(web_folder, stop_after=40_000, **options) as (address, _):
+            source = open_address(f"{address}/{name}", 5.0, 16)
+            list(source)
+            over.set()
+        assert [(gap.start, gap.end) for gap in source.gaps] == [(source.end, source.duration)]
+        assert source.notes == [
+            f"from {source.end:.1f} s on unreadable: {problem}; download it and predict the file"
+        ]
+
+
+def test_a_missing_end_is_told_where_no_duration_shows_it(web_folder: Path) -> None:
+    size = (web_folder / "stream.ts").stat().st_size
+    with web_server(web_folder, stop_after=size // 2) as (address, _):
+        source = open_address(f"{address}/stream.ts", 5.0, 16)
+        times = times_of(source)
+    assert 1 < times[-1] < 3
+    assert source.duration == 0
+    (note,) = source.notes
+    assert note.startswith(f"from {source.end:.1f} s on unreadable: ")
+    assert note.endswith("; download it and predict the file")
+
+
+@pytest.mark.parametrize("suffix", ["mp4", "mkv", "ts"])
+def test_a_lost_first_key_frame_is_told(tmp_path: Path, suffix: str) -> None:
+    """FFmpeg reads the first packets while it opens a file; a request that fails costs one."""
+    write_video(tmp_path / "whole.mp4", numbered(100), 25, group=20)
+    copy_packets(tmp_path / "whole.mp4", tmp_path / f"cut.{suffix}", skip=4)
+    with web_server(tmp_path, ranges=True) as (address, _):
+        at_address = open_address(f"{address}/cut.{suffix}", ALL, 16)
+        times = times_of(at_address)
+    from_file = FileSource(tmp_path / f"cut.{suffix}", ALL, 16)
+    assert times_of(from_file) == times
+    for source in (from_file, at_address):
+        (gap,) = source.gaps
+        assert (gap.start, gap.end) == (0, pytest.approx(times[0], abs=0.001))
+        assert 0.4 < gap.end < 0.8
+        assert source.notes == ["from 0.0 s on unreadable: the first key frame is missing"]
+
+
+@pytest.mark.parametrize(
+    ("lost", "start", "end"), [("list0.ts", 3.2, 4), ("list3.ts", 2.4, 3.2), ("list4.ts", 3.2, 4)]
+)
+def test_a_lost_part_of_a_playlist_is_told(
+    tmp_path: Path, lost: str, start: float, end: float
+) -> None:
+    write_video(tmp_path / "whole.mp4", numbered(100), 25, group=20)
+    copy_packets(tmp_path / "whole.mp4", tmp_path / "list.m3u8", {"hls_time": "0.8"})
+    with web_server(tmp_path, lost=lost) as (address, _):
+        source = open_address(f"{address}/list.m3u8", ALL, 16)
+        assert len(times_of(source)) == 80
+    (gap,) = source.gaps
+    assert (gap.start, gap.end) == (pytest.approx(start, abs=0.01), pytest.approx(end, abs=0.01))
+    (note,) = source.notes
+    assert note.startswith(f"from {start} s on unreadable: ")
+    assert ("at its start or its end" in note) == (end == 4)  # FFmpeg does not tell which
+
+
 def test_what_has_no_end_at_an_address_stays_live(web_folder: Path) -> None:
     with web_server(web_folder, endless=True) as (address, requests):
-        source = open_address(f"{address}/live.mkv", 1e7, 16, reconnect_timeout=0.3)
+        # A short timeout would end the source where a busy machine takes long for a frame.
+        source = open_address(f"{address}/live.mkv", 1e7, 16, reconnect_timeout=60)
         assert source.live
         assert len(requests) == 1
         frames = []
         for frame in source:  # the connection that told this is used, and restored at its end
             frames.append(frame)
-            source.closing = len(requests) == 2
+            source.closing = len(requests) > 1
     assert len(frames) > 400
     assert len(requests) == 2
     assert open_address("rtsp://127.0.0.1:1/x", 5.0, 16).live  # not connected yet
@@ -451,10 +562,18 @@ def test_passwords_are_not_shown() -> None:
 
 
 def test_what_is_live() -> None:
-    assert [is_live(text) for text in ("0", "12", "rtsp://x/y", "tcp://h:1")] == [True] * 4
-    assert [is_live(text) for text in ("a.mp4", "-", "file:///etc/passwd", "C:\\x.mp4")] == [
-        False
-    ] * 4
+    for text in ("0", "12", "rtsp://x/y", "tcp://h:1", "RTSP://x/y", "Https://x/a.mp4"):
+        assert is_live(text)
+    for text in ("a.mp4", "-", "file:///etc/passwd", "C:\\x.mp4", "http", "FILE://x"):
+        assert not is_live(text)
+
+
+def test_an_address_in_capitals(web_folder: Path) -> None:
+    with web_server(web_folder) as (address, _):
+        source = open_address(f"{address.replace('http', 'HTTP')}/start.mp4", 5.0, 16)
+        assert not source.live
+        assert len(times_of(source)) == 100
+    assert LiveSource("RTSP://Host/Cam", 5.0, 16).address == "rtsp://Host/Cam"
 
 
 def test_safe_names() -> None:
