@@ -254,7 +254,7 @@ def test_all_outputs_agree_where_something_was_predicted(
     else:
         write_video(path, painted([("dark", 0.2 if kind == "short" else 0.04)]), 25)
     timeline = run(path, tmp_path / "out", frame_filter=frame_filter)
-    write_outputs(tmp_path / "out", timeline, path, {})
+    write_outputs(tmp_path / "out", timeline, path, {}, "cpu")
 
     table = np.array(rows_of(tmp_path / "out" / "frames.csv")[1:], float).reshape(-1, 4)
     times, duration = table[:, 0], timeline.duration
