@@ -27,7 +27,7 @@ from config import OLD_NAMES, OLD_VALUES, TrainConfig, differences, from_dict, n
 from cross_validate import CrossValidateConfig, check_folds, cross_validate, fold_folders
 from utils.cli import cli_main, parse
 from utils.errors import UserError
-from utils.files import read_json, to_markdown, write_all, write_json, write_text
+from utils.files import read_json, require_writable, to_markdown, write_all, write_json, write_text
 from utils.run_dir import read_sessions
 from utils.tables import write_table
 
@@ -58,6 +58,7 @@ def ablate(config: AblateConfig) -> str:
     """
     from utils.lock import FolderLock
 
+    require_writable(config.output)
     with FolderLock(config.output):
         return _ablate(config, Path(config.output))
 

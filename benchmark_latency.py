@@ -269,7 +269,6 @@ def time_streaming(config: BenchmarkConfig) -> None:
     dtype = autocast_dtype(config.precision, device)
     shape = names, config.n_frames, config.image_size
     ratios = compare_streaming(*shape, config.repeats, device, dtype)
-    live = measure_live(*shape, 60 * config.repeats, device, dtype, config.video)
     conditions = {
         "precision": str(dtype).removeprefix("torch."),
         "window": config.n_frames,
@@ -277,6 +276,7 @@ def time_streaming(config: BenchmarkConfig) -> None:
     }
     turns = f"{config.repeats} turns of 3 calls"
     report("streaming", ratios, environment(device, n=turns, **conditions), config.output, FORMATS)
+    live = measure_live(*shape, 60 * config.repeats, device, dtype, config.video)
     video = f"1280 x 720 H.264, {config.video or 'rendered'}, decoded in the same thread"
     report("live", live, environment(device, video=video, **conditions), config.output, FORMATS)
 

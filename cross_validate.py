@@ -21,7 +21,7 @@ from clips.split import SPLITS
 from config import OLD_NAMES, OLD_VALUES, TrainConfig, from_dict, setting
 from utils.cli import cli_main, parse
 from utils.errors import ResultWarning, UserError
-from utils.files import read_json, require_writable, write_json
+from utils.files import read_json, require_writable, write_all, write_json
 from utils.tables import write_table
 from utils.text_table import frame_table
 
@@ -63,7 +63,8 @@ def cross_validate(config: CrossValidateConfig, folder: Path | None = None) -> P
     if not config.resume:
         check_folds(config, folds)
     name = f"cv_{config.model_name}"
-    with FolderLock(folder) if folder else new_run_dir(config.run_dir, name) as lock:
+    first = folds[0].name  # without it, nothing has been trained
+    with FolderLock(folder, first) if folder else new_run_dir(config.run_dir, name, first) as lock:
         folder = lock.folder
         if not config.resume:
             config = dataclasses.replace(config, folds=os.path.abspath(config.folds))
@@ -166,8 +167,15 @@ def pool_folds(folder: Path, runs: Sequence[Path]) -> Path:
     )
     print(f"\nall clips, each tested by {model}:\n{format_results(results)}")
     print(f"\nthe folds:\n{frame_table(table, 4)}\n\nresults: {folder}")
-    write_table(folder / "cross_validation.csv", table, index=True, float_format=".6g")
-    save_results(results, pooled, classes, folder, calibrations, names)
+    scores = results, pooled, classes, folder, calibrations, names
+    write_all(
+        {
+            folder / "test_metrics.json": lambda _: save_results(*scores),
+            folder / "cross_validation.csv": lambda path: write_table(
+                path, table, index=True, float_format=".6g"
+            ),
+        }
+    )
     return folder
 
 

@@ -280,10 +280,6 @@ def evaluate_checkpoint(config: EvaluateConfig) -> None:
     predictions = predict()
 
     # results
-    folder.mkdir(parents=True, exist_ok=True)
-    log_environment(folder, describe_device(device))
-    for earlier in folder.glob("robustness.*"):
-        earlier.unlink()  # results of an earlier evaluation
     metadata = {
         "checkpoint": str(Path(config.checkpoint).absolute()),
         "command": command(),
@@ -296,6 +292,9 @@ def evaluate_checkpoint(config: EvaluateConfig) -> None:
         "warnings": warnings,
     }
     write_results(predictions, state["classes"], folder, [calibration], metadata, show=print)
+    log_environment(folder, describe_device(device))
+    for earlier in folder.glob("robustness.*"):
+        earlier.unlink()  # results of an earlier evaluation
     if config.corruptions is not None:
         corruptions = config.corruptions or tuple(CORRUPTIONS)
         measure_robustness(predict, predictions, corruptions, folder)
@@ -308,7 +307,7 @@ def main() -> None:
         from timeline.results import evaluate_timelines
 
         config = parse(TimelineConfig, __doc__, subcommand="timeline")
-        print(evaluate_timelines(config.truth, config.prediction, config.relaxed, config.output))
+        evaluate_timelines(config.truth, config.prediction, config.relaxed, config.output)
         return
     if "--timeline" in sys.argv:
         raise UserError("timelines are evaluated by: python evaluate.py timeline TRUTH PREDICTION")

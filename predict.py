@@ -260,10 +260,10 @@ def predict(
     from timeline.predictor import VideoPredictor
     from utils.device import describe_device
     from utils.interrupt import Interrupt
-    from utils.run_dir import log_environment, sanitize
+    from utils.run_dir import sanitize
     from video.container import ClipError
 
-    failures = []
+    failures, device = [], describe_device(predictor.device)
     interrupt = Interrupt()
     for number, (source, folder) in enumerate(zip(sources, folders, strict=True), 1):
         counter = f"{number}/{len(sources)} " if len(sources) > 1 else ""
@@ -289,14 +289,16 @@ def predict(
             continue
         timeline.notes += _advice(timeline, calibration)
         rate = {"video": f"{frames.rate:.3g} frames per second"} if frames.rate else {}
-        log_environment(folder, describe_device(predictor.device))
         print(_summary(timeline, video.seconds, frames, folder))
         path = source if isinstance(source, Path) else None
+        problems = [video.problem] * bool(video.problem)
         try:
-            write_outputs(folder, timeline, path, {**metadata, **rate})
+            write_outputs(folder, timeline, path, {**metadata, **rate}, device)
         except UserError as error:
-            failures.append(str(error))
-            print(f"error: {error}", file=sys.stderr)
+            problems.append(str(error))
+        if problems:
+            failures.append("; ".join(problems))
+            print(f"error: {failures[-1]}", file=sys.stderr)
         interrupt.check()
     interrupt.restore()
     return failures
@@ -342,9 +344,9 @@ def _summary(timeline: "Timeline", seconds: float, frames: "FrameSource", folder
 
 
 def write_outputs(
-    folder: Path, timeline: "Timeline", video: Path | None, metadata: dict[str, str]
+    folder: Path, timeline: "Timeline", video: Path | None, metadata: dict[str, str], device: str
 ) -> None:
-    """Write timeline.csv, timeline.vtt, timeline.png and timeline.html beside frames.csv.
+    """Write timeline.csv, .html, .vtt and .png and environment.json beside frames.csv.
 
     Raises:
         UserError: one of them could not be written; the others are.
@@ -352,16 +354,16 @@ def write_outputs(
     from timeline.output import plot_timeline
     from timeline.segments import write_subtitles, write_timeline
     from utils.files import write_all
+    from utils.run_dir import log_environment
     from web.timeline_page import write_timeline_page
 
     write_all(
         {
-            folder / "timeline.csv": lambda path: write_timeline(path, timeline.segments),
-            folder / "timeline.html": lambda path: write_timeline_page(
-                path, timeline, video, metadata
-            ),
-            folder / "timeline.vtt": lambda path: write_subtitles(path, timeline.segments),
-            folder / "timeline.png": lambda path: plot_timeline(timeline, path),
+            folder / "timeline.csv": lambda p: write_timeline(p, timeline.segments),
+            folder / "timeline.html": lambda p: write_timeline_page(p, timeline, video, metadata),
+            folder / "timeline.vtt": lambda p: write_subtitles(p, timeline.segments),
+            folder / "timeline.png": lambda p: plot_timeline(timeline, p),
+            folder / "environment.json": lambda _: log_environment(folder, device),
         }
     )
 

@@ -22,7 +22,7 @@ from clips.clip_table import read_clips
 from clips.split import SplitConfig, split
 from utils.cli import cli_main, parse_subcommand
 from utils.errors import UserError
-from utils.files import require_writable_file
+from utils.files import require_writable_file, try_write
 from utils.tables import write_csv
 from utils.workers import in_parallel
 from video.clip_reader import check_clip
@@ -82,7 +82,9 @@ def check(config: CheckConfig) -> int:
     for reason, count in Counter(reason for _, reason in bad).most_common(10):
         print(f"  {count:,}: {reason}")
     output.parent.mkdir(parents=True, exist_ok=True)
-    write_csv(output, [["path", "reason"], *bad])
+    if problem := try_write(output, lambda path: write_csv(path, [["path", "reason"], *bad])):
+        print("\n".join(f"{path}: {reason}" for path, reason in bad))
+        raise UserError(problem)
     return int(bool(bad))
 
 

@@ -21,7 +21,7 @@ import torch
 from utils.allocator import SWITCH, keep_freed_memory
 from utils.device import describe_device
 from utils.errors import is_out_of_memory
-from utils.files import to_markdown, write_json, write_text
+from utils.files import to_markdown, write_all, write_json, write_text
 from utils.tables import write_table
 
 Call = Callable[[], Any]
@@ -206,6 +206,10 @@ def report(
     print(f"{text}\nfiles: {folder}/{name}.csv, .md, .json")
     print(json.dumps(result))
     folder.mkdir(parents=True, exist_ok=True)
-    write_table(folder / f"{name}.csv", table)
-    write_text(folder / f"{name}.md", text)
-    write_json(folder / f"{name}.json", result)
+    write_all(
+        {
+            folder / f"{name}.csv": lambda path: write_table(path, table),
+            folder / f"{name}.md": lambda path: write_text(path, text),
+            folder / f"{name}.json": lambda path: write_json(path, result),
+        }
+    )

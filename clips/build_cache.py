@@ -17,7 +17,7 @@ from tqdm import tqdm
 from clips.cache import CacheSettings, ClipCache
 from clips.manifest import read_paths
 from utils.errors import UserError
-from utils.files import remove_unfinished, require_space
+from utils.files import remove_unfinished, require_space, require_writable
 from utils.lock import FolderLock
 from utils.workers import in_parallel
 from video.motion import require_opencv
@@ -62,6 +62,7 @@ def fill_cache(config: CacheConfig) -> int:
     clips = list(dict.fromkeys(clip for path in manifests for clip in read_paths(path, root)))
     names = [field.name for field in dataclasses.fields(CacheSettings)]
     settings = CacheSettings(**{name: getattr(config, name) for name in names})
+    require_writable(config.output)
     with FolderLock(config.output):
         return _fill(ClipCache.create(config.output, root, settings), clips, config.num_workers)
 

@@ -132,6 +132,8 @@ def test_models_of_motion_are_timed(modality: str) -> None:
     [
         (["--model-names", "resnet"], "'resnet' is neither a model"),
         (["--model-names", "tsm_resnet@big"], "after the @ comes the image size"),
+        (["--model-names", "tsm_resnet@²"], "after the @ comes the image size"),
+        (["--model-names", f"tsm_resnet@{'9' * 5001}"], "after the @ comes the image size"),
         (["--models", "vivit"], "--models is now called --model-names"),
         (["--repeats", "0"], "repeats = 0: must be at least 1"),
         (["--model-names", "vivit@50"], "must be a multiple"),

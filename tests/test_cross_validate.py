@@ -158,6 +158,7 @@ def test_folds_are_taken_in_order(tmp_path: Path) -> None:
         for name in ("train", "val", "test"):
             (tmp_path / f"fold{number}/{name}.csv").touch()
     (tmp_path / "folder").mkdir()
+    (tmp_path / "fold²").mkdir()
     assert [path.name for path in fold_folders(str(tmp_path))] == ["fold1", "fold2", "fold10"]
     (tmp_path / "fold2/val.csv").unlink()
     with pytest.raises(UserError, match=r"fold2/val.csv: no such manifest"):

@@ -259,7 +259,7 @@ def test_all_outputs_agree_where_something_was_predicted(
     timeline = run(path, tmp_path / "out", frame_filter=frame_filter, stride=stride)
     pictures = []
     monkeypatch.setattr("evaluation.plots.save_figure", lambda *saved: pictures.append(saved[0]))
-    write_outputs(tmp_path / "out", timeline, path, {})
+    write_outputs(tmp_path / "out", timeline, path, {}, "cpu")
 
     table = np.array(rows_of(tmp_path / "out" / "frames.csv")[1:], float).reshape(-1, 4)
     times, duration = table[:, 0], timeline.duration

@@ -459,6 +459,9 @@ def test_tables_that_are_not_tables(run: Path, tmp_path: Path) -> None:
             load_report_data(folder)
     (folder / "metrics.csv").write_text("epoch,val_loss\n", encoding="utf-8")
     assert load_report_data(folder).histories == []
+    (folder / "metrics.csv").write_text(f"epoch,val_loss\n{'9' * 5001},1\n", encoding="utf-8")
+    with pytest.raises(UserError, match="an epoch is no number"):
+        load_report_data(folder)
     (folder / "metrics.csv").write_text(
         "epoch,val_macro_f1,note\n1,,a\n2,0.5,b\n3,0.5,c\n", encoding="utf-8"
     )

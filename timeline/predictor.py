@@ -20,6 +20,7 @@ from timeline.smoothing import ForwardFilter, SmoothingConfig, to_segments, vite
 from timeline.sources import Frame, FrameSource
 from timeline.streaming import FramePredictions, OnlinePredictor
 from utils.errors import UserError, first_line, os_error_cause
+from utils.files import try_write
 from utils.interrupt import Interrupt, Interrupted
 from utils.run_dir import sanitize
 from video.container import ClipError
@@ -69,6 +70,8 @@ class VideoPredictor:
         """how the timeline is smoothed: viterbi, causal or none"""
         if self.method == "auto":
             self.method = "causal" if source.live else "viterbi"
+        self.problem = ""
+        """why frames.csv could not be written to its end; the other results are whole"""
         self._on_update = on_update
         self._filter = ForwardFilter(smoothing, len(predictor.classes))
         self._labels = (*predictor.classes, UNCERTAIN)
@@ -229,7 +232,11 @@ class VideoPredictor:
                 return
             predictions = FramePredictions(*(array[is_seen] for array in predictions))
         # Not before the first prediction: a file or a model that is bad gets no results.
-        self._open_results().write(*predictions)
+        writer = self._open_results()
+        if not self.problem:  # after an error only the file ends early
+            self.problem = try_write(
+                self.folder / "frames.csv", lambda _: writer.write(*predictions)
+            )
         self._times.extend(predictions.times)
         self._probabilities.extend(predictions.probabilities.ravel())
         self._states.extend(map(self._filter.step, *predictions))

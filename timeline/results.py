@@ -59,16 +59,14 @@ class Pair(NamedTuple):
     prediction: list[Segment]
 
 
-def evaluate_timelines(truth: str, prediction: str, relaxed: float = 0.0, output: str = "") -> str:
-    """Score predicted timelines; with a folder `output`, write timeline_metrics.json into it.
+def evaluate_timelines(truth: str, prediction: str, relaxed: float = 0.0, output: str = "") -> None:
+    """Score predicted timelines and print the tables; with a folder `output`, write
+    timeline_metrics.json into it.
 
     Args:
         truth, prediction: files or folders; see `read_pairs`.
         relaxed: seconds by which boundaries may be shifted in additional scores; 0: no such scores.
         output: folder for the results; empty: nothing is written.
-
-    Returns:
-        The tables as text.
 
     Raises:
         UserError: see `read_pairs`; `relaxed` is not a number of seconds.
@@ -79,9 +77,10 @@ def evaluate_timelines(truth: str, prediction: str, relaxed: float = 0.0, output
         require_writable(output)
     pairs, warnings = read_pairs(truth, prediction)
     results = compute_results(pairs, relaxed)
-    lines = [*warnings, format_results(results)]
+    print("\n".join([*warnings, format_results(results)]))
     if not output:
-        return "\n".join([*lines, "not written to a file (--output FOLDER does so)"])
+        print("not written to a file (--output FOLDER does so)")
+        return
     folder = Path(output)
     folder.mkdir(parents=True, exist_ok=True)
     metadata = {
@@ -91,7 +90,7 @@ def evaluate_timelines(truth: str, prediction: str, relaxed: float = 0.0, output
         "warnings": warnings,
     }
     write_json(folder / "timeline_metrics.json", {**results, **metadata})
-    return "\n".join([*lines, f"results: {folder / 'timeline_metrics.json'}"])
+    print(f"results: {folder / 'timeline_metrics.json'}")
 
 
 def read_pairs(truth: str, prediction: str) -> tuple[dict[str, Pair], list[str]]:

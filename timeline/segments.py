@@ -4,6 +4,7 @@ An output folder of predict.py holds `frames.csv` (`time` in seconds, then one c
 probabilities per class) and `timeline.csv` (`start,end,label,confidence`, times in seconds).
 """
 
+import contextlib
 import itertools
 import math
 import re
@@ -198,7 +199,8 @@ class FramesWriter:
         self._file.flush()
 
     def close(self) -> None:
-        self._file.close()
+        with contextlib.suppress(OSError):  # `write` has flushed all, or raised it already
+            self._file.close()
 
 
 def write_subtitles(path: str | Path, segments: Sequence[Segment]) -> None:

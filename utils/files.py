@@ -95,8 +95,11 @@ def try_write(path: Path, write: Callable[[Path], object]) -> str:
     """Call a function that writes a file. Returns why it could not, in one line, or nothing."""
     try:
         write(path)
+    except UserError as error:
+        return str(error)
     except OSError as error:
-        return f"could not be written: {describe_os_error(error)}"
+        named = error.filename2 or error.filename or path
+        return f"could not be written: {describe_os_error(error, named)}"
     except Exception as error:  # e.g. of a library that draws: no reason to lose other files
         return f"{path}: could not be written: {type(error).__name__}: {first_line(error)}"
     return ""

@@ -32,8 +32,8 @@ class FolderLock:
 
     Args:
         folder: it is made if it does not exist, and removed again if it is still empty at the end.
-        result: name of a file in it. If the folder was made here and there is no such file at the
-            end, it is removed with all that is in it.
+        result: name of a file or folder in it. If the folder was made here and has no such file at
+            the end, it is removed with all that is in it.
         new: refuse a folder that exists.
         beside: do not make the folder, which will be renamed to its name when it is complete: the
             lock file lies beside it.

@@ -169,12 +169,15 @@ def test_folders_that_cannot_be_divided_are_one_line(
 
 
 def test_nothing_is_left_of_a_split_that_failed(listed: Path, monkeypatch) -> None:
-    def full(*_: object) -> None:
-        raise OSError(28, "No space left on device")
+    """The message names the folder that was asked for, and not the hidden one that was written."""
+
+    def full(path: Path, *_: object) -> None:
+        raise OSError(28, "No space left on device", str(path))
 
     monkeypatch.setattr(splitting, "write_json", full)
-    with pytest.raises(OSError, match="No space"):
+    with pytest.raises(UserError) as told:
         split(SplitConfig(str(listed / "all.csv"), str(listed / "new")))
+    assert str(told.value).startswith(f"{listed / 'new'}: the disk is full")
     assert [path.name for path in listed.iterdir()] == ["all.csv"]
 
 

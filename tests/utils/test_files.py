@@ -14,6 +14,7 @@ from config import from_dict
 from utils.errors import UserError, describe_os_error, require_package
 from utils.files import (
     atomic,
+    make_folder,
     read_json,
     remove_unfinished,
     require_writable,
@@ -66,6 +67,43 @@ def test_a_folder_is_tried_and_left_as_it_was(tmp_path: Path) -> None:
         require_writable(tmp_path / "file" / "folder")
 
 
+@pytest.mark.parametrize(
+    ("code", "hidden", "cause"),
+    [
+        (errno.ENOSPC, False, "the disk is full: free some space, or write to another disk"),
+        (errno.EROFS, True, "the disk is read-only: write to another one"),
+    ],
+)
+def test_the_folder_is_named_that_has_no_room(code, hidden, cause, tmp_path, monkeypatch) -> None:
+    """And not a hidden file in it, which is removed."""
+
+    def fail(path: Path, _: bytes) -> int:
+        path.touch()
+        raise OSError(code, os.strerror(code), *([str(path)] if hidden else []))
+
+    monkeypatch.setattr(Path, "write_bytes", fail)
+    with pytest.raises(UserError) as told:
+        require_writable(tmp_path / "new", "--run-dir")
+    assert str(told.value) == f"{tmp_path / 'new'}: {cause} (--run-dir)"
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_that_cannot_be_made_leaves_no_parents(tmp_path, monkeypatch) -> None:
+    mkdir = Path.mkdir
+
+    def fail_at_the_last(path: Path) -> None:
+        if path.name == "c":
+            raise OSError(errno.ENOSPC, "No space left on device", str(path))
+        mkdir(path)
+
+    monkeypatch.setattr(Path, "mkdir", fail_at_the_last)
+    with pytest.raises(UserError, match="c: the disk is full"):
+        require_writable(tmp_path / "a" / "b" / "c")
+    assert not list(tmp_path.iterdir())
+    assert make_folder(tmp_path / "a" / "b") == [tmp_path / "a" / "b", tmp_path / "a"]
+    assert make_folder(tmp_path / "a" / "b") == []
+
+
 def test_the_most_valuable_files_are_written_although_one_fails(tmp_path: Path) -> None:
     def fail(path: Path) -> None:
         raise MemoryError
@@ -89,7 +127,9 @@ DAMAGED = {
     "half": '{"sessions": [',
     "brackets": "[" * 200_000,
     "digits": '{"a": ' + "9" * 5001 + "}",
+    "more digits than a float has": '{"a": ' + "9" * 400 + "}",
     "infinite": '{"a": 1e999}',
+    "infinite with many digits": '{"a": ' + "9" * 5001 + ".5}",
     "not a number": '{"a": NaN}',
     "a list": "[]",
     "a number": "3",
@@ -108,6 +148,8 @@ def test_a_damaged_environment_is_one_line(what: str, tmp_path: Path) -> None:
             read(tmp_path)
         assert str(told.value).startswith(f"{path}: ")
         assert len(str(told.value).splitlines()) == 1
+        assert len(str(told.value)) < len(str(path)) + 120
+        assert "set_int_max_str_digits" not in str(told.value)
     assert path.read_text() == DAMAGED[what]
 
 

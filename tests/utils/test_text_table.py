@@ -15,13 +15,20 @@ from evaluation.calibration import Calibration
 from evaluation.predictions import Predictions
 from evaluation.results import format_results, write_results
 from training.log import run_header
-from utils.text_table import MAX_NAME, frame_table, shorten, text_table
+from utils.text_table import MAX_NAME, frame_table, list_some, shorten, text_table
 
 
 def test_columns_align() -> None:
     assert text_table([["clips", "train", "val"], ["use", "7", "12"], ["Сору", "1234567", ""]]) == (
         "clips    train  val\nuse          7   12\nСору   1234567"
     )
+
+
+def test_lists_are_cut_in_one_way() -> None:
+    assert list_some([]) == ""
+    assert list_some("abcde") == "a, b, c, d, e"
+    assert list_some("abcdef") == "a, b, c, d, e and 1 more"
+    assert list_some(map(str, range(5000)), 2, "\n  ") == "0\n  1\n  and 4,998 more"
 
 
 def test_accents_take_no_room_and_wide_letters_two() -> None:
