@@ -176,7 +176,7 @@ class ViViT(nn.Module):
         if key not in state:
             return state
         old, new = state[key], self.embedding.positions
-        if old.shape == new.shape:
+        if old.shape == new.shape or not old.is_floating_point() or not old.numel():
             return state
         side = round((old.shape[2] - 1) ** 0.5) if old.dim() == 4 else 0
         if old.dim() != 4 or old.shape[2] != side**2 + 1 or old.shape[3] != new.shape[3]:

@@ -169,7 +169,8 @@ def _inflated(
     wider = {}
     for key, value in state.items():
         shape, own_shape = value.shape, own[key].shape if key in own else ()
-        if len(shape) == len(own_shape) == 4 and shape[1] == 3 < own_shape[1]:
+        inflates = len(shape) == len(own_shape) == 4 and shape[1] == 3 < own_shape[1]
+        if inflates and value.is_floating_point():
             wider[key] = inflate_filters(value, own_shape[1] - 3)
     return state | wider
 

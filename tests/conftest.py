@@ -138,7 +138,6 @@ _SLOWEST = (
     "test_real_clips.py",
     "test_train.py",
     "test_predict.py",
-    "test_lock.py",
     "test_benchmark_latency.py",
     "test_hostile_checkpoints.py",
     "test_timeline_page.py",

@@ -117,7 +117,8 @@ def run_script(
 
 
 _FORKSERVER = multiprocessing.get_context("forkserver")
-_FORKSERVER.set_forkserver_preload(["train"])  # once, instead of in each of the processes
+# Once, instead of in each of the processes: what the scripts and this file import.
+_FORKSERVER.set_forkserver_preload(["train", "pandas", "pytest", "torchvision.transforms.v2"])
 
 
 def start_script(

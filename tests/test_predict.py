@@ -23,7 +23,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import ROOT, link, run_script, start_script, touch, write_stamped
+from helpers import ROOT, link, start_script, touch, write_stamped
 from torch import nn
 
 from checkpoint import load_checkpoint, rebuild_model, save_checkpoint
@@ -652,13 +652,11 @@ def test_a_model_whose_class_is_a_column_of_the_tables(runs, tmp_path: Path) -> 
         build_predictor(PredictConfig(str(tmp_path / "own.pt"), ()))
 
 
-def test_bad_files_are_reported_and_the_others_go_on(runs, video: Path, tmp_path: Path) -> None:
-    """The script, started as a person does."""
+def test_bad_files_are_reported_and_the_others_go_on(runs, video, tmp_path, run_main) -> None:
     for name in ("1.mp4", "3.mp4"):
         shutil.copy(video, tmp_path / name)
     (tmp_path / "2.mp4").write_bytes(b"no video at all")
-    done = run_script("predict.py", runs("cnnlstm"), ".", cwd=tmp_path, check=False)
-    assert done.returncode == 2
+    done = run_main(main, runs("cnnlstm"), ".", cwd=tmp_path, code=2)
     assert "2.mp4: cannot be read" in done.stderr
     assert "1 of 3 videos could not be predicted or written" in done.stderr
     assert "Traceback" not in done.stderr

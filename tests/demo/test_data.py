@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from functools import partial
 from pathlib import Path
 
 import av
@@ -113,6 +114,9 @@ def test_clips_have_30_frames_and_show_what_was_drawn(demo: Path) -> None:
 
 def test_workers_import_neither_the_script_nor_torch(tmp_path: Path) -> None:
     """train.py imports torch, and a worker would import train.py again."""
+    (tmp_path / "torch.py").write_text(
+        "import multiprocessing\nassert not multiprocessing.parent_process(), 'torch in a worker'\n"
+    )
     (tmp_path / "script.py").write_text(
         "import torch\n"
         "from demo import data\n"
@@ -142,14 +146,11 @@ def test_the_module_is_a_script(tmp_path: Path, monkeypatch) -> None:
 
 
 def test_a_killed_worker_is_one_line(tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr(demo_data, "_start_worker", _die)
+    # A function of this file would make the worker import it, and torch with it.
+    monkeypatch.setattr(demo_data, "_start_worker", partial(os._exit, 1))
     with pytest.raises(UserError, match="a process was killed"):
         render_demo(tmp_path / "demo", **TWO_CLIPS, num_workers=1)
     assert not any(tmp_path.iterdir())
-
-
-def _die() -> None:
-    os._exit(1)
 
 
 def test_same_seed_same_frames_and_bytes(two_clips: Path, tmp_path) -> None:

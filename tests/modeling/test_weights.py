@@ -285,6 +285,18 @@ def test_vivit_of_another_size(tmp_path: Path) -> None:
     assert "of another shape or type: embedding.cls_token, embedding.positions" in fails(
         narrow, path
     )
+    for change in (torch.Tensor.long, lambda positions: positions[:, :0]):
+        state = trained.state_dict()
+        state["embedding.positions"] = change(state["embedding.positions"])
+        damaged = save({"model": state}, tmp_path / "damaged.pt")
+        assert "of another shape or type: embedding.positions" in fails(model, damaged)
+
+
+def test_a_first_convolution_of_integers_is_not_widened(tmp_path: Path) -> None:
+    state = official()
+    state["conv1.weight"] = state["conv1.weight"].long()
+    model = make_model("tsm_resnet", 7, modality="rgb+mv", fusion="early")
+    assert "1 of another shape or type: conv1.weight" in fails(model, save(state, tmp_path / "x"))
 
 
 @pytest.mark.parametrize("name", ["resnet18-5c106cde.pth", FILE])
