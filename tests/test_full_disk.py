@@ -172,7 +172,7 @@ def test_results_are_printed_although_they_cannot_be_written(
     (tmp_path / "t.csv").write_text("start,end,label\n0,1,a\n")
     assert "all time pooled" in printed(evaluate.main, "timeline", "t.csv", "t.csv")
     video = tiny_data / "clips" / "test" / "0_0.mp4"
-    assert "segments in" in printed(predict.main, trained[0], video)
+    assert " of video at " in printed(predict.main, trained[0], video)
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken" / "a.mp4").write_bytes(b"no video")
     assert "a.mp4: " in printed(prepare_data.main, "check", tmp_path / "broken")

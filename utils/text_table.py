@@ -1,6 +1,5 @@
 """Tables, lists and shortened texts for the terminal; columns align whatever classes are called."""
 
-import sys
 import unicodedata
 from collections.abc import Iterable, Sequence
 from numbers import Integral
@@ -17,10 +16,9 @@ def text_table(rows: Iterable[Sequence[str]]) -> str:
 
     Long texts in the first row and the first column are shortened.
     """
-    printable = [list(map(_printable, row)) for row in rows]
     cells = [
-        [_encodable(shorten(t, MAX_NAME) if 0 in (i, j) else t) for j, t in enumerate(texts)]
-        for i, texts in enumerate(printable)
+        [shorten(text, MAX_NAME) if 0 in (i, j) else text for j, text in enumerate(texts)]
+        for i, texts in enumerate(map(_printable, row) for row in rows)
     ]
     widths = [max(map(_width, column)) for column in zip(*cells, strict=True)]
     lines = []
@@ -71,15 +69,6 @@ def _cell(value: Any, digits: int) -> str:
 def _printable(text: str) -> str:
     """A text whose line breaks, control characters and invalid bytes are written as escapes."""
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
-
-
-def _encodable(text: str) -> str:
-    """A text whose letters that the console's encoding lacks are written as escapes.
-
-    The console would write the same escapes (see utils/cli.py), but after the columns are aligned.
-    """
-    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
-    return text.encode(encoding, "backslashreplace").decode(encoding)
 
 
 def _width(text: str) -> int:

@@ -1,6 +1,5 @@
 """Tables for the terminal, with names in all alphabets."""
 
-import io
 from pathlib import Path
 
 import numpy as np
@@ -58,19 +57,6 @@ def test_names_cannot_break_the_table(name: str) -> None:
     line = text_table([[name, "1"]])
     assert line.isprintable()
     assert line.encode("utf-8")
-
-
-@pytest.mark.parametrize("encoding", ["cp1251", "cp866", "cp1252", "ascii"])
-def test_letters_that_the_console_lacks_do_not_move_the_columns(
-    monkeypatch: pytest.MonkeyPatch, encoding: str
-) -> None:
-    console = io.TextIOWrapper(io.BytesIO(), encoding, errors="backslashreplace")
-    monkeypatch.setattr("sys.stdout", console)
-    print(text_table([[name, "7"] for name in ("Өт қабын алу", *LONG_NAMES, "use")]))
-    console.flush()
-    lines = console.buffer.getvalue().decode(encoding).splitlines()
-    assert len({len(line) for line in lines}) == 1
-    assert lines[-1].startswith("use ")
 
 
 def test_a_frame() -> None:
