@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
-from clips.manifest import CLASSES
+from clips.manifest import SPLITS, find_splits
 from utils.errors import UserError
 from utils.structure import find_mismatch, short_repr
 
@@ -56,15 +56,30 @@ class TrainConfig:
 
     # ---- Data ----
     data_root: str = setting("", section="Data", resumable=True)
-    """folder of your data: the manifests, and the clips there or below clips/ (empty: demo data)"""
+    """folder of your data: train.csv, val.csv and test.csv, and the clips there or below clips/; or
+    train/, val/ and test/ with a folder of clips per class; or a folder of clips per class, which
+    are divided by patient (empty: demo data)"""
     train_csv: str = setting("train.csv", resumable=True)
-    """manifest of the training clips, below data_root or a path of its own"""
+    """manifest (or folder) of the training clips, below data_root or a path of its own"""
     val_csv: str = setting("val.csv", resumable=True)
     """manifest of the validation clips, which choose the best epoch"""
     test_csv: str = setting("test.csv", resumable=True)
     """manifest of the test clips, which are used once, at the end"""
-    classes: tuple[str, ...] = CLASSES
-    """names of the classes, in the order of their numbers"""
+    csv: str = setting("", resumable=True)
+    """one table of all clips instead of the three, with a column of their splits; without it they
+    are divided by patient"""
+    path_column: str = setting("", resumable=True)
+    """manifests: the column of the paths (empty: recognised by its name, see docs/data.md)"""
+    label_column: str = setting("", resumable=True)
+    """manifests: the column of the labels (empty: recognised by its name)"""
+    patient_column: str = setting("", resumable=True)
+    """manifests: the column of the patients (empty: recognised by its name)"""
+    split_column: str = setting("", resumable=True)
+    """manifests: the column of the splits (empty: recognised by its name)"""
+    patient_pattern: str = setting("", resumable=True)
+    """regular expression that finds the patient in a path, e.g. "(VID[0-9]+)_" """
+    classes: tuple[str, ...] | None = None
+    """names of the classes, in the order of their numbers (None: those of the labels)"""
     skip_unreadable: bool = setting(False, resumable=True)
     """leave out validation and test clips that cannot be read and report how many, instead of
     stopping (unreadable training clips are always left out and listed)"""
@@ -376,7 +391,10 @@ def wrong_values(config: TrainConfig, ignore: Container[str] = ()) -> list[str]:
             continue
         choices = get_args(hint) if get_origin(hint) is Literal else ()
         low, high = field.metadata.get("low"), field.metadata.get("high")
-        shape = [get_args(hint)[0]] if get_origin(hint) is tuple else hint
+        tuples = [kind for kind in (hint, *get_args(hint)) if get_origin(kind) is tuple]
+        if tuples and value is None and hint is not tuples[0]:
+            continue
+        shape = [get_args(tuples[0])[0]] if tuples else hint
         is_number = isinstance(value, int | float) and not isinstance(value, bool)
         if choices and value not in choices:
             problems.append(
@@ -408,11 +426,9 @@ def names_with(attribute: str, *values: Any) -> list[str]:
     return [f.name for f in dataclasses.fields(TrainConfig) if f.metadata.get(attribute) in values]
 
 
-def manifest_paths(config: TrainConfig) -> dict[str, Path]:
-    """The manifest of each split. A name is looked up below data_root, then as a path."""
-    paths = {}
-    for split in ("train", "val", "test"):
-        name = getattr(config, f"{split}_csv")
-        below = Path(config.data_root) / name
-        paths[split] = Path(name) if not below.exists() and Path(name).exists() else below
-    return paths
+def manifest_paths(config: TrainConfig) -> dict[str, Path] | Path:
+    """The manifest or folder of each split, or of all clips; see `clips.manifest.find_splits`."""
+    if config.csv:
+        return Path(config.csv)
+    names = {split: getattr(config, f"{split}_csv") for split in SPLITS}
+    return find_splits(Path(config.data_root), names)

@@ -17,7 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from clips.split import SPLITS
+from clips.manifest import SPLITS, classes_of
+from clips.manifest_formats import read_records
 from config import OLD_NAMES, OLD_VALUES, TrainConfig, from_dict, setting
 from utils.cli import cli_main, parse
 from utils.errors import ResultWarning, UserError
@@ -59,6 +60,8 @@ def cross_validate(config: CrossValidateConfig, folder: Path | None = None) -> P
     folder = Path(config.resume) if config.resume else folder
     require_writable(folder or config.run_dir, "--resume" if config.resume else "--run-dir")
     folds = fold_folders(config.folds)
+    if config.classes is None:  # the same in all folds
+        config = dataclasses.replace(config, classes=classes_of_folds(folds))
     device = describe_device(get_device(config.device))
     if not config.resume:
         check_folds(config, folds)
@@ -122,6 +125,24 @@ def fold_folders(folder: str) -> list[Path]:
     if missing:
         raise UserError(f"{missing[0]}: no such manifest ({len(missing)} are missing)")
     return sorted(folds, key=lambda path: int(path.name[4:]))
+
+
+def classes_of_folds(folds: Sequence[Path]) -> tuple[str, ...]:
+    """The classes that the labels of all folds name; see `clips.manifest.classes_of`.
+
+    Raises:
+        UserError: a manifest cannot be read.
+    """
+    records, problems = [], []
+    for path in [fold / f"{split}.csv" for fold in folds for split in SPLITS]:
+        new_records, new_problems = read_records(path)
+        records += new_records
+        problems += new_problems
+    if problems:
+        raise UserError("\n  ".join(["the manifests have problems:", *problems]))
+    classes = classes_of({"": records})
+    print(f"classes: {', '.join(classes)}")
+    return classes
 
 
 def pool_folds(folder: Path, runs: Sequence[Path]) -> Path:

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import tyro
 
 from clips.manifest import ClipRow, patient_overlap, read_manifest
-from clips.manifest_formats import read_records
+from clips.manifest_formats import ManifestOptions, read_records
 from config import Precision, TrainConfig, from_dict, manifest_paths
 from utils.cli import cli_main, parse
 from utils.errors import ResultWarning, UserError, format_warning
@@ -47,8 +47,8 @@ CorruptionName = Literal[
 ]
 
 
-@dataclass
-class EvaluateConfig:
+@dataclass(frozen=True)
+class EvaluateConfig(ManifestOptions):
     """The checkpoint, and the clips to evaluate it on."""
 
     checkpoint: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
@@ -56,7 +56,8 @@ class EvaluateConfig:
     split: Literal["train", "val", "test"] = "test"
     """split of the run"""
     csv: str = ""
-    """a manifest to evaluate on instead of a split"""
+    """a manifest, or a folder of clips per class, instead of a split of the run (of a table with a
+    column of splits, the clips of --split)"""
     data_root: str = ""
     """folder of the clips (empty: the one of the training; for --csv, the manifest's own)"""
     cache: str | None = None
@@ -167,7 +168,9 @@ def load_rows(
         UserError: a manifest is wrong.
     """
     if config.csv:
-        rows = read_manifest(config.csv, config.data_root or None, settings.classes)
+        options = ManifestOptions.of(config)
+        root, classes = config.data_root or None, settings.classes
+        rows = read_manifest(config.csv, root, classes, options, config.split)
         return rows, warn_seen_patients(rows, training, Path(config.csv).stem)
     from training.loaders import load_splits
 
@@ -188,9 +191,10 @@ def warn_seen_patients(
         return []
     warnings: list[ResultWarning] = []
     splits: dict[str, Sequence[ClipRow]] = {}
+    found, options = manifest_paths(training), ManifestOptions.of(training)
     for split in ("train", "val"):
-        manifest = manifest_paths(training)[split]
-        records, problems = read_records(manifest)
+        manifest = found if isinstance(found, Path) else found[split]
+        records, problems = read_records(manifest, options)
         if problems:
             text = f"patients were not compared with the training's {split}: {manifest}"
             warnings.append({"kind": "other", "text": text})

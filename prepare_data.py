@@ -19,6 +19,7 @@ import tyro
 from clips.audit import AuditConfig, audit
 from clips.build_cache import CacheConfig, fill_cache
 from clips.clip_table import read_clips
+from clips.manifest_formats import ManifestOptions
 from clips.split import SplitConfig, split
 from utils.cli import cli_main, parse_subcommand
 from utils.errors import UserError
@@ -38,15 +39,15 @@ OLD_NAMES = {
 OLD_VALUES = {"modality": {"rgb+vectors": "rgb+mv"}}
 
 
-@dataclass
-class CheckConfig:
+@dataclass(frozen=True)
+class CheckConfig(ManifestOptions):
     """Decode every frame of every clip, read each clip as training does, and list the bad files.
 
     The exit code is 1 if there are any.
     """
 
     sources: tyro.conf.Positional[tuple[str, ...]]
-    """manifests, folders that hold train.csv, val.csv and test.csv, or folders of videos"""
+    """manifests, folders that hold train.csv, val.csv and test.csv, or folders of clips"""
     data_root: str = ""
     """folder of the clips (empty: the folder of each manifest)"""
     modality: Literal["rgb", "rgb+mv"] = "rgb"
@@ -68,7 +69,7 @@ def check(config: CheckConfig) -> int:
     """
     if config.num_workers < 0:
         raise UserError(f"num_workers = {config.num_workers}: must be at least 0")
-    clips = read_clips(config.sources, config.data_root)
+    clips = read_clips(config.sources, config.data_root, ManifestOptions.of(config))
     output = Path(config.output)
     require_writable_file(output)
     missing = clips[clips["file"].isna()]

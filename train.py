@@ -34,7 +34,7 @@ from models import build_model, freeze
 from training import checks
 from training.engine import evaluate, train_one_epoch
 from training.feature_cache import feature_loader, head_only
-from training.loaders import DEMO_ROOT, batches_per_epoch, build_dataloaders
+from training.loaders import DEMO_ROOT, batches_per_epoch, build_dataloaders, keep_splits
 from training.log import (
     draw_curves,
     epoch_line,
@@ -155,6 +155,7 @@ def _train(
         run = new_run_dir(config.run_dir, config.model_name, "last.pt")
         folder = stack.enter_context(run).folder
     folder = distributed.broadcast_object(folder)
+    config = state.config = keep_splits(config, rows, folder)
     if is_main:
         stack.callback(start_log, None)
         start_log(folder)

@@ -19,7 +19,7 @@ import tyro
 
 from clips.clip_table import read_clips, splits_of
 from clips.manifest import class_problems
-from clips.manifest_formats import read_records
+from clips.manifest_formats import ManifestOptions, read_records
 from clips.perceptual_hash import duplicate_groups, perceptual_hash, sha256_file
 from utils.errors import UserError, os_error_cause
 from utils.files import require_writable, write_all
@@ -43,8 +43,8 @@ KINDS = {
 }
 
 
-@dataclass
-class AuditConfig:
+@dataclass(frozen=True)
+class AuditConfig(ManifestOptions):
     """Report the composition of a data set, and whether its splits share patients, videos or clips.
 
     The exit code is 1 if they do. It is 3 if nothing shared was found, but patients are unknown or
@@ -53,11 +53,9 @@ class AuditConfig:
 
     manifests: tyro.conf.Positional[tuple[str, ...]]
     """manifests, one per split or with a column `split`; folders that hold train.csv, val.csv and
-    test.csv; or folders of videos, one per split"""
+    test.csv, or folders train, val and test; or folders of clips, one per split"""
     data_root: str = ""
     """folder of the clips (empty: the folder of each manifest)"""
-    patient_pattern: str = ""
-    """regular expression that finds the patient in a path, e.g. "(VID[0-9]+)_" """
     looped: str = ""
     """SLAM's looped_clips.csv: count the clips that were padded by looping"""
     contents: bool = True
@@ -94,7 +92,7 @@ def audit(config: AuditConfig) -> int:
     """
     if config.num_workers < 0 or config.max_hamming_distance < 0:
         raise UserError("num_workers and max_hamming_distance must be at least 0")
-    clips = read_clips(config.manifests, config.data_root, config.patient_pattern)
+    clips = read_clips(config.manifests, config.data_root, ManifestOptions.of(config))
     folder = Path(config.output or f"runs/audit_{Path(config.manifests[0]).stem}")
     require_writable(folder)
     print(f"{len(clips):,} clips in {', '.join(map(str, splits_of(clips)))}")
@@ -203,7 +201,7 @@ def looped_clips(clips: "pd.DataFrame", csv: str) -> "pd.DataFrame":
     """
     import pandas as pd
 
-    records, problems = read_records(Path(csv))
+    records, problems = read_records(Path(csv), labels=False)
     if problems or not records:
         raise UserError((problems or [f"{csv}: lists no clip"])[0])
     looped = {_file_name(record.path) for record in records}

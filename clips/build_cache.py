@@ -15,7 +15,8 @@ import tyro
 from tqdm import tqdm
 
 from clips.cache import CacheSettings, ClipCache
-from clips.manifest import read_paths
+from clips.manifest import find_splits, read_paths
+from clips.manifest_formats import ManifestOptions
 from utils.errors import UserError
 from utils.files import remove_unfinished, require_space, require_writable
 from utils.lock import FolderLock
@@ -26,14 +27,14 @@ N_SAMPLES = 8  # clips that are cached first, to estimate the size of the cache
 
 
 @dataclass(frozen=True)
-class CacheConfig(CacheSettings):
+class CacheConfig(CacheSettings, ManifestOptions):
     """Keep every clip of the manifests as JPEG frames of training size, and its motion.
 
     The exit code is 1 if a clip cannot be read.
     """
 
     data_root: tyro.conf.Positional[str] = dataclasses.field(kw_only=True)
-    """folder of the manifests and of the clips"""
+    """folder of the manifests and of the clips, or of the clips alone, as train.py takes it"""
     output: str = dataclasses.field(kw_only=True)
     """folder of the cache"""
     manifests: tuple[str, ...] = ("train.csv", "val.csv", "test.csv")
@@ -55,11 +56,10 @@ def fill_cache(config: CacheConfig) -> int:
     root = Path(config.data_root)
     if not root.is_dir():
         raise UserError(f"{root}: no such folder (data_root is the folder of the clips)")
-    manifests = [
-        Path(name) if Path(name).exists() and not (root / name).exists() else root / name
-        for name in config.manifests
-    ]
-    clips = list(dict.fromkeys(clip for path in manifests for clip in read_paths(path, root)))
+    found = find_splits(root, {Path(name).stem: name for name in config.manifests})
+    sources = [found] if isinstance(found, Path) else found.values()
+    options = ManifestOptions.of(config)
+    clips = list(dict.fromkeys(c for path in sources for c in read_paths(path, root, options)))
     names = [field.name for field in dataclasses.fields(CacheSettings)]
     settings = CacheSettings(**{name: getattr(config, name) for name in names})
     require_writable(config.output)

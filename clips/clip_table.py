@@ -3,36 +3,36 @@
 prepare_data.py uses it; training reads manifests with manifest.py.
 """
 
-import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from clips.manifest import CLASSES, is_number, parse_label, resolve_path
-from clips.manifest_formats import Record, parse_slam_filename, read_records
+from clips.manifest import CLASSES, find_splits, parse_label, resolve_path
+from clips.manifest_formats import (
+    ManifestOptions,
+    Record,
+    is_number,
+    parse_slam_filename,
+    read_records,
+)
 from utils.errors import UserError
-from video.files import find_videos, is_video, no_video
 
 if TYPE_CHECKING:
     import pandas as pd
-
-SPLIT_FILES = ("train.csv", "val.csv", "test.csv")
 
 NO_LABEL = "(no label)"
 
 
 def read_clips(
-    sources: Sequence[str | Path], data_root: str = "", patient_pattern: str = ""
+    sources: Sequence[str | Path], data_root: str = "", options: ManifestOptions | None = None
 ) -> "pd.DataFrame":
     """The clips of manifests and folders.
 
     Args:
-        sources: manifests; folders that hold train.csv, val.csv or test.csv; or folders of videos,
-            whose labels are those in SLAM's file names, or else the names of the folders.
+        sources: manifests; or folders, see `clips.manifest.find_splits` and `read_records`.
         data_root: folder that the paths in manifests are relative to (empty: the folder of each
             manifest); the clips of a folder of videos are looked up in that folder.
-        patient_pattern: regular expression that is searched in each path as it is written; the
-            patient is its first group, or the whole match if it has no group.
+        options: how manifests are read.
 
     Returns:
         One row per clip with the columns manifest, line, path (as it is written), file (the Path,
@@ -44,19 +44,20 @@ def read_clips(
     """
     import pandas as pd  # not above: --help does without it
 
-    manifests = [path for source in sources for path in _manifests(Path(source))]
-    manifests = list({path.resolve(): path for path in manifests}.values())  # each one once
+    roots = {path: Path(source) for source in sources for path in _manifests(Path(source))}
+    manifests = list({path.resolve(): path for path in roots}.values())  # each one once
     if not manifests:
         raise UserError("name a manifest (a CSV of clips) or a folder")
-    find_patient = _patient_finder(patient_pattern)
     rows, problems = [], []
     for path, split in zip(manifests, _split_names(manifests), strict=True):
-        records, new_problems = _records(path)
+        records, new_problems = read_records(path, options, labels=False)
         problems += new_problems or ([] if records else [f"{path}: lists no clip"])
-        root = path if path.is_dir() else Path(data_root or path.parent)
+        root = roots[path] if path.is_dir() else Path(data_root or path.parent)
         for record in records:
-            row = _row(record, path, root, split)
-            rows.append(row | {"patient": find_patient(record.path) or row["patient"]})
+            if path.is_dir():  # train/, val/ or test/ in the folder that was named
+                name = (path.relative_to(root) / record.path).as_posix()
+                record = record._replace(path=name)
+            rows.append(_row(record, path, root, split))
     if problems:
         heading = ["the manifests have problems:"] if len(problems) > 1 else []
         raise UserError("\n  ".join([*heading, *problems]))
@@ -90,57 +91,12 @@ def _replace_aliases(clips: "pd.DataFrame") -> "pd.DataFrame":
 
 
 def _manifests(source: Path) -> list[Path]:
-    """The manifests in a source; the source itself if it is a manifest or a folder of videos."""
+    """The manifests or folders of the splits in a source, or of all its clips."""
     if not source.is_dir():
         return [source]
-    return [source / name for name in SPLIT_FILES if (source / name).is_file()] or [source]
-
-
-def _records(source: Path) -> tuple[list[Record], list[str]]:
-    """The rows of a manifest or the videos in a folder, and the problems with it."""
-    if source.is_dir():
-        return _folder_records(source)
-    if source.is_file() and is_video(source.name):
-        return [], [f"{source}: is a video: name the folder that it lies in, or a manifest"]
-    return read_records(source)
-
-
-def _folder_records(folder: Path) -> tuple[list[Record], list[str]]:
-    """The videos in a folder as rows of a manifest, and the problems with it."""
-    found = find_videos(folder)
-    if not found.paths:
-        return [], [no_video(folder, found, "neither train.csv nor any video")]
-    if found.passed_over:
-        print(f"{folder}: {found.passed_over}")
-    records, classes = [], set()
-    for number, video in enumerate(found.paths, 1):
-        path = video.relative_to(folder).as_posix()
-        if not path.isprintable():  # a CSV cannot hold control characters and invalid UTF-8
-            return [], [f"{folder}: rename {path!r}: a manifest cannot hold that name"]
-        fields = parse_slam_filename(path)
-        if "label" not in fields and video.parent != folder:
-            fields["label"] = video.parent.name
-            classes.add(video.parent)
-        records.append(Record(number, path, **fields))
-    return records, [
-        f"{again} and {first} are one folder, but two classes: take one of them out"
-        for again, first in found.twice
-        if first in classes and first not in again.parents and again.name != first.name
-    ]
-
-
-def _patient_finder(pattern: str) -> Callable[[str], str | None]:
-    """A function that returns the patient in a path, or None."""
-    try:
-        compiled = re.compile(pattern)
-    except re.error as error:
-        raise UserError(f"patient_pattern {pattern!r} is no regular expression: {error}") from None
-
-    def find(path: str) -> str | None:
-        match = compiled.search(path) if pattern else None
-        return match and match[1 if compiled.groups else 0]
-
-    return find
+    found = find_splits(source)
+    paths = [found] if isinstance(found, Path) else found.values()
+    return [path for path in paths if path.exists()]
 
 
 def _split_names(manifests: Sequence[Path]) -> list[str]:

@@ -1,14 +1,8 @@
 """Reads manifests: the clips of a split with their labels, patients and source videos.
 
-`read_manifest` understands three layouts:
-
-- a header with `path` and `label`, and when known `patient`, `video` and `action`;
-- SLAM and LapSurg-230K: column 1 is the path below `clips/`, column 2 the name of the label; the
-  file name holds patient and video (`Clip_P058_V001_C1_UseClipper_part6.mp4`);
-- lines of `path label` without a header (separated by space, tab or comma), as in many video data
-  sets; the label is often a number.
-
-`read_splits` checks train, val and test together before anything is trained on them.
+`find_splits` finds the manifests or folders of train, val and test; `clips.manifest_formats` reads
+the layouts they may have. `read_splits` checks train, val and test together before anything is
+trained on them; where there are no splits yet, it makes them.
 """
 
 import difflib
@@ -18,14 +12,21 @@ import os
 import re
 import unicodedata
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import combinations
 from pathlib import Path, PurePath
 from typing import NamedTuple
 
-from clips.manifest_formats import read_records
+from clips.manifest_formats import (
+    SPLIT_NAMES,
+    ManifestOptions,
+    Record,
+    is_number,
+    read_records,
+)
 from utils.errors import ResultWarning, UserError
 from utils.run_dir import sanitize
+from utils.tables import write_csv
 from utils.text_table import list_some, shorten
 
 CLASSES = (
@@ -77,20 +78,69 @@ def get_num_classes(classes: Sequence[str] = CLASSES) -> int:
     return len(classes)
 
 
+SPLITS = ("train", "val", "test")
+
+
+def find_splits(root: Path, names: Mapping[str, str] | None = None) -> dict[str, Path] | Path:
+    """The manifests or folders of the splits of a data set.
+
+    These are, in this order: the named manifests below `root`, or as paths; folders called train,
+    val and test (or another usual name of these splits) in `root`; the only table of labelled
+    clips in `root`; or `root` itself, whose clips then have no splits yet.
+
+    Args:
+        names: name of the manifest per split (default: train.csv, val.csv and test.csv).
+
+    Returns:
+        The manifest or folder per split, whether or not it exists; or the table or folder of all
+        clips.
+    """
+    usual = {split: f"{split}.csv" for split in SPLITS}
+    names = names or usual
+    paths = {}
+    for split, name in names.items():
+        below = root / name
+        paths[split] = Path(name) if not below.exists() and Path(name).exists() else below
+    if names != usual or any(path.is_file() for path in paths.values()) or not root.is_dir():
+        return paths
+    entries = sorted(root.iterdir())
+    folders = {SPLIT_NAMES.get(path.name.lower()): path for path in entries if path.is_dir()}
+    if "train" in folders:
+        return {split: folders.get(split, root / split) for split in SPLITS}
+    tables = [path for path in entries if path.suffix.lower() in _TABLES and _lists_clips(path)]
+    return tables[0] if len(tables) == 1 else root
+
+
+_TABLES = (".csv", ".tsv", ".xlsx")
+
+
+def _lists_clips(path: Path) -> bool:
+    """Whether a table is one of clips and labels, and not for example a list of bad files."""
+    return path.is_file() and any(record.label for record in read_records(path)[0])
+
+
 def read_manifest(
-    path: str | Path, data_root: str | Path | None = None, classes: Sequence[str] = CLASSES
+    path: str | Path,
+    data_root: str | Path | None = None,
+    classes: Sequence[str] = CLASSES,
+    options: ManifestOptions | None = None,
+    split: str = "",
 ) -> list[ClipRow]:
-    """Read one manifest in any of the three layouts.
+    """Read one manifest, or the clips of a folder; see `clips.manifest_formats.read_records`.
 
     Clips are looked up below `data_root` (by default the manifest's own folder), then below its
-    `clips/`. Backslashes count as separators if the file is found that way. A label is the name of
-    a class, an alias of it, or its number in `classes`.
+    `clips/`; those of a folder in that folder. Backslashes count as separators if the file is found
+    that way. A label is the name of a class, an alias of it, or its number in `classes`.
+
+    Args:
+        split: where the manifest has a column of splits, only the clips of this one are read
+            (empty: all).
 
     Raises:
         UserError: with all problems of the file at once: no such file, an unknown layout, missing
             clips, unknown labels with the nearest known name, duplicate rows, no rows.
     """
-    rows, problems = _parse(Path(path), data_root, classes)
+    rows, problems = _parse(Path(path), data_root, classes, options, split)
     _raise(problems)
     return rows
 
@@ -99,6 +149,7 @@ def read_splits(
     manifests: Mapping[str, str | Path],
     data_root: str | Path | None = None,
     classes: Sequence[str] = CLASSES,
+    options: ManifestOptions | None = None,
 ) -> dict[str, list[ClipRow]]:
     """Read the manifests of several splits and check them together; see also `patient_overlap`.
 
@@ -108,25 +159,133 @@ def read_splits(
     """
     splits, problems = {}, []
     for name, path in manifests.items():
-        splits[name], new_problems = _parse(Path(path), data_root, classes)
+        splits[name], new_problems = _parse(Path(path), data_root, classes, options)
         problems += new_problems
+    return _checked(splits, problems, classes)
+
+
+def _checked(
+    splits: dict[str, list[ClipRow]], problems: list[str], classes: Sequence[str]
+) -> dict[str, list[ClipRow]]:
+    """The splits, if there are no problems with them."""
     complete = not problems  # otherwise rows are left out, and classes may seem to be missing
-    problems += shared_files(splits)
+    problems = problems + shared_files(splits)
     if complete and "train" in splits:
         problems += missing_classes(splits["train"], classes)
     _raise(problems)
     return splits
 
 
-def read_paths(path: str | Path, data_root: str | Path | None = None) -> list[Path]:
-    """The distinct clips of a manifest, whatever their labels, looked up as in `read_manifest`.
+def read_table_of_splits(
+    source: Path,
+    data_root: str | Path | None,
+    classes: Sequence[str],
+    options: ManifestOptions | None,
+    divide: Callable[[Sequence[ClipRow]], Sequence[str]],
+) -> dict[str, list[ClipRow]]:
+    """The splits of a table with a column of splits, or of clips without splits.
+
+    Args:
+        source: the table, or a folder of clips.
+        divide: gives the split of each clip where the table has no column of splits.
+
+    Raises:
+        UserError: in one message all problems of the clips, of the splits, and of their names.
+    """
+    records, _ = read_records(source, options)
+    rows, problems = _parse(source, data_root, classes, options)
+    names = [record.split for record in records]
+    if problems:
+        _raise(problems)
+    if not any(names):
+        names = list(divide(rows))
+    unknown = Counter(name or "(none)" for name in names if name not in SPLITS)
+    missing = [split for split in SPLITS if split not in names]
+    if unknown or missing:
+        found = list_some(repr(shorten(name)) for name in sorted({str(n) for n in names}))
+        raise UserError(
+            f"{source}: its splits are {found}: they must be train, val and test, each with clips "
+            "(python prepare_data.py split makes new ones)"
+        )
+    splits = {s: [row for row, n in zip(rows, names, strict=True) if n == s] for s in SPLITS}
+    return _checked(splits, [], classes)
+
+
+def write_manifest(
+    path: Path, rows: Sequence[ClipRow], data_root: str | Path, classes: Sequence[str]
+) -> None:
+    """Write a manifest, atomically; its paths are relative to `data_root`."""
+    table = [["path", "label", "patient", "video", "action"]]
+    for row in rows:
+        name = os.path.relpath(row.path, data_root).replace(os.sep, "/")
+        table.append([name, classes[row.label], row.patient, row.video, row.action])
+    write_csv(path, table)
+
+
+def read_paths(
+    path: str | Path,
+    data_root: str | Path | None = None,
+    options: ManifestOptions | None = None,
+) -> list[Path]:
+    """The distinct clips of a manifest or folder, whatever their labels; see `read_manifest`.
 
     Raises:
         UserError: there is no such manifest, its layout is unknown, or clips are missing.
     """
-    rows, problems = _parse(Path(path), data_root, None)
+    rows, problems = _parse(Path(path), data_root, None, options)
     _raise(problems)
     return list(dict.fromkeys(row.path for row in rows))
+
+
+def classes_of(records: Mapping[str, Sequence[Record]]) -> tuple[str, ...]:
+    """The classes that the labels name: those of SLAM in their order, or else sorted by name.
+
+    Spellings that differ only in case, spaces, `-` and `_` are one class, called by the most
+    frequent one. Numbers are sorted by value.
+
+    Args:
+        records: the clips of each split; those of `train`, if there is one, have all classes.
+
+    Raises:
+        UserError: a label is found in validation or test clips alone.
+    """
+    labels = {split: Counter(r.label for r in rows if r.label) for split, rows in records.items()}
+    total = sum(labels.values(), Counter())
+    slam = {label: parse_label(label, CLASSES) for label in total}
+    if all(number is not None and not is_number(label) for label, number in slam.items()):
+        key = {label: CLASSES[number] for label, number in slam.items()}
+        order = CLASSES.index
+    else:
+        key, order = {label: _normalize(label) for label in total}, _natural_order
+    trained = {key[label] for label in labels.get("train", total)}
+    unseen = {
+        f"{label!r} ({split})"
+        for split, counts in labels.items()
+        for label in counts
+        if key[label] not in trained
+    }
+    if unseen:
+        raise UserError(
+            "no training clip has the label " + list_some(sorted(unseen)) + ": correct it, give "
+            "training clips of this class, or leave its clips out"
+        )
+    names = {}
+    for label, _ in sorted(total.items(), key=lambda pair: (-pair[1], pair[0])):
+        names.setdefault(key[label], key[label] if order == CLASSES.index else _plain(label))
+    return tuple(names[k] for k in sorted(names, key=order))
+
+
+def _plain(label: str) -> str:
+    """A label as the name of a class; spreadsheets write `1.0` for 1."""
+    label = label.strip()
+    return label.removesuffix(".0") if is_number(label) else label
+
+
+def _natural_order(key: str) -> tuple:
+    """Where a normalized name is sorted: numbers by value, then names, `P2` before `P10`."""
+    if is_number(key):
+        return (0, float(key))
+    return (1, *(int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", key)))
 
 
 def shared_files(splits: Mapping[str, Sequence[ClipRow]]) -> list[str]:
@@ -223,11 +382,6 @@ def parse_label(label: str, classes: Sequence[str]) -> int | None:
     return None
 
 
-def is_number(name: str) -> bool:
-    """Whether a label or the name of a class is a number, such as `2`, `-1` or `1.0`."""
-    return bool(re.fullmatch(r"\s*[+-]?\d+(\.\d+)?\s*", name, re.ASCII))
-
-
 def class_problems(classes: Sequence[str]) -> list[str]:
     """A line for each name that no class can have, and for names that labels cannot tell apart."""
     problems = []
@@ -267,14 +421,20 @@ def _normalize(name: str) -> str:
 
 
 def _parse(
-    manifest: Path, data_root: str | Path | None, classes: Sequence[str] | None
+    manifest: Path,
+    data_root: str | Path | None,
+    classes: Sequence[str] | None,
+    options: ManifestOptions | None = None,
+    split: str = "",
 ) -> tuple[list[ClipRow], list[str]]:
     """The valid rows of one manifest, and the problems with the others.
 
     Without `classes` every label is valid, and every row gets number 0.
     """
-    root = Path(data_root) if data_root else manifest.parent
-    records, problems = read_records(manifest)
+    root = manifest if manifest.is_dir() else Path(data_root or manifest.parent)
+    records, problems = read_records(manifest, options, labels=classes is not None)
+    if split:
+        records = [record for record in records if record.split in (None, split)]
     rows: list[ClipRow] = []
     missing, unknown, seen = [], Counter(), Counter()
     spellings = {record.label or "" for record in records}
@@ -297,6 +457,11 @@ def _parse(
         "--classes sets others)",
         [_suggest(label, count, classes or ()) for label, count in unknown.items()],
     )
+    if unknown.keys() & {str(len(classes or ()))} and all(map(is_number, spellings)):
+        problems.append(
+            f"{manifest}: numbers of classes count from 0. If its labels count from 1, leave "
+            "--classes out (the numbers are then the names of the classes), or write names"
+        )
     repeated = [str(path) for path, count in seen.items() if count > 1]
     problems += _summary(f"{manifest}: the same clip in more than one row", repeated)
     if not rows and not problems:

@@ -4,7 +4,7 @@ import dataclasses
 import os
 import shlex
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -13,7 +13,8 @@ import numpy as np
 import tyro
 
 from clips.clip_table import NO_LABEL, read_clips
-from clips.manifest import class_problems
+from clips.manifest import SPLITS, ClipRow, class_problems, classes_of
+from clips.manifest_formats import ManifestOptions, Record
 from clips.stratified_groups import class_imbalance, missing_classes, stratified_group_split
 from utils.errors import UserError, describe_os_error
 from utils.files import remove_unfinished, require_writable, unfinished_path, write_json
@@ -24,17 +25,17 @@ from utils.text_table import frame_table
 if TYPE_CHECKING:
     import pandas as pd
 
-SPLITS = ("train", "val", "test")
 _COLUMNS = ["path", "label", "patient", "video", "action"]
 
 
-@dataclass
-class SplitConfig:
+@dataclass(frozen=True)
+class SplitConfig(ManifestOptions):
     """Divide clips into train, val and test, or into K folds, with no patient in two of them."""
 
     source: tyro.conf.Positional[str]
-    """a manifest; a folder whose train.csv, val.csv and test.csv are put together and divided
-    again; or a folder of videos, with one folder per class or with SLAM's file names"""
+    """a manifest; a folder whose train.csv, val.csv and test.csv (or folders train, val and test)
+    are put together and divided again; or a folder of clips, with one folder per class or with
+    SLAM's file names"""
     output: str
     """new folder for the manifests"""
     folds: int = 0
@@ -47,8 +48,6 @@ class SplitConfig:
     group_by: Literal["patient", "video", "clip"] = "patient"
     """clips of one patient (or video) stay together; with video or clip, patients of the training
     are also in the test"""
-    patient_pattern: str = ""
-    """regular expression that finds the patient in a path, e.g. "(VID[0-9]+)_" """
     data_root: str = ""
     """folder of the clips (empty: the folder of the manifest)"""
     seed: int = 0
@@ -94,11 +93,12 @@ def _divide(config: SplitConfig, output: Path) -> int:
     print(f"\nimbalance: {imbalance:.1%} of a class's clips are in the wrong split or fold (mean)")
     for remark in _remarks(labels, groups, folds, config):
         print(remark)
-    print(f"\nto train: {shlex.join(['python', *_training_command(config)])}")
+    classes = classes_of({"": [Record(0, "", label) for label in labels]})
+    print(f"\nto train: {shlex.join(['python', *_training_command(config, classes)])}")
     return 0
 
 
-def _training_command(config: SplitConfig) -> list[str]:
+def _training_command(config: SplitConfig, classes: Sequence[str]) -> list[str]:
     """The script and its arguments that train on the new manifests."""
     output, source = Path(config.output), Path(config.source)
     data_root = config.data_root or str(source if source.is_dir() else source.parent)
@@ -107,7 +107,26 @@ def _training_command(config: SplitConfig) -> list[str]:
         command = ["train.py"]
         for split in SPLITS:
             command += [f"--{split}-csv", f"{output / split}.csv"]
-    return [*command, "--data-root", data_root]
+    return [*command, "--data-root", data_root, "--classes", *classes]
+
+
+def divide_by_patient(rows: Sequence[ClipRow]) -> list[str]:
+    """The split of each clip: 70 % train, 15 % val and 15 % test, with no patient in two of them.
+
+    Where patients are unknown, the source videos are not divided, or else the clips; training warns
+    about that (`clips.manifest.patient_overlap`).
+
+    Raises:
+        UserError: there are fewer than three patients.
+    """
+    groups = next(
+        groups
+        for groups in ([r.patient for r in rows], [r.video for r in rows], [r.path for r in rows])
+        if all(groups)
+    )
+    labels = np.array([row.label for row in rows])
+    fractions = {"train": 0.7, "val": 0.15, "test": 0.15}
+    return list(stratified_group_split(labels, np.array(groups, str), fractions))
 
 
 def fold_splits(numbers: np.ndarray) -> Iterator[np.ndarray]:
@@ -168,7 +187,7 @@ def _clips_to_divide(config: SplitConfig) -> "pd.DataFrame":
     """
     import pandas as pd
 
-    clips = read_clips([config.source], config.data_root, config.patient_pattern)
+    clips = read_clips([config.source], config.data_root, ManifestOptions.of(config))
     unlabelled = clips[clips["label"] == NO_LABEL]
     if len(unlabelled):
         raise UserError(

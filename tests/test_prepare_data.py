@@ -199,7 +199,7 @@ FOLDERS = [
     ("check", "notes", "notes: holds neither train.csv nor any video (passed over: 1 .txt)"),
     ("check", "a.mp4", "a.mp4: is a video: name the folder that it lies in, or a manifest"),
     ("audit", "a.mp4", "a.mp4: is a video: name the folder that it lies in, or a manifest"),
-    ("cache", "empty", f"{Path('empty/train.csv')}: no such manifest"),
+    ("cache", "empty", "empty: holds neither train.csv nor any video (it is empty)"),
     ("cache", "a.mp4", "a.mp4: no such folder (data_root is the folder of the clips)"),
 ]
 

@@ -14,13 +14,15 @@ from torch import nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from clips.manifest import class_problems
+from clips.manifest import CLASSES, class_problems, classes_of
+from clips.manifest_formats import ManifestOptions, read_records
 from cnn_lstm import CNNLSTM
 from config import (
     DEMO_DEFAULTS,
     OWN_DATA_DEFAULTS,
     TrainConfig,
     differences,
+    manifest_paths,
     names_with,
     wrong_values,
 )
@@ -48,16 +50,50 @@ def resolve(config: TrainConfig) -> TrainConfig:
     Raises:
         UserError: all wrong settings at once, each with the allowed values.
     """
+    if config.csv and not config.data_root:
+        config = dataclasses.replace(config, data_root=str(Path(config.csv).parent))
     defaults = OWN_DATA_DEFAULTS if config.data_root else DEMO_DEFAULTS
     changes = {name: value for name, value in defaults.items() if getattr(config, name) is None}
     # Absolute, because a run may be evaluated from another folder later.
-    paths = {name: getattr(config, name) for name in ("data_root", "cache", "feature_cache")}
+    paths = {n: getattr(config, n) for n in ("data_root", "csv", "cache", "feature_cache")}
+    paths |= {f"{s}_csv": str(path) for s, path in _manifests_elsewhere(config).items()}
     changes |= {name: os.path.abspath(path) for name, path in paths.items() if path}
     config = dataclasses.replace(config, **changes)
     problems = find_problems(config)
+    if not problems and config.classes is None:
+        config = dataclasses.replace(config, classes=_find_classes(config))
+        problems = _class_problems(config.classes)
     if problems:
         raise UserError("\n  ".join(["these settings cannot work:", *problems]))
     return config
+
+
+def _manifests_elsewhere(config: TrainConfig) -> dict[str, Path]:
+    """The manifests whose paths are not relative to data_root."""
+    found = manifest_paths(config)
+    if isinstance(found, Path):
+        return {}
+    root = Path(config.data_root)
+    return {split: path for split, path in found.items() if root not in path.parents}
+
+
+def _find_classes(config: TrainConfig) -> tuple[str, ...]:
+    """The classes that the labels of the manifests name.
+
+    Raises:
+        UserError: a manifest cannot be read, or a label has no training clip.
+    """
+    if not config.data_root:
+        return CLASSES
+    found, options = manifest_paths(config), ManifestOptions.of(config)
+    sources = {"": found} if isinstance(found, Path) else found
+    records, problems = {}, []
+    for split, source in sources.items():
+        records[split], new_problems = read_records(source, options)
+        problems += new_problems
+    if problems:
+        raise UserError("\n  ".join(["the manifests have problems:", *problems]))
+    return classes_of(records)
 
 
 def find_problems(config: TrainConfig) -> list[str]:
@@ -65,9 +101,12 @@ def find_problems(config: TrainConfig) -> list[str]:
     problems = wrong_values(config)
     if not problems:
         problems = _of_other_models(config) + _without_effect(config) + _contradictions(config)
-    if len(config.classes) < 2:
-        problems.append(f"classes = {config.classes}: at least two are needed")
-    return problems + class_problems(config.classes)
+    return problems + _class_problems(CLASSES if config.classes is None else config.classes)
+
+
+def _class_problems(classes: Sequence[str]) -> list[str]:
+    few = [f"classes = {classes}: at least two are needed"] * (len(classes) < 2)
+    return few + class_problems(classes)
 
 
 def _contradictions(config: TrainConfig) -> list[str]:

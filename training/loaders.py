@@ -1,11 +1,12 @@
 """From a config to batches: the splits, the samplers and the three loaders."""
 
+import dataclasses
 import functools
 import logging
 import math
 import multiprocessing
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,15 @@ import torch
 from torch.utils.data import DataLoader, Sampler, WeightedRandomSampler
 
 from clips.cache import ClipCache
-from clips.manifest import ClipRow, get_num_classes, read_splits
+from clips.manifest import (
+    ClipRow,
+    get_num_classes,
+    read_splits,
+    read_table_of_splits,
+    write_manifest,
+)
+from clips.manifest_formats import ManifestOptions
+from clips.split import divide_by_patient
 from clips.transforms import RandAugmentErase
 from config import TrainConfig, manifest_paths
 from dataset import (
@@ -210,14 +219,41 @@ def open_cache(config: TrainConfig) -> ClipCache | None:
 
 
 def load_splits(config: TrainConfig) -> dict[str, list[ClipRow]]:
-    """The rows of train, val and test. Renders the demo data where data_root is empty."""
+    """The rows of train, val and test. Renders the demo data where data_root is empty.
+
+    Raises:
+        UserError: something is wrong with the manifests, their clips, or their splits.
+    """
     if config.data_root:
-        return read_splits(manifest_paths(config), config.data_root, config.classes)
+        found, options = manifest_paths(config), ManifestOptions.of(config)
+        if isinstance(found, Path):
+            return read_table_of_splits(
+                found, config.data_root, config.classes, options, divide_by_patient
+            )
+        return read_splits(found, config.data_root, config.classes, options)
     if distributed.rank() == 0:
         render_demo(DEMO_ROOT)
     distributed.broadcast_object()  # the other processes wait for it
     manifests = {name: DEMO_ROOT / f"{name}.csv" for name in ("train", "val", "test")}
     return read_splits(manifests, DEMO_ROOT, config.classes)
+
+
+def keep_splits(
+    config: TrainConfig, splits: Mapping[str, Sequence[ClipRow]], folder: Path
+) -> TrainConfig:
+    """The config with manifests of its own, where the splits come from one table or folder.
+
+    They are written into the run folder, so that later clips or tables do not change the splits.
+    """
+    if not config.data_root or not isinstance(manifest_paths(config), Path):
+        return config
+    paths = {split: folder.absolute() / f"{split}.csv" for split in splits}
+    if distributed.rank() == 0:
+        for split, rows in splits.items():
+            write_manifest(paths[split], rows, config.data_root, config.classes)
+    plain = {field.name: field.default for field in dataclasses.fields(ManifestOptions)}
+    manifests = {f"{split}_csv": str(path) for split, path in paths.items()}
+    return dataclasses.replace(config, csv="", **manifests, **plain)
 
 
 def _pre_transform(config: TrainConfig) -> RandAugmentErase | None:

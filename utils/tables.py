@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TextIO
 
-from utils.errors import UserError
+from utils.errors import UserError, first_line
 from utils.files import write_text
 from utils.text_table import shorten
 
@@ -99,7 +99,7 @@ class Table:
 
 
 def read_table(path: str | Path, delimiter: str = "") -> Table:
-    """Read a CSV file in UTF-8.
+    """Read a CSV file in UTF-8, or the first sheet of an .xlsx file.
 
     Rows that are blank or hold nothing but delimiters are left out. A cell in quotation marks may
     hold line breaks.
@@ -109,10 +109,12 @@ def read_table(path: str | Path, delimiter: str = "") -> Table:
             semicolon or tab that the first line has most of.
 
     Raises:
-        UserError: the file is not text in UTF-8, or not a CSV.
+        UserError: the file is not text in UTF-8, or not a CSV; or openpyxl is not installed.
         OSError: it cannot be opened.
     """
     path = Path(path)
+    if path.suffix.lower() == ".xlsx":
+        return _read_xlsx(path)
     text, first_line = _read_text(path), 1
     if not delimiter and (sep := _SEP_LINE.match(text)):
         delimiter, text, first_line = sep[1], text[sep.end() :], 2
@@ -156,6 +158,37 @@ def _read_text(path: Path) -> str:
         raise UserError(
             f"{path}, line {line}: not UTF-8 text: save the table as 'CSV UTF-8'"
         ) from None
+
+
+def _read_xlsx(path: Path) -> Table:
+    """The first sheet of a workbook, as Excel would save it as a CSV with tabs."""
+    with open(path, "rb"):  # an OSError as for other tables
+        pass
+    try:
+        import openpyxl
+    except ImportError:
+        raise UserError(
+            f"{path}: reading .xlsx needs openpyxl (pip install -r requirements-optional.txt), or "
+            "save the table as 'CSV UTF-8'"
+        ) from None
+    try:
+        book = openpyxl.load_workbook(path, read_only=True, data_only=True)
+        values = list(book.worksheets[0].iter_rows(values_only=True))
+        book.close()
+    except Exception as error:  # of zipfile, XML parsers and openpyxl
+        raise UserError(f"{path}: is no .xlsx that can be read: {first_line(error)}") from None
+    cells = [[_text(value) for value in row] for row in values]
+    rows = [Row(line, row) for line, row in enumerate(cells, 1) if any(c.strip() for c in row)]
+    width = max((i + 1 for row in rows for i, c in enumerate(row.cells) if c.strip()), default=0)
+    rows = [Row(line, row[:width]) for line, row in rows]  # without columns that are only formatted
+    return Table(path, rows, "\t", [Row(line, ["\t".join(row)]) for line, row in rows])
+
+
+def _text(value: Any) -> str:
+    """The value of a cell of a spreadsheet as a CSV shows it: 1 and not 1.0."""
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    return "" if value is None else str(value)
 
 
 def parse_number(text: str, delimiter: str = ",") -> float:

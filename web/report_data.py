@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from clips.manifest import ClipRow
-from clips.manifest_formats import read_records
+from clips.manifest_formats import ManifestOptions, read_records
 from config import TrainConfig, manifest_paths
 from evaluation import metrics
 from evaluation.bootstrap import (
@@ -213,10 +213,11 @@ def _names_in_manifests(config: TrainConfig | None) -> frozenset[str]:
     """The names in the manifests of a training, if it was not on the demo data."""
     if not config or not config.data_root:
         return frozenset()
+    found, options = manifest_paths(config), ManifestOptions.of(config)
     rows = [
         ClipRow(Path(record.path), 0, record.patient, record.video, record.action)
-        for manifest in manifest_paths(config).values()
-        for record in read_records(manifest)[0]
+        for manifest in ([found] if isinstance(found, Path) else found.values())
+        for record in read_records(manifest, options)[0]
     ]
     return frozenset(identifiers(rows))
 

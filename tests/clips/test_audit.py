@@ -10,6 +10,7 @@ from helpers import run_script
 
 from clips.audit import KINDS, AuditConfig, _print_overlaps, audit, composition, overlaps
 from clips.clip_table import read_clips
+from clips.manifest_formats import ManifestOptions
 from demo.data import Clip, render
 from prepare_data import main
 from utils.tables import read_table
@@ -220,17 +221,18 @@ def test_patient_pattern_and_folders_of_videos(tmp_path: Path) -> None:
     for name in ("cut/VID1_a.mp4", "cut/VID2_a.mp4", "sew/VID1_b.mp4", "sew/notes.txt"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
-    clips = read_clips([tmp_path], patient_pattern=r"VID(\d)_")
+    clips = read_clips([tmp_path], options=ManifestOptions(patient_pattern=r"VID(\d)_"))
     assert clips["label"].tolist() == ["cut", "cut", "sew"]
     assert clips["patient"].tolist() == ["1", "2", "1"]
-    assert read_clips([tmp_path], patient_pattern="VID.")["patient"].tolist()[0] == "VID1"
+    options = ManifestOptions(patient_pattern="VID.")
+    assert read_clips([tmp_path], options=options)["patient"].tolist()[0] == "VID1"
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["nowhere.csv"], "nowhere.csv: no such manifest"),
-        (["."], "holds neither train.csv nor any video"),
+        (["runs"], "holds neither train.csv nor any video"),
         (["empty.csv"], "empty.csv: lists no clip"),
         (["m.csv", "--patient-pattern", "("], "is no regular expression"),
         (["m.csv", "--num-workers", "-1"], "must be at least 0"),
@@ -239,6 +241,7 @@ def test_patient_pattern_and_folders_of_videos(tmp_path: Path) -> None:
     ],
 )
 def test_mistakes_are_one_line(arguments: list[str], message: str, tmp_path, mistake) -> None:
+    (tmp_path / "runs").mkdir()
     (tmp_path / "empty.csv").write_text("path,label\n")
     (tmp_path / "m.csv").write_text("path,label\na.mp4,x\n")
     code, stderr = mistake(main, "audit", *arguments, cwd=tmp_path)
