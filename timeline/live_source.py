@@ -51,10 +51,15 @@ def open_address(
         return source
     container = source.connect()
     is_playlist = container.format.name in _PLAYLISTS
-    if container.duration or (container.size > 0 and not is_playlist):
+    if container.duration or (_num_bytes(container) and not is_playlist):
         return AddressSource(container, source.name, fps, size, preview)
     source.container = container
     return source
+
+
+def _num_bytes(container: av.container.InputContainer) -> int:
+    """The length of what is at an address; 0 where the server does not tell it (PyAV: None or -1)."""
+    return max(0, container.size or 0)
 
 
 class AddressSource(Recording):
@@ -76,7 +81,7 @@ class AddressSource(Recording):
         super().__init__(name, fps, size, preview)
         self.in_parts = container.format.name in _PLAYLISTS
         self._container = container
-        self._size = 0 if self.in_parts else max(0, container.size)
+        self._size = 0 if self.in_parts else _num_bytes(container)
         self._received = 0
         """bytes of the file up to the end of the newest packet"""
         self._problem = ""
