@@ -58,7 +58,7 @@ def open_address(
 
 
 def _num_bytes(container: av.container.InputContainer) -> int:
-    """The length of what is at an address; 0 where the server does not tell it (PyAV: None or -1)."""
+    """The length of what is at an address; 0 if the server does not tell it (PyAV: None or -1)."""
     return max(0, container.size or 0)
 
 
