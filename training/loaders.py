@@ -228,7 +228,7 @@ def load_splits(config: TrainConfig) -> dict[str, list[ClipRow]]:
         found, options = manifest_paths(config), ManifestOptions.of(config)
         if isinstance(found, Path):
             return read_table_of_splits(
-                found, config.data_root, config.classes, options, divide_by_patient
+                found, config.data_root, config.classes, options, functools.partial(_divide, found)
             )
         return read_splits(found, config.data_root, config.classes, options)
     if distributed.rank() == 0:
@@ -236,6 +236,15 @@ def load_splits(config: TrainConfig) -> dict[str, list[ClipRow]]:
     distributed.broadcast_object()  # the other processes wait for it
     manifests = {name: DEMO_ROOT / f"{name}.csv" for name in ("train", "val", "test")}
     return read_splits(manifests, DEMO_ROOT, config.classes)
+
+
+def _divide(source: Path, rows: Sequence[ClipRow]) -> list[str]:
+    splits = divide_by_patient(rows)
+    log.info(
+        f"{source}: has no splits: its clips are divided into train, val and test, with no patient "
+        "in two of them where the patients are known; the run folder keeps the three manifests\n"
+    )
+    return splits
 
 
 def keep_splits(

@@ -39,7 +39,7 @@ def test_headers_under_other_names(tmp_path: Path, header: str, row: tuple) -> N
 
 
 def test_columns_with_two_meanings(tmp_path: Path) -> None:
-    """`action` is the label only where no other column is, `phase` a split only if all cells are."""
+    """`action` is the label if no other column is; `phase` is the split if all its cells are."""
     (record,) = records(tmp_path, "path,label,action,patient\na.mp4,cut,C3,P1\n")
     assert (record.label, record.action) == ("cut", "P1_C3")
     (record,) = records(tmp_path, "path,label,phase\na.mp4,cut,Training\n")
@@ -136,9 +136,7 @@ def test_a_spreadsheet(tmp_path: Path) -> None:
     assert "no such manifest" in read_records(tmp_path / "gone.xlsx")[1][0]
 
 
-def test_a_spreadsheet_without_its_package(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_spreadsheet_without_its_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "openpyxl", None)
     (tmp_path / "clips.xlsx").touch()
     (problem,) = read_records(tmp_path / "clips.xlsx")[1]
@@ -169,7 +167,9 @@ def test_labels_that_count_from_one_get_a_hint(tmp_path: Path) -> None:
     for name in ("a.mp4", "b.mp4"):
         (tmp_path / name).touch()
     (tmp_path / "m.csv").write_text("path,label\na.mp4,1\nb.mp4,2\n")
-    with pytest.raises(UserError, match="count from 0. If its labels count from 1, leave --classes"):
+    with pytest.raises(
+        UserError, match=r"count from 0\. If its labels count from 1, leave --classes"
+    ):
         read_manifest(tmp_path / "m.csv", classes=("cut", "sew"))
 
 

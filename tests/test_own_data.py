@@ -1,0 +1,173 @@
+"""Data as people have it: class folders, split folders, one table, each trained as it is."""
+
+import csv
+import os
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from helpers import TINY_FLAGS
+
+import cross_validate
+import evaluate
+import prepare_data
+import train
+from checkpoint import load_checkpoint
+from clips.manifest import read_manifest
+from config import TrainConfig
+from training.checks import resolve
+from training.loaders import load_splits
+from utils.errors import UserError
+
+pytestmark = pytest.mark.usefixtures("no_figures")
+
+CLASSES = ("dark", "grey", "light")
+FLAGS = [*TINY_FLAGS[TINY_FLAGS.index("--weights") :], "--epochs", "1"]  # without --classes
+
+
+def link(source: Path, target: Path) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    os.link(source, target)
+
+
+@pytest.fixture
+def class_folders(tiny_data: Path, tmp_path: Path) -> Path:
+    """`root/<class>/<patient>_<number>.mp4`, with six patients."""
+    root = tmp_path / "class folders"
+    for split in ("train", "val", "test"):
+        for row in read_manifest(tiny_data / f"{split}.csv", classes=CLASSES):
+            link(row.path, root / CLASSES[row.label] / f"{row.patient}_{row.path.name}")
+    return root
+
+
+def patients(rows: list) -> set[str]:
+    return {row.patient for row in rows}
+
+
+def test_class_folders_train_as_they_are(
+    class_folders: Path, tmp_path: Path, run_main: Callable
+) -> None:
+    flags = ["--data-root", class_folders, "--patient-pattern", "([a-z]+[0-9])_", *FLAGS]
+    said = run_main(train.main, *flags, cwd=tmp_path).stdout
+    assert "has no splits: its clips are divided" in said
+    (run,) = (tmp_path / "runs").iterdir()
+    assert load_checkpoint(run)["classes"] == list(CLASSES)
+    rows = {
+        s: read_manifest(run / f"{s}.csv", class_folders, CLASSES) for s in ("train", "val", "test")
+    }
+    assert sum(map(len, rows.values())) == 36
+    assert len(set.union(*(patients(part) for part in rows.values()))) == 6
+    assert sum(len(patients(part)) for part in rows.values()) == 6  # none is in two splits
+    # A clip that comes later is in no split, and the evaluation is that of the training.
+    link(next((class_folders / "dark").iterdir()), class_folders / "dark" / "test9_new.mp4")
+    (tmp_path / "elsewhere").mkdir()
+    run_main(evaluate.main, run, "--num-workers", 0, cwd=tmp_path / "elsewhere")
+    assert (run / "evaluate_test" / "predictions.csv").read_text() == (
+        run / "predictions.csv"
+    ).read_text()
+
+
+def test_split_folders_train_as_they_are(
+    tiny_data: Path, tmp_path: Path, run_main: Callable
+) -> None:
+    root = tmp_path / "data"
+    for split, name in (("train", "train"), ("val", "validation"), ("test", "test")):
+        for row in read_manifest(tiny_data / f"{split}.csv", classes=CLASSES):
+            link(row.path, root / name / CLASSES[row.label] / row.path.name)
+    run_main(train.main, "--data-root", root, *FLAGS, cwd=tmp_path)
+    (run,) = (tmp_path / "runs").iterdir()
+    with open(run / "predictions.csv", newline="") as file:
+        tested = [row["path"] for row in csv.DictReader(file)]
+    assert len(tested) == 9
+    assert all("/test/" in path for path in tested)
+    said = run_main(prepare_data.main, "audit", root, "--no-contents", cwd=tmp_path, code=3).stdout
+    assert (
+        said.startswith("36 clips in train, validation, test")
+        or "in train, test, validation" in said
+    )
+    run_main(prepare_data.main, "split", root, "--output", "s", "--group-by", "clip", cwd=tmp_path)
+    assert len(read_manifest(tmp_path / "s" / "train.csv", root, CLASSES)) > 18
+
+
+def one_table(tiny_data: Path, path: Path, splits: bool = True) -> None:
+    with open(path, "w", newline="") as file:
+        writer = csv.writer(file, delimiter=";")
+        writer.writerow(["File Name", "Class", "Patient ID", *["Subset"] * splits])
+        for split in ("train", "val", "test"):
+            for row in read_manifest(tiny_data / f"{split}.csv", classes=CLASSES):
+                name = row.path.relative_to(tiny_data / "clips")
+                writer.writerow([name, CLASSES[row.label], row.patient, *[split.upper()] * splits])
+
+
+def test_one_table_is_as_good_as_three(tiny_data: Path, tmp_path: Path) -> None:
+    one_table(tiny_data, tmp_path / "all.csv")
+    config = resolve(TrainConfig(data_root=str(tiny_data), csv=str(tmp_path / "all.csv")))
+    three = resolve(TrainConfig(data_root=str(tiny_data)))
+    assert config.classes == three.classes == CLASSES
+    assert load_splits(config) == load_splits(three)
+    rows = read_manifest(tmp_path / "all.csv", tiny_data, CLASSES, split="val")
+    assert rows == load_splits(three)["val"]
+
+
+def test_a_table_without_splits_is_divided_by_patient(tiny_data: Path, tmp_path: Path) -> None:
+    one_table(tiny_data, tmp_path / "all.csv", splits=False)
+    config = resolve(TrainConfig(data_root=str(tiny_data), csv=str(tmp_path / "all.csv")))
+    splits = load_splits(config)
+    assert load_splits(config) == splits
+    assert sum(len(patients(rows)) for rows in splits.values()) == 6
+    assert all(Counter(row.label for row in rows).keys() == {0, 1, 2} for rows in splits.values())
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("path,label,fold\n0_0.mp4,a,1\n0_1.mp4,b,2\n", "its splits are '1', '2': they must be"),
+        ("path,label,split\n0_0.mp4,a,train\n0_1.mp4,b,test\n", "they must be train, val and test"),
+        ("path,label,patient\n0_0.mp4,a,P\n0_1.mp4,b,P\n", "1 patients .* cannot fill 3 splits"),
+    ],
+)
+def test_splits_that_cannot_be_used(
+    tiny_data: Path, tmp_path: Path, text: str, message: str
+) -> None:
+    (tmp_path / "all.csv").write_text(text)
+    clips = str(tiny_data / "clips" / "train")
+    with pytest.raises(UserError, match=message):
+        load_splits(resolve(TrainConfig(data_root=clips, csv=str(tmp_path / "all.csv"))))
+
+
+def test_a_class_without_training_clips_is_named(tiny_data: Path, tmp_path: Path) -> None:
+    for name in ("train", "val", "test"):
+        (tmp_path / f"{name}.csv").write_text((tiny_data / f"{name}.csv").read_text())
+    with open(tmp_path / "val.csv", "a") as file:
+        file.write("train/0_0.mp4,gray,p9\n")
+    with pytest.raises(UserError, match=r"no training clip has the label 'gray' \(val\)"):
+        resolve(TrainConfig(data_root=str(tmp_path)))
+
+
+def test_what_split_prints_is_what_trains(
+    class_folders: Path, tmp_path: Path, run_main: Callable
+) -> None:
+    """The printed command is run as it is, apart from the settings that make it fast."""
+    import shlex
+
+    pattern = ["--patient-pattern", "([a-z]+[0-9])_"]
+    said = run_main(
+        prepare_data.main,
+        "split",
+        class_folders,
+        "--output",
+        "f",
+        "--folds",
+        3,
+        *pattern,
+        cwd=tmp_path,
+    ).stdout
+    command = shlex.split(said.splitlines()[-1].removeprefix("to train: "))
+    assert command[:2] == ["python", "cross_validate.py"]
+    assert command[-4:] == ["--classes", *CLASSES]
+    said = run_main(cross_validate.main, *command[2:], *FLAGS, cwd=tmp_path).stdout
+    assert "36 clips: accuracy" in said
+    without = [part for part in command[2:] if part not in ("--classes", *CLASSES)]
+    config = cross_validate.classes_of_folds(cross_validate.fold_folders(without[1]))
+    assert config == CLASSES
