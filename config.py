@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
-from clips.manifest import SPLITS, find_splits
+from clips.splits import SPLITS, find_splits
 from utils.errors import UserError
 from utils.structure import find_mismatch, short_repr
 
@@ -427,7 +427,7 @@ def names_with(attribute: str, *values: Any) -> list[str]:
 
 
 def manifest_paths(config: TrainConfig) -> dict[str, Path] | Path:
-    """The manifest or folder of each split, or of all clips; see `clips.manifest.find_splits`."""
+    """The manifest or folder of each split, or of all clips; see `clips.splits.find_splits`."""
     if config.csv:
         return Path(config.csv)
     names = {split: getattr(config, f"{split}_csv") for split in SPLITS}

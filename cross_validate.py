@@ -17,8 +17,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from clips.manifest import SPLITS, classes_of
+from clips.manifest import classes_of, raise_problems
 from clips.manifest_formats import read_records
+from clips.splits import SPLITS
 from config import OLD_NAMES, OLD_VALUES, TrainConfig, from_dict, setting
 from utils.cli import cli_main, parse
 from utils.errors import ResultWarning, UserError
@@ -138,8 +139,7 @@ def classes_of_folds(folds: Sequence[Path]) -> tuple[str, ...]:
         new_records, new_problems = read_records(path)
         records += new_records
         problems += new_problems
-    if problems:
-        raise UserError("\n  ".join(["the manifests have problems:", *problems]))
+    raise_problems(problems)
     classes = classes_of({"": records})
     print(f"classes: {', '.join(classes)}")
     return classes

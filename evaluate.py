@@ -23,8 +23,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
-from clips.manifest import ClipRow, patient_overlap, read_manifest
+from clips.manifest import ClipRow, read_manifest
 from clips.manifest_formats import ManifestOptions, read_records
+from clips.splits import patient_overlap
 from config import Precision, TrainConfig, from_dict, manifest_paths
 from utils.cli import cli_main, parse
 from utils.errors import ResultWarning, UserError, format_warning

@@ -24,7 +24,8 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from checkpoint import check_resume, load_checkpoint, rebuild_model, save_checkpoint
-from clips.manifest import clips_digest, patient_overlap
+from clips.manifest import clips_digest
+from clips.splits import patient_overlap
 from config import OLD_NAMES, OLD_VALUES, TrainConfig, from_dict
 from evaluation.calibration import Calibration, calibrate
 from evaluation.predictions import Predictions

@@ -15,8 +15,9 @@ import tyro
 from tqdm import tqdm
 
 from clips.cache import CacheSettings, ClipCache
-from clips.manifest import find_splits, read_paths
+from clips.manifest import read_paths
 from clips.manifest_formats import ManifestOptions
+from clips.splits import find_splits
 from utils.errors import UserError
 from utils.files import remove_unfinished, require_space, require_writable
 from utils.lock import FolderLock

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from clips.manifest import CLASSES, find_splits, parse_label, resolve_path
+from clips.manifest import CLASSES, parse_label, resolve_path
 from clips.manifest_formats import (
     ManifestOptions,
     Record,
@@ -15,6 +15,7 @@ from clips.manifest_formats import (
     parse_slam_filename,
     read_records,
 )
+from clips.splits import find_splits
 from utils.errors import UserError
 
 if TYPE_CHECKING:
@@ -29,7 +30,7 @@ def read_clips(
     """The clips of manifests and folders.
 
     Args:
-        sources: manifests; or folders, see `clips.manifest.find_splits` and `read_records`.
+        sources: manifests; or folders, see `clips.splits.find_splits` and `read_records`.
         data_root: folder that the paths in manifests are relative to (empty: the folder of each
             manifest); the clips of a folder of videos are looked up in that folder.
         options: how manifests are read.

@@ -1,8 +1,7 @@
 """Reads manifests: the clips of a split with their labels, patients and source videos.
 
-`find_splits` finds the manifests or folders of train, val and test; `clips.manifest_formats` reads
-the layouts they may have. `read_splits` checks train, val and test together before anything is
-trained on them; where there are no splits yet, it makes them.
+`clips.manifest_formats` reads the layouts that they may have; `clips.splits` finds train, val and
+test and checks them together.
 """
 
 import difflib
@@ -12,19 +11,17 @@ import os
 import re
 import unicodedata
 from collections import Counter, defaultdict
-from collections.abc import Callable, Mapping, Sequence
-from itertools import combinations
+from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePath
 from typing import NamedTuple
 
 from clips.manifest_formats import (
-    SPLIT_NAMES,
     ManifestOptions,
     Record,
     is_number,
     read_records,
 )
-from utils.errors import ResultWarning, UserError
+from utils.errors import UserError
 from utils.run_dir import sanitize
 from utils.tables import write_csv
 from utils.text_table import list_some, shorten
@@ -78,47 +75,6 @@ def get_num_classes(classes: Sequence[str] = CLASSES) -> int:
     return len(classes)
 
 
-SPLITS = ("train", "val", "test")
-
-
-def find_splits(root: Path, names: Mapping[str, str] | None = None) -> dict[str, Path] | Path:
-    """The manifests or folders of the splits of a data set.
-
-    These are, in this order: the named manifests below `root`, or as paths; folders called train,
-    val and test (or another usual name of these splits) in `root`; the only table of labelled
-    clips in `root`; or `root` itself, whose clips then have no splits yet.
-
-    Args:
-        names: name of the manifest per split (default: train.csv, val.csv and test.csv).
-
-    Returns:
-        The manifest or folder per split, whether or not it exists; or the table or folder of all
-        clips.
-    """
-    usual = {split: f"{split}.csv" for split in SPLITS}
-    names = names or usual
-    paths = {}
-    for split, name in names.items():
-        below = root / name
-        paths[split] = Path(name) if not below.exists() and Path(name).exists() else below
-    if names != usual or any(path.is_file() for path in paths.values()) or not root.is_dir():
-        return paths
-    entries = sorted(root.iterdir())
-    folders = {SPLIT_NAMES.get(path.name.lower()): path for path in entries if path.is_dir()}
-    if "train" in folders:
-        return {split: folders.get(split, root / split) for split in SPLITS}
-    tables = [path for path in entries if path.suffix.lower() in _TABLES and _lists_clips(path)]
-    return tables[0] if len(tables) == 1 else root
-
-
-_TABLES = (".csv", ".tsv", ".xlsx")
-
-
-def _lists_clips(path: Path) -> bool:
-    """Whether a table is one of clips and labels, and not for example a list of bad files."""
-    return path.is_file() and any(record.label for record in read_records(path)[0])
-
-
 def read_manifest(
     path: str | Path,
     data_root: str | Path | None = None,
@@ -140,75 +96,9 @@ def read_manifest(
         UserError: with all problems of the file at once: no such file, an unknown layout, missing
             clips, unknown labels with the nearest known name, duplicate rows, no rows.
     """
-    rows, problems = _parse(Path(path), data_root, classes, options, split)
-    _raise(problems)
+    rows, problems = parse_manifest(Path(path), data_root, classes, options, split)
+    raise_problems(problems)
     return rows
-
-
-def read_splits(
-    manifests: Mapping[str, str | Path],
-    data_root: str | Path | None = None,
-    classes: Sequence[str] = CLASSES,
-    options: ManifestOptions | None = None,
-) -> dict[str, list[ClipRow]]:
-    """Read the manifests of several splits and check them together; see also `patient_overlap`.
-
-    Raises:
-        UserError: in one message all problems of all manifests, files that are in two splits, and
-            classes without a training clip.
-    """
-    splits, problems = {}, []
-    for name, path in manifests.items():
-        splits[name], new_problems = _parse(Path(path), data_root, classes, options)
-        problems += new_problems
-    return _checked(splits, problems, classes)
-
-
-def _checked(
-    splits: dict[str, list[ClipRow]], problems: list[str], classes: Sequence[str]
-) -> dict[str, list[ClipRow]]:
-    """The splits, if there are no problems with them."""
-    complete = not problems  # otherwise rows are left out, and classes may seem to be missing
-    problems = problems + shared_files(splits)
-    if complete and "train" in splits:
-        problems += missing_classes(splits["train"], classes)
-    _raise(problems)
-    return splits
-
-
-def read_table_of_splits(
-    source: Path,
-    data_root: str | Path | None,
-    classes: Sequence[str],
-    options: ManifestOptions | None,
-    divide: Callable[[Sequence[ClipRow]], Sequence[str]],
-) -> dict[str, list[ClipRow]]:
-    """The splits of a table with a column of splits, or of clips without splits.
-
-    Args:
-        source: the table, or a folder of clips.
-        divide: gives the split of each clip where the table has no column of splits.
-
-    Raises:
-        UserError: in one message all problems of the clips, of the splits, and of their names.
-    """
-    records, _ = read_records(source, options)
-    rows, problems = _parse(source, data_root, classes, options)
-    names = [record.split for record in records]
-    if problems:
-        _raise(problems)
-    if not any(names):
-        names = list(divide(rows))
-    unknown = Counter(name or "(none)" for name in names if name not in SPLITS)
-    missing = [split for split in SPLITS if split not in names]
-    if unknown or missing:
-        found = list_some(repr(shorten(name)) for name in sorted({str(n) for n in names}))
-        raise UserError(
-            f"{source}: its splits are {found}: they must be train, val and test, each with clips "
-            "(python prepare_data.py split makes new ones)"
-        )
-    splits = {s: [row for row, n in zip(rows, names, strict=True) if n == s] for s in SPLITS}
-    return _checked(splits, [], classes)
 
 
 def write_manifest(
@@ -232,8 +122,8 @@ def read_paths(
     Raises:
         UserError: there is no such manifest, its layout is unknown, or clips are missing.
     """
-    rows, problems = _parse(Path(path), data_root, None, options)
-    _raise(problems)
+    rows, problems = parse_manifest(Path(path), data_root, None, options)
+    raise_problems(problems)
     return list(dict.fromkeys(row.path for row in rows))
 
 
@@ -288,27 +178,6 @@ def _natural_order(key: str) -> tuple:
     return (1, *(int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", key)))
 
 
-def shared_files(splits: Mapping[str, Sequence[ClipRow]]) -> list[str]:
-    """A problem, as a list of one line, if any file is in two splits."""
-    splits_of = defaultdict(set)
-    for name, rows in splits.items():
-        for row in rows:
-            splits_of[os.path.realpath(row.path)].add(name)
-    shared = [
-        f"{path} ({', '.join(sorted(names))})"
-        for path, names in splits_of.items()
-        if len(names) > 1
-    ]
-    return _summary("the same file in two splits (keep it in one)", shared)
-
-
-def missing_classes(train: Sequence[ClipRow], classes: Sequence[str]) -> list[str]:
-    """A problem, as a list of one line, if a class has no training clip."""
-    present = {row.label for row in train}
-    missing = [name for label, name in enumerate(classes) if label not in present]
-    return _summary("classes with no training clip (leave them out of --classes)", missing)
-
-
 def clips_digest(rows: Sequence[ClipRow], data_root: str | Path) -> str:
     """A hash of the clips of a split, their order and labels, wherever the data root is."""
     digest = hashlib.sha256()
@@ -317,45 +186,6 @@ def clips_digest(rows: Sequence[ClipRow], data_root: str | Path) -> str:
         path = os.path.relpath(row.path, data_root).replace(os.sep, "/")
         digest.update(json.dumps([path, row.label]).encode())
     return digest.hexdigest()
-
-
-def patient_overlap(
-    splits: Mapping[str, Sequence[ClipRow]], compared: str = ""
-) -> list[ResultWarning]:
-    """Warnings that splits share patients, or that this is not known, without the patients' names.
-
-    A model that was trained on a patient may recognise this patient in the test. SLAM's official
-    split shares patients.
-
-    Args:
-        compared: compare this split with each of the others, instead of all with each other.
-    """
-    patients = {name: {r.patient for r in rows if r.patient} for name, rows in splits.items()}
-    warnings: list[ResultWarning] = []
-    for first, second in combinations(splits, 2):
-        if compared not in ("", first, second):
-            continue
-        common = patients[first] & patients[second]
-        if common:
-            clips = sum(row.patient in common for row in splits[second])
-            text = (
-                f"{len(common)} of {len(patients[second])} patients of {second} are also in "
-                f"{first} ({clips} of {len(splits[second])} {second} clips): {second} numbers will "
-                "partly measure memory of these patients"
-            )
-            warnings.append({"kind": "leakage", "text": text})
-    unknown = [
-        f"{count} of {len(rows)} clips of {name}"
-        for name, rows in splits.items()
-        if (count := sum(not row.patient for row in rows))
-    ]
-    if unknown and len(splits) > 1:
-        text = (
-            f"the patients of {', '.join(unknown)} are unknown and were not compared: the splits "
-            "may share patients (add a column `patient` to the manifests)"
-        )
-        warnings.append({"kind": "other", "text": text})
-    return warnings
 
 
 def parse_label(label: str, classes: Sequence[str]) -> int | None:
@@ -420,7 +250,7 @@ def _normalize(name: str) -> str:
     return re.sub(r"[\s_-]", "", unicodedata.normalize("NFC", name)).casefold()
 
 
-def _parse(
+def parse_manifest(
     manifest: Path,
     data_root: str | Path | None,
     classes: Sequence[str] | None,
@@ -451,8 +281,8 @@ def _parse(
             rows.append(ClipRow(path, label, record.patient, record.video, record.action))
 
     hint = f"below {root} or {root / 'clips'}"
-    problems += _summary(f"{manifest}: clips that do not exist ({hint})", missing)
-    problems += _summary(
+    problems += summarize(f"{manifest}: clips that do not exist ({hint})", missing)
+    problems += summarize(
         f"{manifest}: unknown labels (the classes are {', '.join(classes or ())}; "
         "--classes sets others)",
         [_suggest(label, count, classes or ()) for label, count in unknown.items()],
@@ -463,7 +293,7 @@ def _parse(
             "--classes out (the numbers are then the names of the classes), or write names"
         )
     repeated = [str(path) for path, count in seen.items() if count > 1]
-    problems += _summary(f"{manifest}: the same clip in more than one row", repeated)
+    problems += summarize(f"{manifest}: the same clip in more than one row", repeated)
     if not rows and not problems:
         problems.append(f"{manifest}: lists no clip")
     return rows, problems
@@ -497,7 +327,7 @@ def _suggest(label: str, count: int, classes: Sequence[str]) -> str:
     return f"{shorten(label)!r} ({count} row{'s' * (count > 1)}{suggestion})"
 
 
-def _summary(problem: str, items: Sequence[str]) -> list[str]:
+def summarize(problem: str, items: Sequence[str]) -> list[str]:
     """One line about all items with the same problem, which shows the first few of them."""
     if not items:
         return []
@@ -505,6 +335,7 @@ def _summary(problem: str, items: Sequence[str]) -> list[str]:
     return [f"{problem}: {len(items):,}: {shown}"]
 
 
-def _raise(problems: Sequence[str]) -> None:
+def raise_problems(problems: Sequence[str]) -> None:
+    """Raise a UserError with these lines, if there are any."""
     if problems:
         raise UserError("\n  ".join(["the manifests have problems:", *problems]))

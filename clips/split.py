@@ -13,8 +13,9 @@ import numpy as np
 import tyro
 
 from clips.clip_table import NO_LABEL, read_clips
-from clips.manifest import SPLITS, ClipRow, class_problems, classes_of
+from clips.manifest import ClipRow, class_problems, classes_of
 from clips.manifest_formats import ManifestOptions, Record
+from clips.splits import SPLITS
 from clips.stratified_groups import class_imbalance, missing_classes, stratified_group_split
 from utils.errors import UserError, describe_os_error
 from utils.files import remove_unfinished, require_writable, unfinished_path, write_json
@@ -114,7 +115,7 @@ def divide_by_patient(rows: Sequence[ClipRow]) -> list[str]:
     """The split of each clip: 70 % train, 15 % val and 15 % test, with no patient in two of them.
 
     Where patients are unknown, the source videos are not divided, or else the clips; training warns
-    about that (`clips.manifest.patient_overlap`).
+    about that (`clips.splits.patient_overlap`).
 
     Raises:
         UserError: there are fewer than three patients.

@@ -14,7 +14,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from clips.manifest import CLASSES, class_problems, classes_of
+from clips.manifest import CLASSES, class_problems, classes_of, raise_problems
 from clips.manifest_formats import ManifestOptions, read_records
 from cnn_lstm import CNNLSTM
 from config import (
@@ -91,8 +91,7 @@ def _find_classes(config: TrainConfig) -> tuple[str, ...]:
     for split, source in sources.items():
         records[split], new_problems = read_records(source, options)
         problems += new_problems
-    if problems:
-        raise UserError("\n  ".join(["the manifests have problems:", *problems]))
+    raise_problems(problems)
     return classes_of(records)
 
 

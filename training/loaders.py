@@ -14,15 +14,10 @@ import torch
 from torch.utils.data import DataLoader, Sampler, WeightedRandomSampler
 
 from clips.cache import ClipCache
-from clips.manifest import (
-    ClipRow,
-    get_num_classes,
-    read_splits,
-    read_table_of_splits,
-    write_manifest,
-)
+from clips.manifest import ClipRow, get_num_classes, write_manifest
 from clips.manifest_formats import ManifestOptions
 from clips.split import divide_by_patient
+from clips.splits import read_splits, read_table_of_splits
 from clips.transforms import RandAugmentErase
 from config import TrainConfig, manifest_paths
 from dataset import (

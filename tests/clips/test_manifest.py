@@ -12,11 +12,11 @@ from clips.manifest import (
     get_num_classes,
     parse_label,
     path_candidates,
-    patient_overlap,
     read_manifest,
 )
-from clips.manifest import read_splits as read
 from clips.manifest_formats import read_records
+from clips.splits import patient_overlap
+from clips.splits import read_splits as read
 from utils.errors import UserError
 from utils.tables import write_csv
 

@@ -5,8 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from clips.manifest import classes_of, find_splits, read_manifest
+from clips.manifest import classes_of, read_manifest
 from clips.manifest_formats import ManifestOptions, Record, read_records
+from clips.splits import find_splits
 from utils.errors import UserError
 
 
