@@ -1,0 +1,203 @@
+"""Clips that are folders of numbered JPEG or PNG images, one image per frame.
+
+Cholec80 and CholecT50 are distributed like this, and so are the "raw frames" of TSM and mmaction2
+(`img_00001.jpg`). The number of an image is the last run of digits in its name. The first one may
+be 0, 1 or any other, and all numbers may be apart by the same step (0, 25, 50 ...).
+
+Anything else is an error and never guessed: a missing or a double number, JPEG beside PNG, an image
+without a number, images of different sizes. Other files, hidden ones, folders, and the pictures of
+optical flow that TSM and mmaction2 keep beside the frames (`flow_x_00001.jpg`) are ignored.
+"""
+
+import math
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import pairwise
+from pathlib import Path, PurePath
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+
+from utils.errors import ClipError, os_error_cause
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+IMAGE_SUFFIXES = {".jpg": "JPEG", ".jpeg": "JPEG", ".png": "PNG"}
+"""extensions of images and what they are called in messages; the content decides how to decode"""
+
+# Larger frames are decompression bombs and do not come from an endoscope: 8K is 33 million pixels.
+MAX_PIXELS = 8192 * 4608
+
+_FLOW = re.compile(r"(flow_)?[xy]_[0-9]+", re.IGNORECASE)
+
+
+class ImageMetadata(NamedTuple):
+    """What the header of an image tells."""
+
+    width: int
+    height: int
+    codec: str
+    """jpeg or png"""
+
+
+def is_image(name: str) -> bool:
+    """Whether a file name is that of a JPEG or PNG image, and not hidden."""
+    return not name.startswith(".") and PurePath(name).suffix.lower() in IMAGE_SUFFIXES
+
+
+def frame_number(name: str) -> int | None:
+    """The number of an image: the last run of digits in its name without the extension."""
+    digits = re.findall(r"[0-9]+", PurePath(name).stem)
+    return int(digits[-1]) if digits else None
+
+
+def is_frame_folder(path: str | os.PathLike[str]) -> bool:
+    """Whether a path is a folder that holds a JPEG or PNG image; `list_frames` may still refuse
+    it."""
+    try:
+        with os.scandir(path) as entries:
+            return any(is_image(entry.name) for entry in entries)
+    except (OSError, ValueError):  # no folder, or a name that no path can have
+        return False
+
+
+def image_entries(folder: Path) -> list[os.DirEntry[str]]:
+    """The images of a folder in the order of their numbers, whatever may be wrong with them.
+
+    Raises:
+        OSError: the folder cannot be read.
+    """
+    with os.scandir(folder) as entries:
+        images = [entry for entry in entries if is_image(entry.name)]
+    frames = [entry for entry in images if not _FLOW.fullmatch(PurePath(entry.name).stem)]
+    return sorted(frames or images, key=lambda e: (frame_number(e.name) or 0, e.name))
+
+
+def frame_positions(folder: Path) -> list[tuple[int, Path]]:
+    """The position of each image in the video, counted from 0, and its file.
+
+    Where images are missing, the positions jump.
+
+    Raises:
+        ClipError: there is no such folder, it holds no image, or the images cannot be put in order.
+    """
+    try:
+        entries = image_entries(folder)
+        odd = [entry.name for entry in entries if not entry.is_file()]
+    except OSError as error:
+        raise ClipError(folder, f"cannot be read: {os_error_cause(error)}") from error
+    if not entries:
+        raise ClipError(folder, "a folder without a JPEG or PNG image")
+    if odd:  # opening a pipe would block for ever
+        raise ClipError(folder, f"{odd[0]} is not a file (a broken link, a folder, a pipe)")
+    kinds = sorted({IMAGE_SUFFIXES[PurePath(entry.name).suffix.lower()] for entry in entries})
+    if len(kinds) > 1:
+        raise ClipError(folder, f"holds two kinds of images ({' and '.join(kinds)}): keep one")
+    names = {}
+    for entry in entries:
+        number = frame_number(entry.name)
+        if number is None:
+            raise ClipError(folder, f"{entry.name} has no number: its place is not known")
+        if number in names:
+            raise ClipError(
+                folder, f"two images have the number {number}: {names[number]} and {entry.name}"
+            )
+        names[number] = entry.name
+    numbers = list(names)
+    # Two numbers alone do not tell whether they are a step apart or whether images are missing.
+    steps = [after - number for number, after in pairwise(numbers)]
+    step = math.gcd(*steps) if len(steps) > 1 else 1
+    return [((number - numbers[0]) // step, folder / name) for number, name in names.items()]
+
+
+def list_frames(folder: Path) -> list[Path]:
+    """The images of a folder, in the order of their numbers.
+
+    Raises:
+        ClipError: see `frame_positions`; or images are missing.
+    """
+    frames = frame_positions(folder)
+    for expected, (position, path) in enumerate(frames):
+        if position != expected:
+            before = frames[expected - 1]
+            first = frame_number(frames[0][1].name)
+            step = (frame_number(path.name) - first) // position
+            raise ClipError(
+                folder,
+                f"image {first + expected * step} is missing: after {before[1].name} comes "
+                f"{path.name}",
+            )
+    return [path for _, path in frames]
+
+
+def read_metadata(path: Path) -> ImageMetadata:
+    """The size and codec of an image by its header. A rotation by EXIF is not applied to the size.
+
+    Raises:
+        ClipError: see `read_image`.
+    """
+    with _open(path) as image:
+        return ImageMetadata(*image.size, "png" if image.format == "PNG" else "jpeg")
+
+
+def read_image(path: Path, size: tuple[int, int] | None = None) -> np.ndarray:
+    """Decode an image as a viewer shows it: `(H, W, 3)` uint8 RGB, upright by its EXIF data.
+
+    Of 16 bits the upper 8 are kept, as everywhere. What is transparent is shown on black.
+
+    Args:
+        size: width and height that the header must tell (None: any).
+
+    Raises:
+        ClipError: it is neither JPEG nor PNG, of another size, too large, or damaged. The error
+            names the folder as the clip.
+    """
+    from PIL import ImageOps  # not above: --help does without it
+
+    with _open(path) as image:
+        if size and image.size != size:
+            raise ClipError(path.parent, mixed_sizes(path, image.size, size))
+        image.load()
+        if "exif" in image.info:
+            image = ImageOps.exif_transpose(image)
+        if image.mode.startswith("I"):  # 16 bits of grey, which Pillow would clip to 255
+            grey = (np.asarray(image).astype(np.int32) >> 8).astype(np.uint8)
+            return np.repeat(grey[..., None], 3, axis=2)
+        if image.mode in ("LA", "PA", "RGBA") or "transparency" in image.info:
+            premultiplied = image.convert("RGBA").convert("RGBa")
+            return np.ascontiguousarray(np.asarray(premultiplied)[..., :3])
+        return np.asarray(image if image.mode == "RGB" else image.convert("RGB"))
+
+
+def mixed_sizes(path: Path, size: tuple[int, int], first: tuple[int, int]) -> str:
+    """The error message for an image of another width and height than the first one."""
+    return (
+        f"images of mixed sizes: {path.name} has {size[0]} x {size[1]} pixels, the first image "
+        f"{first[0]} x {first[1]}"
+    )
+
+
+@contextmanager
+def _open(path: Path) -> Iterator["Image.Image"]:
+    """An image whose header was read. All errors inside become a ClipError of the folder."""
+    from PIL import Image
+
+    try:
+        with Image.open(path, formats=["JPEG", "PNG"]) as image:
+            width, height = image.size
+            if width * height > MAX_PIXELS:
+                raise ValueError(f"{width} x {height} pixels are too many")
+            yield image
+    except ClipError:
+        raise
+    except Image.UnidentifiedImageError:
+        what = "is empty" if not path.stat().st_size else "is no JPEG or PNG image, or damaged"
+        raise ClipError(path.parent, f"{path.name} {what}") from None
+    except OSError as error:
+        reason = os_error_cause(error)
+        raise ClipError(path.parent, f"{path.name} cannot be read: {reason}") from error
+    except Exception as error:  # Pillow's parsers let many kinds through (SyntaxError, IndexError)
+        raise ClipError(path.parent, f"{path.name} cannot be read: {error}") from error
