@@ -31,17 +31,17 @@ class FolderSource(FrameSource):
         self.duration = (frames[-1][0] + 1) / self.rate
         first_size: tuple[int, int] | None = None
         error = ""
-        for position, path in frames:
+        for position, name in frames:
             if self.closing:
                 return
             seconds, frame = position / self.rate, None
             if self._is_due(seconds):
                 try:
-                    image = read_image(path)  # (H, W, 3)
+                    image = read_image(self.path / name)  # (H, W, 3)
                     size = (image.shape[1], image.shape[0])
                     first_size = first_size or size
                     if size != first_size:
-                        raise ClipError(self.path, mixed_sizes(path, size, first_size))
+                        raise ClipError(self.path, mixed_sizes(name, size, first_size))
                 except ClipError as problem:
                     error = error or problem.reason
                     continue

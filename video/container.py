@@ -106,7 +106,7 @@ def probe(path: Path) -> VideoMetadata:
     """
     if path.is_dir():
         images = list_frames(path)
-        return VideoMetadata(len(images), 0.0, 0.0, *read_metadata(images[0]))
+        return VideoMetadata(len(images), 0.0, 0.0, *read_metadata(path / images[0]))
     require_file(path)
     try:
         with open_video(path) as container:

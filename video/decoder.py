@@ -134,12 +134,14 @@ def _read_images(
     if vectors is not None:
         raise ClipError(folder, "a folder of images holds no motion vectors: use rgb+flow")
     images = list_frames(folder)
-    first = read_metadata(images[0])
+    first = read_metadata(folder / images[0])
     wanted = choose(min(len(images), stop_after or len(images)))
     kept: dict[int, np.ndarray] = {}
     for number in sorted(set(wanted)):
-        image = read_image(images[number], (first.width, first.height))
-        kept[number] = to_rgb(av.VideoFrame.from_ndarray(image, format="rgb24"), size)
+        image = read_image(folder / images[number], (first.width, first.height))
+        if image.shape[:2] != (size, size):
+            image = to_rgb(av.VideoFrame.from_ndarray(image, format="rgb24"), size)
+        kept[number] = image
     if len({frame.shape for frame in kept.values()}) > 1:
         raise ClipError(folder, "images of mixed sizes: only some are turned by their EXIF data")
     return np.stack([kept[number] for number in wanted])  # (T, H, W, 3)
@@ -149,15 +151,16 @@ def _check_images(folder: Path) -> str | None:
     """The problem of a folder of images in a few words, or None."""
     try:
         images = list_frames(folder)
-        first = read_metadata(images[0])
+        first = read_metadata(folder / images[0])
     except ClipError as error:
         return error.reason
     problems = []
-    for path in images:
+    for name in images:
+        path = folder / name
         try:
             read_image(path, (first.width, first.height))
             if damage := _damage_of_jpeg(path):
-                raise ClipError(folder, f"{path.name} is damaged: {damage}")
+                raise ClipError(folder, f"{name} is damaged: {damage}")
         except ClipError as error:
             problems.append(error.reason)
     if not problems:

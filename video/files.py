@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from utils.errors import UserError, describe_os_error
 from utils.text_table import list_some
-from video.frame_folder import IMAGE_SUFFIXES, frame_number, image_entries
+from video.frame_folder import frame_files, is_image, is_numbered_image
 
 # fmt: off
 VIDEO_SUFFIXES = frozenset({
@@ -69,7 +69,7 @@ def fingerprint(clip: Path) -> list[int]:
         status = os.stat(clip)
         if not stat.S_ISDIR(status.st_mode):
             return [status.st_size, status.st_mtime_ns]
-        images = [(entry.name, entry.stat()) for entry in image_entries(clip)]
+        images = [(file.entry.name, file.entry.stat()) for file in frame_files(clip)]
     except OSError:
         return []
     known = [(name, status.st_size, status.st_mtime_ns) for name, status in images]
@@ -111,25 +111,27 @@ def find_videos(folder: Path) -> FoundVideos:
             continue
         videos: list[Path] = []
         folders: list[os.DirEntry[str]] = []
-        images: list[str] = []
+        images: Counter[str] = Counter()
+        has_numbers = False
         for entry in sorted(entries, key=lambda entry: entry.name):
             try:
                 kind = _passed_over(entry)
             except OSError as error:  # for example links that lead to each other
                 unreadable.append(describe_os_error(error, entry.path))
                 continue
-            if kind in IMAGE_SUFFIXES:
-                images.append(entry.name)
+            if kind and is_image(entry.name) and entry.is_file():
+                images[kind] += 1
+                has_numbers |= is_numbered_image(entry.name)
             elif kind:
                 passed_over[kind] += 1
             elif entry.is_file():
                 videos.append(Path(entry))
             else:
                 folders.append(entry)
-        if not videos and not folders and any(frame_number(name) is not None for name in images):
+        if has_numbers and not videos and not folders:
             paths.append(current)
         else:
-            passed_over.update(PurePath(name).suffix.lower() for name in images)
+            passed_over += images
         paths += videos
         for entry in folders:
             if entry.is_symlink():
