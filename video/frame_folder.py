@@ -131,7 +131,7 @@ def _numbered(folder: Path) -> tuple[dict[int, str], int]:
     except OSError as error:
         raise ClipError(folder, f"cannot be read: {os_error_cause(error)}") from error
     if not files:
-        raise ClipError(folder, "a folder without a JPEG or PNG image")
+        raise ClipError(folder, "not a file, and a folder without JPEG or PNG images")
     if odd:  # opening a pipe would block for ever
         raise ClipError(folder, f"{odd} is not a file (a broken link, a folder, a pipe)")
     if len({file.kind for file in files}) > 1:
