@@ -18,6 +18,7 @@ from pathlib import Path
 import av
 import numpy as np
 
+from utils.run_dir import sanitize
 from video import h264
 from video.container import (
     DECODING_ERRORS,
@@ -160,7 +161,7 @@ def _check_images(folder: Path) -> str | None:
         try:
             read_image(path, (first.width, first.height))
             if damage := _damage_of_jpeg(path):
-                raise ClipError(folder, f"{name} is damaged: {damage}")
+                problems.append(f"{sanitize(name)} is damaged: {damage}")
         except ClipError as error:
             problems.append(error.reason)
     if not problems:

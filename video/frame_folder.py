@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from utils.errors import ClipError, os_error_cause
+from utils.run_dir import sanitize
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -103,7 +104,7 @@ def list_frames(folder: Path) -> list[str]:
     numbers = list(names)
     for before, number in pairwise(numbers):
         if number != before + step:
-            raise ClipError(
+            raise _error(
                 folder,
                 f"image {before + step} is missing: {names[number]} comes after {names[before]}",
             )
@@ -129,19 +130,19 @@ def _numbered(folder: Path) -> tuple[dict[int, str], int]:
         files = frame_files(folder)
         odd = next((file.entry.name for file in files if not file.entry.is_file()), None)
     except OSError as error:
-        raise ClipError(folder, f"cannot be read: {os_error_cause(error)}") from error
+        raise _error(folder, f"cannot be read: {os_error_cause(error)}") from error
     if not files:
-        raise ClipError(folder, "not a file, and a folder without JPEG or PNG images")
+        raise _error(folder, "not a file, and a folder without JPEG or PNG images")
     if odd:  # opening a pipe would block for ever
-        raise ClipError(folder, f"{odd} is not a file (a broken link, a folder, a pipe)")
+        raise _error(folder, f"{odd} is not a file (a broken link, a folder, a pipe)")
     if len({file.kind for file in files}) > 1:
-        raise ClipError(folder, "holds JPEG and PNG images: keep one of the two kinds")
+        raise _error(folder, "holds JPEG and PNG images: keep one of the two kinds")
     names: dict[int, str] = {}
     for number, _, entry in files:
         if number is None:
-            raise ClipError(folder, f"{entry.name} has no number: its place is not known")
+            raise _error(folder, f"{entry.name} has no number: its place is not known")
         if number in names:
-            raise ClipError(
+            raise _error(
                 folder, f"two images have the number {number}: {names[number]} and {entry.name}"
             )
         names[number] = entry.name
@@ -176,7 +177,7 @@ def read_image(path: Path, size: tuple[int, int] | None = None) -> np.ndarray:
 
     with _open(path) as image:
         if size and image.size != size:
-            raise ClipError(path.parent, mixed_sizes(path.name, image.size, size))
+            raise _error(path.parent, mixed_sizes(path.name, image.size, size))
         image.load()
         if "exif" in image.info:
             image = ImageOps.exif_transpose(image)
@@ -197,6 +198,11 @@ def mixed_sizes(name: str, size: tuple[int, int], first: tuple[int, int]) -> str
     )
 
 
+def _error(folder: Path, reason: str) -> ClipError:
+    """An error whose message stays one line, whatever the images are called."""
+    return ClipError(folder, sanitize(reason))
+
+
 @contextmanager
 def _open(path: Path) -> Iterator["Image.Image"]:
     """An image whose header was read. All errors inside become a ClipError of the folder."""
@@ -212,9 +218,9 @@ def _open(path: Path) -> Iterator["Image.Image"]:
         raise
     except Image.UnidentifiedImageError:
         what = "is empty" if not path.stat().st_size else "is no JPEG or PNG image, or damaged"
-        raise ClipError(path.parent, f"{path.name} {what}") from None
+        raise _error(path.parent, f"{path.name} {what}") from None
     except OSError as error:
         reason = os_error_cause(error)
-        raise ClipError(path.parent, f"{path.name} cannot be read: {reason}") from error
+        raise _error(path.parent, f"{path.name} cannot be read: {reason}") from error
     except Exception as error:  # Pillow's parsers let many kinds through (SyntaxError, IndexError)
-        raise ClipError(path.parent, f"{path.name} cannot be read: {error}") from error
+        raise _error(path.parent, f"{path.name} cannot be read: {error}") from error

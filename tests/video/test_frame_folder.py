@@ -129,6 +129,7 @@ def test_order_of_numbers(names: list[str], order: list[str], tmp_path: Path) ->
         (["a1.png", "a3.png"], "image 2 is missing"),
         (["a1.png", "a01.png", "a2.png"], "two images have the number 1: a01.png and a1.png"),
         (["a1.png", "a2.png", "a2.jpg"], "holds JPEG and PNG images: keep one of the two kinds"),
+        (["a1.png", "a\n1.png"], "two images have the number 1: a?1.png and a1.png"),
         (["a1.png", "cover.png"], "cover.png has no number"),
         (["a1.png", "a2.png", "a3.png/x"], "a3.png is not a file"),
         (["Thumbs.db", ".a1.png"], "a folder without JPEG or PNG images"),
