@@ -57,7 +57,7 @@ VIDEOS = [
 ]
 
 CACHED_VIDEOS = [(720, 30, 250), (720, 100, 250), (720, 250, 250)]
-QUALITY = 80  # of images: with it they are as large as those of the cache
+QUALITY = 76  # of the images: with it they are as large as those in the cache
 
 
 def time_decoding(config: BenchmarkConfig, folder: Path) -> pd.DataFrame:
