@@ -2,6 +2,7 @@
 
     python predict.py runs/20260101-120000_tsm_resnet operation.mp4   one or several files
     python predict.py RUN /data/operations                            all videos of a folder
+    python predict.py RUN /data/frames/video01 --frame-rate 25        a folder of numbered images
     python predict.py RUN 0 --serve                                   a camera, on a live page
     python predict.py RUN rtsp://192.168.0.7/stream                   a network stream
     python predict.py RUN https://host/operation.mp4                  a file on a web server
@@ -23,9 +24,9 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import tyro
 
 from config import Precision
+from timeline.open_source import find_sources, open_source
 from utils.cli import cli_main, parse
 from utils.errors import UserError, require_package
-from video.files import find_videos, no_video
 
 if TYPE_CHECKING:
     import numpy as np
@@ -55,8 +56,8 @@ class PredictConfig:
     run: Annotated[str, tyro.conf.Positional]
     """run folder (its best.pt) or checkpoint file"""
     sources: Annotated[tuple[str, ...], tyro.conf.Positional]
-    """video files, folders of videos, the number of a camera, the address of a stream or of a
-    video file, or - for a pipe"""
+    """video files, folders of videos or of numbered images, the number of a camera, the address of
+    a stream or of a video file, or - for a pipe"""
     output: str = ""
     """folder for the results (empty: beside each video; for live sources predictions/)"""
 
@@ -64,6 +65,8 @@ class PredictConfig:
     """frames per prediction, T (None: as in training)"""
     fps: float | None = None
     """frames per second that the model is shown (None: as in training)"""
+    frame_rate: float | None = None
+    """images per second of the recordings in folders of numbered images, which do not tell it"""
     stride: int | None = None
     """frames from one window to the next for models that cannot be streamed (None: a quarter of
     n_frames); the other models predict at every frame"""
@@ -103,7 +106,7 @@ def check_settings(config: PredictConfig) -> None:
     Raises:
         UserError: a number is out of range, or a package is missing.
     """
-    for name in ("n_frames", "stride", "fps", "mean_duration"):
+    for name in ("n_frames", "stride", "fps", "frame_rate", "mean_duration"):
         value = getattr(config, name)
         if value is not None and not 0 < value < math.inf:
             raise UserError(f"{name} = {value}: must be a number above 0")
@@ -113,38 +116,6 @@ def check_settings(config: PredictConfig) -> None:
             raise UserError(f"{name} = {value}: must be 0 or more")
     if config.serve:
         require_package("aiohttp", "--serve")
-
-
-def find_sources(texts: tuple[str, ...]) -> list[str | Path]:
-    """The sources: files and the videos of folders as paths; cameras, addresses and - as text.
-
-    Raises:
-        UserError: there is none; a text is not a file, folder, camera or address.
-    """
-    from timeline.live_source import is_live
-
-    sources: list[str | Path] = []
-    for text in texts:
-        path = Path(text)
-        if text == "-" or (is_live(text) and not path.exists()):
-            sources.append(text)
-        elif path.is_dir():
-            found = find_videos(path)
-            if not found.paths:
-                raise UserError(no_video(path, found))
-            sources += found.paths
-            if found.passed_over:
-                print(f"{path}: {found.passed_over}")
-        elif path.exists():
-            sources.append(path)
-        else:
-            raise UserError(f"{text}: no such file, and not the number of a camera or an address")
-    if not sources:
-        raise UserError("no source: give a video file, a folder, the number of a camera ...")
-    if len(sources) > 1 and any(isinstance(source, str) for source in sources):
-        raise UserError("a live source or a pipe must be the only source: start one process each")
-    unique = {s if isinstance(s, str) else s.resolve(): s for s in sources}
-    return list(unique.values())
 
 
 def build_predictor(
@@ -224,21 +195,6 @@ def describe_window(predictor: "OnlinePredictor") -> str:
     return f"windows of {frames} frames at {fps:.3g} frames per second = {predictor.window:.2f} s"
 
 
-def open_source(
-    source: str | Path, predictor: "OnlinePredictor", config: PredictConfig
-) -> "FrameSource":
-    """The frames of a file, a pipe, a camera or an address, as the model needs them."""
-    from timeline.live_source import open_address
-    from timeline.sources import FileSource, PipeSource
-
-    options = predictor.fps, predictor.image_size, config.serve
-    if isinstance(source, Path):
-        return FileSource(source, *options)
-    if source == "-":
-        return PipeSource(*options)
-    return open_address(source, *options, config.reconnect_timeout)
-
-
 def predict(
     config: PredictConfig,
     sources: list[str | Path],
@@ -268,7 +224,8 @@ def predict(
     for number, (source, folder) in enumerate(zip(sources, folders, strict=True), 1):
         counter = f"{number}/{len(sources)} " if len(sources) > 1 else ""
         try:
-            frames = open_source(source, predictor, config)
+            options = predictor.fps, predictor.image_size, config.serve
+            frames = open_source(source, *options, config.frame_rate, config.reconnect_timeout)
             with ExitStack() as stack:
                 on_update = None
                 if config.serve:
@@ -290,7 +247,7 @@ def predict(
         timeline.notes += _advice(timeline, calibration)
         rate = {"video": f"{frames.rate:.3g} frames per second"} if frames.rate else {}
         print(_summary(timeline, video.seconds, frames, folder))
-        path = source if isinstance(source, Path) else None
+        path = source if isinstance(source, Path) and source.is_file() else None
         problems = [video.problem] * bool(video.problem)
         try:
             write_outputs(folder, timeline, path, {**metadata, **rate}, device)
@@ -372,7 +329,8 @@ def write_outputs(
 def main() -> None:
     config = parse(PredictConfig, __doc__, old_names=OLD_NAMES)
     check_settings(config)
-    sources = find_sources(config.sources)  # before the model: a misspelt name is found at once
+    # Before the model is built: a misspelt name is found at once.
+    sources = find_sources(config.sources, config.frame_rate)
 
     from timeline.output import output_folders
     from timeline.predictor import load_frame_filter

@@ -297,10 +297,10 @@ def calibrate_best(
     # Uncalibrated, because a run that is resumed after this point has been calibrated already.
     fitted = calibrate(predictions.labels, predictions.uncalibrated, config.target_error)
     if distributed.rank() == 0:
-        paths = [row.path for row in loader.dataset.rows]
+        paths, fps = zip(*((row.path, row.fps) for row in loader.dataset.rows), strict=True)
         sampler = FrameSampler(config.n_frames, config.eval_sampling)
         best["calibration"] = fitted.state_dict()
-        best["frame_rate"] = effective_fps(paths, sampler)
+        best["frame_rate"] = effective_fps(paths, sampler, known=fps)
         best["config"] = dataclasses.asdict(config)  # the data may have moved since that epoch
         best["class_counts"] = state.class_counts  # runs of earlier versions have none yet
         save_checkpoint(folder / "best.pt", best)

@@ -17,6 +17,7 @@ from typing import Any, Literal
 import numpy as np
 import pandas as pd
 import torch
+from PIL import Image
 from torchvision.transforms import v2
 
 from benchmarks import epoch_time
@@ -56,6 +57,7 @@ VIDEOS = [
 ]
 
 CACHED_VIDEOS = [(720, 30, 250), (720, 100, 250), (720, 250, 250)]
+QUALITY = 76  # of the images: with it they are as large as those in the cache
 
 
 def time_decoding(config: BenchmarkConfig, folder: Path) -> pd.DataFrame:
@@ -97,16 +99,22 @@ def _decode_all(path: Path) -> np.ndarray:
 
 
 def time_cache(config: BenchmarkConfig, folder: Path) -> pd.DataFrame:
-    """Time reading 16 frames from the cache against decoding them from 720p."""
+    """Time reading 16 frames from the cache, and from a folder of JPEG images of the same size and
+    quality, against decoding them from 720p."""
     cache = ClipCache.create(folder / "cache", folder, CacheSettings())
     rows = []
     for height, count, group in CACHED_VIDEOS:
         clip = folder / f"cached_{count}.mp4"
         write_benchmark_video(clip, height, count, group, config.source)
         size, _ = cache.write(clip)
+        images = folder / f"images_{count}"
+        images.mkdir()
+        for number, frame in enumerate(read_frames(clip, range), 1):
+            Image.fromarray(frame).save(images / f"img_{number:05d}.jpg", quality=QUALITY)
         calls = {
             "decode": lambda c=clip: read_clip(c).rgb,
             "read": lambda c=clip: cache.read(c).rgb,
+            "images": lambda c=images: read_clip(c).rgb,
         }
         seconds = {
             n: np.median(s) for n, s in interleave(calls, config.repeats, in_a_row=3).items()
@@ -118,6 +126,7 @@ def time_cache(config: BenchmarkConfig, folder: Path) -> pd.DataFrame:
                 "video": f"{height}p, {count} frames",
                 "decoded (ms)": 1000 * seconds["decode"],
                 "from the cache (ms)": 1000 * seconds["read"],
+                "from images (ms)": 1000 * seconds["images"],
                 "faster (x)": seconds["decode"] / seconds["read"],
                 "frames kept": f"{kept}",
                 "kB per 16 frames": size / kept * 16 / 1000,

@@ -249,7 +249,7 @@ def file_statistics(clips: "pd.DataFrame") -> "pd.DataFrame":
             {
                 "split": split,
                 "files": len(known),
-                "seconds": _range([m.seconds for m in known]),
+                "seconds": _range([m.seconds for m in known if m.rate]),
                 "frames": _range([m.frames for m in known]),
                 "size": _most_common([f"{m.width}x{m.height}" for m in known]),
                 "fps": _most_common([f"{m.rate:.4g}" if m.rate else "unknown" for m in known]),

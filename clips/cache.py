@@ -30,6 +30,7 @@ from utils.files import atomic, parse_json, read_json, write_json
 from utils.structure import find_mismatch
 from video.clip_reader import DecodedClip, FrameSampler, read_frames_and_motion
 from video.container import ClipError
+from video.files import fingerprint
 from video.motion import Modality, StoredMotion, grid_side
 
 FORMAT = 1
@@ -136,7 +137,7 @@ class ClipCache:
         Returns:
             The size of its file in bytes, and the error if the clip cannot be read.
         """
-        header: dict[str, Any] = {"source": _fingerprint(clip), "settings": asdict(self.settings)}
+        header: dict[str, Any] = {"source": fingerprint(clip), "settings": asdict(self.settings)}
         jpegs, motion = [], []
         try:
             indices, count, decoded = self._decode(clip)
@@ -209,7 +210,7 @@ class ClipCache:
         # The first caches held no motion and do not name their modality.
         if {"modality": "rgb", **_renamed(header["settings"])} != asdict(self.settings):
             raise StaleCacheEntry("cached with other settings")
-        if header["source"] != _fingerprint(clip):
+        if header["source"] != fingerprint(clip):
             raise StaleCacheEntry("changed since it was cached")
         return header
 
@@ -269,15 +270,6 @@ def _renamed(settings: dict[str, Any]) -> dict[str, Any]:
     if "modality" in values:
         values["modality"] = _OLD_VALUES.get(str(values["modality"]), values["modality"])
     return values
-
-
-def _fingerprint(clip: Path) -> list[int]:
-    """Size and modification time: a file with the same ones is taken for the same file."""
-    try:
-        status = os.stat(clip)
-    except OSError:
-        return []
-    return [status.st_size, status.st_mtime_ns]
 
 
 def _encode(frames: np.ndarray, quality: int) -> list[bytes]:

@@ -25,6 +25,7 @@ from utils.errors import UserError
 from utils.run_dir import sanitize
 from utils.tables import write_csv
 from utils.text_table import list_some, shorten
+from video.frame_folder import is_frame_folder
 
 CLASSES = (
     "AbdominalEntry",
@@ -68,6 +69,8 @@ class ClipRow(NamedTuple):
     video: str | None = None
     action: str | None = None
     """the source action that the clip was cut from"""
+    fps: float | None = None
+    """frames per second of a folder of images, where known"""
 
 
 def get_num_classes(classes: Sequence[str] = CLASSES) -> int:
@@ -300,10 +303,11 @@ def parse_manifest(
 
 
 def resolve_path(name: str, root: Path) -> Path | None:
-    """The file that a path in a manifest names, below `root` or its clips/, or None."""
+    """The file or folder of images that a path in a manifest names, below `root` or its clips/, or
+    None."""
     for candidate in path_candidates(name, root):
         try:
-            if candidate.is_file():
+            if candidate.is_file() or is_frame_folder(candidate):
                 return candidate
         except (OSError, ValueError):  # a name too long, or with a NUL in it
             return None

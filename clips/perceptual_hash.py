@@ -8,6 +8,7 @@ import numpy as np
 
 from video.clip_reader import FrameSampler, read_clip
 from video.container import LUMA
+from video.frame_folder import frame_files
 
 N_FRAMES = 3
 BITS = 64  # per frame
@@ -17,7 +18,11 @@ _CHUNK = 1024
 
 
 def sha256_file(path: Path) -> str:
-    """The SHA-256 of a file."""
+    """The SHA-256 of a file; of a folder of images, that of their SHA-256s in order."""
+    if path.is_dir():
+        images = [file.entry for file in frame_files(path) if file.entry.is_file()]
+        digests = [sha256_file(Path(image)) for image in images]
+        return hashlib.sha256(" ".join(digests).encode()).hexdigest()
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

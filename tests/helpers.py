@@ -12,7 +12,7 @@ import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from fractions import Fraction
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -23,6 +23,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 from torch.utils.data import DataLoader
 from torchvision.transforms.v2 import functional as tv
@@ -67,6 +68,16 @@ def make_clip(path: Path, brightness: int, frames: int = 20, size: int = 32, see
         frame[4:20, left : left + 10] = brightness
     write_video(path, noise)
     return path
+
+
+def write_images(
+    folder: Path, frames: Iterable[np.ndarray], name: str = "img_{:05d}.png", first: int = 1
+) -> Path:
+    """A folder of frames: numbered images that a viewer shows as these `(H, W, 3)` arrays."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for number, frame in enumerate(frames, first):
+        Image.fromarray(frame).save(folder / name.format(number))
+    return folder
 
 
 def make_data(

@@ -23,12 +23,13 @@ def output_folders(sources: list[str | Path], output: str) -> list[Path]:
     """A folder for each source: `operation.mp4.timeline` beside the video, or below `output`.
 
     Args:
-        sources: paths of files; cameras, addresses and the pipe as text.
+        sources: paths of files and of folders of images; cameras, addresses and the pipe as text.
         output: folder below which they all lie; empty: see above, for live sources predictions/.
     """
     folders: list[Path] = []
     for source in sources:
         if isinstance(source, Path):
+            source = source if source.name not in ("", "..") else source.resolve()
             folder = Path(output or source.parent) / f"{source.name}.timeline"
         else:
             stream = "pipe" if source == "-" else safe_name(strip_credentials(source))

@@ -1,4 +1,5 @@
-"""Sources of whole videos: files and a pipe. Cameras and streams are in live_source.py.
+"""Sources of whole videos: files and a pipe. Folders of images are in folder_source.py, cameras and
+streams in live_source.py.
 
 A damaged clip is refused (video/decoder.py). An operation is hours long, and a bad stretch in it is
 no reason to lose the rest: the stretch is skipped and marked as a gap.
@@ -102,12 +103,18 @@ class FrameSource(ABC):
             ClipError: nothing can be read.
         """
 
+    def _step(self, seconds: float) -> int:
+        return math.floor((seconds + 1e-4) * self.fps)
+
+    def _is_due(self, seconds: float) -> bool:
+        """Whether the model is to be shown the frame at this time."""
+        return self._step(seconds) >= self._next_step
+
     def _take(self, frame: av.VideoFrame, seconds: float) -> Frame | None:
         """The decoded frame for the model, if one is due at this time."""
-        step = math.floor((seconds + 1e-4) * self.fps)
-        if step < self._next_step:
+        if not self._is_due(seconds):
             return None
-        self._next_step = step + 1
+        self._next_step = self._step(seconds) + 1
         preview = None
         if self.preview:
             width = min(PREVIEW_WIDTH, frame.width)

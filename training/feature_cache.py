@@ -26,6 +26,7 @@ from modeling.inference import prepare_for_inference, require_finite
 from utils.files import atomic
 from utils.workers import show_batches, start_worker
 from video.container import ClipError
+from video.files import fingerprint
 
 _VERSION = 3  # raise it when the same settings and weights give other features than before
 
@@ -72,9 +73,7 @@ class CachedFeatures(Dataset):
 
     def path(self, row: ClipRow, augmentation: int) -> Path:
         """The file of one augmentation of a clip; its name changes when the clip's file changes."""
-        status = row.path.stat() if row.path.exists() else None
-        fingerprint = [status.st_size, status.st_mtime_ns] if status else []
-        key = json.dumps([str(row.path.absolute()), *fingerprint])
+        key = json.dumps([str(row.path.absolute()), *fingerprint(row.path)])
         name = hashlib.sha256(key.encode("utf-8", "surrogateescape")).hexdigest()
         return self.folder / f"{name[:24]}-{augmentation}.npy"
 

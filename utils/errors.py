@@ -1,4 +1,4 @@
-"""UserError, which scripts print without a traceback, and warnings that go into results."""
+"""UserError and ClipError, which scripts print without a traceback, and warnings for results."""
 
 import errno
 import importlib
@@ -13,6 +13,18 @@ class UserError(Exception):
     The message names the thing and the remedy. Scripts print it without a traceback and exit with
     code 2 (utils/cli.py).
     """
+
+
+class ClipError(UserError):
+    """A clip cannot be read; the message is its path and the reason."""
+
+    def __init__(self, path: str | Path, reason: str) -> None:
+        super().__init__(f"{path}: {reason}")
+        self.path = str(path)
+        self.reason = reason
+
+    def __reduce__(self) -> tuple:  # a worker process sends exceptions as pickles
+        return type(self), (self.path, self.reason)
 
 
 class ResultWarning(TypedDict):

@@ -1,7 +1,9 @@
-"""Reading a clip: T frames of a video, chosen by a FrameSampler, and their motion if wanted."""
+"""Reading a clip: T frames of a video or a folder of images, chosen by a FrameSampler, and their
+motion if wanted."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -153,23 +155,33 @@ def with_previous(indices: Sequence[int]) -> list[int]:
     return sorted({max(0, index - back) for index in indices for back in (0, 1)})
 
 
-def effective_fps(paths: Sequence[Path], sampler: FrameSampler, most: int = 50) -> float | None:
-    """Frames per second that a model sees of these clips: the median over at most `most` files.
+def effective_fps(
+    paths: Sequence[Path],
+    sampler: FrameSampler,
+    most: int = 50,
+    known: Sequence[float | None] = (),
+) -> float | None:
+    """Frames per second that a model sees of these clips: the median over at most `most` of them.
 
     A model that was trained on 16 frames of clips of 1.2 s must be shown whole videos at 13 frames
     per second.
 
+    Args:
+        known: frames per second of each clip that does not tell them itself (a folder of images).
+
     Returns:
-        None if no file tells its frame rate.
+        None if no frame rate is known.
     """
     rates = []
-    for path in paths[:: max(1, len(paths) // most)]:
+    step = max(1, len(paths) // most)
+    for path, fps in list(zip_longest(paths, known))[::step]:
         try:
             metadata = probe(path)
         except ClipError:
             continue
-        if metadata.seconds and sampler.sampling == "first":
-            rates.append(metadata.rate)
-        elif metadata.seconds:  # all frames of a short clip, n_frames of a long one
-            rates.append(min(sampler.n_frames, metadata.frames) / metadata.seconds)
+        rate = metadata.rate or fps
+        if rate and sampler.sampling == "first":
+            rates.append(rate)
+        elif rate and metadata.frames:  # all frames of a short clip, n_frames of a long one
+            rates.append(rate * min(sampler.n_frames, metadata.frames) / metadata.frames)
     return float(np.median(rates)) if rates else None

@@ -9,13 +9,11 @@ import numpy as np
 from av.stream import Disposition
 from av.video.reformatter import Interpolation
 
-from utils.errors import UserError
+from utils.errors import ClipError
+from video.frame_folder import MAX_PIXELS, list_frames, read_metadata
 
 LUMA = (0.299, 0.587, 0.114)
 """weights of red, green and blue in the brightness of a pixel: ITU-R BT.601, as in torchvision"""
-
-# Larger frames are decompression bombs and do not come from an endoscope: 8K is 33 million pixels.
-MAX_PIXELS = 8192 * 4608
 
 # Frames per second above which time stamps alone are not believed. Milliseconds round 240 up.
 MAX_RATE = 250.0
@@ -30,31 +28,19 @@ FORMATS = (
 DECODING_ERRORS = (av.FFmpegError, ValueError, MemoryError)
 
 
-class ClipError(UserError):
-    """A clip cannot be read; the message is its path and the reason."""
-
-    def __init__(self, path: str | Path, reason: str) -> None:
-        super().__init__(f"{path}: {reason}")
-        self.path = str(path)
-        self.reason = reason
-
-    def __reduce__(self) -> tuple:  # a worker process sends exceptions as pickles
-        return type(self), (self.path, self.reason)
-
-
 class ColourError(ValueError):
     """The colours of a frame cannot be converted to RGB."""
 
 
 class VideoMetadata(NamedTuple):
-    """Metadata of a file's first video stream."""
+    """Metadata of a file's first video stream, or of a folder of images."""
 
     frames: int
-    """number of non-empty packets"""
+    """number of non-empty packets, or of images"""
     seconds: float
     """duration without pauses, `frames / rate`; 0 if the rate is unknown"""
     rate: float
-    """frames per second, see `frame_rate`; 0 if unknown"""
+    """frames per second, see `frame_rate`; 0 if unknown, as for every folder of images"""
     width: int
     height: int
     codec: str
@@ -111,11 +97,16 @@ def decode(path: Path, index: int) -> Iterator[av.VideoFrame]:
 
 
 def probe(path: Path) -> VideoMetadata:
-    """The metadata of a file's first video stream. Packets are counted; nothing is decoded.
+    """The metadata of a file's first video stream, or of a folder of numbered images.
+
+    Packets or images are counted; nothing is decoded.
 
     Raises:
-        ClipError: there is no such file, it holds no video, or it breaks off.
+        ClipError: there is no such file, it holds no video, or it breaks off; or see `list_frames`.
     """
+    if path.is_dir():
+        images = list_frames(path)
+        return VideoMetadata(len(images), 0.0, 0.0, *read_metadata(path / images[0]))
     require_file(path)
     try:
         with open_video(path) as container:

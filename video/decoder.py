@@ -1,4 +1,4 @@
-"""Decoding chosen frames of a video file.
+"""Decoding chosen frames of a video file, or of a folder of images.
 
 Frames are numbered by counting the decoder's output. The frame count in a header and the timestamps
 are often wrong in real files: in some AVI files the timestamps run backwards, and sorting by them
@@ -7,6 +7,8 @@ would scramble the clip.
 Of a usual H.264 file only the packets that the wanted frames depend on are decoded
 (`_read_needed`), of any other file all packets (`_read_stream`). Both give the same frames. Damage
 in packets that are not decoded is not noticed.
+
+Of a folder of numbered images (frame_folder.py) only the chosen ones are opened (`_read_images`).
 """
 
 import math
@@ -16,6 +18,7 @@ from pathlib import Path
 import av
 import numpy as np
 
+from utils.run_dir import sanitize
 from video import h264
 from video.container import (
     DECODING_ERRORS,
@@ -30,6 +33,7 @@ from video.container import (
     to_rgb,
     video_streams,
 )
+from video.frame_folder import MAX_PIXELS, list_frames, read_image, read_metadata
 from video.motion_vectors import VectorReader
 
 
@@ -40,7 +44,7 @@ def read_frames(
     stop_after: int | None = None,
     vectors: VectorReader | None = None,
 ) -> np.ndarray:
-    """Decode the chosen frames of a file.
+    """Decode the chosen frames of a file, or of a folder of images.
 
     The file's rotation is applied. The pixel aspect ratio is not, because the frames are squeezed
     into a square anyway. Memory is bounded by the chosen frames, whatever the length of the file.
@@ -59,9 +63,12 @@ def read_frames(
 
     Raises:
         ClipError: there is no such file, it holds no video, it breaks off before its end, or most
-            of the wanted frames are damaged.
+            of the wanted frames are damaged; of a folder: see `list_frames`, or a chosen image is
+            damaged.
     """
     path = Path(path)
+    if path.is_dir():
+        return _read_images(path, choose, size, stop_after, vectors)
     require_file(path)
     try:
         with open_video(path) as container:
@@ -80,7 +87,7 @@ def read_frames(
 
 
 def check_video(path: str | Path) -> str | None:
-    """Decode every frame of a file, to find damage anywhere in it.
+    """Decode every frame of a file or of a folder of images, to find damage anywhere in it.
 
     One frame of each size and colour format is converted to RGB; see clip_reader.check_clip.
 
@@ -90,6 +97,8 @@ def check_video(path: str | Path) -> str | None:
     path = Path(path)
     count = damaged = 0
     converted = set()
+    if path.is_dir():
+        return _check_images(path)
     try:
         require_file(path)
         with open_video(path) as container:
@@ -113,6 +122,67 @@ def check_video(path: str | Path) -> str | None:
     if damaged:
         return f"{damaged} of {count} frames are damaged"
     return None if count else "holds no video frames"
+
+
+def _read_images(
+    folder: Path,
+    choose: Callable[[int], Sequence[int]],
+    size: int | None,
+    stop_after: int | None,
+    vectors: VectorReader | None,
+) -> np.ndarray:
+    """The chosen frames of a folder of images."""
+    if vectors is not None:
+        raise ClipError(folder, "a folder of images holds no motion vectors: use rgb+flow")
+    images = list_frames(folder)
+    first = read_metadata(folder / images[0])
+    wanted = choose(min(len(images), stop_after or len(images)))
+    kept: dict[int, np.ndarray] = {}
+    for number in sorted(set(wanted)):
+        image = read_image(folder / images[number], (first.width, first.height))
+        if image.shape[:2] != (size, size):
+            image = to_rgb(av.VideoFrame.from_ndarray(image, format="rgb24"), size)
+        kept[number] = image
+    if len({frame.shape for frame in kept.values()}) > 1:
+        raise ClipError(folder, "images of mixed sizes: only some are turned by their EXIF data")
+    return np.stack([kept[number] for number in wanted])  # (T, H, W, 3)
+
+
+def _check_images(folder: Path) -> str | None:
+    """The problem of a folder of images in a few words, or None."""
+    try:
+        images = list_frames(folder)
+        first = read_metadata(folder / images[0])
+    except ClipError as error:
+        return error.reason
+    problems = []
+    for name in images:
+        path = folder / name
+        try:
+            read_image(path, (first.width, first.height))
+            if damage := _damage_of_jpeg(path):
+                problems.append(f"{sanitize(name)} is damaged: {damage}")
+        except ClipError as error:
+            problems.append(error.reason)
+    if not problems:
+        return None
+    return f"{len(problems)} of {len(images)} images are damaged, the first one: {problems[0]}"
+
+
+def _damage_of_jpeg(path: Path) -> str | None:
+    """What FFmpeg says of the compressed data of an image; libjpeg shows grey or smeared blocks
+    there and says nothing."""
+    content = path.read_bytes()
+    if content[:2] != b"\xff\xd8":
+        return None
+    context = av.CodecContext.create("mjpeg", "r")
+    context.thread_count = 1
+    context.options = {"err_detect": "explode", "max_pixels": str(MAX_PIXELS)}
+    try:
+        context.decode(av.Packet(content))
+    except DECODING_ERRORS as error:
+        return reason(error)
+    return None
 
 
 def _read_needed(

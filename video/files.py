@@ -1,12 +1,15 @@
-"""Video files: their extensions, and the walk that finds them in a folder of a user."""
+"""Videos on disk: their extensions, whether they changed, and the walk that finds them."""
 
+import hashlib
 import os
+import stat
 from collections import Counter, deque
 from pathlib import Path, PurePath
 from typing import NamedTuple
 
 from utils.errors import UserError, describe_os_error
 from utils.text_table import list_some
+from video.frame_folder import frame_files, is_image, is_numbered_image
 
 # fmt: off
 VIDEO_SUFFIXES = frozenset({
@@ -39,7 +42,7 @@ class FoundVideos(NamedTuple):
     """The videos in a folder, and the number of other files."""
 
     paths: list[Path]
-    """the videos, sorted"""
+    """the videos, and folders of images, sorted"""
     twice: list[tuple[Path, Path]]
     """links to folders that had been read already, and the paths they were read under"""
     passed_over: str
@@ -56,8 +59,30 @@ def is_video(name: str) -> bool:
     return PurePath(name.strip()).suffix.lower() in VIDEO_SUFFIXES
 
 
+def fingerprint(clip: Path) -> list[int]:
+    """Size and modification time: a file with the same ones is taken for the same file.
+
+    Of a folder of images they are those of all images together with their names. Empty if there is
+    no such clip.
+    """
+    try:
+        status = os.stat(clip)
+        if not stat.S_ISDIR(status.st_mode):
+            return [status.st_size, status.st_mtime_ns]
+        images = [(file.entry.name, file.entry.stat()) for file in frame_files(clip)]
+    except OSError:
+        return []
+    known = [(name, status.st_size, status.st_mtime_ns) for name, status in images]
+    digest = hashlib.sha256(repr(known).encode("utf-8", "surrogateescape")).digest()
+    return [sum(size for _, size, _ in known), int.from_bytes(digest[:7])]
+
+
 def find_videos(folder: Path) -> FoundVideos:
-    """All videos below a folder.
+    """All videos below a folder, and all folders of numbered images.
+
+    A folder is a clip made of images (frame_folder.py) if it holds at least one numbered image, and
+    neither a video nor another folder. In all other folders images are passed over: previews beside
+    videos, or pictures beside the folders of the classes.
 
     Links to files and folders are followed. A folder that several paths lead to is read once, under
     its own name if it lies below `folder`; so links that form a loop end there. Hidden files and
@@ -84,17 +109,32 @@ def find_videos(folder: Path) -> FoundVideos:
         except OSError as error:
             unreadable.append(describe_os_error(error, current))
             continue
+        videos: list[Path] = []
+        folders: list[os.DirEntry[str]] = []
+        images: Counter[str] = Counter()
+        has_numbers = False
         for entry in sorted(entries, key=lambda entry: entry.name):
             try:
                 kind = _passed_over(entry)
             except OSError as error:  # for example links that lead to each other
                 unreadable.append(describe_os_error(error, entry.path))
                 continue
-            if kind:
+            if kind and is_image(entry.name) and entry.is_file():
+                images[kind] += 1
+                has_numbers |= is_numbered_image(entry.name)
+            elif kind:
                 passed_over[kind] += 1
             elif entry.is_file():
-                paths.append(Path(entry))
-            elif entry.is_symlink():
+                videos.append(Path(entry))
+            else:
+                folders.append(entry)
+        if has_numbers and not videos and not folders:
+            paths.append(current)
+        else:
+            passed_over += images
+        paths += videos
+        for entry in folders:
+            if entry.is_symlink():
                 waiting.append(Path(entry))
             else:
                 waiting.appendleft(Path(entry))
