@@ -78,6 +78,9 @@ class TrainConfig:
     """manifests: the column of the splits (empty: recognised by its name)"""
     patient_pattern: str = setting("", resumable=True)
     """regular expression that finds the patient in a path, e.g. "(VID[0-9]+)_" """
+    frame_rate: float = setting(0.0, low=0, high=1000, resumable=True)
+    """images per second of clips that are folders of images, where their manifest has no column fps
+    (0: unknown)"""
     classes: tuple[str, ...] | None = None
     """names of the classes, in the order of their numbers (None: those of the labels)"""
     skip_unreadable: bool = setting(False, resumable=True)

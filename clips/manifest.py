@@ -25,7 +25,7 @@ from utils.errors import UserError
 from utils.run_dir import sanitize
 from utils.tables import write_csv
 from utils.text_table import list_some, shorten
-from video.frame_folder import is_frame_folder
+from video.frame_folder import frame_files, is_frame_folder
 
 CLASSES = (
     "AbdominalEntry",
@@ -108,10 +108,10 @@ def write_manifest(
     path: Path, rows: Sequence[ClipRow], data_root: str | Path, classes: Sequence[str]
 ) -> None:
     """Write a manifest, atomically; its paths are relative to `data_root`."""
-    table = [["path", "label", "patient", "video", "action"]]
+    table = [["path", "label", "patient", "video", "action", "fps"]]
     for row in rows:
         name = os.path.relpath(row.path, data_root).replace(os.sep, "/")
-        table.append([name, classes[row.label], row.patient, row.video, row.action])
+        table.append([name, classes[row.label], row.patient, row.video, row.action, row.fps])
     write_csv(path, table)
 
 
@@ -269,7 +269,7 @@ def parse_manifest(
     if split:
         records = [record for record in records if record.split in (None, split)]
     rows: list[ClipRow] = []
-    missing, unknown, seen = [], Counter(), Counter()
+    missing, miscounted, unknown, seen = [], [], Counter(), Counter()
     spellings = {record.label or "" for record in records}
     numbers = {s: 0 if classes is None else parse_label(s, classes) for s in spellings}
     for record in records:
@@ -281,7 +281,10 @@ def parse_manifest(
             unknown[record.label or "(none)"] += 1
         else:
             seen[os.path.realpath(path)] += 1
-            rows.append(ClipRow(path, label, record.patient, record.video, record.action))
+            fps = record.fps or (options.frame_rate if options else 0) or None
+            rows.append(ClipRow(path, label, record.patient, record.video, record.action, fps))
+            if record.frames and path.is_dir() and (n := len(frame_files(path))) != record.frames:
+                miscounted.append(f"{record.path} ({n} of {record.frames})")
 
     hint = f"below {root} or {root / 'clips'}"
     problems += summarize(f"{manifest}: clips that do not exist ({hint})", missing)
@@ -295,6 +298,7 @@ def parse_manifest(
             f"{manifest}: numbers of classes count from 0. If its labels count from 1, leave "
             "--classes out (the numbers are then the names of the classes), or write names"
         )
+    problems += summarize(f"{manifest}: folders with more or fewer images than listed", miscounted)
     repeated = [str(path) for path, count in seen.items() if count > 1]
     problems += summarize(f"{manifest}: the same clip in more than one row", repeated)
     if not rows and not problems:

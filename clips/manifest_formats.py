@@ -76,6 +76,9 @@ class ManifestOptions:
     """manifests: the column of the splits (empty: recognised by its name)"""
     patient_pattern: str = ""
     """regular expression that finds the patient in a path, e.g. "(VID[0-9]+)_" """
+    frame_rate: float = 0.0
+    """images per second of clips that are folders of images, where their manifest has no column fps
+    (0: unknown)"""
 
     @classmethod
     def of(cls, config: Any) -> "ManifestOptions":

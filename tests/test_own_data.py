@@ -8,13 +8,15 @@ from pathlib import Path
 
 import pytest
 from helpers import TINY_FLAGS
+from PIL import Image
 
 import cross_validate
 import evaluate
 import prepare_data
 import train
 from checkpoint import load_checkpoint
-from clips.manifest import read_manifest
+from clips.manifest import read_manifest, write_manifest
+from clips.manifest_formats import ManifestOptions
 from config import TrainConfig
 from training.checks import resolve
 from training.loaders import load_splits
@@ -171,3 +173,27 @@ def test_what_split_prints_is_what_trains(
     without = [part for part in command[2:] if part not in ("--classes", *CLASSES)]
     config = cross_validate.classes_of_folds(cross_validate.fold_folders(without[1]))
     assert config == CLASSES
+
+
+def test_lists_of_frame_folders(tmp_path: Path) -> None:
+    """TSM's and mmaction2's `folder n label`; the rate is a setting or a column."""
+    for name, count in (("c1", 3), ("c2", 5)):
+        for number in range(count):
+            make_image(tmp_path / name / f"img_{number:05d}.png")
+    (tmp_path / "list.txt").write_text("c1 3 0\nc2 5 1\n")
+    options = ManifestOptions(frame_rate=25.0)
+    rows = read_manifest(tmp_path / "list.txt", classes=("cut", "sew"), options=options)
+    assert [(row.path.name, row.label, row.fps) for row in rows] == [("c1", 0, 25), ("c2", 1, 25)]
+    (tmp_path / "m.csv").write_text("path,label,fps\nc1,cut,2.5\nc2,sew,\n")
+    rows = read_manifest(tmp_path / "m.csv", classes=("cut", "sew"), options=options)
+    assert [row.fps for row in rows] == [2.5, 25]
+    write_manifest(tmp_path / "again.csv", rows, tmp_path, ("cut", "sew"))
+    assert read_manifest(tmp_path / "again.csv", classes=("cut", "sew")) == rows
+    (tmp_path / "list.txt").write_text("c1 4 0\nc2 5 1\n")
+    with pytest.raises(UserError, match=r"images than listed: 1: c1 \(3 of 4\)"):
+        read_manifest(tmp_path / "list.txt", classes=("cut", "sew"))
+
+
+def make_image(path: Path) -> None:
+    path.parent.mkdir(exist_ok=True)
+    Image.new("RGB", (16, 16)).save(path)
