@@ -48,7 +48,8 @@ def find_sources(texts: tuple[str, ...], frame_rate: float | None = None) -> lis
     if folders and frame_rate is None:
         raise UserError(
             f"{folders[0]}: images do not tell how many of them were taken per second: give it as "
-            "--frame-rate (25 if they are all frames of a usual video, 1 for one image per second)"
+            "--frame-rate (25 if they are all frames of a usual video, 1 for one per second); "
+            "move the folder away if it is no recording"
         )
     if frame_rate is not None and not folders:
         raise UserError("--frame-rate is for folders of images, and no source is one: leave it out")

@@ -160,7 +160,7 @@ def _check_images(folder: Path) -> str | None:
         path = folder / name
         try:
             read_image(path, (first.width, first.height))
-            if damage := _damage_of_jpeg(path):
+            if damage := _hidden_damage(path):
                 problems.append(f"{sanitize(name)} is damaged: {damage}")
         except ClipError as error:
             problems.append(error.reason)
@@ -169,19 +169,23 @@ def _check_images(folder: Path) -> str | None:
     return f"{len(problems)} of {len(images)} images are damaged, the first one: {problems[0]}"
 
 
-def _damage_of_jpeg(path: Path) -> str | None:
-    """What FFmpeg says of the compressed data of an image; libjpeg shows grey or smeared blocks
-    there and says nothing."""
+def _hidden_damage(path: Path) -> str | None:
+    """What FFmpeg says of the compressed data of an image, or None.
+
+    Where it is damaged, libjpeg shows grey or smeared blocks and says nothing, and Pillow does not
+    compare the checksums of a PNG.
+    """
     content = path.read_bytes()
-    if content[:2] != b"\xff\xd8":
-        return None
-    context = av.CodecContext.create("mjpeg", "r")
+    codec = "png" if content.startswith(b"\x89PNG") else "mjpeg"
+    context = av.CodecContext.create(codec, "r")
     context.thread_count = 1
-    context.options = {"err_detect": "explode", "max_pixels": str(MAX_PIXELS)}
+    context.options = {"err_detect": "crccheck+explode", "max_pixels": str(MAX_PIXELS)}
     try:
         context.decode(av.Packet(content))
-    except DECODING_ERRORS as error:
+    except av.error.InvalidDataError as error:
         return reason(error)
+    except DECODING_ERRORS:  # a kind of image that FFmpeg does not know
+        return None
     return None
 
 

@@ -216,7 +216,7 @@ def test_a_damaged_image_is_told_and_never_replaced(kind: str, tmp_path: Path) -
     assert "1 of 6 images are damaged, the first one: " in check_video(clip)
 
 
-def test_the_check_finds_damage_that_the_decoder_of_jpeg_conceals(tmp_path: Path) -> None:
+def test_the_check_finds_damage_that_the_decoders_conceal(tmp_path: Path) -> None:
     still = scene(224, 224)
     clip = tmp_path / "clip"
     write_images(clip, [still] * 3, "{}.jpg")
@@ -228,6 +228,14 @@ def test_the_check_finds_damage_that_the_decoder_of_jpeg_conceals(tmp_path: Path
     for options in ({}, {"progressive": True}, {"subsampling": 0, "quality": 100}, {"quality": 5}):
         (clip / "2.jpg").write_bytes(jpeg(still, **options) + b"after the end")
         assert check_video(clip) is None
+    write_images(tmp_path / "png", [still], "1.png")
+    assert check_video(tmp_path / "png") is None
+    whole = (tmp_path / "png/1.png").read_bytes()
+    for place in np.random.default_rng(0).integers(60, len(whole) - 20, 20):
+        flipped = bytearray(whole)
+        flipped[place] ^= 1
+        (tmp_path / "png/1.png").write_bytes(flipped)
+        assert "1.png" in check_video(tmp_path / "png")
 
 
 def saved(tmp_path: Path, image: Image.Image, suffix: str = "png", **options: object) -> np.ndarray:
