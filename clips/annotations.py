@@ -16,6 +16,7 @@ else to the one of its own name.
 import itertools
 import os
 import re
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path, PurePath
 from typing import NamedTuple
@@ -199,6 +200,43 @@ def match_videos(
         heading = "not certain which video is meant:"
         raise UserError("\n  ".join([heading, *map(sanitize, problems)]))
     return {video: segments for video, (_, segments) in found.items()}, unmatched
+
+
+def annotate_videos(
+    videos: Sequence[Path], source: Path, tiers: Sequence[str] = (), fps: float = CHOLEC80_FPS
+) -> tuple[dict[Path, list[Segment]], list[str]]:
+    """The segments of each annotated video, and notes for the reader.
+
+    Args:
+        source: an annotation, or a folder of them. One that does not name its video belongs to the
+            only video, if there are no others.
+        tiers, fps: see `read_annotations`.
+
+    Raises:
+        UserError: an annotation is wrong, or none is of any of the videos.
+    """
+    notes = []
+    if source.is_dir():
+        folder = read_folder(source, tiers, fps)
+        files = folder.files
+        if folder.unknown:
+            names = list_some(path.name for path in folder.unknown)
+            notes.append(f"{source}: no annotations, passed over: {names}")
+    else:
+        files = {source: read_annotations(source, tiers, fps)}
+        if len(videos) == 1 and list(files[source].videos) == [""]:
+            named = {videos[0].name: files[source].videos[""]}
+            files[source] = Annotations(named, files[source].notes)
+    for note, count in Counter(note for file in files.values() for note in file.notes).items():
+        notes.append(f"{note} ({count:,} files)" if count > 1 else note)
+    segments, unmatched = match_videos(videos, files.items())
+    if unmatched:
+        notes.append(f"annotations without a video: {list_some(unmatched)}")
+    if missing := [video.name for video in videos if video not in segments]:
+        notes.append(f"videos without an annotation: {list_some(missing)}")
+    if not segments:
+        raise UserError("\n  ".join([f"{source}: belongs to none of the videos:", *notes]))
+    return segments, notes
 
 
 def _names(names: Iterable[str]) -> str:

@@ -48,7 +48,7 @@ def read_clips(
     manifests = list({path.resolve(): path for path in manifests}.values())  # each one once
     if not manifests:
         raise UserError("name a manifest (a CSV of clips) or a folder")
-    find_patient = _patient_finder(patient_pattern)
+    find_patient = patient_finder(patient_pattern)
     rows, problems = [], []
     for path, split in zip(manifests, _split_names(manifests), strict=True):
         records, new_problems = _records(path)
@@ -129,7 +129,7 @@ def _folder_records(folder: Path) -> tuple[list[Record], list[str]]:
     ]
 
 
-def _patient_finder(pattern: str) -> Callable[[str], str | None]:
+def patient_finder(pattern: str) -> Callable[[str], str | None]:
     """A function that returns the patient in a path, or None."""
     try:
         compiled = re.compile(pattern)
