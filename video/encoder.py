@@ -46,7 +46,7 @@ def frame_writer(path: str | Path, rate: Fraction) -> Generator[None, av.VideoFr
         frame = yield
         first, tick, stream = frame.pts, frame.time_base, None
         while frame is not None:
-            pts = frame.pts - first
+            pts = frame.pts
             is_even = not (frame.width % 2 or frame.height % 2)
             if frame.rotation or not is_even or frame.format.name not in ("yuv420p", "yuvj420p"):
                 frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(to_rgb(frame, None)))
@@ -62,9 +62,10 @@ def frame_writer(path: str | Path, rate: Fraction) -> Generator[None, av.VideoFr
                     context.color_range, context.colorspace = frame.color_range, frame.colorspace
             if (frame.width, frame.height) != (stream.width, stream.height):
                 raise ValueError("the frame size changes")
-            frame.pts, frame.time_base = pts, tick
+            frame.pts, frame.time_base = pts - first, tick
             frame.pict_type = 0  # the encoder chooses its own key frames
             container.mux(stream.encode(frame))
+            frame.pts = pts  # other writers may receive the same frame
             frame = yield
         container.mux(stream.encode(None))
 

@@ -159,7 +159,7 @@ def _read(path: Path, times: FrameTimes, start: float, end: float, seek: bool) -
         with open_video(path) as container:
             stream = decoding_stream(container, times.stream)
             if seek and wanted:
-                container.seek(wanted[0], stream=stream)
+                _seek(container, stream, times, wanted[0])
             for number, frame in enumerate(container.decode(stream)):
                 if not len(times.pts):
                     seconds = number / times.rate
@@ -180,6 +180,28 @@ def _read(path: Path, times: FrameTimes, start: float, end: float, seek: bool) -
         raise ClipError(path, f"breaks off: {reason(error)}") from error
     if wanted:
         raise ClipError(path, "frames are missing")
+
+
+def _seek(
+    container: av.container.InputContainer, stream: av.VideoStream, times: FrameTimes, pts: int
+) -> None:
+    """Move to a packet at or before the key frame that a frame depends on.
+
+    In MPEG-TS, FFmpeg looks for times, not for key frames, and may end up behind one.
+    """
+    (place,) = np.flatnonzero(times.file_pts == pts)
+    # A frame that is shown before the key frame in front of it depends on the one before that.
+    is_before = times.keys[: place + 1] & (times.file_pts[: place + 1] <= pts)
+    key = np.flatnonzero(is_before)[-1] if is_before.any() else 0
+    for seconds in (0, 1, 4, 16):
+        target = int(times.file_pts[key]) - int(seconds / times.tick)
+        container.seek(target, stream=stream)
+        packet = next((packet for packet in container.demux(stream) if packet.size), None)
+        arrived = np.flatnonzero(times.file_pts == packet.pts) if packet else ()
+        if len(arrived) and arrived[0] <= key:
+            container.seek(target, stream=stream)
+            return
+    container.seek(-(2**40), stream=stream)
 
 
 def _encode(
@@ -266,7 +288,7 @@ def _copy_packets(path: Path, times: FrameTimes, run: Sequence[int], target: Pat
     with open_video(path) as source, av.open(str(target.absolute()), "w") as container:
         stream = source.streams[times.stream]
         copied = container.add_stream_from_template(stream)
-        source.seek(run[0], stream=stream)
+        _seek(source, stream, times, run[0])
         for packet in source.demux(stream):
             if not waiting:
                 break

@@ -86,7 +86,7 @@ def test_cholect50(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"'grasper' and 'hook' overlap: choose with --tier: ") as e:
         read_annotations(path, ["instrument"])
     assert "grasper hook" in str(e.value) and "\n" not in str(e.value)
-    with pytest.raises(UserError, match="no tier tool .--tier.: it has phase"):
+    with pytest.raises(UserError, match=r"no tier tool .--tier.: it has phase"):
         read_annotations(path, ["tool"])
 
 
@@ -370,7 +370,7 @@ def test_what_is_not_certain_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"op1 may be any of .*a/op1.mp4, .*b/op1.mp4: rename"):
         annotate_videos(videos, tmp_path / "x")
     write(tmp_path / "x" / "OP1.mp4.csv", TIMELINE)
-    with pytest.raises(UserError, match="has two annotations, in .*: keep one"):
+    with pytest.raises(UserError, match=r"has two annotations, in .*: keep one"):
         match_videos(videos[:1], read_folder(tmp_path / "x").files.items())
     write(tmp_path / "y" / "other.csv", TIMELINE)
     with pytest.raises(UserError, match=r"belongs to none of the videos:\n  annotations without a"):
