@@ -107,8 +107,8 @@ class TimelineConfig:
     """True and predicted timelines of whole videos."""
 
     truth: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="TRUTH")]
-    """a timeline.csv (columns start, end, label and, with several videos, video), or a folder of
-    <video>.csv"""
+    """a timeline.csv (columns start, end, label and, with several videos, video), or an annotation
+    of Cholec80, CholecT50, ELAN, BORIS or Audacity; or a folder of them, named like the videos"""
     prediction: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="PREDICTION")]
     """a timeline.csv, a folder of predict.py, or a folder that holds <video>.mp4.timeline/ or
     <video>.csv for each video"""
@@ -116,6 +116,10 @@ class TimelineConfig:
     """also scores that forgive boundaries that are shifted by up to this many seconds"""
     output: str = ""
     """folder for timeline_metrics.json (empty: it is not written)"""
+    tier: tuple[str, ...] = ()
+    """tiers, categories or behaviours of the truth, where it has several that overlap"""
+    annotation_fps: float = 25.0
+    """frames per second of frame numbers in the truth (Cholec80's phases)"""
 
 
 def output_folder(config: EvaluateConfig) -> Path:
@@ -312,7 +316,10 @@ def main() -> None:
         from timeline.results import evaluate_timelines
 
         config = parse(TimelineConfig, __doc__, subcommand="timeline")
-        evaluate_timelines(config.truth, config.prediction, config.relaxed, config.output)
+        paths = config.truth, config.prediction
+        evaluate_timelines(
+            *paths, config.relaxed, config.output, config.tier, config.annotation_fps
+        )
         return
     if "--timeline" in sys.argv:
         raise UserError("timelines are evaluated by: python evaluate.py timeline TRUTH PREDICTION")

@@ -1,10 +1,11 @@
-"""Check, split and cache a data set before training.
+"""Check, split and cache a data set before training, or cut it out of annotated videos.
 
 python prepare_data.py audit /data/SLAM                            do splits share patients?
 python prepare_data.py check /data/SLAM                            can every file be read?
 python prepare_data.py split /data/SLAM --output splits            new splits by patient
 python prepare_data.py split /data/SLAM --output folds --folds 5   for cross_validate.py
 python prepare_data.py cache /data/SLAM --output cache224          faster reading in training
+python prepare_data.py clips operations --annotations labels --output cut      clips of videos
 """
 
 import sys
@@ -19,6 +20,7 @@ import tyro
 from clips.audit import AuditConfig, audit
 from clips.build_cache import CacheConfig, fill_cache
 from clips.clip_table import read_clips
+from clips.cut import CutConfig, cut
 from clips.manifest_formats import ManifestOptions
 from clips.split import SplitConfig, split
 from utils.cli import cli_main, parse_subcommand
@@ -94,6 +96,7 @@ COMMANDS = {
     "check": (CheckConfig, check),
     "split": (SplitConfig, split),
     "cache": (CacheConfig, fill_cache),
+    "clips": (CutConfig, cut),
 }
 
 

@@ -139,7 +139,7 @@ def read_records(
         UserError: the pattern of the patients is no regular expression.
     """
     options = options or ManifestOptions()
-    find_patient = _patient_finder(options.patient_pattern)
+    find_patient = patient_finder(options.patient_pattern)
     if source.is_dir():
         records, problems = _folder_records(source)
     elif source.is_file() and is_video(source.name):
@@ -203,7 +203,7 @@ def _tell(text: str) -> None:
     print(text)
 
 
-def _patient_finder(pattern: str) -> Callable[[str], str | None]:
+def patient_finder(pattern: str) -> Callable[[str], str | None]:
     """A function that returns the patient in a path, or None."""
     try:
         compiled = re.compile(pattern)
@@ -211,7 +211,7 @@ def _patient_finder(pattern: str) -> Callable[[str], str | None]:
         raise UserError(f"patient_pattern {pattern!r} is no regular expression: {error}") from None
 
     def find(path: str) -> str | None:
-        match = compiled.search(path)
+        match = compiled.search(path) if pattern else None
         return match and match[1 if compiled.groups else 0]
 
     return find

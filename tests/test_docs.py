@@ -31,6 +31,7 @@ SETTINGS = {
     "prepare_data.py check": "prepare_data.CheckConfig",
     "prepare_data.py split": "clips.split.SplitConfig",
     "prepare_data.py cache": "clips.build_cache.CacheConfig",
+    "prepare_data.py clips": "clips.cut.CutConfig",
     "benchmark_latency.py": "benchmark_latency.BenchmarkConfig",
     "benchmarks.data": "benchmarks.data.BenchmarkConfig",
     "benchmarks.intervals": "benchmarks.intervals.IntervalConfig",

@@ -6,11 +6,18 @@ videos, which count equally; those of time are also pooled over the time of all 
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path, PurePath
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from clips.annotations import (
+    CHOLEC80_FPS,
+    is_same_video,
+    read_annotations,
+    read_folder,
+    video_name,
+)
 from timeline.metrics import (
     Intervals,
     align_segments,
@@ -24,7 +31,7 @@ from timeline.segments import Segment, format_timestamp, read_timeline
 from utils.errors import UserError
 from utils.files import require_writable, write_json
 from utils.run_dir import command
-from utils.text_table import text_table
+from utils.text_table import list_some, text_table
 
 # The columns of the tables, and their headings.
 _CLASS_COLUMNS = {
@@ -59,7 +66,14 @@ class Pair(NamedTuple):
     prediction: list[Segment]
 
 
-def evaluate_timelines(truth: str, prediction: str, relaxed: float = 0.0, output: str = "") -> None:
+def evaluate_timelines(
+    truth: str,
+    prediction: str,
+    relaxed: float = 0.0,
+    output: str = "",
+    tiers: Sequence[str] = (),
+    fps: float = CHOLEC80_FPS,
+) -> None:
     """Score predicted timelines and print the tables; with a folder `output`, write
     timeline_metrics.json into it.
 
@@ -67,6 +81,7 @@ def evaluate_timelines(truth: str, prediction: str, relaxed: float = 0.0, output
         truth, prediction: files or folders; see `read_pairs`.
         relaxed: seconds by which boundaries may be shifted in additional scores; 0: no such scores.
         output: folder for the results; empty: nothing is written.
+        tiers, fps: of the truth; see `clips.annotations.read_annotations`.
 
     Raises:
         UserError: see `read_pairs`; `relaxed` is not a number of seconds.
@@ -75,7 +90,7 @@ def evaluate_timelines(truth: str, prediction: str, relaxed: float = 0.0, output
         raise UserError(f"relaxed = {relaxed}: must be a number of seconds, 0 or more")
     if output:
         require_writable(output)
-    pairs, warnings = read_pairs(truth, prediction)
+    pairs, warnings = read_pairs(truth, prediction, tiers, fps)
     results = compute_results(pairs, relaxed)
     print("\n".join([*warnings, format_results(results)]))
     if not output:
@@ -93,30 +108,32 @@ def evaluate_timelines(truth: str, prediction: str, relaxed: float = 0.0, output
     print(f"results: {folder / 'timeline_metrics.json'}")
 
 
-def read_pairs(truth: str, prediction: str) -> tuple[dict[str, Pair], list[str]]:
+def read_pairs(
+    truth: str, prediction: str, tiers: Sequence[str] = (), fps: float = CHOLEC80_FPS
+) -> tuple[dict[str, Pair], list[str]]:
     """Read the true and the predicted timelines, and pair them by the names of the videos.
 
     Args:
-        truth: a timeline.csv (of one video, or with a column `video`), or a folder of
-            `<video>.csv`.
+        truth: an annotation in any format of clips/annotations.py (of one video, or of those that
+            it names), or a folder of them.
         prediction: a timeline.csv (of one video it belongs to the only video of the truth), an
             output folder of predict.py, or a folder of such folders (`<video>.mp4.timeline/`) or
             else of `<video>.csv`. Names are the same with and without an ending (.mp4).
+        tiers, fps: of the truth; see `clips.annotations.read_annotations`.
 
     Returns:
-        The pairs by the names of the videos, and warnings: predictions without a truth, predicted
-        labels that never occur in the truth.
+        The pairs by the names of the videos, and warnings: how the truth was understood,
+        predictions without a truth, predicted labels that never occur in the truth.
 
     Raises:
         UserError: videos have no prediction or two (all of them are listed); a file is missing or
             is not a timeline; a truth has no class.
     """
-    true = _read_truth(Path(truth))
+    true, warnings = _read_truth(Path(truth), tiers, fps)
     predicted, unused = _read_predictions(Path(prediction), list(true))
     pairs = {name: Pair(true[name], predicted[name]) for name in true}
     classes = _labels(pair.truth for pair in pairs.values())
     unknown = _labels(pair.prediction for pair in pairs.values()) - classes
-    warnings = []
     if unknown:
         warnings.append(
             f"WARNING: predicted, but nowhere in the truth, so always wrong: {_list(unknown)} "
@@ -209,22 +226,32 @@ def _format_table(rows: Iterable[tuple[str, Scores]], columns: Mapping[str, str]
     return text_table(zip(*cells, strict=True))
 
 
-def _read_truth(path: Path) -> dict[str, list[Segment]]:
-    """The true segments of each video.
+def _read_truth(
+    path: Path, tiers: Sequence[str], fps: float
+) -> tuple[dict[str, list[Segment]], list[str]]:
+    """The true segments of each video, and notes on how the files were understood.
 
     Raises:
-        UserError: there is no timeline, or one has no class.
+        UserError: there is no annotation, one has no class, or two are of one video.
     """
     if path.is_dir():
-        truth = {name: _read_single(file) for name, file in _files(path, "*.csv").items()}
-        if not truth:
-            raise UserError(f"{path}: has no <video>.csv to take the truth from")
+        files, unknown = read_folder(path, tiers, fps, recursive=False)
+        names = list_some(file.name for file in unknown)
+        notes = [f"no annotations, passed over: {names}"] if unknown else []
     else:
-        truth = {name or path.stem: segments for name, segments in read_timeline(path).items()}
+        files, notes = {path: read_annotations(path, tiers, fps)}, []
+    truth: dict[str, list[Segment]] = {}
+    for file, annotations in files.items():
+        for name, segments in annotations.videos.items():
+            name = name or video_name(file)
+            if twice := [other for other in truth if is_same_video(name, other)]:
+                raise UserError(f"{file}: {twice[0]} has two annotations in {path}: keep one")
+            truth[name] = segments
+    notes += dict.fromkeys(note for each in files.values() for note in each.notes)
     empty = [name for name, segments in truth.items() if not merge_segments(segments)]
     if empty:
         raise UserError(f"{path}: the truth has no class, only marks, in {_list(empty)}")
-    return truth
+    return truth, notes
 
 
 def _read_predictions(
@@ -274,7 +301,7 @@ def _match(path: Path, names: Sequence[str], available: Sequence[str]) -> dict[s
         name: [
             candidate
             for candidate in available
-            if candidate == name or (PurePath(candidate).stem == name and candidate not in names)
+            if candidate == name or (is_same_video(candidate, name) and candidate not in names)
         ]
         for name in names
     }

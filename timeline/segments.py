@@ -5,9 +5,7 @@ probabilities per class) and `timeline.csv` (`start,end,label,confidence`, times
 """
 
 import contextlib
-import itertools
 import math
-import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,38 +13,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from utils.errors import UserError, describe_os_error
+from clips.annotations import read_annotations
+from clips.segments import Segment
 from utils.files import write_text
-from utils.tables import parse_number, read_table, write_csv, write_rows
-from utils.text_table import list_some, shorten
-
-LONGEST = 1000 * 3600.0  # seconds; a time beyond it is a mistake
-
-# `1:23.5` and `1:01:23,5`; then `1h02m03s`, `90 s`, `2 min`.
-_CLOCK = re.compile(r"(?:(\d+):)?(\d+):(\d\d?(?:[.,]\d+)?)", re.ASCII)
-_UNITS = re.compile(
-    r"(?:(\d+)\s*(?:h|hrs?|hours?))?\s*(?:(\d+)\s*(?:m|mins?|minutes?))?\s*"
-    r"(?:(\d+(?:[.,]\d+)?)\s*(?:s|secs?|seconds?))?",
-    re.ASCII | re.IGNORECASE,
-)
-_FRAMES = re.compile(r"\d+:\d+:\d+[:;]\d+", re.ASCII)  # hh:mm:ss:ff
-
-
-class Segment(NamedTuple):
-    """A stretch of video with one label."""
-
-    start: float
-    """seconds"""
-    end: float
-    """seconds, exclusive"""
-    label: str
-    """a class, or one of clips.manifest.NON_CLASS_LABELS"""
-    confidence: float = math.nan
-    """mean probability of the label (of the likeliest class if `uncertain`); nan: unknown"""
-
-    @property
-    def duration(self) -> float:
-        return self.end - self.start
+from utils.tables import write_csv, write_rows
 
 
 @dataclass
@@ -77,103 +47,16 @@ def write_timeline(path: str | Path, segments: Sequence[Segment]) -> None:
     write_csv(path, rows)
 
 
-def read_timeline(path: str | Path) -> dict[str, list[Segment]]:
-    """The segments of each video in a timeline.csv, in order of time.
+def read_timeline(path: str | Path, tiers: Sequence[str] = ()) -> dict[str, list[Segment]]:
+    """The segments of each video in a timeline.csv, in order of time; see `read_annotations`.
 
-    The columns are `start,end,label` (times as in `parse_seconds`), and optionally `confidence` and
-    `video`. Without a column `video` all segments belong to one video called "".
+    The columns are `start,end,label` (times as in `clips.segments.parse_seconds`), and optionally
+    `confidence` and `video`. Without a column `video` all segments belong to one video called "".
 
     Raises:
         UserError: the file is not a timeline; the message lists all problems with line numbers.
     """
-    try:
-        table = read_table(path)
-    except OSError as error:
-        raise UserError(describe_os_error(error, path)) from None
-    missing = {"start", "end", "label"} - set(table.header())
-    if missing:
-        raise UserError(
-            f"{path}: no column {', '.join(sorted(missing))} (a timeline has the header "
-            "start,end,label)"
-        )
-    videos: dict[str, list[tuple[int, Segment]]] = {}
-    problems = []
-    for number, row in table.records():
-        try:
-            segment = _segment(row, table.delimiter)
-        except ValueError as error:
-            problems.append(f"line {number}: {error}")
-            continue
-        videos.setdefault(row.get("video", "").strip(), []).append((number, segment))
-    for name, segments in videos.items():
-        segments.sort(key=lambda pair: pair[1].start)
-        for (_, before), (number, after) in itertools.pairwise(segments):
-            if after.start < before.end - 1e-6:
-                where = f" of video {name}" if name else ""
-                problems.append(f"line {number}: starts before the segment before it ends{where}")
-    if not videos and not problems:
-        problems.append("holds no segments")
-    if problems:
-        listing = list_some(problems, 20, "\n  ")
-        raise UserError(f"{path}: not a timeline:\n  {listing}")
-    return {name: [segment for _, segment in pairs] for name, pairs in videos.items()}
-
-
-def _segment(row: dict[str, str], delimiter: str) -> Segment:
-    times = []
-    for name in ("start", "end"):
-        text = row.get(name, "")
-        try:
-            times.append(parse_seconds(text, delimiter))
-        except ValueError as error:
-            raise ValueError(f"{name} is {shorten(text)!r}, {error}") from None
-    start, end = times
-    if end <= start:
-        raise ValueError(f"ends at {end:g} s, not after its start, {start:g} s")
-    label = row.get("label", "").strip()
-    if not label:
-        raise ValueError("has no label")
-    confidence = row.get("confidence", "").strip()
-    if confidence in ("", "nan"):
-        return Segment(start, end, label)
-    try:
-        return Segment(start, end, label, parse_number(confidence, delimiter))
-    except ValueError as error:
-        raise ValueError(f"confidence is {shorten(confidence)!r}, {error}") from None
-
-
-def parse_seconds(text: str, delimiter: str = ",") -> float:
-    """The seconds of a time in a table.
-
-    A time is a number of seconds (`83.5`, `83,5`), a clock (`1:23.5` is minutes and seconds,
-    `0:01:23.5` and `0:01:23,5` have hours too) or has units (`1m23.5s`, `1h 2min`). A time in
-    frames (`hh:mm:ss:ff`) is refused, because the frame rate is not known.
-
-    Args:
-        delimiter: of the table; see `parse_number`.
-
-    Raises:
-        ValueError: it is not a time, or not an unambiguous one.
-    """
-    text = text.strip()
-    clock = _CLOCK.fullmatch(text) or (_UNITS.fullmatch(text) if text else None)
-    if _FRAMES.fullmatch(text):
-        raise ValueError("which counts frames: write hh:mm:ss.mmm, or seconds")
-    if clock:
-        parts = [part and float(part.replace(",", ".")) for part in clock.groups()]
-        given = [part for part in parts if part is not None]
-        if any(part >= 60 for part in given[1:]):
-            raise ValueError("not a time: 60 or more minutes or seconds below a larger unit")
-        hours, minutes, seconds = (part or 0.0 for part in parts)
-        total = 3600 * hours + 60 * minutes + seconds
-    else:
-        try:
-            total = parse_number(text, delimiter)
-        except ValueError as error:
-            raise ValueError(f"not a time ({error}): write 83.5 or 0:01:23.5") from None
-    if not 0 <= total <= LONGEST:
-        raise ValueError(f"not a time from 0 to {LONGEST / 3600:,.0f} hours")
-    return total
+    return read_annotations(path, tiers).videos
 
 
 class FramesWriter:

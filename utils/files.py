@@ -2,12 +2,16 @@
 
 import contextlib
 import functools
+import hashlib
 import json
 import math
 import os
+import re
 import shutil
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import unicodedata
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,6 +22,10 @@ from utils.text_table import shorten
 
 if TYPE_CHECKING:
     import pandas as pd
+
+
+# Names that Windows does not allow.
+_RESERVED = {"con", "prn", "aux", "nul", *(f"{d}{n}" for d in ("com", "lpt") for n in range(10))}
 
 
 @contextmanager
@@ -252,6 +260,27 @@ def _is_running_on_windows(process_id: int) -> bool:
     ended = kernel.WaitForSingleObject(handle, 0) == 0
     kernel.CloseHandle(handle)
     return not ended
+
+
+def safe_file_names(texts: Sequence[tuple[str, str]]) -> dict[str, str]:
+    """A file name for each key, safe on every system and different from the others.
+
+    Args:
+        texts: each key, and the text that its name is made of.
+    """
+    names = {}
+    for key, text in texts:
+        name = re.sub(
+            r"[^\w.-]+", "_", unicodedata.normalize("NFC", text.encode("utf-8", "replace").decode())
+        )
+        name = name.encode()[:80].decode("utf-8", "ignore").strip("._-")
+        names[key] = f"{name}_" if name.casefold().split(".")[0] in _RESERVED else name or "_"
+    counts = Counter(name.casefold() for name in names.values())
+    for key, name in names.items():
+        if counts[name.casefold()] > 1:
+            digest = hashlib.sha256(key.encode("utf-8", "surrogateescape")).hexdigest()
+            names[key] = f"{name}-{digest[:8]}"
+    return names
 
 
 def write_json(path: str | Path, content: dict[str, Any]) -> None:

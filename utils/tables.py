@@ -115,7 +115,7 @@ def read_table(path: str | Path, delimiter: str = "") -> Table:
     path = Path(path)
     if path.suffix.lower() == ".xlsx":
         return _read_xlsx(path)
-    text, first_line = _read_text(path), 1
+    text, first_line = read_text(path), 1
     if not delimiter and (sep := _SEP_LINE.match(text)):
         delimiter, text, first_line = sep[1], text[sep.end() :], 2
     lines = [Row(n, [line]) for n, line in enumerate(_LINE_BREAK.split(text), first_line)]
@@ -140,7 +140,13 @@ def read_table(path: str | Path, delimiter: str = "") -> Table:
     return Table(path, rows, delimiter, lines)
 
 
-def _read_text(path: Path) -> str:
+def read_text(path: Path) -> str:
+    """The text of a file in UTF-8, with or without a byte order mark.
+
+    Raises:
+        UserError: it is not text, or not in UTF-8.
+        OSError: it cannot be opened.
+    """
     with open(path, "rb") as file:
         data = file.read(1 << 16)
         utf16 = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))

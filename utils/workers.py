@@ -164,7 +164,11 @@ def start_worker(_: int) -> None:
 
 
 def in_parallel(
-    function: Callable[[Any], Any], items: Sequence[Any], num_workers: int, description: str
+    function: Callable[[Any], Any],
+    items: Sequence[Any],
+    num_workers: int,
+    description: str,
+    unit: str = "clip",
 ) -> Iterator[tuple[Any, Any]]:
     """Yield (item, result) of each item in order, with a progress bar.
 
@@ -172,13 +176,14 @@ def in_parallel(
         function: a plain function, or a method of an object that can be pickled.
         num_workers: number of processes; 0 works in this process.
         description: label of the progress bar.
+        unit: what an item is called there.
 
     Raises:
         UserError: a worker was killed, usually because memory ran out.
     """
     from tqdm import tqdm
 
-    bar_settings = {"desc": description, "unit": "clip", "leave": False, "delay": 1}
+    bar_settings = {"desc": description, "unit": unit, "leave": False, "delay": 1}
     num_workers = min(num_workers, len(items))
     if num_workers == 0:
         for item in tqdm(items, **bar_settings):

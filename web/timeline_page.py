@@ -54,7 +54,7 @@ def build_timeline_page(
         video_name=unquote(video or ""),
         metadata=metadata or {},
         length=_format_duration(timeline.duration),
-        data=Markup(_json(_data(timeline))),
+        data=Markup(_json(_data(timeline, unquote(video or "").rpartition("/")[2]))),
         script=Markup(script),
         script_hash=base64.b64encode(digest).decode(),
     )
@@ -72,14 +72,19 @@ def write_timeline_page(
     write_text(path, build_timeline_page(timeline, video, metadata))
 
 
-def _data(timeline: Timeline) -> dict[str, Any]:
-    """The data that the script of the page reads; see templates/timeline_data.js."""
+def _data(timeline: Timeline, video: str) -> dict[str, Any]:
+    """The data that the script of the page reads; see templates/timeline_data.js.
+
+    Args:
+        video: file name of the video; empty: there is none.
+    """
     in_segments = (segment.label for segment in timeline.segments)
     labels = list(dict.fromkeys([*timeline.classes, *NON_CLASS_LABELS, *in_segments]))
     index = {label: i for i, label in enumerate(labels)}
     curves = probability_curves(timeline)
     return {
         "duration": timeline.duration,
+        "video": video,
         "labels": labels,
         "classes": len(timeline.classes),
         "marks": NON_CLASS_LABELS,

@@ -155,7 +155,7 @@ def test_mistakes(timelines: Path, tmp_path, mistake) -> None:
     assert "nowhere: No such file" in refused("timeline", "nowhere", predicted)
     assert "nowhere: No such file" in refused("timeline", truth, "nowhere")
     (tmp_path / "empty").mkdir()
-    assert "no <video>.csv" in refused("timeline", "empty", predicted)
+    assert "holds no annotation: understood are" in refused("timeline", "empty", predicted)
     assert "2 of 2 videos of the truth: op1, op2 (it has no timeline)" in refused(
         "timeline", truth, "empty"
     )
@@ -171,8 +171,12 @@ def test_mistakes(timelines: Path, tmp_path, mistake) -> None:
     assert "only marks, in marks" in refused("timeline", marks, single)
     save(tmp_path / "many" / "a.csv", "A 0 1")
     table(tmp_path / "many" / "b.csv", "video,start,end,label", "x,0,1,A", "y,0,1,A")
-    assert "b.csv: holds 2 videos" in refused("timeline", "many", predicted)
-    assert "no column end, label, start" in refused(
+    assert "no prediction for 3 of 3 videos of the truth: a, x, y" in refused(
+        "timeline", "many", predicted
+    )
+    save(tmp_path / "many" / "X.mp4.csv", "A 0 1")
+    assert "X.mp4 has two annotations in many: keep one" in refused("timeline", "many", predicted)
+    assert "no.csv: not an annotation: it is a text that begins with 'path'; understood" in refused(
         "timeline", table(tmp_path / "no.csv", "path"), single
     )
 

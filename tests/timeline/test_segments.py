@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 
 from clips.manifest import UNREADABLE
+from clips.segments import parse_seconds
 from timeline.output import plot_timeline
 from timeline.segments import (
     FramesWriter,
     Segment,
     Timeline,
     format_timestamp,
-    parse_seconds,
     read_timeline,
     write_subtitles,
     write_timeline,

@@ -23,6 +23,7 @@ from video.encoder import write_video
 from web.timeline_page import build_timeline_page, write_timeline_page
 
 VIDEO = """my op #1? 50% & "q" it's é.mp4"""
+QUOTED = '"' + VIDEO.replace('"', '""') + '"'
 HOSTILE = (
     "</script><script>alert(1)</script>",
     '"><img src=x onerror=alert(1)>',
@@ -232,7 +233,9 @@ def export(tab, folder: Path) -> tuple[str, list[Segment]]:
     assert waiting.value.suggested_filename == "timeline_corrected.csv"
     waiting.value.save_as(folder / "exported.csv")
     text = (folder / "exported.csv").read_bytes().decode()
-    return text, read_timeline(folder / "exported.csv")[""]
+    ((name, segments),) = read_timeline(folder / "exported.csv").items()
+    assert name in (VIDEO, "")
+    return text, segments
 
 
 def test_the_video_plays_and_everything_seeks(visit, page: Path) -> None:
@@ -332,7 +335,7 @@ def test_corrections_are_counted_exported_and_undone(
     assert totals(tab) == before
     text, back = export(tab, tmp_path)
     assert text.startswith(
-        "start,end,label,confidence,corrected_from\r\n0.000,2.000,cut,0.9100,\r\n"
+        f"start,end,label,confidence,corrected_from,video\r\n0.000,2.000,cut,0.9100,,{QUOTED}\r\n"
     )
     assert str(back) == str(PARTS)
     assert tab.inner_text("#saved") == ""
@@ -348,7 +351,7 @@ def test_corrections_are_counted_exported_and_undone(
     ]
     assert tab.inner_text("#saved") == "2 segments corrected, not exported yet."
     text, back = export(tab, tmp_path)
-    assert "\r\n2.000,3.000,sew,,uncertain\r\n" in text
+    assert f"\r\n2.000,3.000,sew,,uncertain,{QUOTED}\r\n" in text
     assert [segment.label for segment in back] == [
         "cut",
         "sew",
@@ -413,7 +416,7 @@ def test_hostile_names_are_text_and_come_back(visit, tmp_path: Path) -> None:
         tab.select_option(choice, label=HOSTILE[(number + 1) % len(HOSTILE)])
     text, back = export(tab, tmp_path)
     assert [segment.label for segment in back] == [*HOSTILE[1:], HOSTILE[0]]
-    assert '\r\n5.000,6.000,"a,""b""",,\'@z\r\n' in text
+    assert '\r\n5.000,6.000,"a,""b""",,\'@z,\r\n' in text
     assert not re.search(r"^[=@]|[,\n][=@]", text)
     assert asked == []
 

@@ -57,8 +57,9 @@ function probabilityAt(label, time) {
   return value === NO_PREDICTION ? null : value / 254;
 }
 
-// The corrected timeline as CSV (RFC 4180), which utils/tables.py reads. A label that a spreadsheet
-// would compute as a formula gets an apostrophe, as in `harmless` there.
+// The corrected timeline as CSV (RFC 4180), which clips/annotations.py reads: the column video says
+// which video it is of, whatever the file is called later. A label that a spreadsheet would compute
+// as a formula gets an apostrophe, as in `harmless` of utils/tables.py.
 function toCsv() {
   const isNumber = text => /^[+-]/.test(text) && !isNaN(text);
   const harmless = text => /^'*[=+\-@\t\r\n]/.test(text) && !isNumber(text) ? `'${text}` : text;
@@ -70,9 +71,9 @@ function toCsv() {
     const corrected = corrections.has(number);
     const sure = corrected || confidence === null ? "" : confidence.toFixed(4);
     return [start.toFixed(3), end.toFixed(3), quote(labels[labelOf(number)]), sure,
-      corrected ? quote(labels[label]) : ""].join(",");
+      corrected ? quote(labels[label]) : "", quote(data.video)].join(",");
   });
-  return ["start,end,label,confidence,corrected_from", ...rows, ""].join("\r\n");
+  return ["start,end,label,confidence,corrected_from,video", ...rows, ""].join("\r\n");
 }
 
 function exportCsv() {
