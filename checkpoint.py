@@ -67,6 +67,7 @@ _SHAPE = {
         "wanted_error?": float | None,  # its earlier name
         "threshold": float | None,
         "confidence": [float],
+        "energy?": [float],
     },
     "frame_rate?": float | None,
 }
@@ -128,6 +129,8 @@ def _find_problem(state: dict[str, Any], config: TrainConfig) -> str:
         correct = calibration.get("correct", calibration.get("right"))  # its earlier name
         if find_mismatch(correct, [bool]) or len(correct) != len(calibration["confidence"]):
             return "its calibration has not one `correct` per clip"
+        if len(calibration.get("energy", ())) not in (0, len(correct)):
+            return "its calibration has not one `energy` per clip"
         if calibration["temperature"] <= 0:
             return "its calibration has a temperature that is not above 0"
     try:

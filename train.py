@@ -293,7 +293,8 @@ def calibrate_best(
     config, best = state.config, load_checkpoint(folder)
     predictions = _evaluate_best(best, loader, device, "validation", config, interrupt)
     # Uncalibrated, because a run that is resumed after this point has been calibrated already.
-    fitted = calibrate(predictions.labels, predictions.uncalibrated, config.target_error)
+    labels, energy = predictions.labels, predictions.energy
+    fitted = calibrate(labels, predictions.uncalibrated, config.target_error, energy)
     if distributed.rank() == 0:
         paths = [row.path for row in loader.dataset.rows]
         sampler = FrameSampler(config.n_frames, config.eval_sampling)

@@ -113,7 +113,7 @@ def _rows(table: Table) -> Iterator[tuple[int, dict[str, str]]]:
     path = next((name for name in _PATH_COLUMNS if name in header), None)
     split = _split_column(header, table.rows[1:])
     pairs = all(len(row.cells) == 2 and is_video(row.cells[0]) for row in table.rows)
-    if path and ("label" in header or split):
+    if path and ("label" in header or split or len(header) < 3):
         for line, cells in table.records():
             row = {name: cell.strip() for name, cell in cells.items()}
             if not row.get(path) or ("label" in header and "label" not in row):
@@ -129,6 +129,9 @@ def _rows(table: Table) -> Iterator[tuple[int, dict[str, str]]]:
             if len(cells) < 3 or not is_video(cells[1]):
                 raise _unknown_layout(table, line)
             yield line, {"path": cells[1], "label": cells[2].strip()}
+    elif all(len(row.cells) == 1 and is_video(row.cells[0]) for row in table.lines):
+        for line, (text,) in table.lines:  # clips without labels
+            yield line, {"path": text}
     elif pairs:
         for line, (name, label) in table.rows:
             yield line, {"path": name, "label": label.strip()}

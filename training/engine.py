@@ -235,6 +235,15 @@ def _step(
     optimizer.zero_grad(set_to_none=True)
 
 
+class NoClipError(UserError):
+    """None of the clips can be read."""
+
+    def __init__(self, message: str, unreadable: list[str]) -> None:
+        super().__init__(message)
+        self.unreadable = unreadable
+        """an error message for each clip"""
+
+
 @torch.inference_mode()
 def evaluate(
     model: nn.Module,
@@ -261,11 +270,12 @@ def evaluate(
 
     Raises:
         Interrupted: `interrupt` was asked to stop.
+        NoClipError: none of the clips can be read.
         UserError: clips cannot be read (all of them are listed), unless `skip_unreadable`; or the
             outputs are not finite.
     """
     model = prepare_for_inference(model, device, dtype)
-    indices, probabilities, unreadable = [], [], []
+    indices, probabilities, energies, unreadable = [], [], [], []
     quiet = distributed.rank() != 0
     for batch in show_batches(loader, description, interrupt, quiet):
         unreadable += batch.unreadable
@@ -274,8 +284,9 @@ def evaluate(
             if loader.dataset.num_views == 1:
                 views = views.unsqueeze(1)  # (B, T, C, H, W) -> (B, V, T, C, H, W)
             logits = model(views.flatten(0, 1))  # (B*V, T, C, H, W) -> (B*V, classes)
-            logits = logits.cpu().double() - logit_adjustment
-            logits = logits.unflatten(0, views.shape[:2])  # (B, V, classes)
+            logits = logits.cpu().double().unflatten(0, views.shape[:2])  # (B, V, classes)
+            energies.append(-logits.logsumexp(dim=-1).mean(dim=1))  # (B,)
+            logits = logits - logit_adjustment
             both = torch.stack((logits / temperature, logits)).softmax(dim=-1)
             probabilities.append(both.mean(dim=2))  # (2, B, V, classes) -> (2, B, classes)
             indices += batch.indices
@@ -284,16 +295,21 @@ def evaluate(
             interrupt.check()
     own = None
     if indices:
-        own = np.array(indices), torch.cat(probabilities, dim=1).numpy()
+        own = (
+            np.array(indices),
+            torch.cat(probabilities, dim=1).numpy(),
+            torch.cat(energies).numpy(),
+        )
     gathered = distributed.all_gather((own, unreadable))
     unreadable = [line for _, lines in gathered for line in lines]
     if not skip_unreadable:
         require_readable(unreadable, description)
     parts = [arrays for arrays, _ in gathered if arrays is not None]
     if not parts:
-        raise UserError(f"none of the {description} clips can be read")
-    indices = np.concatenate([part for part, _ in parts])
-    probabilities = np.concatenate([both for _, both in parts], axis=1)
+        raise NoClipError(f"none of the {description} clips can be read", unreadable)
+    indices = np.concatenate([part for part, _, _ in parts])
+    probabilities = np.concatenate([both for _, both, _ in parts], axis=1)
+    energy = np.concatenate([part for *_, part in parts])
     if not np.isfinite(probabilities).all():
         raise UserError(
             f"the model's {description} outputs are not finite: train with a lower learning_rate "
@@ -302,4 +318,4 @@ def evaluate(
     order = indices.argsort()
     rows = [loader.dataset.rows[index] for index in indices[order]]
     calibrated, uncalibrated = probabilities[:, order]
-    return Predictions(rows, calibrated, unreadable, uncalibrated)
+    return Predictions(rows, calibrated, unreadable, uncalibrated, energy[order])

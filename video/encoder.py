@@ -2,6 +2,7 @@
 
 import io
 from collections.abc import Iterable
+from fractions import Fraction
 from pathlib import Path
 
 import av
@@ -14,7 +15,7 @@ from video.container import decoding_stream, to_rgb
 def write_video(
     path: str | Path,
     frames: Iterable[np.ndarray],
-    rate: int = 25,
+    rate: int | Fraction = 25,
     lossless: bool = False,
     group: int = 250,
 ) -> None:
@@ -51,7 +52,7 @@ def recompress(frames: np.ndarray, crf: int) -> np.ndarray:
 def _encode(
     container: av.container.OutputContainer,
     frames: Iterable[np.ndarray],
-    rate: int = 25,
+    rate: int | Fraction = 25,
     crf: int = 20,
     group: int = 250,
     rgb: bool = False,
