@@ -3,11 +3,12 @@
     python -m benchmarks.novelty RUN /data/other              a folder of videos, or a manifest
     python -m benchmarks.novelty RUN a b c --output runs/novelty
 
-The scores: energy (Liu et al., arXiv:2010.03759), 1 - the highest softmax probability (Hendrycks
-and Gimpel, arXiv:1610.02136), the Mahalanobis distance to the nearest class (Lee et al.,
-arXiv:1807.03888) and the distance to the k-th nearest training clip (Sun et al., arXiv:2204.06507),
-the last two on the input of the last layer. AUROC is the probability that a clip of the other kind
-gets a higher score than a test clip: 1 is perfect, 0.5 is chance. Its 95 % interval resamples the
+The scores: that of evaluation/novelty.py (cosine distance to the nearest class mean), energy (Liu
+et al., arXiv:2010.03759), 1 - the highest softmax probability (Hendrycks and Gimpel,
+arXiv:1610.02136), the Mahalanobis distance to the nearest class (Lee et al., arXiv:1807.03888) and
+the distance to the k-th nearest training clip (Sun et al., arXiv:2204.06507). All but energy and
+softmax use the input of the last layer. AUROC is the probability that a clip of the other kind gets
+a higher score than a test clip: 1 is perfect, 0.5 is chance. Its 95 % interval resamples the
 patients of the test clips, then their clips, and the other clips.
 """
 
@@ -27,6 +28,8 @@ from benchmarks.timing import environment, report
 from checkpoint import load_checkpoint, rebuild_model
 from clips.manifest import ClipRow
 from config import TrainConfig, from_dict
+from evaluation.novelty import class_means, distance_to_means
+from modeling.features import per_clip, recorded_features
 from modeling.inference import prepare_for_inference
 from training.loaders import eval_loader, load_splits
 from training.predict_clips import find_clips
@@ -63,18 +66,13 @@ def logits_and_features(
     """The indices of the clips that can be read, their logits `(N, num_classes)`, and the input of
     the last layer `(N, F)`, averaged over frames where it is applied to each frame."""
     model = prepare_for_inference(model, device)
-    inputs: list[torch.Tensor] = []
-    last = [module for module in model.modules() if isinstance(module, nn.Linear)][-1]
-    hook = last.register_forward_pre_hook(lambda _, args: inputs.append(args[0]))
     indices, logits, features = [], [], []
     for batch in show_batches(eval_loader(rows, config), name):
         if len(batch.labels):
-            inputs.clear()
-            logits.append(model(batch.clips.to(device)).cpu().double())
-            each = inputs[-1].cpu().double()  # (B, F), or (B * T, F)
-            features.append(each.reshape(len(batch.labels), -1, each.shape[-1]).mean(dim=1))
+            with recorded_features(model) as newest:
+                logits.append(model(batch.clips.to(device)).cpu().double())
+            features.append(per_clip(newest[0], len(batch.labels)))
             indices += batch.indices
-    hook.remove()
     if not indices:
         raise UserError(f"none of the {name} clips can be read")
     return indices, torch.cat(logits).numpy(), torch.cat(features).numpy()
@@ -101,11 +99,13 @@ def novelty_scores(
     distances = [np.einsum("nf,fg,ng->n", d, precision, d) for d in differences]
     units, known_units = (x / np.linalg.norm(x, axis=1, keepdims=True) for x in (features, known))
     to_known = np.sort(np.sqrt(np.maximum(0, 2 - 2 * units @ known_units.T)), axis=1)
+    class_mean = class_means(torch.from_numpy(known), torch.from_numpy(labels))
     return {
+        "cosine to class means": distance_to_means(torch.from_numpy(features), class_mean).numpy(),
         "energy": -log_sum,
         "1 - max softmax": 1 - np.exp(top - log_sum),
         "Mahalanobis": np.min(distances, axis=0),
-        f"{k} nearest": to_known[:, min(k, len(known)) - 1],
+        f"{k}th nearest clip": to_known[:, min(k, len(known)) - 1],
     }
 
 

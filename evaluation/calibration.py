@@ -1,8 +1,8 @@
-"""Temperature scaling, a confidence threshold for abstaining, and a score for novel clips.
+"""Temperature scaling and a confidence threshold for abstaining.
 
-All are fitted on the validation clips at the end of training and stored in the checkpoint: a
-temperature that all logits are divided by, the confidence below which a clip is called `uncertain`,
-and the energies of the validation clips, with which that of another clip is compared.
+Both are fitted on the validation clips at the end of training and stored in the checkpoint: a
+temperature that all logits are divided by, and the confidence below which a clip is called
+`uncertain`.
 """
 
 from collections.abc import Mapping
@@ -36,8 +36,6 @@ class Calibration:
     """calibrated confidence of each validation clip, from which another threshold can be chosen"""
     correct: tuple[bool, ...] = ()
     """whether the prediction for each validation clip was correct"""
-    energy: tuple[float, ...] = ()
-    """energy of each validation clip, see `Predictions.energy`; empty in earlier checkpoints"""
 
     @property
     def min_confidence(self) -> float:
@@ -49,24 +47,6 @@ class Calibration:
         confidence, correct = np.array(self.confidence), np.array(self.correct, bool)
         threshold = choose_threshold(confidence, correct, target_error)
         return replace(self, target_error=target_error, threshold=threshold)
-
-    def novelty(self, energy: np.ndarray) -> np.ndarray | None:
-        """How unusual clips are, `(N,)` from 0 to 1: the fraction of the validation clips that have
-        a lower energy (Liu et al., arXiv:2010.03759).
-
-        The clip itself is counted as one more validation clip, so that a few of them are no reason
-        to call anything novel. A clip like the validation clips gets a novelty above 1 - p with
-        probability p at most (a conformal p-value, Vovk et al., 2005).
-
-        Args:
-            energy: `(N,)`.
-
-        Returns:
-            None: the checkpoint has no energies to compare with.
-        """
-        if not self.energy:
-            return None
-        return np.searchsorted(np.sort(self.energy), energy, "left") / (len(self.energy) + 1)
 
     def alternative(self) -> dict[str, float] | None:
         """What a higher target error would give: the lowest one, in whole percent, at which more
@@ -96,7 +76,6 @@ class Calibration:
             **asdict(self),
             "confidence": list(self.confidence),
             "correct": list(self.correct),
-            "energy": list(self.energy),
         }
 
     @classmethod
@@ -105,7 +84,7 @@ class Calibration:
         if not state:
             return cls()
         values = {_OLD_NAMES.get(name, name): value for name, value in state.items()}
-        lists = {name: tuple(values.get(name, ())) for name in ("confidence", "correct", "energy")}
+        lists = {name: tuple(values[name]) for name in ("confidence", "correct")}
         return cls(**{**values, **lists})
 
 
@@ -144,19 +123,13 @@ def describe_alternative(alternative: Mapping[str, float] | None) -> str:
     )
 
 
-def calibrate(
-    labels: np.ndarray,
-    probabilities: np.ndarray,
-    target_error: float,
-    energy: np.ndarray | None = None,
-) -> Calibration:
-    """Fit temperature and threshold on validation clips, and keep their energies.
+def calibrate(labels: np.ndarray, probabilities: np.ndarray, target_error: float) -> Calibration:
+    """Fit temperature and threshold on validation clips.
 
     Args:
         labels: `(N,)` true classes.
         probabilities: `(N, num_classes)`, uncalibrated.
         target_error: see `choose_threshold`.
-        energy: `(N,)`, see `Predictions.energy`; None: unknown.
     """
     temperature = fit_temperature(labels, probabilities)
     calibrated = apply_temperature(probabilities, temperature)
@@ -165,7 +138,6 @@ def calibrate(
         temperature,
         confidence=tuple(map(float, calibrated.max(axis=1))),
         correct=tuple(map(bool, correct)),
-        energy=() if energy is None else tuple(map(float, energy)),
     )
     return fitted.with_target_error(target_error)
 

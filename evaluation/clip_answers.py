@@ -9,6 +9,7 @@ import numpy as np
 
 from clips.manifest import UNCERTAIN, UNREADABLE
 from evaluation.calibration import Calibration
+from evaluation.novelty import NoveltyReference
 from evaluation.predictions import Predictions
 from utils.tables import write_csv
 from utils.text_table import text_table
@@ -28,7 +29,7 @@ class ClipAnswer(NamedTuple):
     confidence: float | None = None
     """the probability of that class"""
     novelty: float | None = None
-    """see `Calibration.novelty`; None: the checkpoint has nothing to compare with"""
+    """see `NoveltyReference.novelty`; None: the checkpoint has nothing to compare with"""
     probabilities: tuple[float, ...] = ()
     """one per class"""
 
@@ -38,6 +39,7 @@ def clip_answers(
     predictions: Predictions | None,
     classes: Sequence[str],
     calibration: Calibration,
+    reference: NoveltyReference | None,
 ) -> list[ClipAnswer]:
     """The answer for each clip, in the order of the clips.
 
@@ -48,8 +50,8 @@ def clip_answers(
     novelty, known = None, {}
     if predictions is not None:
         known = {row.path: i for i, row in enumerate(predictions.rows)}
-        if predictions.energy is not None:
-            novelty = calibration.novelty(predictions.energy)
+        if reference and predictions.distance is not None:
+            novelty = reference.novelty(predictions.distance)
     answers = []
     for path in clips:
         if path not in known:
@@ -88,7 +90,9 @@ def _number(value: float | None) -> str | None:
     return None if value is None else f"{value:.9g}"
 
 
-def describe_answers(answers: Sequence[ClipAnswer], calibration: Calibration, run: str) -> str:
+def describe_answers(
+    answers: Sequence[ClipAnswer], reference: NoveltyReference | None, run: str
+) -> str:
     """How many clips got each answer, and how many look novel, as text.
 
     Args:
@@ -97,13 +101,13 @@ def describe_answers(answers: Sequence[ClipAnswer], calibration: Calibration, ru
     counts = Counter(answer.answer for answer in answers).most_common()
     lines = [text_table([("answer", "clips"), *((name, str(n)) for name, n in counts)])]
     values = np.array([answer.novelty for answer in answers if answer.novelty is not None])
-    if not calibration.energy:
+    if reference is None:
         lines.append(
-            "the novelty is not known: this checkpoint kept nothing of its validation clips to "
-            f"compare with. If its data and its last.pt are still there, python train.py --resume "
-            f"{run} adds that, without further training"
+            "the novelty is not known: this checkpoint holds nothing to compare with. If its data "
+            f"and its last.pt are still there, python train.py --resume {run} adds that, without "
+            "further training"
         )
-    elif (n := len(calibration.energy)) / (n + 1) <= NOVEL:
+    elif (n := len(reference.distances)) / (n + 1) <= NOVEL:
         lines.append(f"{n} validation clips are too few to call a clip novel")
     else:
         lines.append(

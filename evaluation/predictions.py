@@ -26,9 +26,9 @@ class Predictions:
     """an error message for each clip of the split that could not be read and is missing here"""
     uncalibrated: np.ndarray | None = None
     """`(N, num_classes)`, the probabilities without the temperature, if they are known"""
-    energy: np.ndarray | None = None
-    """`(N,)` -logsumexp of the logits, without temperature, averaged over views, if it is known;
-    the higher, the less the clip is like those of the training (Liu et al., arXiv:2010.03759)"""
+    distance: np.ndarray | None = None
+    """`(N,)` distances to the nearest class mean, averaged over views, if they are known; see
+    evaluation/novelty.py"""
 
     def __len__(self) -> int:
         return len(self.rows)

@@ -149,14 +149,28 @@ BROKEN = {
     "calibration without confidence": drop("calibration", "confidence"),
     "calibration without correct": drop("calibration", "correct"),
     "calibration of other lengths": put("calibration", "correct", value=[True]),
-    "calibration with one energy": put("calibration", "energy", value=[1.0]),
-    "calibration with energies of texts": put("calibration", "energy", value=["1"] * 9),
-    "calibration with an energy that is NaN": put("calibration", "energy", 0, value=NAN),
-    "calibration with energy a number": put("calibration", "energy", value=3.0),
-    "calibration with energy None": put("calibration", "energy", value=None),
     "temperature 0": put("calibration", "temperature", value=0.0),
     "temperature NaN": put("calibration", "temperature", value=NAN),
     "threshold a text": put("calibration", "threshold", value="high"),
+    "novelty None": put("novelty", value=None),
+    "novelty a list": put("novelty", value=[1.0]),
+    "novelty without means": drop("novelty", "means"),
+    "novelty without distances": drop("novelty", "distances"),
+    "novelty's distances texts": put("novelty", "distances", value=["1"] * 9),
+    "novelty's distance NaN": put("novelty", "distances", 0, value=NAN),
+    "novelty's means a list": put("novelty", "means", value=[[1.0]]),
+    "novelty's means a number": put("novelty", "means", value=torch.tensor(1.0)),
+    "novelty's means none": put("novelty", "means", value=torch.zeros(0, 192).double()),
+    "novelty's means too many": put(
+        "novelty", "means", value=torch.zeros(1).double().expand(4, 192)
+    ),
+    "novelty's means of another width": put("novelty", "means", value=torch.zeros(3, 9).double()),
+    "novelty's means of floats": put("novelty", "means", value=torch.zeros(3, 192)),
+    "novelty's means NaN": put("novelty", "means", value=torch.full((3, 192), NAN).double()),
+    **{
+        f"novelty's means {kind}": put("novelty", "means", value=value)
+        for kind, value in ODD_HEADS.items()
+    },
     "frame_rate a text": put("frame_rate", value="25"),
     "frame_rate negative": put("frame_rate", value=-25.0),
     "class_counts a number": put("class_counts", value=3),

@@ -10,12 +10,20 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from helpers import make_model, tiny_config
+from torch import nn
 
 from checkpoint import load_checkpoint, save_checkpoint
+from clips.manifest import ClipRow, read_manifest
 from evaluate import main as evaluate_main
-from evaluation.calibration import Calibration
 from evaluation.clip_answers import ClipAnswer, describe_answers, write_answers
+from evaluation.novelty import NoveltyReference, class_means, distance_to_means
+from modeling.features import last_layer
+from modeling.inference import prepare_for_inference
 from predict import main
+from training.engine import evaluate
+from training.loaders import eval_loader
+from training.novelty import measure_class_means, some_per_class
 from utils.tables import read_table
 
 CLASSES = ("dark", "grey", "light")
@@ -99,10 +107,8 @@ def test_novel_clips_are_counted(
     run: Path, tiny_data: Path, run_main: Callable, tmp_path: Path
 ) -> None:
     state = torch.load(run / "best.pt", weights_only=True)
-    energies = [1e6] * 2 + [-1e6] * 98
-    fitted = Calibration.from_state_dict(state["calibration"]).state_dict()
-    fitted |= {"energy": energies, "confidence": [0.5] * 100, "correct": [True] * 100}
-    save_checkpoint(tmp_path / "best.pt", {**state, "calibration": fitted})
+    state["novelty"]["distances"] = [3.0] * 2 + [-1.0] * 98
+    save_checkpoint(tmp_path / "best.pt", state)
     arguments = ("best.pt", tiny_data / "clips" / "test", "--clips", "a.csv", *FLAGS)
     ended = run_main(main, *arguments, cwd=tmp_path)
     assert "9 of 9 clips look novel: more unusual than 95% of the" in ended.stdout
@@ -114,7 +120,7 @@ def test_an_old_checkpoint_says_how_to_get_the_novelty(
 ) -> None:
     run = Path(shutil.copytree(trained[0], tmp_path / "an old run"))
     state = load_checkpoint(run)
-    stored = state["calibration"].pop("energy")
+    stored = state.pop("novelty")
     save_checkpoint(run / "best.pt", state)
     clips = tiny_data / "clips" / "test"
     arguments = (run, clips, "--clips", "a.csv", *FLAGS)
@@ -126,7 +132,9 @@ def test_an_old_checkpoint_says_how_to_get_the_novelty(
     from train import main as train_main
 
     run_main(train_main, *shlex.split(command), cwd=tmp_path)
-    assert load_checkpoint(run)["calibration"]["energy"] == stored
+    fitted = load_checkpoint(run)["novelty"]
+    assert fitted["distances"] == stored["distances"]
+    assert torch.equal(fitted["means"], stored["means"])
     run_main(main, *arguments, cwd=tmp_path)
     assert all(row["novelty"] for row in read(tmp_path / "a.csv"))
 
@@ -158,13 +166,15 @@ def test_hostile_names_are_harmless_in_the_table(tmp_path: Path) -> None:
     }
 
 
+def reference(clips: int) -> NoveltyReference:
+    return NoveltyReference(torch.ones(1, 1).double(), (0.0,) * clips)
+
+
 def test_the_summary_names_novel_clips() -> None:
     answers = [ClipAnswer(Path(f"{i}"), "a", "a", 0.9, i / 100, (0.9, 0.1)) for i in range(100)]
-    text = describe_answers(answers, Calibration(energy=(0.0,) * 30), "run")
+    text = describe_answers(answers, reference(30), "run")
     assert "4 of 100 clips look novel" in text  # 0.96 to 0.99
-    assert "19 validation clips are too few" in describe_answers(
-        answers, Calibration(energy=(0.0,) * 19), "run"
-    )
+    assert "19 validation clips are too few" in describe_answers(answers, reference(19), "run")
 
 
 @pytest.mark.parametrize(
@@ -215,3 +225,34 @@ def test_evaluate_names_the_command_for_a_manifest_without_labels(
     run_main(main, *arguments, *FLAGS, cwd=tmp_path)
     rows = read(tmp_path / "new clips_answers.csv")
     assert [row["path"] for row in rows] == list(map(str, clips))
+
+
+@pytest.mark.parametrize("name", ["tsm_resnet", "cnnlstm", "r2plus1d", "vivit"])
+def test_distances_are_those_of_the_last_layers_input(name: str, tiny_data: Path) -> None:
+    """Against a forward pass whose last layer is replaced by the identity."""
+    config = tiny_config(tiny_data, model_name=name)
+    torch.manual_seed(0)
+    model = make_model(name, 3, **({"n_frames": 4, "image_size": 32} if name == "vivit" else {}))
+    rows = read_manifest(tiny_data / "test.csv", classes=CLASSES)
+    cpu = torch.device("cpu")
+    means = measure_class_means(model, rows, config, cpu)
+    predictions = evaluate(model, eval_loader(rows, config), cpu, means=means)
+
+    bare = prepare_for_inference(model, cpu)
+    bare.set_submodule(
+        next(n for n, module in bare.named_modules() if module is last_layer(bare)), nn.Identity()
+    )
+    clips = torch.stack([eval_loader(rows, config).dataset[i][0] for i in range(len(rows))])
+    with torch.inference_mode():  # a consensus averages what it gets
+        features = bare(clips).double().reshape(len(rows), -1, means.shape[1]).mean(1)
+    expected_means = class_means(features, torch.tensor([row.label for row in rows]))
+    assert torch.allclose(means, expected_means, atol=1e-6)
+    assert np.allclose(predictions.distance, distance_to_means(features, expected_means), atol=1e-6)
+
+
+def test_some_rows_of_each_class() -> None:
+    rows = [ClipRow(Path(str(i)), i % 2) for i in range(202)] + [ClipRow(Path("x"), 2)]
+    chosen = some_per_class(rows, 5)
+    assert [row.path.name for row in chosen] == (
+        ["0", "50", "100", "150", "200", "1", "51", "101", "151", "201", "x"]
+    )

@@ -11,7 +11,9 @@ from tqdm import tqdm
 
 from config import TrainConfig
 from dataset import Batch, require_readable
+from evaluation.novelty import distance_to_means
 from evaluation.predictions import Predictions
+from modeling.features import per_clip, recorded_features
 from modeling.inference import prepare_for_inference
 from models import keep_frozen_in_eval
 from training.losses import Criterion
@@ -255,6 +257,7 @@ def evaluate(
     interrupt: Interrupt | None = None,
     temperature: float = 1.0,
     logit_adjustment: torch.Tensor | float = 0.0,
+    means: torch.Tensor | None = None,
 ) -> Predictions:
     """The predictions of a model for a split: validation, test and evaluate.py all use this.
 
@@ -267,6 +270,7 @@ def evaluate(
         temperature: the logits are divided by it; see evaluation/calibration.py.
         logit_adjustment: `(num_classes,)`, subtracted from the logits first; see
             training/losses.py.
+        means: `(K, num_features)`: also measure the distance to them; see evaluation/novelty.py.
 
     Raises:
         Interrupted: `interrupt` was asked to stop.
@@ -275,7 +279,7 @@ def evaluate(
             outputs are not finite.
     """
     model = prepare_for_inference(model, device, dtype)
-    indices, probabilities, energies, unreadable = [], [], [], []
+    indices, probabilities, distances, unreadable = [], [], [], []
     quiet = distributed.rank() != 0
     for batch in show_batches(loader, description, interrupt, quiet):
         unreadable += batch.unreadable
@@ -283,10 +287,13 @@ def evaluate(
             views = batch.clips.to(device, non_blocking=True)
             if loader.dataset.num_views == 1:
                 views = views.unsqueeze(1)  # (B, T, C, H, W) -> (B, V, T, C, H, W)
-            logits = model(views.flatten(0, 1))  # (B*V, T, C, H, W) -> (B*V, classes)
-            logits = logits.cpu().double().unflatten(0, views.shape[:2])  # (B, V, classes)
-            energies.append(-logits.logsumexp(dim=-1).mean(dim=1))  # (B,)
-            logits = logits - logit_adjustment
+            with recorded_features(model) as features:
+                logits = model(views.flatten(0, 1))  # (B*V, T, C, H, W) -> (B*V, classes)
+            if means is not None:
+                distance = distance_to_means(per_clip(features[0], len(logits)), means)
+                distances.append(distance.unflatten(0, views.shape[:2]).mean(dim=1))  # (B,)
+            logits = logits.cpu().double() - logit_adjustment
+            logits = logits.unflatten(0, views.shape[:2])  # (B, V, classes)
             both = torch.stack((logits / temperature, logits)).softmax(dim=-1)
             probabilities.append(both.mean(dim=2))  # (2, B, V, classes) -> (2, B, classes)
             indices += batch.indices
@@ -295,11 +302,8 @@ def evaluate(
             interrupt.check()
     own = None
     if indices:
-        own = (
-            np.array(indices),
-            torch.cat(probabilities, dim=1).numpy(),
-            torch.cat(energies).numpy(),
-        )
+        own = [np.array(indices), torch.cat(probabilities, dim=1).numpy()]
+        own += [torch.cat(distances).numpy()] if distances else []
     gathered = distributed.all_gather((own, unreadable))
     unreadable = [line for _, lines in gathered for line in lines]
     if not skip_unreadable:
@@ -307,9 +311,8 @@ def evaluate(
     parts = [arrays for arrays, _ in gathered if arrays is not None]
     if not parts:
         raise NoClipError(f"none of the {description} clips can be read", unreadable)
-    indices = np.concatenate([part for part, _, _ in parts])
-    probabilities = np.concatenate([both for _, both, _ in parts], axis=1)
-    energy = np.concatenate([part for *_, part in parts])
+    indices, probabilities, *measured = zip(*parts, strict=True)
+    indices, probabilities = np.concatenate(indices), np.concatenate(probabilities, axis=1)
     if not np.isfinite(probabilities).all():
         raise UserError(
             f"the model's {description} outputs are not finite: train with a lower learning_rate "
@@ -318,4 +321,5 @@ def evaluate(
     order = indices.argsort()
     rows = [loader.dataset.rows[index] for index in indices[order]]
     calibrated, uncalibrated = probabilities[:, order]
-    return Predictions(rows, calibrated, unreadable, uncalibrated, energy[order])
+    distance = np.concatenate(measured[0])[order] if measured else None
+    return Predictions(rows, calibrated, unreadable, uncalibrated, distance)

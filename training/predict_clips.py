@@ -12,6 +12,7 @@ from clips.manifest import ClipRow, class_problems, read_paths
 from config import Precision, from_dict
 from evaluation.calibration import load_calibration
 from evaluation.clip_answers import clip_answers, describe_answers, write_answers
+from evaluation.novelty import NoveltyReference
 from training.engine import NoClipError, evaluate
 from training.loaders import eval_loader
 from utils.device import autocast_dtype, describe_device, get_device
@@ -86,6 +87,7 @@ def predict_clips(
         raise UserError("\n  ".join([f"{run}: cannot be used for answers:", *problems]))
     settings = dataclasses.replace(from_dict(state["config"]), num_workers=num_workers)
     calibration = load_calibration(state, target_error, run)
+    reference = NoveltyReference.of_checkpoint(state)
     device = get_device(device_name)
     dtype = autocast_dtype(precision, device)
     print(f"{settings.model_name} on {len(clips)} clips, {describe_device(device)}, {dtype}")
@@ -93,20 +95,19 @@ def predict_clips(
     rows = [ClipRow(path, 0) for path in clips]  # the label is not looked at
     views, crops = settings.test_views, settings.test_crops
     loader = eval_loader(rows, settings, None, views, crops)
-    predictions, temperature = None, calibration.temperature
+    predictions, model = None, rebuild_model(state)
+    options = calibration.temperature, 0.0, reference and reference.means
     try:
-        predictions = evaluate(
-            rebuild_model(state), loader, device, dtype, "clips", True, temperature=temperature
-        )
+        predictions = evaluate(model, loader, device, dtype, "clips", True, None, *options)
         unreadable = predictions.unreadable
     except NoClipError as error:
         unreadable = error.unreadable
 
-    answers = clip_answers(clips, predictions, classes, calibration)
+    answers = clip_answers(clips, predictions, classes, calibration, reference)
     make_folder(output.parent)
     write_answers(output, answers, classes)
     folder = Path(run) if Path(run).is_dir() else Path(run).parent
-    print(describe_answers(answers, calibration, shlex.quote(str(folder))))
+    print(describe_answers(answers, reference, shlex.quote(str(folder))))
     print(f"answers: {output}")
     if unreadable:
         print(

@@ -230,35 +230,3 @@ def test_without_calibration_every_clip_is_answered() -> None:
     assert none.target_error is None
     answers = selective_risk(np.array([0.0, 0.2, 1.0]), np.array([True] * 3), none.min_confidence)
     assert answers["coverage"] == 1
-
-
-def test_novelty_is_the_fraction_of_validation_clips_with_a_lower_energy() -> None:
-    fitted = Calibration(energy=(-3.0, -1.0, -2.0, -2.0))
-    novelty = fitted.novelty(np.array([-9.0, -3.0, -2.5, -2.0, -1.5, -1.0, 5.0]))
-    assert novelty.tolist() == pytest.approx([0, 0, 1 / 5, 1 / 5, 3 / 5, 3 / 5, 4 / 5])
-    assert Calibration().novelty(np.zeros(1)) is None
-    energies = np.linspace(-5, 1, 200)
-    assert (np.diff(fitted.novelty(energies)) >= 0).all()
-
-
-def test_few_ordinary_clips_look_novel() -> None:
-    """Of clips like the validation clips at most 5 % get a novelty above 0.95, however few these
-    are."""
-    rng = np.random.default_rng(0)
-    for count in (3, 20, 100):
-        values = [
-            Calibration(energy=tuple(rng.normal(size=count))).novelty(rng.normal(size=1))[0]
-            for _ in range(4000)
-        ]
-        assert np.mean(np.array(values) > 0.95) < 0.06
-
-
-def test_energies_survive_another_target_error_and_the_checkpoint() -> None:
-    labels, probabilities = simulated(40, 1.0)
-    energy = np.linspace(-1, 1, 40)
-    fitted = calibrate(labels, probabilities, 0.1, energy)
-    assert fitted.energy == tuple(energy)
-    assert fitted.with_target_error(0.5).energy == fitted.energy
-    assert Calibration.from_state_dict(fitted.state_dict()) == fitted
-    earlier = {k: v for k, v in fitted.state_dict().items() if k != "energy"}
-    assert Calibration.from_state_dict(earlier).energy == ()
