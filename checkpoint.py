@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from config import TrainConfig, from_dict
+from modeling.features import last_layer
 from modeling.weights import find_weights, is_finite, is_ordinary
 from models import build_model
 from utils.errors import UserError, first_line
@@ -68,6 +69,7 @@ _SHAPE = {
         "threshold": float | None,
         "confidence": [float],
     },
+    "novelty?": {"means": torch.Tensor, "distances": [float]},
     "frame_rate?": float | None,
 }
 _RESUME_SHAPE = {
@@ -135,7 +137,21 @@ def _find_problem(state: dict[str, Any], config: TrainConfig) -> str:
             model = build_model(config, len(config.classes))
     except Exception as error:  # the settings are a file's, and may be anything
         return f"its settings describe no model ({first_line(error)})"
-    return _find_wrong_weight(state["model"], model.state_dict())
+    if problem := _find_wrong_weight(state["model"], model.state_dict()):
+        return problem
+    if "novelty" in state:
+        return _find_wrong_means(state["novelty"]["means"], model, len(config.classes))
+    return ""
+
+
+def _find_wrong_means(means: torch.Tensor, model: nn.Module, num_classes: int) -> str:
+    """Why a model's features cannot be compared with these means; empty if they can."""
+    width = last_layer(model).in_features
+    if means.dim() != 2 or not 1 <= len(means) <= num_classes or means.shape[1] != width:
+        return f"the means of its novelty have the shape {tuple(means.shape)}"
+    if means.dtype != torch.float64 or not is_ordinary(means) or not is_finite(means):
+        return "the means of its novelty are no ordinary, finite tensor of torch.float64"
+    return ""
 
 
 def _find_wrong_weight(weights: dict[str, Any], own: dict[str, torch.Tensor]) -> str:

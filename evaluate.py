@@ -15,11 +15,12 @@ inside the run. `timeline` needs no model; timeline/metrics.py says what its sco
 
 # Everything that imports torch is imported where it is used: --help and `timeline` do without.
 import dataclasses
+import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
@@ -31,7 +32,6 @@ from utils.cli import cli_main, parse
 from utils.errors import ResultWarning, UserError, format_warning
 
 if TYPE_CHECKING:
-    from evaluation.calibration import Calibration
     from evaluation.predictions import Predictions
 
 CorruptionName = Literal[
@@ -173,6 +173,7 @@ def load_rows(
         UserError: a manifest is wrong.
     """
     if config.csv:
+        refuse_unlabelled(config)
         options = ManifestOptions.of(config)
         root, classes = config.data_root or None, settings.classes
         rows = read_manifest(config.csv, root, classes, options, config.split)
@@ -181,6 +182,20 @@ def load_rows(
 
     splits = load_splits(settings)
     return splits[config.split], patient_overlap(splits)
+
+
+def refuse_unlabelled(config: EvaluateConfig) -> None:
+    """Raise a UserError if the manifest names no class at all: what gives the answers alone."""
+    records, _ = read_records(Path(config.csv), ManifestOptions.of(config), labels=False)
+    if not records or any(record.label for record in records):
+        return
+    words = ["python", "predict.py", config.checkpoint, config.csv]
+    words += ["--data-root", config.data_root] if config.data_root else []
+    words += ["--clips", f"{Path(config.csv).stem}_answers.csv"]
+    raise UserError(
+        f"{config.csv}: has no labels to compare the answers with; for the answers alone, run "
+        f"{shlex.join(words)}"
+    )
 
 
 def warn_seen_patients(
@@ -208,25 +223,6 @@ def warn_seen_patients(
     return patient_overlap({**splits, name: rows}, compared=name) + warnings
 
 
-def load_calibration(config: EvaluateConfig, state: dict[str, Any]) -> "Calibration":
-    """The calibration of a checkpoint, with the threshold for `target_error` if that is given.
-
-    Raises:
-        UserError: the checkpoint has none that a threshold could be chosen from.
-    """
-    from evaluation.calibration import Calibration
-
-    calibration = Calibration.from_state_dict(state.get("calibration"))
-    if config.target_error is None:
-        return calibration
-    if not calibration.correct:
-        raise UserError(
-            f"{config.checkpoint}: was not calibrated on validation clips, so there is nothing to "
-            "choose a threshold from (leave --target-error out)"
-        )
-    return calibration.with_target_error(config.target_error)
-
-
 def evaluate_checkpoint(config: EvaluateConfig) -> None:
     """Evaluate, write the results and print them.
 
@@ -235,6 +231,7 @@ def evaluate_checkpoint(config: EvaluateConfig) -> None:
     """
     from checkpoint import load_checkpoint, rebuild_model
     from clips.corruptions import CORRUPTIONS, Corrupt, ShuffleFrames
+    from evaluation.calibration import load_calibration
     from evaluation.results import write_results
     from evaluation.robustness import measure_robustness
     from training.engine import evaluate
@@ -248,7 +245,7 @@ def evaluate_checkpoint(config: EvaluateConfig) -> None:
     state = load_checkpoint(config.checkpoint)
     training = from_dict(state["config"])
     settings = evaluation_settings(config, training)
-    calibration = load_calibration(config, state)
+    calibration = load_calibration(state, config.target_error, config.checkpoint)
     adjustment = logit_adjustment(state, config.logit_adjust_tau, config.checkpoint)
     device = get_device(config.device)
     dtype = autocast_dtype(config.precision, device)

@@ -7,12 +7,15 @@
     python predict.py RUN rtsp://192.168.0.7/stream                   a network stream
     python predict.py RUN https://host/operation.mp4                  a file on a web server
     cat operation.ts | python predict.py RUN -                        a pipe
+    python predict.py RUN operation.mp4 --overlay                     also a video with the answers
+    python predict.py RUN /data/clips --clips answers.csv             one answer per clip
 
 The results of operation.mp4 are written into the folder operation.mp4.timeline beside it:
 timeline.csv, frames.csv, timeline.vtt (subtitles), timeline.png and timeline.html, a page to look
 through. Ctrl-C stops early and writes the results so far.
 """
 
+import dataclasses
 import math
 import sys
 from collections.abc import Callable
@@ -34,7 +37,6 @@ if TYPE_CHECKING:
     from evaluation.calibration import Calibration
     from timeline.segments import Timeline
     from timeline.smoothing import SmoothingConfig
-    from timeline.sources import FrameSource
     from timeline.streaming import OnlinePredictor
 
 # What imports torch and other large libraries is imported where it is needed: --help is fast.
@@ -48,6 +50,12 @@ OLD_NAMES = {
     "wanted_error": "target_error",
 }
 
+# The settings that --clips uses.
+OF_CLIPS = {
+    *("run", "sources", "clips", "data_root", "num_workers"),
+    *("target_error", "device", "precision"),
+}
+
 
 @dataclass
 class PredictConfig:
@@ -57,7 +65,14 @@ class PredictConfig:
     """run folder (its best.pt) or checkpoint file"""
     sources: Annotated[tuple[str, ...], tyro.conf.Positional]
     """video files, folders of videos or of numbered images, the number of a camera, the address of
-    a stream or of a video file, or - for a pipe"""
+    a stream or of a video file, or - for a pipe; with --clips files, folders and manifests"""
+    clips: str = ""
+    """take each video as one clip, as evaluate.py does, and write one answer per clip into this
+    .csv file"""
+    data_root: str = ""
+    """folder of the clips of manifests, with --clips (empty: the manifest's own)"""
+    num_workers: int = 2
+    """processes that read clips, with --clips"""
     output: str = ""
     """folder for the results (empty: beside each video; for live sources predictions/)"""
 
@@ -85,6 +100,8 @@ class PredictConfig:
     size of the model's frames, and tells whether it was taken outside the patient; such frames are
     marked and never shown"""
 
+    overlay: bool = False
+    """also write overlay.mp4, the video with its predictions and the timeline below the picture"""
     serve: bool = False
     """show the newest frame and prediction on a live page in the browser"""
     host: str = "127.0.0.1"
@@ -114,8 +131,16 @@ def check_settings(config: PredictConfig) -> None:
         value = getattr(config, name)
         if not 0 <= value < math.inf:
             raise UserError(f"{name} = {value}: must be 0 or more")
+    if config.num_workers < 0:
+        raise UserError(f"num_workers = {config.num_workers}: must be 0 or more")
     if config.serve:
         require_package("aiohttp", "--serve")
+    if not config.clips:
+        return
+    for field in dataclasses.fields(config):
+        if field.name not in OF_CLIPS and getattr(config, field.name) != field.default:
+            flag = f"--{field.name.replace('_', '-')}"
+            raise UserError(f"{flag} is for whole videos and changes nothing with --clips")
 
 
 def build_predictor(
@@ -130,7 +155,7 @@ def build_predictor(
     from checkpoint import load_checkpoint, rebuild_model
     from clips.manifest import class_problems
     from config import from_dict
-    from evaluation.calibration import Calibration
+    from evaluation.calibration import load_calibration
     from timeline.smoothing import SmoothingConfig
     from timeline.streaming import OnlinePredictor
     from utils.device import autocast_dtype, describe_device, get_device
@@ -157,11 +182,7 @@ def build_predictor(
     classes = tuple(state["classes"])
     if problems := class_problems(classes):
         raise UserError("\n  ".join([f"{config.run}: cannot be used on videos:", *problems]))
-    calibration = Calibration.from_state_dict(state.get("calibration"))
-    if config.target_error is not None:
-        if not 0 <= config.target_error <= 1 or not calibration.correct:
-            raise UserError("--target-error must be from 0 to 1, and the run must be calibrated")
-        calibration = calibration.with_target_error(config.target_error)
+    calibration = load_calibration(state, config.target_error, config.run)
     device = get_device(config.device)
     predictor = OnlinePredictor(
         rebuild_model(state),
@@ -213,6 +234,8 @@ def predict(
     Raises:
         Interrupted: the process was asked to stop; the results so far are written.
     """
+    from timeline.output import advice, summary
+    from timeline.overlay import write_overlay
     from timeline.predictor import VideoPredictor
     from utils.device import describe_device
     from utils.interrupt import Interrupt
@@ -244,60 +267,24 @@ def predict(
             failures.append(str(error))
             print(f"error: {error}", file=sys.stderr)
             continue
-        timeline.notes += _advice(timeline, calibration)
+        timeline.notes += advice(timeline, calibration)
         rate = {"video": f"{frames.rate:.3g} frames per second"} if frames.rate else {}
-        print(_summary(timeline, video.seconds, frames, folder))
+        print(summary(timeline, video.seconds, frames, folder))
         path = source if isinstance(source, Path) and source.is_file() else None
         problems = [video.problem] * bool(video.problem)
         try:
             write_outputs(folder, timeline, path, {**metadata, **rate}, device)
         except UserError as error:
             problems.append(str(error))
+        if config.overlay and not interrupt.signal:
+            overlay = folder / "overlay.mp4"
+            problems += write_overlay(overlay, path, timeline, predictor.fps, interrupt)
         if problems:
             failures.append("; ".join(problems))
             print(f"error: {failures[-1]}", file=sys.stderr)
         interrupt.check()
     interrupt.restore()
     return failures
-
-
-def _advice(timeline: "Timeline", calibration: "Calibration") -> list[str]:
-    """A note for a timeline whose predictions are all uncertain: what gives answers."""
-    from evaluation.calibration import describe_alternative
-
-    labels = {segment.label for segment in timeline.segments}
-    if not len(timeline.times) or labels & set(timeline.classes):
-        return []
-    return [
-        "no stretch is given a class: all confidences are below the threshold that "
-        f"--target-error {calibration.target_error} asks for; "
-        f"{describe_alternative(calibration.alternative())}"
-    ]
-
-
-def _summary(timeline: "Timeline", seconds: float, frames: "FrameSource", folder: Path) -> str:
-    """Notes, the time of each label, the speed, and the page to open."""
-    from utils.run_dir import sanitize
-    from utils.text_table import text_table
-
-    durations: dict[str, float] = {}
-    for segment in timeline.segments:
-        durations[segment.label] = durations.get(segment.label, 0.0) + segment.duration
-    longest_first = sorted(durations.items(), key=lambda pair: -pair[1])
-    count = len(timeline.segments)
-    total = f"{count} segment{'s' * (count != 1)} in {timeline.duration:.1f} s of video"
-    if frames.rate:
-        total += f" at {frames.rate:.3g} frames per second"
-    if not frames.live:
-        total += f", {timeline.duration / max(seconds, 1e-9):.1f} times as fast as it plays"
-    return "\n".join(
-        [
-            *(f"note: {note}" for note in timeline.notes),
-            text_table([label, f"{duration:.1f} s"] for label, duration in longest_first),
-            total,
-            f"open {sanitize(str(folder / 'timeline.html'))}",
-        ]
-    )
 
 
 def write_outputs(
@@ -329,8 +316,16 @@ def write_outputs(
 def main() -> None:
     config = parse(PredictConfig, __doc__, old_names=OLD_NAMES)
     check_settings(config)
+    if config.clips:
+        from training.predict_clips import predict_clips
+
+        options = config.device, config.precision, config.num_workers, config.target_error
+        predict_clips(config.run, config.sources, Path(config.clips), config.data_root, *options)
+        return
     # Before the model is built: a misspelt name is found at once.
     sources = find_sources(config.sources, config.frame_rate)
+    if config.overlay and (other := [s for s in sources if not Path(s).is_file()]):
+        raise UserError(f"--overlay reads the video twice: for a file, not for {other[0]}")
 
     from timeline.output import output_folders
     from timeline.predictor import load_frame_filter

@@ -15,6 +15,7 @@ import shlex
 import signal
 import time
 from collections import Counter
+from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -24,10 +25,11 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from checkpoint import check_resume, load_checkpoint, rebuild_model, save_checkpoint
-from clips.manifest import clips_digest
+from clips.manifest import ClipRow, clips_digest
 from clips.splits import patient_overlap
 from config import OLD_NAMES, OLD_VALUES, TrainConfig, from_dict
 from evaluation.calibration import Calibration, calibrate
+from evaluation.novelty import NoveltyReference
 from evaluation.predictions import Predictions
 from modeling.layers import enable_gradient_checkpointing
 from modeling.weights import load_weights
@@ -47,6 +49,7 @@ from training.log import (
     write_history,
 )
 from training.losses import Criterion, warn_double_balancing
+from training.novelty import measure_class_means
 from training.optim import ModelEma, cosine_with_warmup, param_groups
 from training.state import Progress, TrainState
 from utils import distributed
@@ -182,7 +185,7 @@ def _train(
         train_epochs(
             state, criterion, train_loader, val_loader, device, ddp_model, folder, interrupt
         )
-        calibrate_best(state, val_loader, device, folder, interrupt)
+        calibrate_best(state, rows["train"], val_loader, device, folder, interrupt)
         final_test(state, test_loader, device, folder, interrupt, warnings)
     except Interrupted:
         state.save(folder)
@@ -211,7 +214,7 @@ def train_epochs(
     is_main = distributed.rank() == 0
     writer = tensorboard_writer(folder) if config.tensorboard and is_main else None
     last_drawn = -math.inf
-    while progress.epoch < config.epochs and not _out_of_patience(state):
+    while progress.epoch < config.epochs and not state.out_of_patience:
         start = time.perf_counter()
         train_one_epoch(
             state.model,
@@ -248,7 +251,7 @@ def train_epochs(
             "seconds": round(time.perf_counter() - start, 2),
         }
         state.history.append(row)
-        better = not state.best or _score(row, config) > _score(state.best, config)
+        better = not state.best or state.score(row) > state.score(state.best)
         if better:
             state.best = row
         log.info(epoch_line(row, config, better))
@@ -262,7 +265,7 @@ def train_epochs(
             for name, value in row.items():
                 writer.add_scalar(name, value, progress.epoch)
             writer.flush()
-        ended = progress.epoch == config.epochs or _out_of_patience(state)
+        ended = progress.epoch == config.epochs or state.out_of_patience
         if is_main and (ended or time.monotonic() > last_drawn + 10):
             # Drawing takes as long as an epoch of the demo.
             draw_curves(folder / "curves.png", state.history, state.best["epoch"])
@@ -282,24 +285,31 @@ def train_epochs(
 
 
 def calibrate_best(
-    state: TrainState, loader: DataLoader, device: torch.device, folder: Path, interrupt: Interrupt
+    state: TrainState,
+    train_rows: Sequence[ClipRow],
+    loader: DataLoader,
+    device: torch.device,
+    folder: Path,
+    interrupt: Interrupt,
 ) -> None:
     """Fit temperature and threshold of the best epoch on the validation clips and save them.
 
-    They go into best.pt, together with the frame rate of the clips: predict.py shows the model
-    whole videos at that rate.
+    They go into best.pt, together with what the novelty of clips is measured by, and with the frame
+    rate of the clips: predict.py shows the model whole videos at that rate.
 
     Raises:
         Interrupted: before the end.
     """
     config, best = state.config, load_checkpoint(folder)
-    predictions = _evaluate_best(best, loader, device, "validation", config, interrupt)
+    means = measure_class_means(rebuild_model(best), train_rows, config, device, interrupt)
+    predictions = _evaluate_best(best, loader, device, "validation", config, interrupt, means)
     # Uncalibrated, because a run that is resumed after this point has been calibrated already.
     fitted = calibrate(predictions.labels, predictions.uncalibrated, config.target_error)
     if distributed.rank() == 0:
         paths, fps = zip(*((row.path, row.fps) for row in loader.dataset.rows), strict=True)
         sampler = FrameSampler(config.n_frames, config.eval_sampling)
         best["calibration"] = fitted.state_dict()
+        best["novelty"] = NoveltyReference(means, tuple(predictions.distance.tolist())).state_dict()
         best["frame_rate"] = effective_fps(paths, sampler, known=fps)
         best["config"] = dataclasses.asdict(config)  # the data may have moved since that epoch
         best["class_counts"] = state.class_counts  # runs of earlier versions have none yet
@@ -348,28 +358,15 @@ def _evaluate_best(
     split: str,
     config: TrainConfig,
     interrupt: Interrupt,
+    means: torch.Tensor | None = None,
 ) -> Predictions:
     """The predictions of the best epoch, in fp32 as in evaluate.py.
 
     They are calibrated if its checkpoint holds a calibration.
     """
     temperature = Calibration.from_state_dict(best.get("calibration")).temperature
-    options = split, config.skip_unreadable, interrupt, temperature
+    options = split, config.skip_unreadable, interrupt, temperature, 0.0, means
     return evaluate(rebuild_model(best), loader, device, torch.float32, *options)
-
-
-def _score(row: dict[str, Any], config: TrainConfig) -> float:
-    """The value by which epochs are compared; the highest one is the best."""
-    if config.monitor == "last":
-        return row["epoch"]
-    value = row[f"val_{config.monitor}"]
-    return -value if config.monitor == "loss" else value
-
-
-def _out_of_patience(state: TrainState) -> bool:
-    patience = state.config.early_stopping_patience
-    waited = state.progress.epoch - state.best["epoch"] if state.best else 0
-    return bool(patience) and waited >= patience
 
 
 def read_settings() -> tuple[TrainConfig, dict[str, Any] | None]:

@@ -270,6 +270,9 @@ def _rows(table: Table, options: ManifestOptions) -> Iterator[tuple[int, dict[st
             if len(cells) < 3 or not is_video(cells[1]):
                 raise _unknown_layout(table, line)
             yield line, {"path": cells[1], "label": cells[2].strip()}
+    elif all(len(row.cells) == 1 and is_video(row.cells[0]) for row in table.lines):
+        for line, (text,) in table.lines:  # clips without labels
+            yield line, {"path": text}
     elif pairs:
         for line, (name, label) in table.rows:
             yield line, {"path": name, "label": label.strip()}

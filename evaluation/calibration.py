@@ -6,12 +6,14 @@ temperature that all logits are divided by, and the confidence below which a cli
 """
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from evaluation.metrics import risk_coverage
+from utils.errors import UserError
 
 _MIN_TEMPERATURE, _MAX_TEMPERATURE = 0.05, 20.0
 
@@ -44,7 +46,7 @@ class Calibration:
         """The same with the threshold for another error rate."""
         confidence, correct = np.array(self.confidence), np.array(self.correct, bool)
         threshold = choose_threshold(confidence, correct, target_error)
-        return Calibration(self.temperature, target_error, threshold, self.confidence, self.correct)
+        return replace(self, target_error=target_error, threshold=threshold)
 
     def alternative(self) -> dict[str, float] | None:
         """What a higher target error would give: the lowest one, in whole percent, at which more
@@ -84,6 +86,31 @@ class Calibration:
         values = {_OLD_NAMES.get(name, name): value for name, value in state.items()}
         lists = {name: tuple(values[name]) for name in ("confidence", "correct")}
         return cls(**{**values, **lists})
+
+
+def load_calibration(
+    state: Mapping[str, Any], target_error: float | None, source: str | Path
+) -> Calibration:
+    """The calibration of a checkpoint, with the threshold for `target_error` if that is given.
+
+    Args:
+        state: the checkpoint.
+        source: its file or run folder, for messages.
+
+    Raises:
+        UserError: the checkpoint has none that a threshold could be chosen from.
+    """
+    calibration = Calibration.from_state_dict(state.get("calibration"))
+    if target_error is None:
+        return calibration
+    if not 0 <= target_error <= 1:
+        raise UserError(f"target_error = {target_error}: must be from 0 to 1")
+    if not calibration.correct:
+        raise UserError(
+            f"{source}: was not calibrated on validation clips, so there is nothing to choose a "
+            "threshold from (leave --target-error out)"
+        )
+    return calibration.with_target_error(target_error)
 
 
 def describe_alternative(alternative: Mapping[str, float] | None) -> str:

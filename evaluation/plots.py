@@ -189,8 +189,12 @@ def _series_name(column: str) -> str:
 
 
 def plain_text(name: str) -> str:
-    """A name as matplotlib can draw it: letters that its font lacks, such as emoji, become □."""
+    """A name as matplotlib can draw it: `drawable_text`, and no formula."""
+    return drawable_text(name).replace("$", r"\$")  # text between dollar signs would be a formula
+
+
+def drawable_text(name: str) -> str:
+    """A name in which the letters that matplotlib's font lacks, such as emoji, are □."""
     drawable = get_font(findfont(FontProperties())).get_charmap()
     marks = "\ufe0e\ufe0f\u200d"  # they choose or join emoji, and are not seen by themselves
-    text = "".join(c if ord(c) in drawable else "□" for c in name if c not in marks)
-    return text.replace("$", r"\$")  # text between dollar signs would be a formula
+    return "".join(c if ord(c) in drawable else "□" for c in name if c not in marks)

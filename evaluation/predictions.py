@@ -26,6 +26,9 @@ class Predictions:
     """an error message for each clip of the split that could not be read and is missing here"""
     uncalibrated: np.ndarray | None = None
     """`(N, num_classes)`, the probabilities without the temperature, if they are known"""
+    distance: np.ndarray | None = None
+    """`(N,)` distances to the nearest class mean, averaged over views, if they are known; see
+    evaluation/novelty.py"""
 
     def __len__(self) -> int:
         return len(self.rows)

@@ -22,6 +22,7 @@ from checkpoint import (
 from config import OLD_NAMES, OLD_VALUES, TrainConfig
 from evaluate import main as evaluate_main
 from evaluation.calibration import Calibration
+from evaluation.novelty import NoveltyReference
 from train import main
 from training.loaders import build_dataloaders
 from utils.errors import UserError
@@ -44,6 +45,7 @@ def as_earlier(state: dict) -> dict:
         names = {"target_error": "wanted_error", "correct": "right"}
         calibration = state["calibration"].items()
         earlier["calibration"] = {names.get(key, key): value for key, value in calibration}
+    earlier.pop("novelty", None)
     return earlier
 
 
@@ -71,7 +73,7 @@ def test_the_keys_are_those_of_the_format(tiny_data: Path) -> None:
 
 def test_a_finished_run_also_has_its_calibration(trained) -> None:
     best, last = (load_checkpoint(trained[0], name) for name in ("best.pt", "last.pt"))
-    assert best.keys() == MODEL_KEYS | {"calibration", "frame_rate", "format_version"}
+    assert best.keys() == MODEL_KEYS | {"calibration", "novelty", "frame_rate", "format_version"}
     assert last.keys() == MODEL_KEYS | RESUME_KEYS | {"format_version"}
     assert best["calibration"].keys() == {
         *("temperature", "target_error", "threshold", "confidence", "correct")
@@ -90,6 +92,7 @@ def test_checkpoints_of_earlier_versions_rebuild_the_model(earlier_run: Path, tr
         assert torch.equal(first(clips), second(clips))
     calibrations = [Calibration.from_state_dict(s["calibration"]) for s in (earlier, best)]
     assert calibrations[0] == calibrations[1]
+    assert NoveltyReference.of_checkpoint(earlier) is None
 
 
 @pytest.mark.parametrize(

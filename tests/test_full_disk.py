@@ -95,7 +95,7 @@ def test_the_scores_of_an_epoch_are_written_before_its_checkpoint(
     without that."""
     for later in ("calibrate_best", "final_test"):
         monkeypatch.setattr(f"train.{later}", lambda *_: None)
-    monkeypatch.setattr("train._score", lambda row, _: row["epoch"] == 1)
+    monkeypatch.setattr("training.state.TrainState.score", lambda _, row: row["epoch"] == 1)
     with room_for(3):  # last.pt at the beginning, best.pt and last.pt of the first epoch
         line = one_line(mistake(train.main, *train_flags(tiny_data), cwd=tmp_path).stderr)
     assert "/last.pt: the disk is full" in line

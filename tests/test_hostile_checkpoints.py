@@ -152,6 +152,25 @@ BROKEN = {
     "temperature 0": put("calibration", "temperature", value=0.0),
     "temperature NaN": put("calibration", "temperature", value=NAN),
     "threshold a text": put("calibration", "threshold", value="high"),
+    "novelty None": put("novelty", value=None),
+    "novelty a list": put("novelty", value=[1.0]),
+    "novelty without means": drop("novelty", "means"),
+    "novelty without distances": drop("novelty", "distances"),
+    "novelty's distances texts": put("novelty", "distances", value=["1"] * 9),
+    "novelty's distance NaN": put("novelty", "distances", 0, value=NAN),
+    "novelty's means a list": put("novelty", "means", value=[[1.0]]),
+    "novelty's means a number": put("novelty", "means", value=torch.tensor(1.0)),
+    "novelty's means none": put("novelty", "means", value=torch.zeros(0, 192).double()),
+    "novelty's means too many": put(
+        "novelty", "means", value=torch.zeros(1).double().expand(4, 192)
+    ),
+    "novelty's means of another width": put("novelty", "means", value=torch.zeros(3, 9).double()),
+    "novelty's means of floats": put("novelty", "means", value=torch.zeros(3, 192)),
+    "novelty's means NaN": put("novelty", "means", value=torch.full((3, 192), NAN).double()),
+    **{
+        f"novelty's means {kind}": put("novelty", "means", value=value)
+        for kind, value in ODD_HEADS.items()
+    },
     "frame_rate a text": put("frame_rate", value="25"),
     "frame_rate negative": put("frame_rate", value=-25.0),
     "class_counts a number": put("class_counts", value=3),

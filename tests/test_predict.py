@@ -621,7 +621,7 @@ def test_serve_needs_aiohttp(
         (["--segment-seconds=5"], "--segment-seconds is now called --mean-duration"),
         (["--minimum-seconds", "5"], "--minimum-seconds is now called --min-duration"),
         (["--give-up", "5"], "--give-up is now called --reconnect-timeout"),
-        (["--target-error", "0.1"], "must be calibrated"),
+        (["--target-error", "0.1"], "was not calibrated on validation clips"),
         (["--min-duration", "-1"], "must be 0 or more"),
         (["--out-of-body", "x.py:f"], "no such file"),
     ],

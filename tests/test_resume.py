@@ -342,7 +342,7 @@ def test_a_run_that_stopped_early_continues_exactly_with_more_patience(
     """Epoch 1 is the best until 3. After a stop at 2, more patience finds 3, as with that patience
     from the start; with the same patience nothing is left to do."""
     scores = {1: 2, 2: 1, 3: 3}
-    monkeypatch.setattr("train._score", lambda row, _: scores[row["epoch"]])
+    monkeypatch.setattr("training.state.TrainState.score", lambda _, row: scores[row["epoch"]])
     arguments = train_flags(tiny_data, "--epochs", 3)
     patient, hasty = tmp_path / "patient", tmp_path / "hasty"
     patient.mkdir()

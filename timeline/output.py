@@ -1,4 +1,4 @@
-"""Output folders of predict.py, curves of probabilities, and timeline.png."""
+"""Output folders of predict.py, what it prints, curves of probabilities, and timeline.png."""
 
 import math
 import re
@@ -8,9 +8,11 @@ from pathlib import Path
 import numpy as np
 
 from clips.manifest import NON_CLASS_LABELS, OUT_OF_BODY, UNREADABLE
+from evaluation.calibration import Calibration, describe_alternative
 from timeline.segments import Timeline
-from utils.run_dir import strip_credentials
-from utils.text_table import shorten
+from timeline.sources import FrameSource
+from utils.run_dir import sanitize, strip_credentials
+from utils.text_table import shorten, text_table
 
 MAX_BINS = 20_000  # per curve; in a video of three hours each one is half a second long
 
@@ -46,6 +48,40 @@ def output_folders(sources: list[str | Path], output: str) -> list[Path]:
 def safe_name(name: str) -> str:
     """A source's name as part of a file name."""
     return re.sub(r"[^\w.-]+", "_", name).strip("._") or "video"
+
+
+def advice(timeline: Timeline, calibration: Calibration) -> list[str]:
+    """A note for a timeline whose predictions are all uncertain: what gives answers."""
+    labels = {segment.label for segment in timeline.segments}
+    if not len(timeline.times) or labels & set(timeline.classes):
+        return []
+    return [
+        "no stretch is given a class: all confidences are below the threshold that "
+        f"--target-error {calibration.target_error} asks for; "
+        f"{describe_alternative(calibration.alternative())}"
+    ]
+
+
+def summary(timeline: Timeline, seconds: float, frames: FrameSource, folder: Path) -> str:
+    """Notes, the time of each label, the speed, and the page to open."""
+    durations: dict[str, float] = {}
+    for segment in timeline.segments:
+        durations[segment.label] = durations.get(segment.label, 0.0) + segment.duration
+    longest_first = sorted(durations.items(), key=lambda pair: -pair[1])
+    count = len(timeline.segments)
+    total = f"{count} segment{'s' * (count != 1)} in {timeline.duration:.1f} s of video"
+    if frames.rate:
+        total += f" at {frames.rate:.3g} frames per second"
+    if not frames.live:
+        total += f", {timeline.duration / max(seconds, 1e-9):.1f} times as fast as it plays"
+    return "\n".join(
+        [
+            *(f"note: {note}" for note in timeline.notes),
+            text_table([label, f"{duration:.1f} s"] for label, duration in longest_first),
+            total,
+            f"open {sanitize(str(folder / 'timeline.html'))}",
+        ]
+    )
 
 
 def probability_curves(timeline: Timeline, max_bins: int = MAX_BINS) -> np.ndarray:
@@ -143,7 +179,7 @@ def plot_timeline(timeline: Timeline, path: str | Path) -> None:
     axes.set(xlim=(0, timeline.duration), ylim=(len(rows) - 0.5, -0.5), xlabel="time")
     axes.xaxis.set_major_locator(MultipleLocator(_tick(timeline.duration)))
     axes.xaxis.set_major_formatter(
-        lambda seconds, _: _minutes(seconds) if timeline.duration > 2 else f"{seconds:.1f} s"
+        lambda seconds, _: format_minutes(seconds) if timeline.duration > 2 else f"{seconds:.1f} s"
     )
     axes.set_title(plain_text(timeline.name), fontsize=10)
     axes.grid(axis="x", alpha=0.3)
@@ -157,7 +193,7 @@ def _tick(duration: float) -> float:
     return next((step for step in steps if duration <= 15 * step), duration / 10)
 
 
-def _minutes(seconds: float) -> str:
+def format_minutes(seconds: float) -> str:
     """`1:02:03`, or `2:03` below an hour."""
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)

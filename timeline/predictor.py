@@ -178,8 +178,8 @@ class VideoPredictor:
             return self._writer
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            for earlier in self.folder.glob("timeline.*"):
-                earlier.unlink()  # it would not fit the new frames.csv
+            for earlier in (*self.folder.glob("timeline.*"), self.folder / "overlay.mp4"):
+                earlier.unlink(missing_ok=True)  # it would not fit the new frames.csv
             self._writer = FramesWriter(self.folder / "frames.csv", self.predictor.classes)
         except OSError as error:
             raise ClipError(self.folder, f"{os_error_cause(error)} (--output)") from None

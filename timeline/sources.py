@@ -53,7 +53,7 @@ class Frame(NamedTuple):
     time: float
     """seconds since the start of the video"""
     image: np.ndarray
-    """`(size, size, 3)` uint8 RGB"""
+    """`(size, size, 3)` uint8 RGB, or in its own size"""
     preview: np.ndarray | None = None
     """the frame in its own shape, for the live page; None: not asked for"""
 
@@ -67,7 +67,7 @@ class FrameSource(ABC):
     Args:
         name: name for messages and pages.
         fps: frames per second that the model is shown.
-        size: height and width of these frames in pixels.
+        size: height and width of these frames in pixels; None: their own size.
         preview: whether frames in their own shape are returned as well.
     """
 
@@ -78,7 +78,7 @@ class FrameSource(ABC):
     rate = 0.0
     """frames per second of the video itself; 0: unknown"""
 
-    def __init__(self, name: str, fps: float, size: int, preview: bool = False) -> None:
+    def __init__(self, name: str, fps: float, size: int | None, preview: bool = False) -> None:
         self.name = name
         self.fps = fps
         self.size = size
@@ -237,7 +237,7 @@ class Recording(FrameSource):
 class FileSource(Recording):
     """A video file."""
 
-    def __init__(self, path: Path, fps: float, size: int, preview: bool = False) -> None:
+    def __init__(self, path: Path, fps: float, size: int | None, preview: bool = False) -> None:
         super().__init__(str(path), fps, size, preview)
         self.path = path
 

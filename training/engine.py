@@ -11,7 +11,9 @@ from tqdm import tqdm
 
 from config import TrainConfig
 from dataset import Batch, require_readable
+from evaluation.novelty import distance_to_means
 from evaluation.predictions import Predictions
+from modeling.features import per_clip, recorded_features
 from modeling.inference import prepare_for_inference
 from models import keep_frozen_in_eval
 from training.losses import Criterion
@@ -235,6 +237,15 @@ def _step(
     optimizer.zero_grad(set_to_none=True)
 
 
+class NoClipError(UserError):
+    """None of the clips can be read."""
+
+    def __init__(self, message: str, unreadable: list[str]) -> None:
+        super().__init__(message)
+        self.unreadable = unreadable
+        """an error message for each clip"""
+
+
 @torch.inference_mode()
 def evaluate(
     model: nn.Module,
@@ -246,6 +257,7 @@ def evaluate(
     interrupt: Interrupt | None = None,
     temperature: float = 1.0,
     logit_adjustment: torch.Tensor | float = 0.0,
+    means: torch.Tensor | None = None,
 ) -> Predictions:
     """The predictions of a model for a split: validation, test and evaluate.py all use this.
 
@@ -258,14 +270,16 @@ def evaluate(
         temperature: the logits are divided by it; see evaluation/calibration.py.
         logit_adjustment: `(num_classes,)`, subtracted from the logits first; see
             training/losses.py.
+        means: `(K, num_features)`: also measure the distance to them; see evaluation/novelty.py.
 
     Raises:
         Interrupted: `interrupt` was asked to stop.
+        NoClipError: none of the clips can be read.
         UserError: clips cannot be read (all of them are listed), unless `skip_unreadable`; or the
             outputs are not finite.
     """
     model = prepare_for_inference(model, device, dtype)
-    indices, probabilities, unreadable = [], [], []
+    indices, probabilities, distances, unreadable = [], [], [], []
     quiet = distributed.rank() != 0
     for batch in show_batches(loader, description, interrupt, quiet):
         unreadable += batch.unreadable
@@ -273,7 +287,11 @@ def evaluate(
             views = batch.clips.to(device, non_blocking=True)
             if loader.dataset.num_views == 1:
                 views = views.unsqueeze(1)  # (B, T, C, H, W) -> (B, V, T, C, H, W)
-            logits = model(views.flatten(0, 1))  # (B*V, T, C, H, W) -> (B*V, classes)
+            with recorded_features(model) as features:
+                logits = model(views.flatten(0, 1))  # (B*V, T, C, H, W) -> (B*V, classes)
+            if means is not None:
+                distance = distance_to_means(per_clip(features[0], len(logits)), means)
+                distances.append(distance.unflatten(0, views.shape[:2]).mean(dim=1))  # (B,)
             logits = logits.cpu().double() - logit_adjustment
             logits = logits.unflatten(0, views.shape[:2])  # (B, V, classes)
             both = torch.stack((logits / temperature, logits)).softmax(dim=-1)
@@ -284,16 +302,17 @@ def evaluate(
             interrupt.check()
     own = None
     if indices:
-        own = np.array(indices), torch.cat(probabilities, dim=1).numpy()
+        own = [np.array(indices), torch.cat(probabilities, dim=1).numpy()]
+        own += [torch.cat(distances).numpy()] if distances else []
     gathered = distributed.all_gather((own, unreadable))
     unreadable = [line for _, lines in gathered for line in lines]
     if not skip_unreadable:
         require_readable(unreadable, description)
     parts = [arrays for arrays, _ in gathered if arrays is not None]
     if not parts:
-        raise UserError(f"none of the {description} clips can be read")
-    indices = np.concatenate([part for part, _ in parts])
-    probabilities = np.concatenate([both for _, both in parts], axis=1)
+        raise NoClipError(f"none of the {description} clips can be read", unreadable)
+    indices, probabilities, *measured = zip(*parts, strict=True)
+    indices, probabilities = np.concatenate(indices), np.concatenate(probabilities, axis=1)
     if not np.isfinite(probabilities).all():
         raise UserError(
             f"the model's {description} outputs are not finite: train with a lower learning_rate "
@@ -302,4 +321,5 @@ def evaluate(
     order = indices.argsort()
     rows = [loader.dataset.rows[index] for index in indices[order]]
     calibrated, uncalibrated = probabilities[:, order]
-    return Predictions(rows, calibrated, unreadable, uncalibrated)
+    distance = np.concatenate(measured[0])[order] if measured else None
+    return Predictions(rows, calibrated, unreadable, uncalibrated, distance)

@@ -105,6 +105,20 @@ class TrainState:
         self.best: dict[str, Any] = {}
         """the row of the best epoch"""
 
+    def score(self, row: dict[str, Any]) -> float:
+        """The value by which epochs are compared; the highest one is the best."""
+        if self.config.monitor == "last":
+            return row["epoch"]
+        value = row[f"val_{self.config.monitor}"]
+        return -value if self.config.monitor == "loss" else value
+
+    @property
+    def out_of_patience(self) -> bool:
+        """Whether so many epochs were no better than the best one that the training stops early."""
+        patience = self.config.early_stopping_patience
+        waited = self.progress.epoch - self.best["epoch"] if self.best else 0
+        return bool(patience) and waited >= patience
+
     @property
     def eval_model(self) -> nn.Module:
         """The model that is validated, kept and tested: the averaged one, if there is one."""

@@ -17,7 +17,7 @@ _HIGH = 17  # constant rate factor that can hardly be told from the original
 def write_video(
     path: str | Path,
     frames: Iterable[np.ndarray],
-    rate: int = 25,
+    rate: int | Fraction = 25,
     lossless: bool = False,
     group: int = 250,
 ) -> None:
@@ -91,7 +91,7 @@ def recompress(frames: np.ndarray, crf: int) -> np.ndarray:
 def _encode(
     container: av.container.OutputContainer,
     frames: Iterable[np.ndarray],
-    rate: int = 25,
+    rate: int | Fraction = 25,
     crf: int = 20,
     group: int = 250,
     rgb: bool = False,
