@@ -42,12 +42,12 @@ from training.log import (
     resume_line,
     run_header,
     start_log,
-    tensorboard_writer,
     write_history,
 )
 from training.losses import Criterion, warn_double_balancing
 from training.optim import ModelEma, cosine_with_warmup, param_groups
 from training.state import Progress, TrainState
+from training.writers import Writers, open_writers
 from utils import distributed
 from utils.cli import cli_main, parse
 from utils.device import autocast_dtype, get_device, prepare_model
@@ -159,6 +159,7 @@ def _train(
         stack.callback(start_log, None)
         start_log(folder)
         record_settings(folder, config, device)
+    writers = stack.enter_context(open_writers(config, folder if is_main else None))
     warnings = patient_overlap(rows) + warn_double_balancing(config)
     log.info(run_header(config, model, rows, device, dtype))
     for warning in warnings:
@@ -177,11 +178,10 @@ def _train(
     interrupt = stack.enter_context(Interrupt())
     state.save(folder)  # from here on there is a checkpoint to resume from, whatever happens
     try:
-        train_epochs(
-            state, criterion, train_loader, val_loader, device, ddp_model, folder, interrupt
-        )
+        loop = device, ddp_model, folder, interrupt, writers
+        train_epochs(state, criterion, train_loader, val_loader, *loop)
         calibrate_best(state, val_loader, device, folder, interrupt)
-        final_test(state, test_loader, device, folder, interrupt, warnings)
+        final_test(state, test_loader, device, folder, interrupt, writers, warnings)
     except Interrupted:
         state.save(folder)
         command = shlex.join(["python", "train.py", "--resume", str(folder)])
@@ -199,6 +199,7 @@ def train_epochs(
     ddp_model: nn.Module | None,
     folder: Path,
     interrupt: Interrupt,
+    writers: Writers,
 ) -> None:
     """Train the remaining epochs: train, validate, keep the best epoch, save.
 
@@ -207,7 +208,6 @@ def train_epochs(
     """
     config, progress = state.config, state.progress
     is_main = distributed.rank() == 0
-    writer = tensorboard_writer(folder) if config.tensorboard and is_main else None
     last_drawn = -math.inf
     while progress.epoch < config.epochs and not _out_of_patience(state):
         start = time.perf_counter()
@@ -256,10 +256,7 @@ def train_epochs(
             if better:
                 save_checkpoint(folder / "best.pt", state.model_state_dict())
         state.save(folder)
-        if writer:
-            for name, value in row.items():
-                writer.add_scalar(name, value, progress.epoch)
-            writer.flush()
+        writers.write_epoch(row)
         ended = progress.epoch == config.epochs or _out_of_patience(state)
         if is_main and (ended or time.monotonic() > last_drawn + 10):
             # Drawing takes as long as an epoch of the demo.
@@ -311,6 +308,7 @@ def final_test(
     device: torch.device,
     folder: Path,
     interrupt: Interrupt,
+    writers: Writers,
     warnings: list[ResultWarning],
 ) -> None:
     """Test the best epoch and write the results with the warnings.
@@ -335,7 +333,10 @@ def final_test(
         last = config.monitor == "last"
         chosen = "the last" if last else f"the best by validation {config.monitor}"
         log.info(f"\ntest of epoch {best['epoch']}, {chosen}:")
-        write_results(predictions, config.classes, folder, [calibration], metadata, show=log.info)
+        results = write_results(
+            predictions, config.classes, folder, [calibration], metadata, show=log.info
+        )
+        writers.write_results(results, best["epoch"])
         log.info(f"\nrun folder: {folder}")
 
 
@@ -353,7 +354,8 @@ def _evaluate_best(
     """
     temperature = Calibration.from_state_dict(best.get("calibration")).temperature
     options = split, config.skip_unreadable, interrupt, temperature
-    return evaluate(rebuild_model(best), loader, device, torch.float32, *options)
+    model, features = rebuild_model(best), split == "test"
+    return evaluate(model, loader, device, torch.float32, *options, with_features=features)
 
 
 def _score(row: dict[str, Any], config: TrainConfig) -> float:

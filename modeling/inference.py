@@ -2,6 +2,7 @@
 
 import copy
 
+import numpy as np
 import torch
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
@@ -69,6 +70,34 @@ def prepare_for_inference(
     return model
 
 
+def record_classifier_input(model: nn.Module) -> list[torch.Tensor]:
+    """Record the input of the classifier, which is the last module of the stage `head`.
+
+    Returns:
+        A list to which every forward pass from now on adds that input.
+    """
+    inputs: list[torch.Tensor] = []
+    classifier = list(model.stages().values())[-1][-1]
+    classifier.register_forward_pre_hook(lambda _, args: inputs.append(args[0]))
+    return inputs
+
+
+def average_features(inputs: list[torch.Tensor], clips: int) -> np.ndarray:
+    """The recorded inputs of a forward pass as features of each clip; the list is emptied.
+
+    Args:
+        inputs: see `record_classifier_input`. A TSM classifies every frame, and several views of a
+            clip follow each other: the mean over all vectors of a clip is taken.
+        clips: number of clips of the batch, B.
+
+    Returns:
+        `(B, num_features)` float32.
+    """
+    rows = torch.cat(inputs).unflatten(0, (clips, -1))  # (B, V * frames, ..., num_features)
+    inputs.clear()
+    return rows.float().flatten(1, -2).mean(dim=1).cpu().numpy()
+
+
 @torch.no_grad()
 def fold_batchnorms(model: nn.Module) -> int:
     """Fold every BatchNorm that follows a convolution into it, in place. Returns how many.
@@ -76,7 +105,7 @@ def fold_batchnorms(model: nn.Module) -> int:
     In eval mode a BatchNorm is a fixed scale and shift per channel, which the weights and bias of
     the convolution can carry. Which BatchNorm follows which convolution is not guessed from names:
     a small clip is sent through the model, and a pair is found where the output tensor of a
-    convolution is the input of a BatchNorm.
+    convolution is the input of a BatchNorm. Nothing is folded in a model that takes no such clip.
     """
     norms = [module for module in model.modules() if type(module) in _NORMS]
     if not norms:
@@ -93,9 +122,13 @@ def fold_batchnorms(model: nn.Module) -> int:
     hooks = [norm.register_forward_pre_hook(before_norm) for norm in norms]
     hooks += [m.register_forward_hook(after_conv) for m in model.modules() if isinstance(m, _CONVS)]
     shape = (1, 2, getattr(model, "channels", 3), 32, 32)
-    model(torch.zeros(shape, dtype=torch.uint8, device=next(model.parameters()).device))
-    for hook in hooks:
-        hook.remove()
+    try:
+        model(torch.zeros(shape, dtype=torch.uint8, device=next(model.parameters()).device))
+    except (RuntimeError, ValueError, AssertionError, IndexError):
+        pairs.clear()  # an own model that takes clips of another size only stays as it is
+    finally:
+        for hook in hooks:
+            hook.remove()
     convs = [conv for conv, _ in pairs]
     names = {module: name for name, module in model.named_modules()}
     folded = [(conv, norm) for conv, norm in pairs if convs.count(conv) == 1]

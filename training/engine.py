@@ -12,7 +12,11 @@ from tqdm import tqdm
 from config import TrainConfig
 from dataset import Batch, require_readable
 from evaluation.predictions import Predictions
-from modeling.inference import prepare_for_inference
+from modeling.inference import (
+    average_features,
+    prepare_for_inference,
+    record_classifier_input,
+)
 from models import keep_frozen_in_eval
 from training.losses import Criterion
 from training.mixup import mixup_cutmix
@@ -246,6 +250,7 @@ def evaluate(
     interrupt: Interrupt | None = None,
     temperature: float = 1.0,
     logit_adjustment: torch.Tensor | float = 0.0,
+    with_features: bool = False,
 ) -> Predictions:
     """The predictions of a model for a split: validation, test and evaluate.py all use this.
 
@@ -258,6 +263,7 @@ def evaluate(
         temperature: the logits are divided by it; see evaluation/calibration.py.
         logit_adjustment: `(num_classes,)`, subtracted from the logits first; see
             training/losses.py.
+        with_features: also record `Predictions.features`, at no cost; the model needs `stages()`.
 
     Raises:
         Interrupted: `interrupt` was asked to stop.
@@ -265,7 +271,8 @@ def evaluate(
             outputs are not finite.
     """
     model = prepare_for_inference(model, device, dtype)
-    indices, probabilities, unreadable = [], [], []
+    indices, probabilities, features, unreadable = [], [], [], []
+    inputs = record_classifier_input(model) if with_features else []
     quiet = distributed.rank() != 0
     for batch in show_batches(loader, description, interrupt, quiet):
         unreadable += batch.unreadable
@@ -278,13 +285,15 @@ def evaluate(
             logits = logits.unflatten(0, views.shape[:2])  # (B, V, classes)
             both = torch.stack((logits / temperature, logits)).softmax(dim=-1)
             probabilities.append(both.mean(dim=2))  # (2, B, V, classes) -> (2, B, classes)
+            if with_features:
+                features.append(average_features(inputs, len(views)))
             indices += batch.indices
         # Processes have different numbers of batches, so they cannot agree to stop between batches.
         if interrupt and distributed.world_size() == 1:
             interrupt.check()
     own = None
     if indices:
-        own = np.array(indices), torch.cat(probabilities, dim=1).numpy()
+        own = np.array(indices), torch.cat(probabilities, dim=1).numpy(), features
     gathered = distributed.all_gather((own, unreadable))
     unreadable = [line for _, lines in gathered for line in lines]
     if not skip_unreadable:
@@ -292,8 +301,8 @@ def evaluate(
     parts = [arrays for arrays, _ in gathered if arrays is not None]
     if not parts:
         raise UserError(f"none of the {description} clips can be read")
-    indices = np.concatenate([part for part, _ in parts])
-    probabilities = np.concatenate([both for _, both in parts], axis=1)
+    indices = np.concatenate([part for part, *_ in parts])
+    probabilities = np.concatenate([both for _, both, _ in parts], axis=1)
     if not np.isfinite(probabilities).all():
         raise UserError(
             f"the model's {description} outputs are not finite: train with a lower learning_rate "
@@ -302,4 +311,8 @@ def evaluate(
     order = indices.argsort()
     rows = [loader.dataset.rows[index] for index in indices[order]]
     calibrated, uncalibrated = probabilities[:, order]
-    return Predictions(rows, calibrated, unreadable, uncalibrated)
+    predictions = Predictions(rows, calibrated, unreadable, uncalibrated)
+    if with_features:
+        recorded = [array for *_, arrays in parts for array in arrays]
+        predictions.features = np.concatenate(recorded)[order]
+    return predictions
