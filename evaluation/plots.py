@@ -44,8 +44,8 @@ def plot_confusion(matrix: np.ndarray, classes: Sequence[str], path: str | Path)
     names = [plain_text(shorten(name, 28)) for name in classes]
     longest = max(map(len, names))
     # Inches of a letter: beside the rows, and below the columns, where the names are slanted.
-    size = cell * n + 0.09 * longest + 2.4, cell * n + 0.06 * longest + 1.2
-    figure = Figure(figsize=size, layout="constrained")
+    inches = cell * n + 0.09 * longest + 2.4, cell * n + 0.06 * longest + 1.2
+    figure = Figure(figsize=inches, layout="constrained")
     axes = figure.subplots()
     axes.set_facecolor("0.9")  # seen where the fraction is not a number
     image = axes.imshow(fraction, vmin=0, vmax=1, cmap="Blues")
@@ -62,7 +62,7 @@ def plot_confusion(matrix: np.ndarray, classes: Sequence[str], path: str | Path)
     axes.set(xlabel="predicted", ylabel="true (clips)")
     figure.suptitle(f"{int(matrix.sum())} clips: number, and share of the true class", fontsize=11)
     label = "share of the true class"
-    figure.colorbar(image, label=label, shrink=0.8, fraction=0.8 / size[0], aspect=30)
+    figure.colorbar(image, label=label, shrink=0.8, fraction=0.8 / inches[0], aspect=30)
     save_figure(figure, path)
 
 

@@ -2,6 +2,7 @@
 
 import copy
 
+import numpy as np
 import pytest
 import torch
 from helpers import make_model
@@ -9,9 +10,11 @@ from torch import nn
 
 from modeling.inference import (
     NotFiniteError,
+    average_features,
     fold_batchnorms,
     pack_convolutions,
     prepare_for_inference,
+    record_classifier_input,
     require_finite,
 )
 from models import MODELS
@@ -88,6 +91,52 @@ def test_every_batchnorm_is_folded(name: str) -> None:
     assert fold_batchnorms(model) == BATCHNORMS[name]
     kinds = {type(module) for module in model.modules()}
     assert not kinds & {nn.BatchNorm2d, nn.BatchNorm3d}
+
+
+@pytest.mark.parametrize("name", MODELS)
+@torch.inference_mode()
+def test_features_are_the_mean_of_what_the_classifier_gets(name: str) -> None:
+    """Over the views of a clip, and for TSM over its frames: the classifier of the mean features
+    gives the mean logits, because it is linear."""
+    generator = torch.Generator().manual_seed(1)
+    views = torch.randint(0, 256, (6, 4, 3, 32, 32), dtype=torch.uint8, generator=generator)
+    model = prepare_for_inference(trained(name, 4, 32), CPU)
+    inputs = record_classifier_input(model)
+    logits = model(views)  # of three clips with two views each
+    features = average_features(inputs, clips=3)
+    assert features.dtype == np.float32
+    assert features.shape == (3, features.shape[1])
+    assert inputs == []  # for the next batch
+    head = model.head
+    if name == "vivit":  # its head begins with a norm, which is not linear
+        assert features.shape[1] == head[1].in_features
+        model(views[:2])
+        once = average_features(inputs, clips=2)
+        torch.testing.assert_close(head(torch.from_numpy(once)), logits[:2])
+        np.testing.assert_allclose(features[0], once.mean(axis=0), atol=1e-5)
+    else:
+        wanted = logits.unflatten(0, (3, 2)).mean(dim=1)
+        torch.testing.assert_close(head(torch.from_numpy(features)), wanted, atol=1e-4, rtol=1e-4)
+
+
+class FixedLength(nn.Module):
+    """An own model that takes clips of 4 frames only."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)
+        self.head = nn.Linear(16, 2)
+
+    def forward(self, clips: torch.Tensor) -> torch.Tensor:
+        x = self.norm(self.conv(clips.flatten(0, 1).float())).mean((2, 3))
+        return self.head(x.unflatten(0, clips.shape[:2]).flatten(1))
+
+
+@torch.inference_mode()
+def test_a_model_that_takes_clips_of_one_length_only_is_left_unfolded(small: torch.Tensor) -> None:
+    model = FixedLength().eval()
+    assert fold_batchnorms(model) == 0
+    torch.testing.assert_close(prepare_for_inference(model, CPU)(small), model(small))
 
 
 class Unusual(nn.Module):
