@@ -80,7 +80,7 @@ def compute_results(
     if not selective["coverage"] and len(calibrations) == 1:
         selective["alternative"] = calibrations[0].alternative()
     top2 = len(classes) > 5  # among few classes nearly every clip has its own in the first two
-    return {
+    results = {
         **predictions.summary(),
         "macro_average_precision": float(np.nanmean(average_precision)),
         **({"top2_accuracy": metrics.top_k_accuracy(labels, probabilities, 2)} if top2 else {}),
@@ -102,6 +102,17 @@ def compute_results(
         },
         "per_class": json.loads(table.to_json(orient="index", double_precision=15)),  # NaN -> null
     }
+    return _finite(results)
+
+
+def _finite(value: Any) -> Any:
+    """The same with None for numbers that are not finite and for intervals of such numbers, which
+    your own scores may have."""
+    if isinstance(value, dict):
+        return {name: _finite(inner) for name, inner in value.items()}
+    numbers = value if isinstance(value, list) else [value]
+    finite = all(np.isfinite(number) for number in numbers if isinstance(number, float))
+    return value if finite else None
 
 
 def write_results(
@@ -230,7 +241,11 @@ def format_results(results: Mapping[str, Any]) -> str:
     counts = {name: table[name].astype(int) for name in ("clips", "patients") if name in table}
     table = table.astype(float).assign(**counts)
     lines = [frame_table(table), "", headline(results)]
-    for name, title in (("accuracy", "accuracy"), ("macro_f1", "macro-F1")):
+    titles = {"accuracy": "accuracy", "macro_f1": "macro-F1"}
+    for name in metrics.MORE_SCORES:  # of your own
+        if results.get(name) is not None:
+            titles[name] = f"{name} {results[name]:.4f}"
+    for name, title in titles.items():
         lines.append(f"  {title}: {_interval_text(results, name)}")
     averages = results["averages"]
     for kind in ("video", "patient"):

@@ -1,6 +1,7 @@
 """The charts of a report, from the numbers of a run."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -168,7 +169,8 @@ def training(data: ReportData) -> list[tuple[str, Chart]]:
     rates = [table["learning_rate"] for table in tables if "learning_rate" in table]
     if highest := max((float(v) for part in rates for v in part if np.isfinite(v)), default=0):
         rate_axis = charts.nice_axis("learning rate", 0, highest)
-        curves.append(("Learning rate", _curves(data.histories, _RATE, rate_axis)))
+        chart = _curves(data.histories, _RATE, rate_axis)
+        curves.append(("Learning rate", replace(chart, left=72)))  # room for 0.00025
     return curves
 
 
