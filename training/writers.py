@@ -90,6 +90,7 @@ class WeightsAndBiases:
                     x_disable_meta=True,  # command line, user and host
                     x_disable_machine_info=True,
                     x_disable_stats=True,
+                    x_save_requirements=False,
                 ),
             )
         except Exception as error:  # of many kinds: no account, no network, an earlier version

@@ -55,6 +55,8 @@ def precision_recall(data: ReportData) -> list[tuple[str, str, Chart | None]]:
         positive, chart = labels == label, None
         if positive.any():
             precision, recall = metrics.precision_recall(positive, probabilities[:, label])
+            rises = np.diff(recall, prepend=0) > 0  # the others add a vertical line at most
+            precision, recall = precision[rises], recall[rises]
             # Between two thresholds the curve has the precision of the lower one: steps.
             x = np.repeat(np.append(0, recall), 2)[:-1]
             y = np.append(precision[0], np.repeat(precision, 2))
