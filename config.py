@@ -141,11 +141,8 @@ class TrainConfig:
     Beta(alpha, alpha), and mix the labels by area; 1 is a common start (0: never)"""
 
     # ---- Model ----
-    model_name: Literal["tsm_resnet", "r2plus1d", "cnnlstm", "vivit"] = setting(
-        "tsm_resnet",  # or "r2plus1d" or "cnnlstm" or "vivit"
-        section="Model",
-    )
-    """model to train"""
+    model_name: str = setting("tsm_resnet", section="Model")
+    """model to train: tsm_resnet, r2plus1d, cnnlstm, vivit, or your own (models.MODELS)"""
     weights: str | None = None
     """pretrained weights: default, a torchvision name such as IMAGENET1K_V1, a file, a run folder,
     or none (None: default; demo data none)"""
@@ -195,10 +192,9 @@ class TrainConfig:
     """number of random augmentations of each training clip whose features are kept"""
 
     # ---- Loss and class balance ----
-    loss: Literal["cross_entropy", "focal", "ldam", "balanced_softmax", "logit_adjustment"] = (
-        setting("cross_entropy", section="Loss")
-    )
-    """loss (training/losses.py); the last three favour rare classes: use --sampler-tau 0 with
+    loss: str = setting("cross_entropy", section="Loss")
+    """cross_entropy, focal, ldam, balanced_softmax, logit_adjustment, or your own (LOSSES in
+    training/losses.py); ldam and the two after it favour rare classes: use --sampler-tau 0 with
     them"""
     label_smoothing: float = setting(
         0.0,
@@ -283,6 +279,8 @@ class TrainConfig:
     """run folder to continue; it brings its own settings"""
     tensorboard: bool = setting(False, neutral=True)
     """also write TensorBoard logs into the run folder (pip install -r requirements-optional.txt)"""
+    wandb: bool = setting(False, neutral=True)
+    """also send settings and scores to Weights & Biases (pip install wandb; docs/training.md)"""
 
     def __post_init__(self) -> None:
         for name, spellings in OLD_VALUES.items():
@@ -377,21 +375,20 @@ def from_dict(
         config = kind(**{name: value for name, value in named.items() if name in known})
     except TypeError:  # a value that is no key of OLD_VALUES
         raise UserError(f"{source}: a setting is of another type than this version's") from None
-    # models.MODELS may hold more models than TrainConfig names; build_model refuses unknown ones.
-    own_model = {"model_name"} if isinstance(config.model_name, str) else ()
-    if problems := wrong_values(config, own_model):
+    if problems := wrong_values(config):
         raise UserError(f"{source}: the settings of no run: {'; '.join(problems)}")
     return config
 
 
-def wrong_values(config: TrainConfig, ignore: Container[str] = ()) -> list[str]:
-    """A line for each setting whose value is of another type, or not among the allowed ones."""
+def wrong_values(config: TrainConfig) -> list[str]:
+    """A line for each setting whose value is of another type, or not among the allowed ones.
+
+    Which models and losses there are, `training.checks.find_problems` knows.
+    """
     problems = []
     hints = get_type_hints(type(config))
     for field in dataclasses.fields(config):
         name, value, hint = field.name, getattr(config, field.name), hints[field.name]
-        if name in ignore:
-            continue
         choices = get_args(hint) if get_origin(hint) is Literal else ()
         low, high = field.metadata.get("low"), field.metadata.get("high")
         tuples = [kind for kind in (hint, *get_args(hint)) if get_origin(kind) is tuple]

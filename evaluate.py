@@ -9,8 +9,9 @@
     python evaluate.py timeline operation.csv operation.mp4.timeline
     python evaluate.py timeline truth/ predictions/ --relaxed 5 --output scores/
 
-The checkpoint holds everything that is needed to rebuild the model. The results go into a folder
-inside the run. `timeline` needs no model; timeline/metrics.py says what its scores mean.
+The checkpoint holds everything that is needed to rebuild the model. The results and their pictures
+go into a folder inside the run. `timeline` needs no model; timeline/metrics.py says what its scores
+mean.
 """
 
 # Everything that imports torch is imported where it is used: --help and `timeline` do without.
@@ -281,6 +282,7 @@ def evaluate_checkpoint(config: EvaluateConfig) -> None:
             config.skip_unreadable,
             temperature=calibration.temperature,
             logit_adjustment=adjustment,
+            with_features=not corruption,
         )
 
     predictions = predict()

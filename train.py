@@ -45,13 +45,13 @@ from training.log import (
     resume_line,
     run_header,
     start_log,
-    tensorboard_writer,
     write_history,
 )
 from training.losses import Criterion, warn_double_balancing
 from training.novelty import measure_class_means
 from training.optim import ModelEma, cosine_with_warmup, param_groups
 from training.state import Progress, TrainState
+from training.writers import Writers, open_writers
 from utils import distributed
 from utils.cli import cli_main, parse
 from utils.device import autocast_dtype, get_device, prepare_model
@@ -164,6 +164,7 @@ def _train(
         stack.callback(start_log, None)
         start_log(folder)
         record_settings(folder, config, device)
+    writers = stack.enter_context(open_writers(config, folder if is_main else None))
     warnings = patient_overlap(rows) + warn_double_balancing(config)
     log.info(run_header(config, model, rows, device, dtype))
     for warning in warnings:
@@ -182,11 +183,10 @@ def _train(
     interrupt = stack.enter_context(Interrupt())
     state.save(folder)  # from here on there is a checkpoint to resume from, whatever happens
     try:
-        train_epochs(
-            state, criterion, train_loader, val_loader, device, ddp_model, folder, interrupt
-        )
+        loop = device, ddp_model, folder, interrupt, writers
+        train_epochs(state, criterion, train_loader, val_loader, *loop)
         calibrate_best(state, rows["train"], val_loader, device, folder, interrupt)
-        final_test(state, test_loader, device, folder, interrupt, warnings)
+        final_test(state, test_loader, device, folder, interrupt, writers, warnings)
     except Interrupted:
         state.save(folder)
         command = shlex.join(["python", "train.py", "--resume", str(folder)])
@@ -204,6 +204,7 @@ def train_epochs(
     ddp_model: nn.Module | None,
     folder: Path,
     interrupt: Interrupt,
+    writers: Writers,
 ) -> None:
     """Train the remaining epochs: train, validate, keep the best epoch, save.
 
@@ -212,7 +213,6 @@ def train_epochs(
     """
     config, progress = state.config, state.progress
     is_main = distributed.rank() == 0
-    writer = tensorboard_writer(folder) if config.tensorboard and is_main else None
     last_drawn = -math.inf
     while progress.epoch < config.epochs and not state.out_of_patience:
         start = time.perf_counter()
@@ -261,10 +261,7 @@ def train_epochs(
             if better:
                 save_checkpoint(folder / "best.pt", state.model_state_dict())
         state.save(folder)
-        if writer:
-            for name, value in row.items():
-                writer.add_scalar(name, value, progress.epoch)
-            writer.flush()
+        writers.write_epoch(row)
         ended = progress.epoch == config.epochs or state.out_of_patience
         if is_main and (ended or time.monotonic() > last_drawn + 10):
             # Drawing takes as long as an epoch of the demo.
@@ -323,6 +320,7 @@ def final_test(
     device: torch.device,
     folder: Path,
     interrupt: Interrupt,
+    writers: Writers,
     warnings: list[ResultWarning],
 ) -> None:
     """Test the best epoch and write the results with the warnings.
@@ -347,7 +345,10 @@ def final_test(
         last = config.monitor == "last"
         chosen = "the last" if last else f"the best by validation {config.monitor}"
         log.info(f"\ntest of epoch {best['epoch']}, {chosen}:")
-        write_results(predictions, config.classes, folder, [calibration], metadata, show=log.info)
+        results = write_results(
+            predictions, config.classes, folder, [calibration], metadata, show=log.info
+        )
+        writers.write_results(results, best["epoch"])
         log.info(f"\nrun folder: {folder}")
 
 
@@ -365,7 +366,8 @@ def _evaluate_best(
     They are calibrated if its checkpoint holds a calibration.
     """
     temperature = Calibration.from_state_dict(best.get("calibration")).temperature
-    options = split, config.skip_unreadable, interrupt, temperature, 0.0, means
+    # For the test the embedding of the clips is drawn from their features.
+    options = split, config.skip_unreadable, interrupt, temperature, 0.0, means, split == "test"
     return evaluate(rebuild_model(best), loader, device, torch.float32, *options)
 
 

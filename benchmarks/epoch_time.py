@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import pandas as pd
 import torch
@@ -42,8 +42,8 @@ class EpochConfig:
     """timed rounds"""
     source: str = ""
     """video whose frames are used for the benchmark's videos (empty: a rendered scene)"""
-    model_name: Literal["tsm_resnet", "cnnlstm", "r2plus1d", "vivit"] = "cnnlstm"
-    """training, memory: model to train"""
+    model_name: str = "cnnlstm"
+    """training, memory: model to train, one of models.MODELS"""
     clips: int = 24
     """training, memory: clips per epoch"""
     batch_size: int = 4

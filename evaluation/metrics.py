@@ -9,7 +9,7 @@ highest probability of each clip, and `correct` whether the class with that prob
 one. evaluation/bootstrap.py computes intervals for the scores.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -19,6 +19,10 @@ if TYPE_CHECKING:
 
 ECE_BINS = 15  # as in Guo et al., arXiv:1706.04599
 
+MORE_SCORES: dict[str, Callable[[np.ndarray], np.ndarray]] = {}
+"""Your own scores by name: functions of `matrices` as in `scores`, `(..., C, C)` to `(...)`. Each
+is part of every test, with its intervals over patients (docs/extending.md)."""
+
 
 def confusion_matrix(labels: np.ndarray, predictions: np.ndarray, num_classes: int) -> np.ndarray:
     """Counts `(num_classes, num_classes)`: rows are the truth, columns the predictions."""
@@ -27,7 +31,7 @@ def confusion_matrix(labels: np.ndarray, predictions: np.ndarray, num_classes: i
 
 
 def scores(matrices: np.ndarray) -> dict[str, np.ndarray]:
-    """Accuracy, balanced accuracy (mean recall) and macro-F1 of confusion matrices.
+    """Accuracy, balanced accuracy (mean recall), macro-F1 and `MORE_SCORES` of confusion matrices.
 
     Args:
         matrices: `(..., C, C)` counts, or weights; at least one clip in each.
@@ -45,6 +49,7 @@ def scores(matrices: np.ndarray) -> dict[str, np.ndarray]:
         "accuracy": hits.sum(axis=-1) / support.sum(axis=-1),
         "balanced_accuracy": recall.sum(axis=-1) / count,
         "macro_f1": f1.sum(axis=-1) / count,
+        **{name: score(matrices) for name, score in MORE_SCORES.items()},
     }
 
 
@@ -138,6 +143,48 @@ def average_by_action(
     np.add.at(sums, numbers, probabilities[known])
     parts = np.bincount(numbers, minlength=len(order))[:, None]
     return np.array([label for _, label in order], int), sums / np.maximum(parts, 1)
+
+
+def precision_recall(positive: np.ndarray, scores: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Precision and recall at every threshold of a score, from the highest threshold downwards.
+
+    Clips of equal score are above a threshold together.
+
+    Args:
+        positive: `(N,)` whether each clip is of the class; at least one is.
+        scores: `(N,)` the probability of the class.
+
+    Returns:
+        Precision and recall, `(thresholds,)` each; the last recall is 1.
+    """
+    order = np.argsort(-scores, kind="stable")
+    hits = np.cumsum(positive[order])
+    last = np.append(np.flatnonzero(np.diff(scores[order])), len(scores) - 1)  # of equal scores
+    return hits[last] / (last + 1), hits[last] / hits[-1]
+
+
+def average_precision(labels: np.ndarray, probabilities: np.ndarray) -> np.ndarray:
+    """The average precision of each class against all others, `(num_classes,)`.
+
+    The sum of the precisions at all thresholds, weighted by the rise of the recall, without
+    interpolation: the definition of scikit-learn's `average_precision_score`. A class without clips
+    has none: it is NaN.
+    """
+    values = np.full(probabilities.shape[1], np.nan)
+    for label in np.unique(labels):
+        precision, recall = precision_recall(labels == label, probabilities[:, label])
+        values[label] = (np.diff(recall, prepend=0) * precision).sum()
+    return values
+
+
+def top_k_accuracy(labels: np.ndarray, probabilities: np.ndarray, k: int) -> float:
+    """The fraction of clips whose true class is among the k classes of highest probability.
+
+    Of equal probabilities the class with the lower number comes first, as in argmax, so that the
+    top-1 accuracy is the accuracy.
+    """
+    ranked = np.argsort(-probabilities, axis=1, kind="stable")
+    return float((ranked[:, :k] == labels[:, None]).any(axis=1).mean())
 
 
 def per_sample_nll(labels: np.ndarray, probabilities: np.ndarray) -> np.ndarray:

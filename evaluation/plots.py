@@ -1,11 +1,11 @@
-"""Figures of runs with matplotlib: confusion matrix, training curves, trade-off, robustness.
+"""Figures of runs with matplotlib: results of a test, training curves, trade-off, robustness.
 
 Importing matplotlib takes a second: other modules import this one inside the functions that draw.
 """
 
 import math
+import textwrap
 from collections.abc import Sequence
-from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +15,9 @@ from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties, findfont, get_font
 from matplotlib.ticker import LogLocator, NullFormatter
 
+from evaluation.embedding import Embedding, neighbour_agreement, patient_numbers
+from evaluation.metrics import average_precision, precision_recall
+from evaluation.predictions import Predictions
 from utils.files import atomic
 from utils.text_table import shorten
 
@@ -27,7 +30,7 @@ COLOURS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#f
 
 
 def plot_confusion(matrix: np.ndarray, classes: Sequence[str], path: str | Path) -> None:
-    """Draw a confusion matrix: colours are fractions of the true class, numbers are clips.
+    """Draw a confusion matrix: in each cell the clips, and below them their share of the row.
 
     The row of a class without clips is grey.
 
@@ -37,45 +40,163 @@ def plot_confusion(matrix: np.ndarray, classes: Sequence[str], path: str | Path)
     n = len(classes)
     totals = matrix.sum(axis=1, keepdims=True)
     fraction = np.where(totals, matrix / np.maximum(totals, 1), np.nan)
-    side = 2.2 + 0.62 * n
-    figure = Figure(figsize=(side + 0.8, side), layout="constrained")
+    cell, sizes = (0.66, (10, 7.5)) if n <= 15 else (0.46, (7.5, 6))  # inches; points of both lines
+    names = [plain_text(shorten(name, 28)) for name in classes]
+    longest = max(map(len, names))
+    # Inches of a letter: beside the rows, and below the columns, where the names are slanted.
+    inches = cell * n + 0.09 * longest + 2.4, cell * n + 0.06 * longest + 1.2
+    figure = Figure(figsize=inches, layout="constrained")
     axes = figure.subplots()
     axes.set_facecolor("0.9")  # seen where the fraction is not a number
     image = axes.imshow(fraction, vmin=0, vmax=1, cmap="Blues")
     for row in np.flatnonzero(totals == 0):
         axes.text((n - 1) / 2, row, "no clips", ha="center", va="center", color="0.35")
-    for row, column in np.ndindex(n, n):
-        if matrix[row, column]:
-            text_colour = "white" if fraction[row, column] > 0.55 else "black"
-            axes.text(column, row, matrix[row, column], ha="center", va="center", color=text_colour)
-    names = [plain_text(shorten(name, 28)) for name in classes]
+    for row, column in np.argwhere(matrix):
+        colour = "white" if fraction[row, column] > 0.55 else "black"
+        texts = (f"{matrix[row, column]}", "bottom"), (f"{fraction[row, column]:.0%}", "top")
+        for (text, side_of_middle), size in zip(texts, sizes, strict=True):
+            axes.text(column, row, text, ha="center", va=side_of_middle, color=colour, size=size)
     axes.set_xticks(range(n), names, rotation=40, ha="right", rotation_mode="anchor")
-    axes.set_yticks(range(n), names)
-    axes.set(xlabel="predicted", ylabel="true", title=f"{int(matrix.sum())} clips")
-    figure.colorbar(image, label="fraction of the true class", shrink=0.8)
+    counted = [f"{name}  ({total})" for name, total in zip(names, totals[:, 0], strict=True)]
+    axes.set_yticks(range(n), counted)
+    axes.set(xlabel="predicted", ylabel="true (clips)")
+    figure.suptitle(f"{int(matrix.sum())} clips: number, and share of the true class", fontsize=11)
+    label = "share of the true class"
+    figure.colorbar(image, label=label, shrink=0.8, fraction=0.8 / inches[0], aspect=30)
     save_figure(figure, path)
 
 
+def plot_precision_recall(
+    labels: np.ndarray, probabilities: np.ndarray, classes: Sequence[str], path: str | Path
+) -> None:
+    """Draw the precision-recall curve of each class against all others, one panel per class.
+
+    The area under a curve, which is drawn in steps, is the average precision in its title. A class
+    without clips has no curve, and its panel says so.
+    """
+    columns = min(8, math.ceil((1.6 * len(classes)) ** 0.5))
+    panels, figure = _panels(len(classes), columns, 2.3, 2.35)
+    average = average_precision(labels, probabilities)
+    for label, (axes, name) in enumerate(zip(panels, classes, strict=True)):
+        positive = labels == label
+        title = plain_text(shorten(name, 26))
+        axes.set(xlim=(-0.02, 1.02), ylim=(0, 1.05), xticks=(0, 0.5, 1), yticks=(0, 0.5, 1))
+        axes.grid(alpha=0.3)
+        if positive.any():
+            precision, recall = precision_recall(positive, probabilities[:, label])
+            x, y = np.append(0, recall), np.append(precision[0], precision)
+            axes.plot(x, y, drawstyle="steps-pre")
+            axes.axhline(positive.mean(), color="grey", ls=":")
+            title += f"\nAP {average[label]:.3f}, {positive.sum()} clips"
+        else:
+            axes.text(0.5, 0.5, "no clips of this class", ha="center", va="center", color="0.35")
+            title += "\nno AP"
+        axes.set_title(title, fontsize=8)
+    figure.supxlabel("recall (dotted: the precision of guessing)", fontsize=9)
+    figure.supylabel("precision", fontsize=9)
+    macro, present = np.nanmean(average), np.isfinite(average).sum()
+    figure.suptitle(f"macro average precision {macro:.3f} over {present} classes", fontsize=10)
+    save_figure(figure, path)
+
+
+def plot_embedding(
+    embedding: Embedding, predictions: Predictions, classes: Sequence[str], path: str | Path
+) -> None:
+    """Draw the map of the clips twice: coloured by class, and by patient.
+
+    Patients are numbered, and named nowhere.
+    """
+    patients = patient_numbers(predictions)[embedding.clips]
+    rows = min(50, max(len(classes), patients.max(initial=0))) / 4  # of a legend
+    figure = Figure(figsize=(13, 7 + 0.16 * rows), layout="constrained")
+    names = [f"patient {number}" for number in range(1, patients.max(initial=0) + 1)]
+    panels = (
+        ("class", predictions.labels[embedding.clips], list(classes)),
+        ("patient", np.maximum(patients - 1, -1), names),
+    )
+    for axes, (kind, groups, names) in zip(figure.subplots(1, 2), panels, strict=True):
+        _scatter_groups(axes, embedding.positions, groups, names)
+        title = f"by {kind}"
+        if agreement := neighbour_agreement(groups, embedding.neighbours):
+            found, chance = agreement
+            title += f": {found:.0%} of the clips have a nearest neighbour of their own {kind}"
+            title += f"\n(in the features themselves; {chance:.0%} would by chance)"
+        elif kind == "patient" and not (groups >= 0).any():
+            title += ": no patient is known"
+        axes.set_title(title, fontsize=10)
+        axes.set(xticks=[], yticks=[])
+    caption = f"{embedding.method}. "
+    if embedding.method.startswith("t-SNE"):
+        caption += (
+            "Near neighbours are alike to the model. Nothing else has a meaning: not the distance "
+            "between far clusters, not their size, not the directions. "
+        )
+    else:
+        caption += "Two dimensions show only a part of the differences between clips. "
+    caption += (
+        "Where the clips of one patient lie together within a class, the model can tell patients "
+        "apart, by their hospital or camera perhaps."
+    )
+    figure.supxlabel("\n".join(textwrap.wrap(caption, 150)), fontsize=9)
+    save_figure(figure, path)
+
+
+_MARKERS = "os^DvPX"
+
+
+def _scatter_groups(
+    axes: Axes, positions: np.ndarray, groups: np.ndarray, names: Sequence[str]
+) -> None:
+    """Points of numbered groups, each with a colour and marker of its own, and their legend below.
+
+    Groups for which there is no such pair, and points of no group (below 0), are grey.
+    """
+    pairs = [(colour, marker) for marker in _MARKERS for colour in COLOURS]
+    style = {"linestyle": "", "ms": 6 if len(groups) < 400 else 4, "mec": "0.25", "mew": 0.4}
+    present = [group for group in np.unique(groups) if group >= 0]
+    for group in present[: len(pairs)]:
+        colour, marker = pairs[group % len(pairs)]
+        label = f"{plain_text(shorten(names[group], 28))} ({(groups == group).sum()})"
+        axes.plot(*positions[groups == group].T, marker, color=colour, label=label, **style)
+    rest = ~np.isin(groups, present[: len(pairs)])
+    if rest.any():
+        label = f"{len(present) - len(pairs)} more" if len(present) > len(pairs) else "unknown"
+        axes.plot(*positions[rest].T, "o", color="0.75", label=label, zorder=1, **style)
+    axes.set_aspect("equal", adjustable="datalim")
+    longest = max(len(line.get_label()) for line in axes.lines)
+    axes.legend(
+        loc="upper center", bbox_to_anchor=(0.5, -0.01), ncols=max(1, 110 // (longest + 5)),
+        fontsize=7.5, frameon=False, handletextpad=0.2, columnspacing=1,
+    )  # fmt: skip
+
+
 def plot_curves(history: Sequence[dict[str, Any]], best_epoch: int, path: str | Path) -> None:
-    """Draw the loss and the scores over the epochs, and a line at the epoch that was kept.
+    """Draw losses, scores and the learning rate over the epochs, and a line at the epoch that was
+    kept.
 
     Args:
         history: one dict per epoch, with the columns of metrics.csv.
     """
     epochs = [row["epoch"] for row in history]
-    figure = Figure(figsize=(9, 3.6), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    for column, style in (("train_loss", "o-"), ("val_loss", "s-")):
-        left.plot(epochs, [row[column] for row in history], style, ms=3, label=_series_name(column))
-    for column in ("train_accuracy", "val_accuracy", "val_macro_f1"):
-        right.plot(epochs, [row[column] for row in history], "o-", ms=3, label=_series_name(column))
-    right.set_ylim(0, 1.02)
-    for axes, name in ((left, "loss"), (right, "score")):
+    panels = {
+        "loss": ("train_loss", "val_loss"),
+        "score": ("train_accuracy", "val_accuracy", "val_macro_f1"),
+        "learning rate": ("learning_rate",),
+    }
+    figure = Figure(figsize=(13, 3.6), layout="constrained")
+    for axes, (name, columns) in zip(figure.subplots(1, 3), panels.items(), strict=True):
+        for column, style in zip(columns, ("o-", "s-", "^-"), strict=False):
+            values = [row.get(column, math.nan) for row in history]
+            axes.plot(epochs, values, style, ms=3, label=_series_name(column))
         axes.axvline(best_epoch, color="grey", ls=":", label=f"kept: epoch {best_epoch}")
         axes.set(xlabel="epoch", ylabel=name)
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.grid(alpha=0.3)
         axes.legend(fontsize=8)
+        if name == "score":
+            axes.set_ylim(0, 1.02)
+        elif name == "learning rate":
+            axes.set_ylim(bottom=0)
     save_figure(figure, path)
 
 
@@ -157,24 +278,30 @@ def plot_robustness(table: "pd.DataFrame", clean: float, path: str | Path) -> No
         clean: accuracy on clean clips, drawn as a line.
     """
     names = list(table["corruption"].unique())
-    columns = min(5, len(names))
-    rows = math.ceil(len(names) / columns)
-    figure = Figure(figsize=(2.3 * columns + 0.4, 2.1 * rows + 0.4), layout="constrained")
-    panels = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
-    for axes, name in zip_longest(panels.flat, names):
-        if name is None:
-            axes.set_visible(False)
-            continue
+    panels, figure = _panels(len(names), min(5, len(names)), 2.3, 2.1)
+    for axes, name in zip(panels, names, strict=True):
         panel = table[table["corruption"] == name]
         axes.axhline(clean, color="grey", ls=":", label="clean")
         axes.plot(panel["severity"], panel["accuracy"], "o-", ms=4)
         axes.set_title(name.replace("_", " "), fontsize=9)
         axes.set(ylim=(0, 1.02), xticks=sorted(panel["severity"]))
         axes.grid(alpha=0.3)
-    panels[0, 0].legend(fontsize=8)
+    panels[0].legend(fontsize=8)
     figure.supxlabel("severity", fontsize=9)
     figure.supylabel("accuracy", fontsize=9)
     save_figure(figure, path)
+
+
+def _panels(count: int, columns: int, width: float, height: float) -> tuple[list[Axes], Figure]:
+    """Panels of this size in inches with common axes, in rows, and their figure."""
+    rows = math.ceil(count / columns)
+    figure = Figure(figsize=(width * columns + 0.4, height * rows + 0.5), layout="constrained")
+    panels = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).flat
+    for axes in panels[count:]:
+        axes.set_visible(False)
+    for axes in panels[max(0, count - columns) : count]:  # the lowest panel of each column
+        axes.tick_params(labelbottom=True)
+    return list(panels[:count]), figure
 
 
 def save_figure(figure: Figure, path: str | Path) -> None:

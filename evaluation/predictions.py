@@ -1,5 +1,6 @@
 """The predictions of a model for a split, in memory and as predictions.csv."""
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -29,6 +30,9 @@ class Predictions:
     distance: np.ndarray | None = None
     """`(N,)` distances to the nearest class mean, averaged over views, if they are known; see
     evaluation/novelty.py"""
+    features: np.ndarray | None = None
+    """`(N, num_features)` float32, the input of the classifier averaged over frames and views, if
+    it was recorded"""
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -78,6 +82,22 @@ class Predictions:
         groups = np.empty(len(self.rows), object)
         groups[:] = [getattr(row, kind) for row in self.rows]
         return groups
+
+    @cached_property
+    def numbered_patients(self) -> list[str]:
+        """The patients in the order of their numbers in pictures and reports, from 1: by accuracy,
+        the lowest first.
+
+        Equal ones are sorted by a hash: an alphabetical order would tell something about their
+        names.
+        """
+        patients = self.groups("patient")
+
+        def key(name: str) -> tuple[float, str]:
+            accuracy = float(self.correct[patients == name].mean())
+            return accuracy, hashlib.sha256(name.encode("utf-8", "surrogateescape")).hexdigest()
+
+        return sorted({patient for patient in patients if patient is not None}, key=key)
 
 
 _GROUPS = ("patient", "video", "action")

@@ -34,6 +34,7 @@ _SHAPE = {
     **{f"{name}?": int | None for name in ("clips", "patients", "epoch", "views", "crops")},
     "unreadable_clips?": int,
     "intervals?": {str: {str: list | None}},
+    **{f"{name}?": _NUMBER for name in ("macro_average_precision", "top2_accuracy")},
     "averages?": dict,
     "actions?": _NUMBERS,
     "calibration?": {"ece?": _NUMBER, "brier?": _NUMBER, "nll?": _NUMBER, "before?": _NUMBERS},
@@ -58,15 +59,19 @@ def compute_results(
             several folds).
 
     Returns:
-        `Predictions.summary`; `patients`, the number of known patients; `intervals` (see
-        `bootstrap.score_intervals`); `averages` over clips, videos and patients; `actions`, the
-        scores of the averages over the parts of each source action; `calibration`; `selective`, the
-        effect of the threshold, and where it answers nothing a better one; `per_class`.
+        `Predictions.summary`; `macro_average_precision`, the mean over the classes that have clips;
+        with more than five classes `top2_accuracy`; `patients`, the number of known patients;
+        `intervals` (see `bootstrap.score_intervals`); `averages` over clips, videos and patients;
+        `actions`, the scores of the averages over the parts of each source action; `calibration`;
+        `selective`, the effect of the threshold, and where it answers nothing a better one;
+        `per_class`.
     """
     labels, probabilities = predictions.labels, predictions.probabilities
     confidence, correct = predictions.confidence, predictions.correct
     patients = predictions.groups("patient")
     table = metrics.per_class(predictions.confusion, classes, labels, patients)
+    average_precision = metrics.average_precision(labels, probabilities)
+    table.insert(3, "average_precision", average_precision)
     temperatures, thresholds = _temperatures_and_thresholds(calibrations)
     uncalibrated = predictions.uncalibrated
     if uncalibrated is None:
@@ -74,8 +79,11 @@ def compute_results(
     selective = metrics.selective_risk(confidence, correct, thresholds)
     if not selective["coverage"] and len(calibrations) == 1:
         selective["alternative"] = calibrations[0].alternative()
-    return {
+    top2 = len(classes) > 5  # among few classes nearly every clip has its own in the first two
+    results = {
         **predictions.summary(),
+        "macro_average_precision": float(np.nanmean(average_precision)),
+        **({"top2_accuracy": metrics.top_k_accuracy(labels, probabilities, 2)} if top2 else {}),
         "patients": len({patient for patient in patients if patient}),
         "clips_of_unknown_patient": sum(patient is None for patient in patients),
         "intervals": score_intervals(labels, probabilities, patients),
@@ -94,6 +102,17 @@ def compute_results(
         },
         "per_class": json.loads(table.to_json(orient="index", double_precision=15)),  # NaN -> null
     }
+    return _finite(results)
+
+
+def _finite(value: Any) -> Any:
+    """The same with None for numbers that are not finite and for intervals of such numbers, which
+    your own scores may have."""
+    if isinstance(value, dict):
+        return {name: _finite(inner) for name, inner in value.items()}
+    numbers = value if isinstance(value, list) else [value]
+    finite = all(np.isfinite(number) for number in numbers if isinstance(number, float))
+    return value if finite else None
 
 
 def write_results(
@@ -105,8 +124,8 @@ def write_results(
     folds: Sequence[str] = (),
     show: Callable[[str], object] | None = None,
 ) -> dict[str, Any]:
-    """Show the results, and write test_metrics.json, predictions.csv and confusion_matrix.csv and
-    .png into a folder.
+    """Show the results, and write test_metrics.json, predictions.csv, confusion_matrix.csv and the
+    pictures into a folder.
 
     Args:
         calibrations: as for `compute_results`.
@@ -142,7 +161,7 @@ def save_results(
     """
     import pandas as pd  # takes half a second to import, matplotlib as long
 
-    from evaluation.plots import plot_confusion
+    from evaluation.plots import plot_confusion, plot_precision_recall
 
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "test_metrics.json").unlink(missing_ok=True)  # results of an earlier test
@@ -155,13 +174,32 @@ def save_results(
         # Its presence means that the predictions are there and complete.
         write_json(folder / "test_metrics.json", results)
 
-    write_all(
-        {
-            folder / "predictions.csv": write_scores,
-            folder / "confusion_matrix.csv": lambda path: write_table(path, confusion, index=True),
-            folder / "confusion_matrix.png": lambda path: plot_confusion(matrix, classes, path),
-        }
-    )
+    labels, probabilities = predictions.labels, predictions.probabilities
+
+    def draw_precision_recall(path: Path) -> None:
+        plot_precision_recall(labels, probabilities, classes, path)
+
+    writers = {
+        folder / "predictions.csv": write_scores,
+        folder / "confusion_matrix.csv": lambda path: write_table(path, confusion, index=True),
+        folder / "confusion_matrix.png": lambda path: plot_confusion(matrix, classes, path),
+        folder / "precision_recall.png": draw_precision_recall,
+    }
+    for name in ("embedding.png", "embedding.csv"):
+        (folder / name).unlink(missing_ok=True)  # of an earlier test
+    if predictions.features is not None:
+        writers[folder / "embedding.png"] = lambda path: draw_embedding(path, predictions, classes)
+    write_all(writers)
+
+
+def draw_embedding(path: Path, predictions: Predictions, classes: Sequence[str]) -> None:
+    """Draw the map of the features of a test, and write its positions beside it, as .csv."""
+    from evaluation.embedding import embed, write_embedding
+    from evaluation.plots import plot_embedding
+
+    embedding = embed(predictions.features)
+    write_embedding(path.with_suffix(".csv"), predictions, embedding, classes)
+    plot_embedding(embedding, predictions, classes, path)
 
 
 def read_results(path: Path) -> dict[str, Any]:
@@ -203,7 +241,11 @@ def format_results(results: Mapping[str, Any]) -> str:
     counts = {name: table[name].astype(int) for name in ("clips", "patients") if name in table}
     table = table.astype(float).assign(**counts)
     lines = [frame_table(table), "", headline(results)]
-    for name, title in (("accuracy", "accuracy"), ("macro_f1", "macro-F1")):
+    titles = {"accuracy": "accuracy", "macro_f1": "macro-F1"}
+    for name in metrics.MORE_SCORES:  # of your own
+        if results.get(name) is not None:
+            titles[name] = f"{name} {results[name]:.4f}"
+    for name, title in titles.items():
         lines.append(f"  {title}: {_interval_text(results, name)}")
     averages = results["averages"]
     for kind in ("video", "patient"):
@@ -224,13 +266,17 @@ def format_results(results: Mapping[str, Any]) -> str:
 
 
 def headline(summary: Mapping[str, Any]) -> str:
-    """`Predictions.summary` in one or two lines."""
+    """`Predictions.summary` and the scores of the ranking in a few lines."""
     text = (
         f"{summary['clips']} clips: accuracy {summary['accuracy']:.4f}, "
         f"balanced accuracy {summary['balanced_accuracy']:.4f}, "
         f"macro-F1 {summary['macro_f1']:.4f} over {summary['classes_present']} classes "
         f"(majority-class accuracy {summary['majority_baseline']:.4f})"
     )
+    if "macro_average_precision" in summary:  # results of earlier versions have none
+        text += f"\nmacro average precision {summary['macro_average_precision']:.4f}"
+        if "top2_accuracy" in summary:
+            text += f", top-2 accuracy {summary['top2_accuracy']:.4f}"
     if summary.get("unreadable_clips"):
         text += f"\nMISSING: {summary['unreadable_clips']} clips could not be read"
     return text

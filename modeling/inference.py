@@ -76,7 +76,7 @@ def fold_batchnorms(model: nn.Module) -> int:
     In eval mode a BatchNorm is a fixed scale and shift per channel, which the weights and bias of
     the convolution can carry. Which BatchNorm follows which convolution is not guessed from names:
     a small clip is sent through the model, and a pair is found where the output tensor of a
-    convolution is the input of a BatchNorm.
+    convolution is the input of a BatchNorm. Nothing is folded in a model that takes no such clip.
     """
     norms = [module for module in model.modules() if type(module) in _NORMS]
     if not norms:
@@ -93,9 +93,13 @@ def fold_batchnorms(model: nn.Module) -> int:
     hooks = [norm.register_forward_pre_hook(before_norm) for norm in norms]
     hooks += [m.register_forward_hook(after_conv) for m in model.modules() if isinstance(m, _CONVS)]
     shape = (1, 2, getattr(model, "channels", 3), 32, 32)
-    model(torch.zeros(shape, dtype=torch.uint8, device=next(model.parameters()).device))
-    for hook in hooks:
-        hook.remove()
+    try:
+        model(torch.zeros(shape, dtype=torch.uint8, device=next(model.parameters()).device))
+    except (RuntimeError, ValueError, AssertionError, IndexError):
+        pairs.clear()  # an own model that takes clips of another size only stays as it is
+    finally:
+        for hook in hooks:
+            hook.remove()
     convs = [conv for conv, _ in pairs]
     names = {module: name for name, module in model.named_modules()}
     folded = [(conv, norm) for conv, norm in pairs if convs.count(conv) == 1]

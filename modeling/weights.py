@@ -33,7 +33,7 @@ def load_weights(model: nn.Module, spec: str) -> str:
     """
     if spec == "none":
         return "weights: random"
-    enum = model.torchvision_weights
+    enum = getattr(model, "torchvision_weights", None)
     packaged = getattr(getattr(model, "backbone", None), "weights_package", None)
     names = ["default"] if enum or packaged else []
     names += [weights.name for weights in enum or ()]

@@ -104,7 +104,8 @@ def run_main(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> 
 def no_figures(monkeypatch: pytest.MonkeyPatch) -> None:
     """Training in this process draws nothing, which takes longer than training a tiny model."""
     monkeypatch.setattr("train.draw_curves", lambda *_: None)
-    monkeypatch.setattr("evaluation.plots.plot_confusion", lambda *_: None)
+    for name in ("plots.plot_confusion", "plots.plot_precision_recall", "results.draw_embedding"):
+        monkeypatch.setattr(f"evaluation.{name}", lambda *_: None)
 
 
 @pytest.fixture

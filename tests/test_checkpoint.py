@@ -131,10 +131,9 @@ def test_a_run_of_an_earlier_version_predicts_as_before(
 
 
 def test_a_run_of_an_earlier_version_can_be_resumed(
-    earlier_run: Path, trained, tmp_path: Path, run_main, monkeypatch
+    earlier_run: Path, trained, tmp_path: Path, run_main, no_figures
 ) -> None:
     """It is finished already, so that only calibration and test are repeated."""
-    monkeypatch.setattr("evaluation.plots.plot_confusion", lambda *_: None)
     run_main(main, "--resume", earlier_run, cwd=tmp_path)
     before, now = load_checkpoint(trained[0]), load_checkpoint(earlier_run)
     assert now["calibration"] == before["calibration"]

@@ -33,7 +33,7 @@ from modeling.frame_encoder import FrameEncoder
 from models import MODELS
 from train import main
 from training.checks import check_smallest_batch, refuse_changes, resolve
-from training.losses import Criterion
+from training.losses import LOSSES, Criterion
 from tsm_resnet import TSM
 from utils.cli import field_docs
 from utils.errors import UserError
@@ -42,6 +42,11 @@ from video.motion import Modality
 
 FIELDS = {field.name: field for field in dataclasses.fields(TrainConfig)}
 HINTS = get_type_hints(TrainConfig)
+OWN = {"model_name": MODELS, "loss": LOSSES}  # whose choices are no Literal: own ones join them
+
+
+def choices_of(name: str) -> tuple:
+    return tuple(OWN.get(name) or get_args(HINTS[name]))
 
 
 def test_none_means_what_suits_the_data() -> None:
@@ -87,7 +92,7 @@ EARLIER = {
     "cutmix": 0.5, "tau": 1.0, "clip_norm": 0.5, "ema": 0.9, "amp": "bf16", "test_views": 1,
     "test_crops": 1, "select_by": "accuracy", "wanted_error": 0.2, "patience": 4, "workers": 1,
     "seed": 3, "device": "auto", "compile": False, "gradient_checkpointing": False,
-    "run_dir": "runs", "resume": "", "tensorboard": False,
+    "run_dir": "runs", "resume": "", "tensorboard": False, "wandb": False,
 }
 # fmt: on
 
@@ -145,7 +150,7 @@ def test_earlier_names_lead_to_settings_and_values_that_exist() -> None:
     assert not OLD_NAMES.keys() & FIELDS.keys()
     assert len(set(OLD_NAMES.values())) == len(OLD_NAMES)
     for name, spellings in OLD_VALUES.items():
-        choices = get_args(HINTS[name])
+        choices = choices_of(name)
         assert set(spellings.values()) <= set(choices)
         assert not spellings.keys() & set(choices)
         for old, new in spellings.items():
@@ -157,7 +162,7 @@ def test_metadata_names_settings_and_values_that_exist() -> None:
         needs, only_with = field.metadata.get("needs"), field.metadata.get("only_with") or {}
         assert not needs or needs in FIELDS, field.name
         for other, values in only_with.items():
-            assert set(values) < set(get_args(HINTS[other])), field.name
+            assert set(values) < set(choices_of(other)), field.name
     assert set(names_with("neutral", True)) < set(names_with("resumable", True))
     assert set(names_with("pixels", "all clips", "training clips")) == {
         *("cache", "n_frames", "image_size", "modality", "sampling", "eval_sampling", "hue"),
@@ -206,7 +211,7 @@ def test_settings_of_other_choices_are_refused(name: str) -> None:
         value = field.default + field.metadata["high"] / 1e6
     ((other, users),) = field.metadata["only_with"].items()
     assert value != field.default
-    for choice in get_args(HINTS[other]):
+    for choice in choices_of(other):
         settings = {name: value, other: choice}
         if choice in users:
             resolve(TrainConfig(**settings))
@@ -230,7 +235,6 @@ def test_a_resumed_run_may_change_resumable_settings_alone() -> None:
 
 
 REGISTRIES = {
-    "model_name": MODELS,
     "test_crops": CROP_COUNTS,
     "precision": ("auto", *utils.device._DTYPES),
 }
@@ -239,6 +243,11 @@ REGISTRIES = {
 @pytest.mark.parametrize("name", REGISTRIES)
 def test_choices_are_those_of_the_code(name: str) -> None:
     assert get_args(HINTS[name]) == tuple(REGISTRIES[name])
+
+
+@pytest.mark.parametrize("name", OWN)
+def test_the_help_names_every_model_and_loss(name: str) -> None:
+    assert all(choice in field_docs(TrainConfig)[name] for choice in OWN[name])
 
 
 CHOICES = [
@@ -261,7 +270,7 @@ def test_every_choice_is_known_to_the_code_and_no_other(name: str, function: Cal
         function("typo")
 
 
-@pytest.mark.parametrize("loss", get_args(HINTS["loss"]))
+@pytest.mark.parametrize("loss", LOSSES)
 @pytest.mark.parametrize("weights", get_args(HINTS["class_weights"]))
 def test_every_loss_and_weighting_is_one_of_its_own(loss: str, weights: str) -> None:
     """Each choice gives other numbers than plain cross entropy on clips of unequal classes."""
@@ -277,6 +286,7 @@ def test_every_loss_and_weighting_is_one_of_its_own(loss: str, weights: str) -> 
     ("changes", "message"),
     [
         ({"model_name": "resnet"}, "model_name = 'resnet': choose from 'tsm_resnet', 'r2plus1d'"),
+        ({"loss": "hinge"}, "loss = 'hinge': choose from 'cross_entropy', 'focal', 'ldam'"),
         ({"epochs": 0}, "epochs = 0: must be at least 1"),
         ({"hflip_prob": 1.5}, "hflip_prob = 1.5: must be from 0 to 1"),
         ({"hue": 0.7}, "hue = 0.7: must be from 0 to 0.5"),

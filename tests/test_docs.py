@@ -13,7 +13,10 @@ import pytest
 from helpers import ROOT
 
 from evaluation.ablation import ABLATIONS, BASELINE, POST_HOC
+from evaluation.metrics import MORE_SCORES
 from models import MODELS
+from training.losses import LOSSES
+from utils.files import read_json
 
 PAGES = [ROOT / "README.md", ROOT / "RESULTS.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
@@ -40,6 +43,10 @@ SETTINGS = {
     "demo.data": "",  # without flags
     "folds.py": "",  # printed in docs/results/ablation.md
 }
+
+
+# The values of flags that are no Literal.
+REGISTRIES = {"ablations": ABLATIONS, "model_name": MODELS, "loss": LOSSES}
 
 
 def blocks(page: Path, language: str = "") -> list[str]:
@@ -103,7 +110,7 @@ def problems(words: list[str]) -> list[str]:
                 wrong.append(f"{argument} is no flag")
         elif name and "..." not in argument:
             allowed = [str(value) for value in choices(hints.get(name))]
-            allowed = [*ABLATIONS] if name == "ablations" else allowed
+            allowed = list(REGISTRIES.get(name, allowed))
             if allowed and argument not in allowed:
                 wrong.append(f"--{name} {argument}: choose from {allowed}")
     return wrong
@@ -186,14 +193,34 @@ def test_the_python_of_the_results_imports_what_exists() -> None:
                     assert not [a.name for a in node.names if not hasattr(module, a.name)]
 
 
-def test_the_python_of_extending_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+EXTENDING = ROOT / "docs" / "extending.md"
+
+
+def test_the_snippets_of_extending_are_short() -> None:
+    snippets = blocks(EXTENDING, "python")
+    assert len(snippets) >= 9
+    assert [code for code in snippets if len(code.splitlines()) >= 16] == []
+    for code in snippets:
+        assert len([line for line in code.splitlines() if line.strip()]) < 15, code
+
+
+def test_the_python_of_extending_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, no_figures: None
+) -> None:
+    """Every block, from top to bottom; what the snippets add to the project is taken out again."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setitem(MODELS, "frame_mean", None)  # a snippet adds it: this takes it out again
+    added = {"frame_mean": MODELS, "poly1": LOSSES, "kappa": MORE_SCORES}
+    for name, registry in added.items():
+        monkeypatch.setitem(registry, name, None)
+        monkeypatch.delitem(registry, name)
     namespace: dict[str, Any] = {"__name__": "extending"}
-    for number, code in enumerate(blocks(ROOT / "docs" / "extending.md", "python"), 1):
+    for number, code in enumerate(blocks(EXTENDING, "python"), 1):
         exec(compile(code, f"extending.md, snippet {number}", "exec"), namespace)
+    assert all(name in registry for name, registry in added.items())
     assert namespace["probabilities"].shape == (1, 7)
+    assert read_json(namespace["run"] / "config.json")["loss"] == "poly1"
     assert (namespace["run"] / "predictions.csv").exists()
+    assert namespace["features"].shape == (14, 16)
     assert len(namespace["rows"]) == 28
     assert namespace["clip"].shape == (4, 3, 64, 64)
     assert namespace["low"] <= namespace["high"]

@@ -83,6 +83,30 @@ def test_more_batches_than_a_process_may_open_files(tiny_data: Path) -> None:
     assert len(predictions) == 135
 
 
+def test_features_are_in_the_order_of_the_rows(tiny_data: Path) -> None:
+    """One feature per clip, the mean over its views, whatever the batches are."""
+
+    class Means(Brightness):
+        def __init__(self) -> None:
+            super().__init__()
+            self.head = nn.Identity()
+
+        def forward(self, clips: torch.Tensor) -> torch.Tensor:
+            return self.head(super().forward(clips))
+
+        def stages(self) -> dict:
+            return {"head": [self.head]}
+
+    rows = read_manifest(tiny_data / "test.csv", classes=CLASSES)
+    clips = ClipsDataset(rows, 4, 32, views=3)
+    slow = [Brightness()(clips[i][0]).mean(0).tolist() for i in range(9)]
+    found = evaluate(
+        Means(), loader(tiny_data, 2, views=3), torch.device("cpu"), with_features=True
+    )
+    assert np.allclose(found.features, slow, atol=1e-6)
+    assert evaluate(Means(), loader(tiny_data, 4), torch.device("cpu")).features is None
+
+
 def test_views_are_averaged_in_probability(tiny_data: Path) -> None:
     rows = read_manifest(tiny_data / "test.csv", classes=CLASSES)
     clips = ClipsDataset(rows, 4, 32, views=3)
@@ -124,6 +148,9 @@ def test_evaluating_again_gives_the_numbers_of_training(run: Path, tmp_path, run
         "predictions.csv",
         "confusion_matrix.csv",
         "confusion_matrix.png",
+        "precision_recall.png",
+        "embedding.csv",
+        "embedding.png",
     }
 
 

@@ -1,14 +1,24 @@
 """All models: stages, parameter groups, freezing, contracts, and that each one can learn."""
 
 import inspect
+import json
+from pathlib import Path
 
+import pandas as pd
 import pytest
 import torch
-from helpers import make_model
+from helpers import make_model, only_run, train_flags
 from torch import nn
 
+import benchmark_latency
+import cross_validate
+import evaluate
+import predict
+import train
 from config import TrainConfig
+from evaluation.metrics import MORE_SCORES
 from models import MODELS, build_model, freeze, keep_frozen_in_eval, model_options, summary
+from training.losses import LOSSES
 from training.optim import param_groups
 from utils.errors import UserError
 
@@ -227,3 +237,55 @@ def test_wrong_choices_are_refused() -> None:
         make_model("tsm_resnet", 7, shift_place="typo")
     with pytest.raises(ValueError, match="no temporal_pooling"):
         make_model("cnnlstm", 7, temporal_pooling="typo")
+
+
+class Mean(nn.Module):
+    """The smallest model: a linear classifier of the mean colour."""
+
+    def __init__(self, num_classes: int = 7) -> None:
+        super().__init__()
+        self.stem, self.head = nn.Linear(3, 8), nn.Linear(8, num_classes)
+
+    def forward(self, clips: torch.Tensor) -> torch.Tensor:
+        colour = clips.float().div(255 if clips.dtype == torch.uint8 else 1).mean((1, 3, 4))
+        return self.head(self.stem(colour).relu())
+
+    def stages(self) -> dict[str, list[nn.Module]]:
+        return {"stem": [self.stem], "head": [self.head]}
+
+
+def test_one_entry_is_enough_for_every_script(
+    tiny_data: Path, tmp_path: Path, run_main, mistake, no_figures, monkeypatch
+) -> None:
+    """An own model, loss and score: trained, resumed, cross-validated, evaluated, benchmarked, and
+    used for a whole video."""
+    flags = train_flags(tiny_data, "--model-name", "mean", "--epochs", 1, "--loss", "own")
+    flags[flags.index("--dropout") : flags.index("--dropout") + 2] = []  # it has none
+    assert "model_name = 'mean': choose from" in mistake(train.main, *flags, cwd=tmp_path).stderr
+    monkeypatch.setitem(MODELS, "mean", Mean)
+    monkeypatch.setitem(
+        LOSSES, "own", lambda *_: lambda z, y: nn.functional.cross_entropy(z, y, reduction="none")
+    )
+    monkeypatch.setitem(MORE_SCORES, "errors", lambda m: 1 - m.trace(0, -2, -1) / m.sum((-2, -1)))
+
+    done = run_main(train.main, *flags, "--freeze-until", "stem", cwd=tmp_path)
+    run = only_run(tmp_path)
+    results = json.loads((run / "test_metrics.json").read_text())
+    assert results["errors"] == pytest.approx(1 - results["accuracy"])
+    assert results["intervals"]["errors"]["clips"] is not None
+    assert f"errors {results['errors']:.4f}: " in done.stdout
+    assert "resumed" in run_main(train.main, "--resume", run, cwd=tmp_path).stdout
+    run_main(evaluate.main, run, "--num-workers", 0, "--device", "cpu", cwd=tmp_path)
+    video = next((tiny_data / "clips").rglob("*.mp4"))
+    run_main(predict.main, run, video, "--device", "cpu", "--output", "seen", cwd=tmp_path)
+    assert list((tmp_path / "seen").rglob("timeline.csv"))
+    quick = ["--repeats", 1, "--warmup", 0, "--image-size", 32, "--n-frames", 4, "--batch-size", 2]
+    models = ["--model-names", "mean", run, "--device", "cpu", "--output", "speed"]
+    run_main(benchmark_latency.main, *models, *quick, cwd=tmp_path)
+    table = pd.read_csv(tmp_path / "speed" / "latency.csv")
+    assert table["Model"].tolist() == ["mean", f"mean ({run.name})"]
+    folds = tmp_path / "folds" / "fold1"
+    folds.mkdir(parents=True)
+    for split in ("train", "val", "test"):
+        (folds / f"{split}.csv").write_text((tiny_data / f"{split}.csv").read_text())
+    run_main(cross_validate.main, "--folds", folds.parent, *flags, cwd=tmp_path)

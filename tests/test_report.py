@@ -1,5 +1,6 @@
 """report.py: the numbers, whom the page names, and what a browser makes of it."""
 
+import base64
 import html
 import json
 import os
@@ -70,7 +71,7 @@ def write_run(folder: Path, predictions: Predictions, classes: tuple[str, ...]) 
     columns = ("train_loss", "train_accuracy", "val_loss", "val_accuracy", "val_macro_f1")
     values = ((1.9, 0.3, 1.8, 0.35, 0.3), (1.2, 0.6, 1.3, 0.5, 0.52), (0.9, 0.8, 1.4, 0.5, 0.49))
     history = [
-        {"epoch": number, **dict(zip(columns, row, strict=True))}
+        {"epoch": number, **dict(zip(columns, row, strict=True)), "learning_rate": 1e-4 / number}
         for number, row in enumerate(values, 1)
     ]
     write_history(folder / "metrics.csv", history)
@@ -170,6 +171,33 @@ def test_the_headline_is_that_of_test_metrics(run: Path, page: str) -> None:
         before, after = results["calibration"]["before"][name], results["calibration"][name]
         assert f"{before:.3f} {after:.3f}" in text
     assert f"{results['selective']['aurc']:.3f}" in text
+
+
+def test_average_precision_and_its_curves(run: Path, page: str) -> None:
+    text, results = Page(page).text, results_of(run)
+    assert f"macro average precision{results['macro_average_precision']:.3f}" in text
+    assert f"top-2 accuracy{100 * results['top2_accuracy']:.1f} %" in text
+    for name, row in results["per_class"].items():
+        value = row["average_precision"]
+        shown = "no clips of this class" if value is None else f"average precision {value:.3f}"
+        assert f"{name} {shown}" in text.replace("\n", " ")
+    titles = re.findall(r"<title>(\S+): precision against recall", page)
+    assert titles == [name for name, row in results["per_class"].items() if row["clips"]]
+
+
+def test_the_learning_rate_is_drawn(page: str) -> None:
+    assert "<title>at the end of the epoch learning rate over the epochs</title>" in page
+
+
+def test_the_map_of_the_clips_is_shown_if_there_is_one(run: Path, page: str, tmp_path) -> None:
+    assert "Which clips are alike" not in page
+    folder = shutil.copytree(run, tmp_path / "run")
+    picture = b"\x89PNG\r\n\x1a\n and so on"
+    (folder / "embedding.png").write_bytes(picture)
+    (image,) = [a for tag, a in Page(make_page(folder)).elements if tag == "img"]
+    assert image["src"] == "data:image/png;base64," + base64.b64encode(picture).decode()
+    (folder / "embedding.png").write_bytes(b"<svg onload=alert(1)>")
+    assert "Which clips are alike" not in make_page(folder)
 
 
 def test_warnings_come_first(page: str) -> None:

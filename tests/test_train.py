@@ -31,9 +31,7 @@ from evaluation.calibration import Calibration, calibrate
 from train import main, read_settings, train
 from training.engine import evaluate
 from training.loaders import build_dataloaders
-from training.log import tensorboard_writer
 from utils import distributed
-from utils.errors import UserError
 
 pytestmark = pytest.mark.usefixtures("no_figures")
 
@@ -50,6 +48,9 @@ def test_run_folder_is_complete(trained) -> None:
         "predictions.csv",
         "confusion_matrix.csv",
         "confusion_matrix.png",
+        "precision_recall.png",
+        "embedding.csv",
+        "embedding.png",
         "curves.png",
         "train.log",
         "environment.json",
@@ -143,12 +144,6 @@ def test_fine_tuning_freezing_and_tensorboard(trained, tiny_data, tmp_path, run_
     trained_keys = ("temporal.3.", "temporal_norm.", "head.")
     assert changed == {key for key in before if key.startswith(trained_keys)}
     assert list(only_run(tmp_path).glob("events.out.tfevents*"))
-
-
-def test_missing_tensorboard_is_an_error_in_one_line(monkeypatch, tmp_path) -> None:
-    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
-    with pytest.raises(UserError, match=r"pip install -r requirements-optional\.txt"):
-        tensorboard_writer(tmp_path)
 
 
 def test_own_data_without_network_names_the_weights_file(

@@ -29,11 +29,14 @@ from config import (
 from dataset import ClipsDataset, require_readable
 from modeling.weights import load_weights
 from models import MODELS, build_model, freeze, keep_frozen_in_eval, model_options
+from training.losses import LOSSES
 from training.state import TrainState
+from training.writers import require_packages
 from utils import distributed
-from utils.errors import UserError, require_package
+from utils.errors import UserError
 from utils.files import require_space, require_writable
 from utils.lock import FolderLock
+from utils.structure import short_repr
 from utils.text_table import list_some
 from utils.workers import show_batches
 from video.container import ClipError
@@ -98,6 +101,10 @@ def _find_classes(config: TrainConfig) -> tuple[str, ...]:
 def find_problems(config: TrainConfig) -> list[str]:
     """A line for each wrong setting, with the allowed values."""
     problems = wrong_values(config)
+    for name, known in (("model_name", MODELS), ("loss", LOSSES)):
+        if isinstance(value := getattr(config, name), str) and value not in known:
+            choices = ", ".join(map(repr, known))
+            problems.append(f"{name} = {short_repr(value)}: choose from {choices}")
     if not problems:
         problems = _of_other_models(config) + _without_effect(config) + _contradictions(config)
     return problems + _class_problems(CLASSES if config.classes is None else config.classes)
@@ -253,8 +260,7 @@ def hold_outputs(
     require_writable(folder or config.run_dir, "--run-dir")
     if config.feature_cache:
         require_writable(config.feature_cache, "--feature-cache")
-    if config.tensorboard:
-        require_package("torch.utils.tensorboard", "--tensorboard")
+    require_packages(config)
     return FolderLock(folder, "last.pt") if folder else contextlib.nullcontext()
 
 

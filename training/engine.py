@@ -258,6 +258,7 @@ def evaluate(
     temperature: float = 1.0,
     logit_adjustment: torch.Tensor | float = 0.0,
     means: torch.Tensor | None = None,
+    with_features: bool = False,
 ) -> Predictions:
     """The predictions of a model for a split: validation, test and evaluate.py all use this.
 
@@ -271,6 +272,7 @@ def evaluate(
         logit_adjustment: `(num_classes,)`, subtracted from the logits first; see
             training/losses.py.
         means: `(K, num_features)`: also measure the distance to them; see evaluation/novelty.py.
+        with_features: also record `Predictions.features`, at no cost.
 
     Raises:
         Interrupted: `interrupt` was asked to stop.
@@ -279,7 +281,7 @@ def evaluate(
             outputs are not finite.
     """
     model = prepare_for_inference(model, device, dtype)
-    indices, probabilities, distances, unreadable = [], [], [], []
+    indices, probabilities, distances, features, unreadable = [], [], [], [], []
     quiet = distributed.rank() != 0
     for batch in show_batches(loader, description, interrupt, quiet):
         unreadable += batch.unreadable
@@ -287,11 +289,15 @@ def evaluate(
             views = batch.clips.to(device, non_blocking=True)
             if loader.dataset.num_views == 1:
                 views = views.unsqueeze(1)  # (B, T, C, H, W) -> (B, V, T, C, H, W)
-            with recorded_features(model) as features:
+            with recorded_features(model) as newest:
                 logits = model(views.flatten(0, 1))  # (B*V, T, C, H, W) -> (B*V, classes)
+            if means is not None or with_features:
+                vectors = per_clip(newest[0], len(logits))  # (B*V, F)
+                vectors = vectors.unflatten(0, views.shape[:2])  # (B, V, F)
             if means is not None:
-                distance = distance_to_means(per_clip(features[0], len(logits)), means)
-                distances.append(distance.unflatten(0, views.shape[:2]).mean(dim=1))  # (B,)
+                distances.append(distance_to_means(vectors, means).mean(dim=1))  # (B,)
+            if with_features:
+                features.append(vectors.mean(dim=1).float())  # (B, F)
             logits = logits.cpu().double() - logit_adjustment
             logits = logits.unflatten(0, views.shape[:2])  # (B, V, classes)
             both = torch.stack((logits / temperature, logits)).softmax(dim=-1)
@@ -303,7 +309,7 @@ def evaluate(
     own = None
     if indices:
         own = [np.array(indices), torch.cat(probabilities, dim=1).numpy()]
-        own += [torch.cat(distances).numpy()] if distances else []
+        own += [torch.cat(arrays).numpy() for arrays in (distances, features) if arrays]
     gathered = distributed.all_gather((own, unreadable))
     unreadable = [line for _, lines in gathered for line in lines]
     if not skip_unreadable:
@@ -321,5 +327,7 @@ def evaluate(
     order = indices.argsort()
     rows = [loader.dataset.rows[index] for index in indices[order]]
     calibrated, uncalibrated = probabilities[:, order]
-    distance = np.concatenate(measured[0])[order] if measured else None
-    return Predictions(rows, calibrated, unreadable, uncalibrated, distance)
+    measured = [np.concatenate(arrays)[order] for arrays in measured]
+    recorded = measured.pop() if with_features else None
+    distance = measured.pop() if means is not None else None
+    return Predictions(rows, calibrated, unreadable, uncalibrated, distance, recorded)

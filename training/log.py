@@ -1,4 +1,4 @@
-"""The log of a training run: texts for people, train.log, metrics.csv, curves, TensorBoard."""
+"""The log of a training run: texts for people, train.log, metrics.csv, curves."""
 
 import contextlib
 import dataclasses
@@ -18,7 +18,6 @@ from models import summary
 from training.state import Progress
 from utils import distributed
 from utils.device import describe_device
-from utils.errors import require_package
 from utils.files import try_write, write_json
 from utils.run_dir import log_environment
 from utils.tables import write_table
@@ -118,15 +117,3 @@ def draw_curves(path: Path, history: Sequence[dict[str, Any]], best_epoch: int) 
 
     if problem := try_write(path, lambda path: plot_curves(history, best_epoch, path)):
         logging.getLogger(__name__).warning(problem)
-
-
-def tensorboard_writer(folder: Path) -> Any:
-    """A SummaryWriter that writes into a folder.
-
-    Raises:
-        UserError: TensorBoard is not installed.
-    """
-    require_package("torch.utils.tensorboard", "--tensorboard")
-    from torch.utils.tensorboard import SummaryWriter
-
-    return SummaryWriter(folder)

@@ -31,7 +31,8 @@ the last two losses that is a posterior for classes of equal size, so the valida
 measure of fit where the classes are not of equal size.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -66,37 +67,62 @@ class Criterion:
         class_counts: Sequence[int] = (),
         device: torch.device | str = "cpu",
     ) -> None:
-        self.config = config
         weighted = config.class_weights != "none"
         if not class_counts and (weighted or config.loss in _FOR_RARE_CLASSES):
             raise ValueError(
                 f"{config.loss} with weights {config.class_weights} needs class counts"
             )
-        self.weights = self.margins = self.log_prior = None
+        self.loss = LOSSES[config.loss](config, class_counts, device)
+        self.weights = None
         if weighted:
             kind, beta = config.class_weights, config.class_balanced_beta
             self.weights = class_weights(class_counts, kind, beta).float().to(device)
-        if config.loss == "ldam":
-            self.margins = ldam_margins(class_counts).float().to(device)
-        if config.loss in ("balanced_softmax", "logit_adjustment"):
-            tau = 1.0 if config.loss == "balanced_softmax" else config.logit_adjust_tau
-            self.log_prior = log_prior(class_counts, tau).float().to(device)
         # A fifth in whole numbers: 0.8 * epochs may round to either side.
-        self.weighted_from = config.epochs * 4 // 5 if self.margins is not None else 0
+        self.weighted_from = config.epochs * 4 // 5 if config.loss == "ldam" else 0
 
     def __call__(self, logits: torch.Tensor, labels: torch.Tensor, epoch: int) -> torch.Tensor:
         """fp32 logits `(N, K)` and labels `(N,)` to losses `(N,)`, after `epoch` whole epochs."""
-        if self.config.loss == "focal":
-            losses = focal_loss(logits, labels, self.config.focal_gamma)
-        elif self.margins is not None:
-            losses = ldam_loss(logits, labels, self.margins)
-        else:
-            adjusted = logits if self.log_prior is None else logits + self.log_prior
-            smoothing = self.config.label_smoothing
-            losses = F.cross_entropy(adjusted, labels, reduction="none", label_smoothing=smoothing)
+        losses = self.loss(logits, labels)
         if self.weights is not None and epoch >= self.weighted_from:
             losses = losses * self.weights[labels]
         return losses
+
+
+Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+"""fp32 logits `(N, K)` and labels `(N,)` to losses `(N,)`"""
+
+Device = torch.device | str
+
+
+def _cross_entropy(config: TrainConfig, class_counts: Sequence[int], device: Device) -> Loss:
+    smoothing = config.label_smoothing
+    return partial(F.cross_entropy, reduction="none", label_smoothing=smoothing)
+
+
+def _focal(config: TrainConfig, class_counts: Sequence[int], device: Device) -> Loss:
+    return partial(focal_loss, gamma=config.focal_gamma)
+
+
+def _ldam(config: TrainConfig, class_counts: Sequence[int], device: Device) -> Loss:
+    return partial(ldam_loss, margins=ldam_margins(class_counts).float().to(device))
+
+
+def _adjusted(config: TrainConfig, class_counts: Sequence[int], device: Device) -> Loss:
+    tau = 1.0 if config.loss == "balanced_softmax" else config.logit_adjust_tau
+    prior = log_prior(class_counts, tau).float().to(device)
+    loss = _cross_entropy(config, class_counts, device)
+    return lambda logits, labels: loss(logits + prior, labels)
+
+
+LOSSES: dict[str, Callable[[TrainConfig, Sequence[int], Device], Loss]] = {
+    "cross_entropy": _cross_entropy,
+    "focal": _focal,
+    "ldam": _ldam,
+    "balanced_softmax": _adjusted,
+    "logit_adjustment": _adjusted,
+}
+"""What makes each loss from the settings, the number of training clips of each class and the
+device. An entry is all that an own loss needs (docs/extending.md)."""
 
 
 def focal_loss(logits: torch.Tensor, labels: torch.Tensor, gamma: float) -> torch.Tensor:

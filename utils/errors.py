@@ -49,18 +49,18 @@ def is_out_of_memory(error: BaseException) -> bool:
     return "can't allocate memory" in text or "out of memory" in text
 
 
-def require_package(module: str, what: str) -> None:
+def require_package(
+    module: str, what: str, remedy: str = "pip install -r requirements-optional.txt"
+) -> None:
     """Check that an optional package can be imported.
 
     Raises:
-        UserError: it cannot; `what` says in the message what needs it.
+        UserError: it cannot; `what` says in the message what needs it, `remedy` how to get it.
     """
     try:
         importlib.import_module(module)
     except ImportError:  # it is missing, or lacks something itself
-        raise UserError(
-            f"{what} needs a package: pip install -r requirements-optional.txt"
-        ) from None
+        raise UserError(f"{what} needs a package: {remedy}") from None
 
 
 FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)

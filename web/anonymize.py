@@ -1,13 +1,10 @@
 """Pseudonyms for the patients and clips in a report, and removal of their names from texts."""
 
-import hashlib
 import re
 import shlex
 import unicodedata
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-
-import numpy as np
 
 from clips.manifest import ClipRow
 from evaluation.predictions import Predictions
@@ -52,7 +49,7 @@ def pseudonymize(
         other_names: more names that must not be on the page.
     """
     patients = predictions.groups("patient")
-    order = _lowest_accuracy_first(patients, predictions.correct)
+    order = predictions.numbered_patients
     numbered = {name: f"patient {number}" for number, name in enumerate(order, 1)}
     page_names = {name: name for name in order} if with_patients else numbered
     clips, counts = [], dict.fromkeys([*order, None], 0)
@@ -94,19 +91,6 @@ def identifiers(rows: Sequence[ClipRow]) -> set[str]:
     for row in rows:
         names |= {str(row.path), row.path.name, row.path.stem}
     return names - {None, ""}
-
-
-def _lowest_accuracy_first(patients: np.ndarray, correct: np.ndarray) -> list[str]:
-    """The patients by accuracy.
-
-    Equal ones are sorted by a hash: an alphabetical order would tell something about their names.
-    """
-    names = {patient for patient in patients if patient is not None}
-
-    def key(name: str) -> tuple[float, str]:
-        return float(correct[patients == name].mean()), hashlib.sha256(name.encode()).hexdigest()
-
-    return sorted(names, key=key)
 
 
 def _separate(identifier: str) -> str:

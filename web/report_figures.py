@@ -1,6 +1,7 @@
 """The charts of a report, from the numbers of a run."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,8 @@ from web.templating import decimals, percent
 
 # Columns of metrics.csv: their names in the legend, and the style of their lines.
 _LOSS = {"train_loss": ("training", "b"), "val_loss": ("validation", "a")}
+
+_RATE = {"learning_rate": ("at the end of the epoch", "a")}
 
 _SCORES = {
     "train_accuracy": ("training accuracy", "b"),
@@ -39,6 +42,29 @@ def per_class(table: Sequence[Mapping[str, Any]]) -> list[RowChart]:
     axis = Axis("F1 and recall", 0, 1, (0, 0.5, 1))
     label = "F1 and recall of each class; the table holds the same numbers"
     return [RowChart(label, axis, part, row_height=30) for part in charts.paginate(rows, 30)]
+
+
+def precision_recall(data: ReportData) -> list[tuple[str, str, Chart | None]]:
+    """Name, average precision as text, and the precision-recall curve of each class (None: it has
+    no clips)."""
+    labels, probabilities = data.predictions.labels, data.predictions.probabilities
+    average = metrics.average_precision(labels, probabilities)
+    axes = charts.fraction_axis("recall (%)"), charts.fraction_axis("precision (%)")
+    curves: list[tuple[str, str, Chart | None]] = []
+    for label, name in enumerate(data.classes):
+        positive, chart = labels == label, None
+        if positive.any():
+            precision, recall = metrics.precision_recall(positive, probabilities[:, label])
+            rises = np.diff(recall, prepend=0) > 0  # the others add a vertical line at most
+            precision, recall = precision[rises], recall[rises]
+            # Between two thresholds the curve has the precision of the lower one: steps.
+            x = np.repeat(np.append(0, recall), 2)[:-1]
+            y = np.append(precision[0], np.repeat(precision, 2))
+            text = f"{name}: precision against recall, average precision {average[label]:.3f}"
+            points = charts.downsample(x, y)
+            chart = Chart(text, *axes, [Line(name, "a", points)], horizontal=positive.mean())
+        curves.append((name, decimals(float(average[label])) if chart else "", chart))
+    return curves
 
 
 def per_patient(data: ReportData, names: Pseudonyms) -> list[RowChart]:
@@ -130,7 +156,7 @@ def risk_coverage(data: ReportData) -> Chart:
 
 
 def training(data: ReportData) -> list[tuple[str, Chart]]:
-    """Loss and scores over the epochs, one line per training."""
+    """Loss, scores and learning rate over the epochs, one line per training."""
     if not data.histories:
         return []
     tables = [history.table for history in data.histories]
@@ -138,10 +164,16 @@ def training(data: ReportData) -> list[tuple[str, Chart]]:
     highest = max((float(v) for values in losses for v in values if np.isfinite(v)), default=1.0)
     loss_axis = charts.nice_axis("loss (nats)", 0, highest)
     score_axis = Axis("score", 0, 1, (0, 0.25, 0.5, 0.75, 1))
-    return [
+    curves = [
         ("Loss", _curves(data.histories, _LOSS, loss_axis)),
         ("Scores", _curves(data.histories, _SCORES, score_axis)),
     ]
+    rates = [table["learning_rate"] for table in tables if "learning_rate" in table]
+    if highest := max((float(v) for part in rates for v in part if np.isfinite(v)), default=0):
+        rate_axis = charts.nice_axis("learning rate", 0, highest)
+        chart = _curves(data.histories, _RATE, rate_axis)
+        curves.append(("Learning rate", replace(chart, left=72)))  # room for 0.00025
+    return curves
 
 
 def _curves(

@@ -55,6 +55,8 @@ def build_page(
             folds=report_sections.folds(data, names),
             settings=report_sections.settings(data, names),
             class_charts=report_figures.per_class(per_class),
+            precision_recall=report_figures.precision_recall(data),
+            embedding=_embedding(data.run.folder),
             patient_charts=report_figures.per_patient(data, names),
             reliability=report_figures.reliability(data),
             risk_coverage=report_figures.risk_coverage(data),
@@ -90,6 +92,17 @@ def _data_uri(frame: np.ndarray) -> str:
     file = io.BytesIO()
     Image.fromarray(frame).resize(size, Image.Resampling.LANCZOS).save(file, "JPEG", quality=85)
     return "data:image/jpeg;base64," + base64.b64encode(file.getvalue()).decode()
+
+
+def _embedding(folder: Path) -> str:
+    """embedding.png of a run as a data URI; empty if there is none. It names no patient."""
+    try:
+        picture = (folder / "embedding.png").read_bytes()
+    except OSError:
+        return ""
+    if not picture.startswith(b"\x89PNG\r\n\x1a\n"):
+        return ""
+    return "data:image/png;base64," + base64.b64encode(picture).decode()
 
 
 def _mistakes(

@@ -4,11 +4,21 @@ import itertools
 
 import numpy as np
 import pytest
-from sklearn.metrics import balanced_accuracy_score, f1_score
+from sklearn.metrics import (
+    average_precision_score,
+    balanced_accuracy_score,
+    cohen_kappa_score,
+    f1_score,
+    precision_recall_curve,
+    top_k_accuracy_score,
+)
 
+from evaluation.bootstrap import score_intervals
 from evaluation.metrics import (
+    MORE_SCORES,
     area_under_risk_coverage,
     average_by_action,
+    average_precision,
     brier_scores,
     calibration_curve,
     confusion_matrix,
@@ -16,10 +26,12 @@ from evaluation.metrics import (
     grouped_scores,
     per_class,
     per_sample_nll,
+    precision_recall,
     risk_coverage,
     scores,
     selective_risk,
     summarize,
+    top_k_accuracy,
 )
 
 
@@ -259,3 +271,50 @@ def test_selective_risk_by_hand() -> None:
         "coverage": 3 / 4,
         "error": 1 / 3,
     }
+
+
+@pytest.mark.parametrize("digits", [1, 2, 8])  # with few digits many probabilities are equal
+def test_average_precision_and_its_curve_are_those_of_scikit_learn(digits: int) -> None:
+    rng = np.random.default_rng(digits)
+    labels = rng.integers(0, 4, 200)
+    labels[labels == 2] = 3  # no clip of class 2
+    probabilities = rng.dirichlet(np.ones(4), 200).round(digits)
+    values = average_precision(labels, probabilities)
+    assert np.isnan(values).tolist() == [False, False, True, False]
+    for label in (0, 1, 3):
+        positive = labels == label
+        assert values[label] == pytest.approx(
+            average_precision_score(positive, probabilities[:, label]), abs=1e-12
+        )
+        theirs = precision_recall_curve(positive, probabilities[:, label])
+        for mine, other in zip(
+            precision_recall(positive, probabilities[:, label]), theirs[:2], strict=True
+        ):
+            # Theirs begins at the lowest threshold, and ends with a point at recall 0.
+            assert mine[::-1].tolist() == pytest.approx(other[:-1].tolist(), abs=1e-12)
+
+
+def test_top_k_accuracy() -> None:
+    rng = np.random.default_rng(0)
+    labels, probabilities = rng.integers(0, 8, 300), rng.dirichlet(np.ones(8), 300)
+    for k in (1, 2, 3, 7):
+        wanted = top_k_accuracy_score(labels, probabilities, k=k)
+        assert top_k_accuracy(labels, probabilities, k) == pytest.approx(wanted)
+    assert top_k_accuracy(labels, probabilities, 1) == (probabilities.argmax(1) == labels).mean()
+
+
+def test_an_own_score_is_part_of_every_test(monkeypatch: pytest.MonkeyPatch) -> None:
+    def kappa(matrices: np.ndarray) -> np.ndarray:
+        shares = matrices / matrices.sum((-2, -1), keepdims=True)
+        chance = (shares.sum(-1) * shares.sum(-2)).sum(-1)
+        return (np.trace(shares, axis1=-2, axis2=-1) - chance) / (1 - chance)
+
+    monkeypatch.setitem(MORE_SCORES, "kappa", kappa)
+    rng = np.random.default_rng(0)
+    labels, probabilities = rng.integers(0, 3, 90), rng.dirichlet(np.ones(3), 90)
+    y_pred = probabilities.argmax(axis=1)
+    summary = summarize(confusion_matrix(labels, y_pred, 3))
+    assert summary["kappa"] == pytest.approx(cohen_kappa_score(labels, y_pred))
+    patients = np.array([f"P{n % 9}" for n in range(90)], object)
+    low, high = score_intervals(labels, probabilities, patients, 200)["kappa"]["patients"]
+    assert low < summary["kappa"] < high

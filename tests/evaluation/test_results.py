@@ -10,8 +10,15 @@ import pytest
 
 from clips.manifest import ClipRow
 from evaluation.calibration import Calibration, apply_temperature
+from evaluation.embedding import embed
 from evaluation.metrics import brier_scores, expected_calibration_error, per_sample_nll
-from evaluation.plots import plain_text, plot_confusion, save_figure
+from evaluation.plots import (
+    plain_text,
+    plot_confusion,
+    plot_embedding,
+    plot_precision_recall,
+    save_figure,
+)
 from evaluation.predictions import Predictions, read_predictions
 from evaluation.results import (
     compute_results,
@@ -59,6 +66,7 @@ def test_all_numbers_by_hand() -> None:
     assert set(found) == {
         *("accuracy", "balanced_accuracy", "macro_f1", "majority_baseline", "classes_present"),
         *("clips", "loss", "unreadable_clips", "patients", "clips_of_unknown_patient"),
+        "macro_average_precision",
         *("intervals", "averages", "actions", "calibration", "selective", "per_class"),
     }
     # cut: recall 2 of 3, precision 2 of 3; sew: the same
@@ -91,14 +99,25 @@ def test_all_numbers_by_hand() -> None:
     actions = found["actions"]  # deeds 1 and 3 are cut, both found; 2 and 4 sew, one found
     assert (actions["clips"], actions["accuracy"]) == (4, 3 / 4)
     assert actions["macro_f1"] == pytest.approx((4 / 5 + 2 / 3) / 2)
+    # By falling probability, cut is: 0.9 yes, 0.85 no, 0.7 yes, 0.45 no, 0.3 yes, 0.2 no; and sew:
+    # 0.8 yes, 0.6 no, 0.5 yes, 0.2 no, 0.1 yes, 0.05 no. Precision 1 of 1, 2 of 3, 3 of 5.
+    average_precision = (1 + 2 / 3 + 3 / 5) / 3
+    assert found["macro_average_precision"] == pytest.approx(average_precision)
     assert found["per_class"] == {
         name: {
             **{score: pytest.approx(2 / 3) for score in ("precision", "recall", "f1")},
+            "average_precision": pytest.approx(average_precision),
             "clips": 3,
             "patients": 2,
         }
         for name in ("cut", "sew")
-    } | {"look": {"precision": None, "recall": None, "f1": None, "clips": 0, "patients": 0}}
+    } | {
+        "look": {
+            **dict.fromkeys(("precision", "recall", "f1", "average_precision")),
+            "clips": 0,
+            "patients": 0,
+        }
+    }
     brier = 0.015 + 0.86 + 0.08 + 0.14 + 0.455 + 1.535
     assert found["calibration"]["temperature"] == 1
     assert found["calibration"]["brier"] == pytest.approx(brier / 6)
@@ -197,7 +216,29 @@ def test_the_text_holds_the_numbers() -> None:
     assert "uncertain below a confidence of 0.650 (for an error rate of at most 25% on" in text
     assert "66.7% of the clips are answered, 25.0% of the answers are wrong" in text
     look = next(line for line in text.splitlines() if line.startswith("look"))
-    assert look.split() == ["look", "-", "-", "-", "0", "0"]  # no clip: no score
+    assert look.split() == ["look", "-", "-", "-", "-", "0", "0"]  # no clip: no score
+    assert "macro average precision 0.7556" in text
+    assert "top-2" not in text  # of three classes
+
+
+def test_top_2_accuracy_where_there_are_more_than_five_classes() -> None:
+    """Six classes; of equal probabilities the lower class comes first, as in argmax."""
+    probabilities = np.array(
+        [
+            [0.5, 0.3, 0.2, 0.0, 0.0, 0.0],  # 0: the first
+            [0.5, 0.3, 0.2, 0.0, 0.0, 0.0],  # 1: the second
+            [0.5, 0.3, 0.2, 0.0, 0.0, 0.0],  # 2: the third, no hit
+            [0.4, 0.3, 0.3, 0.0, 0.0, 0.0],  # 1: shares the second place, and comes first
+            [0.4, 0.3, 0.3, 0.0, 0.0, 0.0],  # 2: shares the second place, and comes second: no hit
+            [1 / 6] * 6,  # 1: second of six equal ones
+            [1 / 6] * 6,  # 5: the last of them, no hit
+        ]
+    )
+    rows = [ClipRow(Path(f"{i}.mp4"), label) for i, label in enumerate((0, 1, 2, 1, 2, 1, 5))]
+    results = compute_results(Predictions(rows, probabilities), tuple("abcdef"), [Calibration()])
+    assert results["top2_accuracy"] == pytest.approx(4 / 7)
+    assert results["accuracy"] == pytest.approx(1 / 7)
+    assert "top-2 accuracy 0.5714" in headline(results)
 
 
 def test_the_text_about_the_threshold() -> None:
@@ -291,7 +332,8 @@ def test_files(tmp_path: Path) -> None:
     found = compute_results(small(), CLASSES, [FITTED])
     assert results == {**found, "split": "test", "views": 2}
     assert {path.name for path in folder.iterdir()} == {
-        *("test_metrics.json", "predictions.csv", "confusion_matrix.csv", "confusion_matrix.png")
+        *("test_metrics.json", "predictions.csv", "confusion_matrix.csv", "confusion_matrix.png"),
+        "precision_recall.png",
     }
     written = json.loads((folder / "test_metrics.json").read_text())
     assert written == results
@@ -381,6 +423,7 @@ def test_a_file_that_cannot_be_written_costs_no_other(
     path = tmp_path / next(name for name in sorted(lost))
     assert str(told.value) == f"{path}: could not be written: RuntimeError: no font"
     names = {"predictions.csv", "test_metrics.json", "confusion_matrix.csv", "confusion_matrix.png"}
+    names |= {"precision_recall.png"}
     assert {file.name for file in tmp_path.iterdir()} == names - lost
     assert "accuracy" in shown[0]
 
@@ -390,15 +433,17 @@ def test_names_that_the_font_of_pictures_lacks_are_drawn_without_a_warning(
 ) -> None:
     names = ("🔪 hook", "✂️ cut", "吸引", "Өт пен қан", "a $ of $ b", "x" * 49 + "1", "x" * 49 + "2")
     assert [plain_text(name) for name in names[:4]] == ["□ hook", "✂ cut", "□□", "Өт пен қан"]
+    rows = [ClipRow(Path("x"), label) for label in (1, 1, 1, *range(2, 7))]
+    features = np.random.default_rng(0).normal(size=(len(rows), 5))
+    predictions = Predictions(rows, np.eye(7)[[row.label for row in rows]], features=features)
     figures = []
     monkeypatch.setattr("evaluation.plots.save_figure", lambda *written: figures.append(written))
-    matrix = np.diag([0, 3, 1, 1, 1, 1, 1])
-    plot_confusion(matrix, names, tmp_path / "confusion.png")
+    plot_confusion(predictions.confusion, names, tmp_path / "confusion.png")
+    plot_precision_recall(predictions.labels, predictions.probabilities, names, tmp_path / "pr.png")
+    plot_embedding(embed(features), predictions, names, tmp_path / "embedding.png")
     monkeypatch.undo()
+    assert len(figures) == 3
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        save_figure(*figures[0])
-    assert (tmp_path / "confusion.png").stat().st_size > 5000
-    axes = figures[0][0].axes[0]
-    assert [text.get_text() for text in axes.texts] == ["no clips", *"311111"]
-    assert len({text.get_text() for text in axes.get_yticklabels()}) == len(names)
+        for figure, path in figures:
+            save_figure(figure, path)

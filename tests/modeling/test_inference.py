@@ -7,6 +7,7 @@ import torch
 from helpers import make_model
 from torch import nn
 
+from modeling.features import last_layer, per_clip, recorded_features
 from modeling.inference import (
     NotFiniteError,
     fold_batchnorms,
@@ -88,6 +89,45 @@ def test_every_batchnorm_is_folded(name: str) -> None:
     assert fold_batchnorms(model) == BATCHNORMS[name]
     kinds = {type(module) for module in model.modules()}
     assert not kinds & {nn.BatchNorm2d, nn.BatchNorm3d}
+
+
+@pytest.mark.parametrize("name", MODELS)
+@torch.inference_mode()
+def test_features_are_the_mean_of_what_the_classifier_gets(name: str) -> None:
+    """For TSM over its frames: the classifier of the mean gives the mean logits, as it is linear."""
+    generator = torch.Generator().manual_seed(1)
+    clips = torch.randint(0, 256, (6, 4, 3, 32, 32), dtype=torch.uint8, generator=generator)
+    model = prepare_for_inference(trained(name, 4, 32), CPU)
+    with recorded_features(model) as newest:
+        logits = model(clips)
+    features = per_clip(newest[0], len(clips))
+    classifier = last_layer(model)
+    assert features.shape == (6, classifier.in_features)
+    wanted = classifier(features.float())
+    torch.testing.assert_close(wanted, logits, atol=1e-4, rtol=1e-4)
+    newest.clear()
+    model(clips[:1])
+    assert not newest  # nothing is recorded outside the block
+
+
+class FixedLength(nn.Module):
+    """An own model that takes clips of 4 frames only."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)
+        self.head = nn.Linear(16, 2)
+
+    def forward(self, clips: torch.Tensor) -> torch.Tensor:
+        x = self.norm(self.conv(clips.flatten(0, 1).float())).mean((2, 3))
+        return self.head(x.unflatten(0, clips.shape[:2]).flatten(1))
+
+
+@torch.inference_mode()
+def test_a_model_that_takes_clips_of_one_length_only_is_left_unfolded(small: torch.Tensor) -> None:
+    model = FixedLength().eval()
+    assert fold_batchnorms(model) == 0
+    torch.testing.assert_close(prepare_for_inference(model, CPU)(small), model(small))
 
 
 class Unusual(nn.Module):
