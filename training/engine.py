@@ -282,16 +282,16 @@ def evaluate(
     """
     model = prepare_for_inference(model, device, dtype)
     indices, probabilities, distances, features, unreadable = [], [], [], [], []
-    quiet = distributed.rank() != 0
+    record, quiet = means is not None or with_features, distributed.rank() != 0
     for batch in show_batches(loader, description, interrupt, quiet):
         unreadable += batch.unreadable
         if len(batch.labels):
             views = batch.clips.to(device, non_blocking=True)
             if loader.dataset.num_views == 1:
                 views = views.unsqueeze(1)  # (B, T, C, H, W) -> (B, V, T, C, H, W)
-            with recorded_features(model) as newest:
+            with recorded_features(model) if record else contextlib.nullcontext() as newest:
                 logits = model(views.flatten(0, 1))  # (B*V, T, C, H, W) -> (B*V, classes)
-            if means is not None or with_features:
+            if record:
                 vectors = per_clip(newest[0], len(logits))  # (B*V, F)
                 vectors = vectors.unflatten(0, views.shape[:2])  # (B, V, F)
             if means is not None:

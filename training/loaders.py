@@ -219,6 +219,7 @@ def load_splits(config: TrainConfig) -> dict[str, list[ClipRow]]:
     Raises:
         UserError: something is wrong with the manifests, their clips, or their splits.
     """
+    config = resolve(config)
     if config.data_root:
         found, options = manifest_paths(config), ManifestOptions.of(config)
         if isinstance(found, Path):

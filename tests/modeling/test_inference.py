@@ -94,7 +94,7 @@ def test_every_batchnorm_is_folded(name: str) -> None:
 @pytest.mark.parametrize("name", MODELS)
 @torch.inference_mode()
 def test_features_are_the_mean_of_what_the_classifier_gets(name: str) -> None:
-    """For TSM over its frames: the classifier of the mean gives the mean logits, as it is linear."""
+    """For TSM over its frames: the classifier of the mean gives the mean logits; it is linear."""
     generator = torch.Generator().manual_seed(1)
     clips = torch.randint(0, 256, (6, 4, 3, 32, 32), dtype=torch.uint8, generator=generator)
     model = prepare_for_inference(trained(name, 4, 32), CPU)
