@@ -274,7 +274,7 @@ def safe_file_names(texts: Sequence[tuple[str, str]]) -> dict[str, str]:
             r"[^\w.-]+", "_", unicodedata.normalize("NFC", text.encode("utf-8", "replace").decode())
         )
         name = name.encode()[:80].decode("utf-8", "ignore").strip("._-")
-        names[key] = f"{name}_" if name.casefold().split(".")[0] in _RESERVED else name or "_"
+        names[key] = f"_{name}" if name.casefold().split(".")[0] in _RESERVED else name or "_"
     counts = Counter(name.casefold() for name in names.values())
     for key, name in names.items():
         if counts[name.casefold()] > 1:
