@@ -368,7 +368,8 @@ def main() -> None:
         return
     sources = find_sources(config.sources)  # before the model: a misspelt name is found at once
     if config.overlay and not isinstance(sources[0], Path):
-        raise UserError(f"--overlay reads the video twice: for a file, not for {sources[0]}")
+        source = strip_credentials(sources[0])
+        raise UserError(f"--overlay reads the video twice: for a file, not for {source}")
 
     from timeline.output import output_folders
     from timeline.predictor import load_frame_filter
