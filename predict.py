@@ -28,6 +28,7 @@ import tyro
 from config import Precision
 from utils.cli import cli_main, parse
 from utils.errors import UserError, require_package
+from utils.run_dir import strip_credentials
 from video.files import find_videos, no_video
 
 if TYPE_CHECKING:
@@ -280,8 +281,9 @@ def predict(
         Interrupted: the process was asked to stop; the results so far are written.
     """
     from timeline.output import advice, summary
-    from timeline.overlay import write_overlay
+    from timeline.overlay import EVERY_FRAME, write_overlay
     from timeline.predictor import VideoPredictor
+    from timeline.sources import FileSource
     from utils.device import describe_device
     from utils.interrupt import Interrupt
     from utils.run_dir import sanitize
@@ -321,8 +323,9 @@ def predict(
         except UserError as error:
             problems.append(str(error))
         if config.overlay and not interrupt.signal:
+            frames = FileSource(source, EVERY_FRAME, None)
             overlay = folder / "overlay.mp4"
-            problems += write_overlay(overlay, path, timeline, predictor.fps, interrupt)
+            problems += write_overlay(overlay, frames, timeline, predictor.fps, interrupt)
         if problems:
             failures.append("; ".join(problems))
             print(f"error: {failures[-1]}", file=sys.stderr)
