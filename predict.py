@@ -30,6 +30,7 @@ from config import Precision
 from timeline.open_source import find_sources, open_source
 from utils.cli import cli_main, parse
 from utils.errors import UserError, require_package
+from utils.run_dir import strip_credentials
 
 if TYPE_CHECKING:
     import numpy as np
@@ -235,8 +236,9 @@ def predict(
         Interrupted: the process was asked to stop; the results so far are written.
     """
     from timeline.output import advice, summary
-    from timeline.overlay import write_overlay
+    from timeline.overlay import EVERY_FRAME, write_overlay
     from timeline.predictor import VideoPredictor
+    from timeline.sources import FileSource
     from utils.device import describe_device
     from utils.interrupt import Interrupt
     from utils.run_dir import sanitize
@@ -277,8 +279,9 @@ def predict(
         except UserError as error:
             problems.append(str(error))
         if config.overlay and not interrupt.signal:
+            frames = FileSource(source, EVERY_FRAME, None)
             overlay = folder / "overlay.mp4"
-            problems += write_overlay(overlay, path, timeline, predictor.fps, interrupt)
+            problems += write_overlay(overlay, frames, timeline, predictor.fps, interrupt)
         if problems:
             failures.append("; ".join(problems))
             print(f"error: {failures[-1]}", file=sys.stderr)
@@ -325,7 +328,8 @@ def main() -> None:
     # Before the model is built: a misspelt name is found at once.
     sources = find_sources(config.sources, config.frame_rate)
     if config.overlay and (other := [s for s in sources if not Path(s).is_file()]):
-        raise UserError(f"--overlay reads the video twice: for a file, not for {other[0]}")
+        source = strip_credentials(str(other[0]))
+        raise UserError(f"--overlay reads the video twice: for a file, not for {source}")
 
     from timeline.output import output_folders
     from timeline.predictor import load_frame_filter

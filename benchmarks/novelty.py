@@ -105,7 +105,7 @@ def novelty_scores(
         "energy": -log_sum,
         "1 - max softmax": 1 - np.exp(top - log_sum),
         "Mahalanobis": np.min(distances, axis=0),
-        f"{k}th nearest clip": to_known[:, min(k, len(known)) - 1],
+        f"k nearest, k = {k}": to_known[:, min(k, len(known)) - 1],
     }
 
 
@@ -171,7 +171,8 @@ def measure(config: NoveltyConfig) -> pd.DataFrame:
 def main() -> None:
     config = parse(NoveltyConfig, __doc__)
     conditions = environment(get_device(config.device), run=config.run, k=config.k)
-    report("novelty", measure(config), conditions, config.output)
+    counts = dict.fromkeys(("test clips", "others"), "{:.0f}")
+    report("novelty", measure(config), conditions, config.output, counts)
 
 
 if __name__ == "__main__":

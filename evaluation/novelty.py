@@ -1,10 +1,10 @@
 """How unlike the clips of its training a clip is: a score beside the confidence.
 
-A model is as sure of a clip that shows something else as of its own (docs/results/novelty.md). So
-the score does not use the logits, but the features: the input of the last layer. It is the cosine
-distance to the nearest mean of a class, a simple relative of the Mahalanobis distance of Lee et al.
-(arXiv:1807.03888). The checkpoint holds the means of the classes and the distances of the
-validation clips, with which that of another clip is compared.
+A model can be as sure of a clip that shows something else as of its own, or surer: see
+docs/results/classification.md. So the score does not use the logits, but the features: the input of
+the last layer. It is the cosine distance to the nearest mean of a class, a simple relative of the
+Mahalanobis distance of Lee et al. (arXiv:1807.03888). The checkpoint holds the means of the classes
+and the distances of the validation clips, with which that of another clip is compared.
 """
 
 from collections.abc import Mapping

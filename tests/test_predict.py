@@ -33,6 +33,7 @@ from evaluation.calibration import Calibration
 from models import build_model
 from predict import PredictConfig, build_predictor, find_sources, main, write_outputs
 from timeline.output import NO_PREDICTION, output_folders, probability_curves
+from timeline.overlay import Band
 from timeline.predictor import FrameFilter, VideoPredictor, load_frame_filter
 from timeline.segments import Segment, Snapshot, Timeline, read_timeline
 from timeline.smoothing import SmoothingConfig
@@ -41,7 +42,7 @@ from timeline.streaming import OnlinePredictor, supports_streaming
 from training.checks import resolve
 from utils.errors import UserError
 from video.clip_reader import FrameSampler, effective_fps, read_clip
-from video.container import ClipError, decoding_stream, open_video
+from video.container import ClipError, decode, decoding_stream, open_video, to_rgb
 from video.encoder import write_video
 
 CLASSES = ("dark", "grey", "light")
@@ -772,3 +773,51 @@ def test_a_live_stream_is_shown_and_written_down(runs, transport: bytes, tmp_pat
     written = stdout + stderr + b"".join(f.read_bytes() for f in folder.iterdir())
     assert b"secret" not in written
     assert b"as fast as it plays" not in written
+
+
+def test_the_overlay_shows_nothing_from_outside(runs, run_main, tmp_path: Path) -> None:
+    detector = tmp_path / "detector.py"
+    detector.write_text("def outside(frame):\n    return frame.mean() < 80\n")
+    plan = [("grey", 1.0), ("dark", 1.02), ("light", 1.5)]
+    write_video(tmp_path / "a.mp4", painted(plan), 25)
+    flags = ("--overlay", "--out-of-body", f"{detector}:outside")
+    run_main(main, runs("vivit"), "a.mp4", *flags, cwd=tmp_path)
+    folder = tmp_path / "a.mp4.timeline"
+    pictures = [to_rgb(frame, None)[:240] for frame in decode(folder / "overlay.mp4", 0)]
+    levels = [picture.mean() for picture in pictures]
+    assert len(levels) == 25 + 26 + 38  # round(1.5 * 25)
+    assert all(level == pytest.approx(216, abs=4) for level in levels[55:])
+    assert all(level == pytest.approx(128, abs=4) for level in levels[:17])
+    # The detector saw 5 frames per second: nothing is shown from the last one inside to the next.
+    (outside,) = [s for s in read_timeline(folder / "timeline.csv")[""] if s.label == OUT_OF_BODY]
+    hidden = range(math.ceil((outside.start - 1 / 5 - 1 / 25) * 25), 55)
+    assert {round(levels[n]) for n in hidden} <= {39, 40, 41}
+    assert all(pictures[n][:200].std() < 2 for n in hidden)  # an empty picture
+
+    run_main(main, runs("vivit"), "a.mp4", cwd=tmp_path)
+    assert not (folder / "overlay.mp4").exists()  # it would not fit the new timeline
+
+
+@pytest.mark.parametrize("source", ["-", "0", "rtsp://10.255.255.1/stream"])
+def test_a_live_source_has_no_overlay(source: str, runs, mistake, tmp_path: Path) -> None:
+    ended = mistake(main, runs("vivit"), source, "--overlay", cwd=tmp_path)
+    assert ended.stderr == (
+        f"error: --overlay reads the video twice: for a file, not for {source}\n"
+    )
+
+
+def test_an_interrupt_while_the_overlay_is_written_leaves_none(
+    runs, run_main, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_video(tmp_path / "a.mp4", painted([("grey", 1.0)]), 25)
+
+    def interrupting(*arguments: object) -> np.ndarray:
+        os.kill(os.getpid(), signal.SIGINT)
+        return Band.below(*arguments)
+
+    band = type("InterruptingBand", (Band,), {"below": interrupting})
+    monkeypatch.setattr("timeline.overlay.Band", band)
+    ended = run_main(main, runs("vivit"), "a.mp4", "--overlay", cwd=tmp_path, code=130)
+    assert "interrupted: the results so far are written" in ended.stderr
+    names = {path.name for path in (tmp_path / "a.mp4.timeline").iterdir()}
+    assert "timeline.html" in names and not any("overlay" in name for name in names)

@@ -21,7 +21,7 @@ from clips.manifest import OUT_OF_BODY, UNCERTAIN, UNREADABLE
 from evaluation.plots import COLOURS, drawable_text
 from timeline.output import format_minutes
 from timeline.segments import Segment, Timeline
-from timeline.sources import FileSource, Frame
+from timeline.sources import Frame, FrameSource
 from utils.files import try_write
 from utils.interrupt import Interrupt, Interrupted
 from utils.text_table import shorten
@@ -29,7 +29,9 @@ from video.encoder import write_video
 
 MIN_WIDTH = 320  # pixels; a smaller picture is enlarged, so that the text has room
 
-_EVERY_FRAME = 1e6  # frames per second: more than any video has, so that none is left out
+EVERY_FRAME = 1e6
+"""frames per second of a source for the overlay: more than any video has, so none is left out"""
+
 _BACKGROUND, _INK = (24, 27, 31), (255, 255, 255)
 _EMPTY_PICTURE = 40  # the grey of a picture that is not shown
 
@@ -43,11 +45,16 @@ _PATTERNS = ("plain", "bars", "columns", "squares")  # one per round through the
 
 
 def write_overlay(
-    path: Path, video: Path, timeline: Timeline, fps: float, interrupt: Interrupt | None = None
+    path: Path,
+    source: FrameSource,
+    timeline: Timeline,
+    fps: float,
+    interrupt: Interrupt | None = None,
 ) -> list[str]:
     """Write the video with its timeline; `path` appears only when it is complete.
 
     Args:
+        source: the video again, with EVERY_FRAME and frames of their own size.
         fps: frames per second that the model was shown. What an out-of-body detector says about
             one of these frames holds for the frames around it.
         interrupt: request to stop; there is then no file.
@@ -58,7 +65,7 @@ def write_overlay(
 
     def write(path: Path) -> None:
         try:
-            frames, rate = overlay_frames(video, timeline, fps, interrupt)
+            frames, rate = overlay_frames(source, timeline, fps, interrupt)
             write_video(path, frames, rate)
         except Interrupted:
             pass  # the caller sees the interrupt too
@@ -68,13 +75,12 @@ def write_overlay(
 
 
 def overlay_frames(
-    video: Path, timeline: Timeline, fps: float, interrupt: Interrupt | None = None
+    source: FrameSource, timeline: Timeline, fps: float, interrupt: Interrupt | None = None
 ) -> tuple[Iterator[np.ndarray], Fraction]:
     """The frames of the overlay `(H, W, 3)`, uint8 RGB, one after another, and their rate.
 
     The rate is that of the video and constant: where frames are missing, the last one is repeated.
     """
-    source = FileSource(video, _EVERY_FRAME, None)
     frames = iter(source)
     first = next(frames)  # from here on the source knows its rate
     rate = Fraction(source.rate or 25).limit_denominator(1001)

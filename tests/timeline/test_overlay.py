@@ -10,8 +10,9 @@ import pytest
 from helpers import write_stamped
 
 from clips.manifest import OUT_OF_BODY, UNCERTAIN, UNREADABLE
-from timeline.overlay import Band, fill, overlay_frames, write_overlay
+from timeline.overlay import EVERY_FRAME, Band, fill, overlay_frames, write_overlay
 from timeline.segments import Segment, Timeline
+from timeline.sources import FileSource
 from utils.interrupt import Interrupt
 from video.container import decode, to_rgb
 from video.encoder import write_video
@@ -38,6 +39,10 @@ def make_video(path: Path, seconds: float = 5.0, size=(64, 96), rate: int = RATE
     return path
 
 
+def source(path: Path) -> FileSource:
+    return FileSource(path, EVERY_FRAME, None)
+
+
 def read(path: Path) -> list[np.ndarray]:
     return [to_rgb(frame, None) for frame in decode(path, 0)]
 
@@ -45,7 +50,7 @@ def read(path: Path) -> list[np.ndarray]:
 def test_each_frame_has_its_label_and_its_playhead(tmp_path: Path) -> None:
     timeline = make_timeline()
     video = make_video(tmp_path / "v.mp4")
-    assert write_overlay(tmp_path / "overlay.mp4", video, timeline, RATE) == []
+    assert write_overlay(tmp_path / "overlay.mp4", source(video), timeline, RATE) == []
     frames = read(tmp_path / "overlay.mp4")
     assert len(frames) == 50
     with av.open(str(tmp_path / "overlay.mp4")) as container:
@@ -71,7 +76,7 @@ def test_each_frame_has_its_label_and_its_playhead(tmp_path: Path) -> None:
 def test_frames_outside_the_patient_and_unreadable_ones_are_not_shown(tmp_path: Path) -> None:
     """Nor the frames just before: the detector saw only some of the frames."""
     video = make_video(tmp_path / "v.mp4")
-    frames, rate = overlay_frames(video, make_timeline(), 5.0)
+    frames, rate = overlay_frames(source(video), make_timeline(), 5.0)
     assert rate == RATE
     is_red = [bool(np.abs(f[:256].mean((0, 1)) - RED).max() < 20) for f in frames]
     is_empty = [not red for red in is_red]
@@ -84,14 +89,14 @@ def test_a_frame_from_outside_is_not_held_over_its_end(tmp_path: Path) -> None:
     """Where frames are missing, the last one is repeated, but not one that is hidden."""
     video = make_video(tmp_path / "v.mp4", 2.05)
     timeline = make_timeline([(OUT_OF_BODY, 2.02), ("grey", 4.0)])
-    frames, _ = overlay_frames(video, timeline, 5.0)
+    frames, _ = overlay_frames(source(video), timeline, 5.0)
     assert all(np.ptp(f[:256]) == 0 for f in frames)
 
 
 def test_a_video_of_a_camera_with_pauses_keeps_its_time(tmp_path: Path) -> None:
     path = tmp_path / "pause.webm"
     write_stamped(path, [*range(0, 1000, 100), *range(3000, 4000, 100)])
-    frames, _ = overlay_frames(path, make_timeline([("dark", 4.0)]), 5.0)
+    frames, _ = overlay_frames(source(path), make_timeline([("dark", 4.0)]), 5.0)
     pictures = [f[:240] for f in frames]
     same = [np.array_equal(a, b) for a, b in itertools.pairwise(pictures)]
     assert len(pictures) == 40
@@ -126,7 +131,9 @@ def test_an_interrupt_leaves_no_file(tmp_path: Path) -> None:
     video = make_video(tmp_path / "v.mp4", 1.0)
     with Interrupt() as interrupt:
         interrupt.signal = 2
-        assert write_overlay(tmp_path / "o.mp4", video, make_timeline(), RATE, interrupt) == []
+        assert (
+            write_overlay(tmp_path / "o.mp4", source(video), make_timeline(), RATE, interrupt) == []
+        )
     assert sorted(p.name for p in tmp_path.iterdir()) == ["v.mp4"]
 
 
@@ -135,7 +142,7 @@ def test_memory_does_not_grow_with_the_video(tmp_path: Path) -> None:
     peaks = []
     for seconds in (1, 10):
         video = make_video(tmp_path / f"{seconds}.mp4", seconds, (240, 320))
-        frames, _ = overlay_frames(video, make_timeline([("dark", float(seconds))]), 5.0)
+        frames, _ = overlay_frames(source(video), make_timeline([("dark", float(seconds))]), 5.0)
         tracemalloc.start()
         count = sum(1 for _ in frames)
         peaks.append(tracemalloc.get_traced_memory()[1])
@@ -147,5 +154,5 @@ def test_memory_does_not_grow_with_the_video(tmp_path: Path) -> None:
 
 def test_what_cannot_be_written_is_one_line(tmp_path: Path) -> None:
     video = make_video(tmp_path / "v.mp4", 1.0)
-    (problem,) = write_overlay(tmp_path / "gone" / "o.mp4", video, make_timeline(), RATE)
+    (problem,) = write_overlay(tmp_path / "gone" / "o.mp4", source(video), make_timeline(), RATE)
     assert "could not be written" in problem and "\n" not in problem
