@@ -112,3 +112,27 @@ def test_a_table_as_a_spreadsheet_saves_it(
         assert {Path(row["path"]) for row in csv.DictReader(file)} == {
             path for path, _, patient in fights if patient == "P5"
         }
+
+
+def test_phases_of_whole_operations(real: Path, tmp_path: Path, run_main: Callable) -> None:
+    """Cholec80's files: a phase per frame at 25 fps; cut, split, train, judge the timelines."""
+    (tmp_path / "operations").mkdir()
+    (tmp_path / "phases").mkdir()
+    for number in range(1, 4):
+        video = tmp_path / "operations" / f"video{number:02d}.mp4"
+        shutil.copy(real / "laparoscopy" / "endo.mp4", video)  # 250 frames
+        change = 100 + 10 * number
+        rows = [f"{i}\t{'Preparation' if i < change else 'ClippingCutting'}" for i in range(250)]
+        name = f"video{number:02d}-phase.txt"
+        (tmp_path / "phases" / name).write_text("\n".join(["Frame\tPhase", *rows]) + "\n")
+    cut = ["clips", "operations", "--annotations", "phases", "--output", "cut"]
+    said = run_main(prepare_data.main, *cut, "--num-workers", 0, cwd=tmp_path).stdout
+    (line,) = [line for line in said.splitlines() if "prepare_data.py split" in line]
+    command = shlex.split(line[line.index("python ") :])
+    said = run_main(prepare_data.main, *command[2:], cwd=tmp_path).stdout
+    video = tmp_path / "operations" / "video03.mp4"
+    to_pages(run_main, tmp_path, video, *printed_command(said))
+    said = run_main(
+        evaluate.main, "timeline", "phases/video03-phase.txt", "seen", cwd=tmp_path
+    ).stdout
+    assert "accuracy" in said
