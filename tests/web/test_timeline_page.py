@@ -335,8 +335,7 @@ def test_corrections_are_counted_exported_and_undone(
     assert totals(tab) == before
     text, back = export(tab, tmp_path)
     assert text.startswith(
-        "start,end,label,confidence,corrected_from,video\r\n"
-        f"0.000,2.000,cut,0.9100,,{QUOTED}\r\n"
+        f"start,end,label,confidence,corrected_from,video\r\n0.000,2.000,cut,0.9100,,{QUOTED}\r\n"
     )
     assert str(back) == str(PARTS)
     assert tab.inner_text("#saved") == ""
