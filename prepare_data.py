@@ -5,7 +5,7 @@ python prepare_data.py check /data/SLAM                            can every fil
 python prepare_data.py split /data/SLAM --output splits            new splits by patient
 python prepare_data.py split /data/SLAM --output folds --folds 5   for cross_validate.py
 python prepare_data.py cache /data/SLAM --output cache224          faster reading in training
-python prepare_data.py clips operations --annotations labels --output cut      clips of videos
+python prepare_data.py clips videos --annotations ann --output cut clips of whole videos
 """
 
 import sys

@@ -173,12 +173,15 @@ def match_videos(
     Raises:
         UserError: an annotation belongs to two videos, or a video has two annotations.
     """
+    by_stem: dict[str, list[Path]] = {}
+    for video in videos:
+        by_stem.setdefault(_stem(video.name), []).append(video)
     found: dict[Path, tuple[Path, list[Segment]]] = {}
     unmatched, problems = [], []
     for path, annotations in files:
         for name, segments in annotations.videos.items():
             source = Path(name.replace("\\", "/")) if name else path.with_name(video_name(path))
-            candidates = [video for video in videos if is_same_video(source.name, video.name)]
+            candidates = by_stem.get(_stem(source.name), [])
             exact = [video for video in candidates if video.name == source.name]
             candidates = exact or candidates
             if len(candidates) > 1:

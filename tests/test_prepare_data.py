@@ -261,7 +261,8 @@ def test_help_is_light_and_shows_one_example_per_line(tmp_path: Path) -> None:
     )
     assert "heavy: []" in done.stdout
     examples = [line for line in done.stdout.splitlines() if "python prepare_data.py" in line]
-    assert [line.split()[2] for line in examples] == ["audit", "check", "split", "split", "cache"]
+    names = [line.split()[2] for line in examples]
+    assert names == ["audit", "check", "split", "split", "cache", "clips"]
 
 
 @pytest.mark.parametrize(("command", "code"), [("audit", 3), ("check", 0)])

@@ -246,7 +246,11 @@ def _is_running(process_id: int) -> bool:
         return False
     except OSError:  # it is another user's process
         return True
-    return True
+    try:  # ended, but not yet waited for: in a container that may take long
+        status = Path(f"/proc/{process_id}/stat").read_bytes()
+    except OSError:  # not on Linux
+        return True
+    return status.rpartition(b")")[2].split()[:1] not in ([b"Z"], [b"X"])
 
 
 def _is_running_on_windows(process_id: int) -> bool:

@@ -48,6 +48,18 @@ def test_leftovers_of_dead_processes_are_cleared_by_the_next_write(tmp_path, dea
     remove_unfinished(tmp_path / "absent")
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="/proc tells what has ended")
+def test_a_process_that_nobody_has_waited_for_has_ended(tmp_path: Path) -> None:
+    """As the workers of a killed process in a container, which are nobody's children."""
+    process = subprocess.Popen([sys.executable, "-c", ""])
+    leftover = unfinished_path(tmp_path / "a.csv", process.pid)
+    leftover.touch()
+    os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
+    remove_unfinished(tmp_path)
+    assert not leftover.exists()
+    process.wait()
+
+
 def test_an_error_of_a_write_names_the_file(tmp_path: Path) -> None:
     with pytest.raises(OSError) as told, atomic(tmp_path / "last.pt"):
         raise OSError(errno.ENOSPC, "No space left on device")
