@@ -287,7 +287,8 @@ def evaluate(
             views = batch.clips.to(device, non_blocking=True)
             if loader.dataset.num_views == 1:
                 views = views.unsqueeze(1)  # (B, T, C, H, W) -> (B, V, T, C, H, W)
-            with recorded_features(model) as features:
+            recorded = contextlib.nullcontext([]) if means is None else recorded_features(model)
+            with recorded as features:
                 logits = model(views.flatten(0, 1))  # (B*V, T, C, H, W) -> (B*V, classes)
             if means is not None:
                 distance = distance_to_means(per_clip(features[0], len(logits)), means)
