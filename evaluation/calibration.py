@@ -6,7 +6,7 @@ temperature that all logits are divided by, and the confidence below which a cli
 """
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -85,7 +85,8 @@ class Calibration:
             return cls()
         values = {_OLD_NAMES.get(name, name): value for name, value in state.items()}
         lists = {name: tuple(values[name]) for name in ("confidence", "correct")}
-        return cls(**{**values, **lists})
+        known = {field.name for field in fields(cls)}  # a file may hold anything else
+        return cls(**{name: values[name] for name in known & values.keys()} | lists)
 
 
 def load_calibration(

@@ -230,3 +230,9 @@ def test_without_calibration_every_clip_is_answered() -> None:
     assert none.target_error is None
     answers = selective_risk(np.array([0.0, 0.2, 1.0]), np.array([True] * 3), none.min_confidence)
     assert answers["coverage"] == 1
+
+
+def test_what_a_checkpoint_holds_besides_is_left_out() -> None:
+    fitted = calibrate(*simulated(40, 1.0), 0.1)
+    state = {**fitted.state_dict(), "added by a newer version": 1}
+    assert Calibration.from_state_dict(state) == fitted
