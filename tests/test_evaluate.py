@@ -107,6 +107,25 @@ def test_features_are_in_the_order_of_the_rows(tiny_data: Path) -> None:
     assert evaluate(Means(), loader(tiny_data, 4), torch.device("cpu")).features is None
 
 
+@pytest.mark.parametrize("head", [nn.Identity(), nn.Flatten(0, 1)])
+def test_an_own_model_whose_classifier_is_not_seen_is_tested_without_features(
+    tiny_data: Path, head: nn.Module
+) -> None:
+    """It is never called, or sees no whole number of rows per clip."""
+
+    class Unseen(Brightness):
+        def forward(self, clips: torch.Tensor) -> torch.Tensor:
+            if isinstance(head, nn.Flatten):
+                head(torch.zeros(len(clips) + 1, 1, 3))
+            return super().forward(clips)
+
+        def stages(self) -> dict:
+            return {"head": [head]}
+
+    found = evaluate(Unseen(), loader(tiny_data, 9), torch.device("cpu"), with_features=True)
+    assert (len(found), found.features) == (9, None)
+
+
 def test_views_are_averaged_in_probability(tiny_data: Path) -> None:
     rows = read_manifest(tiny_data / "test.csv", classes=CLASSES)
     clips = ClipsDataset(rows, 4, 32, views=3)
@@ -154,7 +173,9 @@ def test_evaluating_again_gives_the_numbers_of_training(run: Path, tmp_path, run
     }
 
 
-def test_other_splits_views_and_shuffled_frames(run: Path, tmp_path: Path, run_main) -> None:
+def test_other_splits_views_and_shuffled_frames(
+    run: Path, tmp_path: Path, run_main, no_figures
+) -> None:
     arguments = [main, run, "--num-workers", 0]
     done = run_main(*arguments, "--split", "val", "--views", 2, "--shuffle-frames", cwd=tmp_path)
     folder = run / "evaluate_val_views2_shuffled"
@@ -165,7 +186,9 @@ def test_other_splits_views_and_shuffled_frames(run: Path, tmp_path: Path, run_m
     assert len(pd.read_csv(run / "evaluate_train/predictions.csv")) == 18
 
 
-def test_own_csv_in_another_place(run: Path, tiny_data: Path, tmp_path: Path, run_main) -> None:
+def test_own_csv_in_another_place(
+    run: Path, tiny_data: Path, tmp_path: Path, run_main, no_figures
+) -> None:
     shutil.copytree(tiny_data / "clips", tmp_path / "moved" / "clips")
     table = pd.read_csv(tiny_data / "val.csv").iloc[[0, 4, 8]]
     table.to_csv(tmp_path / "moved" / "three.csv", index=False)
@@ -179,7 +202,9 @@ def test_own_csv_in_another_place(run: Path, tiny_data: Path, tmp_path: Path, ru
     run_main(main, run, "--data-root", moved, "--num-workers", 0, cwd=tmp_path)
 
 
-def test_corruptions_and_another_target_error(run: Path, tmp_path: Path, run_main) -> None:
+def test_corruptions_and_another_target_error(
+    run: Path, tmp_path: Path, run_main, no_figures
+) -> None:
     arguments = [main, run, "--num-workers", 0, "--target-error", 0.5, "--output", "hard"]
     done = run_main(*arguments, "--corruptions", "low_light", "frame_drop", cwd=tmp_path)
     assert "mean corruption accuracy" in done.stdout
@@ -217,7 +242,7 @@ def test_probabilities_are_tempered_and_the_raw_ones_kept(tiny_data: Path) -> No
 
 
 def test_patients_of_the_training_in_another_manifest_are_told(
-    run, tiny_data, tmp_path, run_main
+    run, tiny_data, tmp_path, run_main, no_figures
 ) -> None:
     table = pd.read_csv(tiny_data / "test.csv")
     table["patient"] = ["train0" if n % 3 else "new" for n in range(len(table))]
