@@ -91,7 +91,7 @@ def average_features(inputs: list[torch.Tensor], clips: int) -> np.ndarray:
         clips: number of clips of the batch, B.
 
     Returns:
-        `(B, num_features)` float32; none, `(0, 0)`, if there is no whole number of vectors per clip.
+        `(B, num_features)` float32; `(0, 0)` if there is no whole number of vectors per clip.
     """
     rows = torch.cat(inputs)
     inputs.clear()
