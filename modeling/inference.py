@@ -74,11 +74,11 @@ def record_classifier_input(model: nn.Module) -> list[torch.Tensor]:
     """Record the input of the classifier, which is the last module of the stage `head`.
 
     Returns:
-        A list to which every forward pass from now on adds that input, if it calls the classifier.
+        A list to which every forward pass from now on adds that input.
     """
     inputs: list[torch.Tensor] = []
     classifier = list(model.stages().values())[-1][-1]
-    classifier.register_forward_pre_hook(lambda _, args: inputs.extend(args[:1]))
+    classifier.register_forward_pre_hook(lambda _, args: inputs.append(args[0]))
     return inputs
 
 
@@ -91,13 +91,10 @@ def average_features(inputs: list[torch.Tensor], clips: int) -> np.ndarray:
         clips: number of clips of the batch, B.
 
     Returns:
-        `(B, num_features)` float32; `(0, 0)` if there is no whole number of vectors per clip.
+        `(B, num_features)` float32.
     """
-    rows = torch.cat(inputs)
+    rows = torch.cat(inputs).unflatten(0, (clips, -1))  # (B, V * frames, ..., num_features)
     inputs.clear()
-    if len(rows) % clips:
-        return np.zeros((0, 0), np.float32)
-    rows = rows.unflatten(0, (clips, -1))  # (B, V * frames, ..., num_features)
     return rows.float().flatten(1, -2).mean(dim=1).cpu().numpy()
 
 

@@ -107,25 +107,6 @@ def test_features_are_in_the_order_of_the_rows(tiny_data: Path) -> None:
     assert evaluate(Means(), loader(tiny_data, 4), torch.device("cpu")).features is None
 
 
-@pytest.mark.parametrize("head", [nn.Identity(), nn.Flatten(0, 1)])
-def test_an_own_model_whose_classifier_is_not_seen_is_tested_without_features(
-    tiny_data: Path, head: nn.Module
-) -> None:
-    """It is never called, or sees no whole number of rows per clip."""
-
-    class Unseen(Brightness):
-        def forward(self, clips: torch.Tensor) -> torch.Tensor:
-            if isinstance(head, nn.Flatten):
-                head(torch.zeros(len(clips) + 1, 1, 3))
-            return super().forward(clips)
-
-        def stages(self) -> dict:
-            return {"head": [head]}
-
-    found = evaluate(Unseen(), loader(tiny_data, 9), torch.device("cpu"), with_features=True)
-    assert (len(found), found.features) == (9, None)
-
-
 def test_views_are_averaged_in_probability(tiny_data: Path) -> None:
     rows = read_manifest(tiny_data / "test.csv", classes=CLASSES)
     clips = ClipsDataset(rows, 4, 32, views=3)

@@ -263,8 +263,7 @@ def evaluate(
         temperature: the logits are divided by it; see evaluation/calibration.py.
         logit_adjustment: `(num_classes,)`, subtracted from the logits first; see
             training/losses.py.
-        with_features: also record `Predictions.features`, at no cost, if the model's forward pass
-            calls the last module of `stages()`.
+        with_features: also record `Predictions.features`, at no cost; the model needs `stages()`.
 
     Raises:
         Interrupted: `interrupt` was asked to stop.
@@ -286,7 +285,7 @@ def evaluate(
             logits = logits.unflatten(0, views.shape[:2])  # (B, V, classes)
             both = torch.stack((logits / temperature, logits)).softmax(dim=-1)
             probabilities.append(both.mean(dim=2))  # (2, B, V, classes) -> (2, B, classes)
-            if inputs:
+            if with_features:
                 features.append(average_features(inputs, len(views)))
             indices += batch.indices
         # Processes have different numbers of batches, so they cannot agree to stop between batches.
@@ -313,7 +312,7 @@ def evaluate(
     rows = [loader.dataset.rows[index] for index in indices[order]]
     calibrated, uncalibrated = probabilities[:, order]
     predictions = Predictions(rows, calibrated, unreadable, uncalibrated)
-    recorded = [array for *_, arrays in parts for array in arrays]
-    if recorded and sum(map(len, recorded)) == len(rows):
+    if with_features:
+        recorded = [array for *_, arrays in parts for array in arrays]
         predictions.features = np.concatenate(recorded)[order]
     return predictions
