@@ -129,7 +129,8 @@ def run_script(
 
 _FORKSERVER = multiprocessing.get_context("forkserver")
 # Once, instead of in each of the processes: what the scripts and this file import.
-_FORKSERVER.set_forkserver_preload(["train", "pandas", "pytest", "torchvision.transforms.v2"])
+_PRELOAD = "train pandas pytest torchvision.transforms.v2 evaluation.plots sklearn.manifold"
+_FORKSERVER.set_forkserver_preload(_PRELOAD.split())
 
 
 def start_script(

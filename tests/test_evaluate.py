@@ -151,7 +151,9 @@ def test_evaluating_again_gives_the_numbers_of_training(run: Path, tmp_path, run
     }
 
 
-def test_other_splits_views_and_shuffled_frames(run: Path, tmp_path: Path, run_main) -> None:
+def test_other_splits_views_and_shuffled_frames(
+    run: Path, tmp_path: Path, run_main, no_figures
+) -> None:
     arguments = [main, run, "--num-workers", 0]
     done = run_main(*arguments, "--split", "val", "--views", 2, "--shuffle-frames", cwd=tmp_path)
     folder = run / "evaluate_val_views2_shuffled"
@@ -162,7 +164,9 @@ def test_other_splits_views_and_shuffled_frames(run: Path, tmp_path: Path, run_m
     assert len(pd.read_csv(run / "evaluate_train/predictions.csv")) == 18
 
 
-def test_own_csv_in_another_place(run: Path, tiny_data: Path, tmp_path: Path, run_main) -> None:
+def test_own_csv_in_another_place(
+    run: Path, tiny_data: Path, tmp_path: Path, run_main, no_figures
+) -> None:
     shutil.copytree(tiny_data / "clips", tmp_path / "moved" / "clips")
     table = pd.read_csv(tiny_data / "val.csv").iloc[[0, 4, 8]]
     table.to_csv(tmp_path / "moved" / "three.csv", index=False)
@@ -176,7 +180,9 @@ def test_own_csv_in_another_place(run: Path, tiny_data: Path, tmp_path: Path, ru
     run_main(main, run, "--data-root", moved, "--num-workers", 0, cwd=tmp_path)
 
 
-def test_corruptions_and_another_target_error(run: Path, tmp_path: Path, run_main) -> None:
+def test_corruptions_and_another_target_error(
+    run: Path, tmp_path: Path, run_main, no_figures
+) -> None:
     arguments = [main, run, "--num-workers", 0, "--target-error", 0.5, "--output", "hard"]
     done = run_main(*arguments, "--corruptions", "low_light", "frame_drop", cwd=tmp_path)
     assert "mean corruption accuracy" in done.stdout
@@ -214,7 +220,7 @@ def test_probabilities_are_tempered_and_the_raw_ones_kept(tiny_data: Path) -> No
 
 
 def test_patients_of_the_training_in_another_manifest_are_told(
-    run, tiny_data, tmp_path, run_main
+    run, tiny_data, tmp_path, run_main, no_figures
 ) -> None:
     table = pd.read_csv(tiny_data / "test.csv")
     table["patient"] = ["train0" if n % 3 else "new" for n in range(len(table))]
