@@ -37,6 +37,7 @@ SETTINGS = {
     "prepare_data.py clips": "clips.cut.CutConfig",
     "benchmark_latency.py": "benchmark_latency.BenchmarkConfig",
     "benchmarks.data": "benchmarks.data.BenchmarkConfig",
+    "benchmarks.novelty": "benchmarks.novelty.NoveltyConfig",
     "benchmarks.intervals": "benchmarks.intervals.IntervalConfig",
     "demo.operation": "demo.operation.OperationConfig",
     "demo.figures": "demo.figures.FigureConfig",
