@@ -21,6 +21,7 @@ from tqdm import tqdm
 from benchmarks.baselines import onnxruntime_session, train_naively
 from benchmarks.epoch_time import epoch_trainer
 from benchmarks.timing import run_isolated, time_calls
+from clips.manifest import CLASSES
 from config import TrainConfig
 from dataset import collate
 from modeling.inference import prepare_for_inference
@@ -122,6 +123,7 @@ def measure(job: Job) -> dict[str, Any]:
     config = resolve(
         TrainConfig(
             data_root=".",
+            classes=CLASSES,
             model_name=job.model_name,
             weights="none",
             n_frames=job.n_frames,

@@ -187,7 +187,7 @@ def _folder_records(folder: Path) -> tuple[list[Record], list[str]]:
         if not path.isprintable():  # a CSV cannot hold control characters and invalid UTF-8
             return [], [f"{folder}: rename {path!r}: a manifest cannot hold that name"]
         fields = parse_slam_filename(path)
-        if "label" not in fields and video.parent != folder:
+        if "label" not in fields and folder not in (video, video.parent):
             fields["label"] = video.parent.name
             classes.add(video.parent)
         records.append(Record(number, path, **fields))

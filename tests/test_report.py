@@ -441,7 +441,7 @@ def test_a_cross_validation_has_one_line_per_fold(run: Path, tmp_path: Path) -> 
     assert "tsm_resnet: results out of 3 folds" in text
     lines = re.findall(r"<title>(fold\d+) training</title>", page)
     assert lines == ["fold1", "fold2", "fold10"]
-    assert page.count("epoch 2 was kept") == 2 * 3  # on the loss and on the scores
+    assert page.count("epoch 2 was kept") == 3 * 3  # on loss, scores and learning rate
     assert "fold1 70 3 0.610" in text
     assert "below the threshold of the model of its fold" in text
     assert "The model of each fold has its own temperature" in text

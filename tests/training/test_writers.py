@@ -124,7 +124,8 @@ def test_a_missing_package_is_told_before_anything_is_read(
     module: str, flag: str, remedy: str, tmp_path: Path, monkeypatch, mistake
 ) -> None:
     monkeypatch.setitem(sys.modules, module, None)
-    code, stderr = mistake(main, "--data-root", tmp_path / "nowhere", flag, cwd=tmp_path)
+    data = ["--data-root", tmp_path / "nowhere", "--classes", "cut", "sew"]
+    code, stderr = mistake(main, *data, flag, cwd=tmp_path)
     assert (code, stderr) == (2, f"error: {flag} needs a package: {remedy}\n")
     assert not list(tmp_path.iterdir())
     require_packages(TrainConfig())  # without the flags nothing is needed
