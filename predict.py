@@ -17,6 +17,7 @@ through. Ctrl-C stops early and writes the results so far.
 
 import dataclasses
 import math
+import os
 import sys
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -53,7 +54,7 @@ OLD_NAMES = {
 
 # The settings that --clips uses.
 OF_CLIPS = {
-    *("run", "sources", "clips", "data_root", "num_workers"),
+    *("run", "sources", "clips", "data_root", "path_column", "num_workers"),
     *("target_error", "device", "precision"),
 }
 
@@ -72,6 +73,8 @@ class PredictConfig:
     .csv file"""
     data_root: str = ""
     """folder of the clips of manifests, with --clips (empty: the manifest's own)"""
+    path_column: str = ""
+    """column of the paths in manifests, with --clips (empty: recognised by its name)"""
     num_workers: int = 2
     """processes that read clips, with --clips"""
     output: str = ""
@@ -138,6 +141,8 @@ def check_settings(config: PredictConfig) -> None:
         require_package("aiohttp", "--serve")
     if not config.clips:
         return
+    if os.path.realpath(config.clips) in map(os.path.realpath, config.sources):
+        raise UserError(f"--clips {config.clips}: is one of the sources: give another name")
     for field in dataclasses.fields(config):
         if field.name not in OF_CLIPS and getattr(config, field.name) != field.default:
             flag = f"--{field.name.replace('_', '-')}"
@@ -320,10 +325,11 @@ def main() -> None:
     config = parse(PredictConfig, __doc__, old_names=OLD_NAMES)
     check_settings(config)
     if config.clips:
-        from training.predict_clips import predict_clips
+        from training.predict_clips import find_clips, predict_clips
 
         options = config.device, config.precision, config.num_workers, config.target_error
-        predict_clips(config.run, config.sources, Path(config.clips), config.data_root, *options)
+        clips = find_clips(config.sources, config.data_root, config.path_column)
+        predict_clips(config.run, clips, Path(config.clips), *options)
         return
     # Before the model is built: a misspelt name is found at once.
     sources = find_sources(config.sources, config.frame_rate)

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from utils.errors import UserError
-from video.files import find_videos, no_video
+from video.files import videos_below
 
 if TYPE_CHECKING:
     from timeline.sources import FrameSource
@@ -30,12 +30,7 @@ def find_sources(texts: tuple[str, ...], frame_rate: float | None = None) -> lis
         if text == "-" or (is_live(text) and not path.exists()):
             sources.append(text)
         elif path.is_dir():
-            found = find_videos(path)
-            if not found.paths:
-                raise UserError(no_video(path, found))
-            sources += found.paths
-            if found.passed_over:
-                print(f"{path}: {found.passed_over}")
+            sources += videos_below(path)
         elif path.exists():
             sources.append(path)
         else:

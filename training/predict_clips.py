@@ -9,6 +9,7 @@ from pathlib import Path
 
 from checkpoint import load_checkpoint, rebuild_model
 from clips.manifest import ClipRow, class_problems, read_paths
+from clips.manifest_formats import ManifestOptions
 from config import Precision, from_dict
 from evaluation.calibration import load_calibration
 from evaluation.clip_answers import clip_answers, describe_answers, write_answers
@@ -19,12 +20,12 @@ from utils.device import autocast_dtype, describe_device, get_device
 from utils.errors import UserError
 from utils.files import make_folder, require_writable
 from utils.text_table import list_some
-from video.files import find_videos, no_video
+from video.files import videos_below
 
 MANIFESTS = (".csv", ".tsv", ".txt", ".xlsx")
 
 
-def find_clips(sources: Sequence[str], data_root: str = "") -> list[Path]:
+def find_clips(sources: Sequence[str], data_root: str = "", path_column: str = "") -> list[Path]:
     """The distinct clips of files, folders and manifests, in this order; labels do not count.
 
     Raises:
@@ -34,14 +35,9 @@ def find_clips(sources: Sequence[str], data_root: str = "") -> list[Path]:
     for text in sources:
         path = Path(text)
         if path.is_dir():
-            found = find_videos(path)
-            if not found.paths:
-                raise UserError(no_video(path, found))
-            clips += found.paths
-            if found.passed_over:
-                print(f"{path}: {found.passed_over}")
+            clips += videos_below(path)
         elif path.suffix.lower() in MANIFESTS:
-            clips += read_paths(path, data_root or None)
+            clips += read_paths(path, data_root or None, ManifestOptions(path_column=path_column))
         elif path.is_file():
             clips.append(path)
         else:
@@ -56,9 +52,8 @@ def find_clips(sources: Sequence[str], data_root: str = "") -> list[Path]:
 
 def predict_clips(
     run: str,
-    sources: Sequence[str],
+    clips: Sequence[Path],
     output: Path,
-    data_root: str,
     device_name: str,
     precision: Precision,
     num_workers: int,
@@ -69,7 +64,7 @@ def predict_clips(
     The clips are sampled and batched as evaluate.py does, so the probabilities are the same.
 
     Args:
-        sources, data_root: see `find_clips`.
+        clips: from `find_clips`.
 
     Raises:
         UserError: something is wrong with the sources, the checkpoint or the output; or clips could
@@ -77,9 +72,6 @@ def predict_clips(
     """
     if output.suffix.lower() != ".csv" or output.is_dir():
         raise UserError(f"--clips {output}: give the name of a .csv file to write the answers into")
-    if os.path.realpath(output) in map(os.path.realpath, sources):
-        raise UserError(f"--clips {output}: is one of the sources: give another name")
-    clips = find_clips(sources, data_root)
     require_writable(output.parent, "--clips")
     state = load_checkpoint(run)
     classes = tuple(state["classes"])

@@ -54,6 +54,20 @@ def no_video(folder: Path, found: FoundVideos, wanted: str = "no video") -> str:
     return f"{folder}: holds {wanted} ({found.passed_over or 'it is empty'})"
 
 
+def videos_below(folder: Path) -> list[Path]:
+    """All videos below a folder; what is passed over is printed in one line.
+
+    Raises:
+        UserError: there are none, or folders or files cannot be read.
+    """
+    found = find_videos(folder)
+    if not found.paths:
+        raise UserError(no_video(folder, found))
+    if found.passed_over:
+        print(f"{folder}: {found.passed_over}")
+    return found.paths
+
+
 def is_video(name: str) -> bool:
     """Whether a file name has the extension of a video."""
     return PurePath(name.strip()).suffix.lower() in VIDEO_SUFFIXES
