@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
+from clips.manifest_formats import ManifestOptions
 from clips.splits import SPLITS, find_splits
 from utils.errors import UserError
 from utils.structure import find_mismatch, short_repr
@@ -431,4 +432,4 @@ def manifest_paths(config: TrainConfig) -> dict[str, Path] | Path:
     if config.csv:
         return Path(config.csv)
     names = {split: getattr(config, f"{split}_csv") for split in SPLITS}
-    return find_splits(Path(config.data_root), names)
+    return find_splits(Path(config.data_root), names, ManifestOptions.of(config))

@@ -183,7 +183,8 @@ def build_predictor(
         raise UserError(
             f"{config.run}: does not say at which frame rate it was trained (an older checkpoint, "
             "or clips whose rate is unknown): give --fps, the frames per second of the training "
-            "clips (16 frames of a clip of 1.2 s are 13.3)"
+            "clips (16 frames of a clip of 1.2 s are 13.3); if these were folders of images, "
+            f"python train.py --resume {config.run} --frame-rate R stores their rate"
         )
     classes = tuple(state["classes"])
     if problems := class_problems(classes):
@@ -286,7 +287,10 @@ def predict(
         if config.overlay and not interrupt.signal:
             frames = FileSource(source, EVERY_FRAME, None)
             overlay = folder / "overlay.mp4"
-            problems += write_overlay(overlay, frames, timeline, predictor.fps, interrupt)
+            failed = write_overlay(overlay, frames, timeline, predictor.fps, interrupt)
+            problems += failed
+            if not failed:
+                print(f"overlay: {sanitize(str(overlay))}")
         if problems:
             failures.append("; ".join(problems))
             print(f"error: {failures[-1]}", file=sys.stderr)

@@ -57,9 +57,9 @@ def fill_cache(config: CacheConfig) -> int:
     root = Path(config.data_root)
     if not root.is_dir():
         raise UserError(f"{root}: no such folder (data_root is the folder of the clips)")
-    found = find_splits(root, {Path(name).stem: name for name in config.manifests})
-    sources = [found] if isinstance(found, Path) else found.values()
     options = ManifestOptions.of(config)
+    found = find_splits(root, {Path(name).stem: name for name in config.manifests}, options)
+    sources = [found] if isinstance(found, Path) else found.values()
     clips = list(dict.fromkeys(c for path in sources for c in read_paths(path, root, options)))
     names = [field.name for field in dataclasses.fields(CacheSettings)]
     settings = CacheSettings(**{name: getattr(config, name) for name in names})

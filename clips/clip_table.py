@@ -45,7 +45,7 @@ def read_clips(
     """
     import pandas as pd  # not above: --help does without it
 
-    roots = {path: Path(source) for source in sources for path in _manifests(Path(source))}
+    roots = {path: Path(source) for source in sources for path in _manifests(Path(source), options)}
     manifests = list({path.resolve(): path for path in roots}.values())  # each one once
     if not manifests:
         raise UserError("name a manifest (a CSV of clips) or a folder")
@@ -91,11 +91,11 @@ def _replace_aliases(clips: "pd.DataFrame") -> "pd.DataFrame":
     return clips.assign(label=clips["label"].map(lambda label: CLASSES[numbers[label]]))
 
 
-def _manifests(source: Path) -> list[Path]:
+def _manifests(source: Path, options: ManifestOptions | None) -> list[Path]:
     """The manifests or folders of the splits in a source, or of all its clips."""
     if not source.is_dir():
         return [source]
-    found = find_splits(source)
+    found = find_splits(source, options=options)
     paths = [found] if isinstance(found, Path) else found.values()
     return [path for path in paths if path.exists()]
 

@@ -166,7 +166,10 @@ def _table_records(
                 raise UserError(f"{manifest}: {_SINGLE_LABEL}")
             raise _no_column(table, "labels")
     except FileNotFoundError:
-        return [], [f"{manifest}: no such manifest (a CSV with the columns path,label)"]
+        wanted = "manifest (a CSV with the columns path,label)"
+        if not manifest.suffix:
+            wanted = "folder of clips (train, val and test need one each, with clips in it)"
+        return [], [f"{manifest}: no such {wanted}"]
     except OSError as error:
         return [], [describe_os_error(error, manifest)]
     except UserError as error:
@@ -181,7 +184,7 @@ def _folder_records(folder: Path) -> tuple[list[Record], list[str]]:
         return [], [no_video(folder, found, "neither train.csv nor any video")]
     if found.passed_over:
         _tell(f"{folder}: {found.passed_over}")
-    records, classes = [], set()
+    records, classes, nested = [], set(), []
     for number, video in enumerate(found.paths, 1):
         path = video.relative_to(folder).as_posix()
         if not path.isprintable():  # a CSV cannot hold control characters and invalid UTF-8
@@ -190,7 +193,14 @@ def _folder_records(folder: Path) -> tuple[list[Record], list[str]]:
         if "label" not in fields and folder not in (video, video.parent):
             fields["label"] = video.parent.name
             classes.add(video.parent)
+            if folder != video.parent.parent:
+                nested.append(path)
         records.append(Record(number, path, **fields))
+    if nested:
+        _tell(
+            f"{folder}: folders in folders: the class of a clip is the folder that it lies in (of "
+            f"{shorten(nested[0])} {shorten(PurePosixPath(nested[0]).parent.name)!r})"
+        )
     return records, [
         f"{again} and {first} are one folder, but two classes: take one of them out"
         for again, first in found.twice
@@ -281,6 +291,8 @@ def _rows(table: Table, options: ManifestOptions) -> Iterator[tuple[int, dict[st
             yield row.line, match.groupdict()
     elif _is_header(table):
         raise _no_column(table, "paths")
+    elif all(len(row.cells) > 2 and is_video(row.cells[0]) for row in table.rows):
+        raise UserError(f"{table.path}: has no header: write one, e.g. path,label,patient")
     else:
         for line, (text,) in table.lines:
             # The label is the end of the line: the path may hold spaces and commas.
@@ -447,7 +459,7 @@ def _is_one_hot(table: Table) -> bool:
 def _no_column(table: Table, what: str) -> UserError:
     return UserError(
         f"{table.path}: which column holds the {what} is not known: its columns are "
-        f"{_names(table)}: give {_FLAGS}"
+        f"{_names(table)}: give {_FLAGS}, or move the table elsewhere if folders are the classes"
     )
 
 

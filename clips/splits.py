@@ -9,12 +9,18 @@ from pathlib import Path
 from clips.manifest import CLASSES, ClipRow, parse_manifest, raise_problems, summarize
 from clips.manifest_formats import SPLIT_NAMES, ManifestOptions, read_records
 from utils.errors import ResultWarning, UserError
+from utils.tables import read_table
 from utils.text_table import list_some, shorten
+from video.files import is_video
 
 SPLITS = ("train", "val", "test")
 
 
-def find_splits(root: Path, names: Mapping[str, str] | None = None) -> dict[str, Path] | Path:
+def find_splits(
+    root: Path,
+    names: Mapping[str, str] | None = None,
+    options: ManifestOptions | None = None,
+) -> dict[str, Path] | Path:
     """The manifests or folders of the splits of a data set.
 
     These are, in this order: the named manifests below `root`, or as paths; folders called train,
@@ -23,6 +29,7 @@ def find_splits(root: Path, names: Mapping[str, str] | None = None) -> dict[str,
 
     Args:
         names: name of the manifest per split (default: train.csv, val.csv and test.csv).
+        options: how the table is read.
 
     Returns:
         The manifest or folder per split, whether or not it exists; or the table or folder of all
@@ -40,16 +47,35 @@ def find_splits(root: Path, names: Mapping[str, str] | None = None) -> dict[str,
     folders = {SPLIT_NAMES.get(path.name.lower()): path for path in entries if path.is_dir()}
     if "train" in folders:
         return {split: folders.get(split, root / split) for split in SPLITS}
-    tables = [path for path in entries if path.suffix.lower() in _TABLES and _lists_clips(path)]
+    tables = [
+        path for path in entries if path.suffix.lower() in _TABLES and _lists_clips(path, options)
+    ]
     return tables[0] if len(tables) == 1 else root
 
 
 _TABLES = (".csv", ".tsv", ".xlsx")
 
 
-def _lists_clips(path: Path) -> bool:
-    """Whether a table is one of clips and labels, and not for example a list of bad files."""
-    return path.is_file() and any(record.label for record in read_records(path)[0])
+def _lists_clips(path: Path, options: ManifestOptions | None) -> bool:
+    """Whether a table lists clips; that it can be understood is not asked for.
+
+    The list of bad files that prepare_data.py writes is none.
+    """
+    if not path.is_file():
+        return False
+    if options and options != ManifestOptions(
+        patient_pattern=options.patient_pattern, frame_rate=options.frame_rate
+    ):
+        return True  # columns are named
+    try:
+        rows = [row.cells for row in read_table(path).rows]
+    except UserError:  # the reader will say what is wrong with it
+        return True
+    if not rows or rows[0] == ["path", "reason"]:
+        return False
+    return any(is_video(cell) for cells in rows for cell in cells) or any(
+        record.label for record in read_records(path, options)[0]
+    )
 
 
 def read_splits(
@@ -172,7 +198,7 @@ def patient_overlap(
     if unknown and len(splits) > 1:
         text = (
             f"the patients of {', '.join(unknown)} are unknown and were not compared: the splits "
-            "may share patients (add a column `patient` to the manifests)"
+            "may share patients (add a column `patient`, or give --patient-pattern)"
         )
         warnings.append({"kind": "other", "text": text})
     return warnings

@@ -249,7 +249,7 @@ def test_patients_of_the_training_in_another_manifest_are_told(
         (["{future}"], "written by a newer version"),
         (["{run}", "--views", "0"], "views and batch_size must be at least 1"),
         (["{run}", "--csv", "nowhere.csv"], "nowhere.csv: no such manifest"),
-        (["{run}", "--data-root", "elsewhere"], "elsewhere/train.csv: no such manifest"),
+        (["{run}", "--data-root", "elsewhere"], "elsewhere: no such folder: give --data-root"),
     ],
 )
 def test_mistakes_are_one_line(run: Path, tiny_data, tmp_path, arguments, message, mistake) -> None:

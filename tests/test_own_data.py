@@ -197,3 +197,37 @@ def test_lists_of_frame_folders(tmp_path: Path) -> None:
 def make_image(path: Path) -> None:
     path.parent.mkdir(exist_ok=True)
     Image.new("RGB", (16, 16)).save(path)
+
+
+def test_a_table_beside_the_clips_is_never_left_out_silently(
+    tiny_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    """Folders of patients are no classes where a table says what the classes are."""
+    for number, row in enumerate(read_manifest(tiny_data / "train.csv", classes=CLASSES)):
+        link(row.path, tmp_path / f"P{number % 3}" / row.path.name)
+    files = sorted(path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*.mp4"))
+    lines = [f"{path},{CLASSES[number % 3]}" for number, path in enumerate(files)]
+    table = tmp_path / "clips.csv"
+    table.write_text("\n".join(["clip file,diagnosis", *lines]))
+    with pytest.raises(UserError, match=r"clips\.csv: which column holds .*'diagnosis'"):
+        resolve(TrainConfig(data_root=str(tmp_path)))
+    config = resolve(TrainConfig(data_root=str(tmp_path), label_column="diagnosis"))
+    assert config.classes == CLASSES
+    table.write_bytes("clip file,diagnosis\n".encode("utf-16"))
+    with pytest.raises(UserError, match="UTF-16"):
+        resolve(TrainConfig(data_root=str(tmp_path)))
+    table.write_text("path,reason\n" + "\n".join(lines))  # of prepare_data.py check
+    assert resolve(TrainConfig(data_root=str(tmp_path))).classes == ("P0", "P1", "P2")
+    (tmp_path / "P0" / "more").mkdir()
+    link(tmp_path / files[0], tmp_path / "P0" / "more" / "x.mp4")
+    capsys.readouterr()
+    resolve(TrainConfig(data_root=str(tmp_path)))
+    assert "(of P0/more/x.mp4 'more')" in capsys.readouterr().out
+    table.write_text("a.mp4,cut,P1\nb.mp4,sew,P2\n")
+    with pytest.raises(UserError, match=r"has no header: write one, e\.g\. path,label,patient"):
+        resolve(TrainConfig(data_root=str(tmp_path)))
+    with pytest.raises(UserError, match="gone: no such folder: give --data-root"):
+        load_splits(TrainConfig(data_root=str(tmp_path / "gone"), classes=CLASSES))
+    (tmp_path / "train").mkdir()
+    with pytest.raises(UserError, match="val: no such folder of clips"):
+        resolve(TrainConfig(data_root=str(tmp_path)))

@@ -31,6 +31,8 @@ def find_sources(texts: tuple[str, ...], frame_rate: float | None = None) -> lis
             sources.append(text)
         elif path.is_dir():
             sources += videos_below(path)
+        elif path.suffix.lower() in (".csv", ".tsv", ".xlsx") and path.is_file():
+            raise UserError(f"{path}: is a table: for the clips that it lists, add --clips OUT.csv")
         elif path.exists():
             sources.append(path)
         else:

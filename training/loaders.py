@@ -221,6 +221,8 @@ def load_splits(config: TrainConfig) -> dict[str, list[ClipRow]]:
     """
     config = resolve(config)
     if config.data_root:
+        if not Path(config.data_root).is_dir():
+            raise UserError(f"{config.data_root}: no such folder: give --data-root")
         found, options = manifest_paths(config), ManifestOptions.of(config)
         if isinstance(found, Path):
             return read_table_of_splits(

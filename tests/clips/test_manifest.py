@@ -232,7 +232,7 @@ def test_unknown_patients_are_a_warning(tmp_path) -> None:
     assert other == {
         "kind": "other",
         "text": "the patients of 1 of 2 clips of test are unknown and were not compared: the "
-        "splits may share patients (add a column `patient` to the manifests)",
+        "splits may share patients (add a column `patient`, or give --patient-pattern)",
     }
     (nothing,) = patient_overlap({"train": unknown[:1], "test": unknown[:1]})
     assert "patients of 1 of 1 clips of train, 1 of 1 clips of test are unknown" in nothing["text"]
