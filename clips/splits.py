@@ -128,8 +128,7 @@ def read_table_of_splits(
     records, _ = read_records(source, options)
     rows, problems = parse_manifest(source, data_root, classes, options)
     names = [record.split for record in records]
-    if problems:
-        raise_problems(problems)
+    raise_problems(problems)
     if not any(names):
         names = list(divide(rows))
     unknown = Counter(name or "(none)" for name in names if name not in SPLITS)

@@ -59,7 +59,7 @@ def resolve(config: TrainConfig) -> TrainConfig:
     changes = {name: value for name, value in defaults.items() if getattr(config, name) is None}
     # Absolute, because a run may be evaluated from another folder later.
     paths = {n: getattr(config, n) for n in ("data_root", "csv", "cache", "feature_cache")}
-    paths |= {f"{s}_csv": str(path) for s, path in _manifests_elsewhere(config).items()}
+    paths |= _named_manifests(config)
     changes |= {name: os.path.abspath(path) for name, path in paths.items() if path}
     config = dataclasses.replace(config, **changes)
     problems = find_problems(config)
@@ -71,13 +71,12 @@ def resolve(config: TrainConfig) -> TrainConfig:
     return config
 
 
-def _manifests_elsewhere(config: TrainConfig) -> dict[str, Path]:
-    """The manifests whose paths are not relative to data_root."""
-    found = manifest_paths(config)
-    if isinstance(found, Path):
-        return {}
-    root = Path(config.data_root)
-    return {split: path for split, path in found.items() if root not in path.parents}
+def _named_manifests(config: TrainConfig) -> dict[str, Path]:
+    """The settings of manifests that are not found by their place below data_root."""
+    found, root = manifest_paths(config), Path(config.data_root)
+    if isinstance(found, Path):  # a table that was found is named, so that it is looked for once
+        return {"csv": found} if found.is_file() else {}
+    return {f"{s}_csv": path for s, path in found.items() if root not in path.parents}
 
 
 def _find_classes(config: TrainConfig) -> tuple[str, ...]:

@@ -9,18 +9,13 @@ from torch import nn
 from clips.manifest import ClipRow
 from config import TrainConfig
 from evaluation.novelty import class_means
-from modeling.features import per_clip, recorded_features
-from modeling.inference import prepare_for_inference
-from training.engine import NoClipError
+from training.engine import evaluate
 from training.loaders import eval_loader, open_cache
-from utils import distributed
 from utils.interrupt import Interrupt
-from utils.workers import show_batches
 
 CLIPS_PER_CLASS = 20
 
 
-@torch.inference_mode()
 def measure_class_means(
     model: nn.Module,
     rows: Sequence[ClipRow],
@@ -39,22 +34,18 @@ def measure_class_means(
         Interrupted: `interrupt` was asked to stop.
         NoClipError: none of the clips can be read.
     """
-    model = prepare_for_inference(model, device)
     loader = eval_loader(some_per_class(rows), config, open_cache(config))
-    features, labels, quiet = [], [], distributed.rank() != 0
-    for batch in show_batches(loader, "training features", interrupt, quiet):
-        if len(batch.labels):
-            with recorded_features(model) as newest:
-                model(batch.clips.to(device, non_blocking=True))
-            features.append(per_clip(newest[0], len(batch.labels)))
-            labels.append(batch.labels)
-        if interrupt and distributed.world_size() == 1:
-            interrupt.check()
-    own = (torch.cat(features), torch.cat(labels)) if features else None
-    parts = [part for part in distributed.all_gather(own) if part is not None]
-    if not parts:
-        raise NoClipError("none of the training clips can be read", [])
-    return class_means(*(torch.cat(tensors) for tensors in zip(*parts, strict=True)))
+    predictions = evaluate(
+        model,
+        loader,
+        device,
+        description="training",
+        skip_unreadable=True,
+        interrupt=interrupt,
+        with_features=True,
+    )
+    features = torch.from_numpy(predictions.features).double()
+    return class_means(features, torch.from_numpy(predictions.labels))
 
 
 def some_per_class(rows: Sequence[ClipRow], count: int = CLIPS_PER_CLASS) -> list[ClipRow]:
