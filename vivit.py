@@ -8,25 +8,30 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from modeling.layers import IMAGENET_MEAN_STD, Normalize, checkpointed
+from modeling.layers import (
+    IMAGENET_MEAN_STD,
+    Normalize,
+    checkpointed,
+    drop_path,
+    drop_path_rates,
+)
 from utils.errors import UserError
 
 
 class Block(nn.Module):
     """A pre-norm transformer block: attention, then an MLP four times as wide.
 
-    In training each of the two branches is skipped with probability `drop_path`, for a whole clip
-    at a time; where it is kept it is scaled by 1 / (1 - drop_path), so that the expected output is
-    that of eval mode.
+    In training each of the two branches is skipped with probability `drop_path_rate`: see
+    `modeling.layers.drop_path`.
     """
 
     def __init__(
-        self, dim: int, heads: int, dim_head: int, dropout: float, drop_path: float = 0.0
+        self, dim: int, heads: int, dim_head: int, dropout: float, drop_path_rate: float = 0.0
     ) -> None:
         super().__init__()
         self.heads = heads
         self.dropout = dropout
-        self.drop_path = drop_path
+        self.drop_path_rate = drop_path_rate
         inner = heads * dim_head
         self.attention_norm = nn.LayerNorm(dim)
         self.qkv = nn.Linear(dim, 3 * inner, bias=False)
@@ -46,11 +51,7 @@ class Block(nn.Module):
         return x + self._drop(self.mlp(self.mlp_norm(x)), rows_per_clip)
 
     def _drop(self, branch: torch.Tensor, rows_per_clip: int) -> torch.Tensor:
-        if not (self.training and self.drop_path):
-            return branch
-        kept = 1 - self.drop_path
-        mask = branch.new_empty(len(branch) // rows_per_clip, 1, 1).bernoulli_(kept) / kept
-        return branch * mask.repeat_interleave(rows_per_clip, 0)  # one draw per clip
+        return drop_path(branch, self.drop_path_rate, self.training, rows_per_clip)
 
     def _attention(self, x: torch.Tensor) -> torch.Tensor:
         qkv = self.qkv(x).unflatten(2, (3, self.heads, -1))  # (N, tokens, 3, heads, dim_head)
@@ -128,7 +129,7 @@ class ViViT(nn.Module):
         self.normalize = Normalize(IMAGENET_MEAN_STD)
         self.embedding = Embedding(n_frames, image_size, patch_size, dim, dropout)
         shape = (dim, heads, dim_head, dropout)
-        rates = torch.linspace(0, drop_path, 2 * depth, device="cpu").tolist()
+        rates = drop_path_rates(drop_path, 2 * depth)
         self.spatial = nn.ModuleList(Block(*shape, rate) for rate in rates[:depth])
         self.spatial_norm = nn.LayerNorm(dim)
         # A list with one parameter: stages() lists modules, and a parameter alone is not a module.

@@ -1,4 +1,4 @@
-"""Layers that all models share: input normalisation and gradient checkpointing."""
+"""What all models share: input normalisation, stochastic depth, gradient checkpointing."""
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
@@ -38,6 +38,42 @@ class Normalize(nn.Module):
         else:
             x = clips * self.scale.to(clips.dtype) + self.shift.to(clips.dtype)
         return x if self.dtype is None else x.to(self.dtype)
+
+
+class ParameterGroup(nn.Module):
+    """Parameters that a module holds itself, as a module that `stages()` can list.
+
+    It is made anew at every call of `stages()` and is no part of the model, so that the names of
+    the parameters stay as they are.
+    """
+
+    def __init__(self, *parameters: nn.Parameter) -> None:
+        super().__init__()
+        for number, parameter in enumerate(parameters):
+            self.register_parameter(str(number), parameter)
+        self.training = any(parameter.requires_grad for parameter in parameters)
+
+
+def drop_path(
+    branch: torch.Tensor, rate: float, training: bool, rows_per_clip: int = 1
+) -> torch.Tensor:
+    """A residual branch, `(N, ...)`, skipped in training with probability `rate`.
+
+    Stochastic depth (Huang et al., 2016, arXiv:1603.09382). A branch is skipped for a whole clip at
+    a time: every `rows_per_clip` rows belong to one clip. Where it is kept it is scaled by
+    1 / (1 - rate), so that the expected output is that of eval mode.
+    """
+    if not (training and rate):
+        return branch
+    kept = 1 - rate
+    shape = (branch.shape[0] // rows_per_clip, *[1] * (branch.dim() - 1))
+    mask = branch.new_empty(shape).bernoulli_(kept) / kept
+    return branch * mask.repeat_interleave(rows_per_clip, 0)  # one draw per clip
+
+
+def drop_path_rates(largest: float, depth: int) -> list[float]:
+    """The rate of each block: linear from 0 at the first to `largest` at the last, as in DeiT."""
+    return torch.linspace(0, largest, depth, device="cpu").tolist()
 
 
 def enable_gradient_checkpointing(model: nn.Module) -> None:

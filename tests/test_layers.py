@@ -14,7 +14,10 @@ FLOORS = [
     {"utils"},
     {"video"},
     {"modeling"},
-    {"clips", "tsm_resnet", "cnn_lstm", "r2plus1d_resnet", "vivit"},
+    {
+        *("tsm_resnet", "cnn_lstm", "r2plus1d_resnet", "vivit"),
+        *("timesformer", "video_swin", "mvit", "clips"),
+    },
     {"config", "dataset"},
     {"models"},
     {"checkpoint"},

@@ -136,9 +136,9 @@ def test_positions_of_another_width_are_left_to_the_loader() -> None:
 
 def test_drop_path_grows_linearly_over_both_encoders() -> None:
     model = tiny(depth=2, drop_path=0.3)
-    rates = [block.drop_path for block in (*model.spatial, *model.temporal)]
+    rates = [block.drop_path_rate for block in (*model.spatial, *model.temporal)]
     assert rates == pytest.approx([0, 0.1, 0.2, 0.3])
-    assert not any(block.drop_path for block in (*tiny().spatial, *tiny().temporal))
+    assert not any(block.drop_path_rate for block in (*tiny().spatial, *tiny().temporal))
 
 
 @torch.no_grad()
@@ -154,7 +154,7 @@ def test_drop_path_sleeps_in_eval_and_never_shows_in_the_weights() -> None:
 
 def linear_block(drop_path: float) -> Block:
     """A block whose branches do not see each other: each adds its own constant."""
-    block = Block(dim=8, heads=2, dim_head=4, dropout=0.0, drop_path=drop_path)
+    block = Block(dim=8, heads=2, dim_head=4, dropout=0.0, drop_path_rate=drop_path)
     for branch in (block.out, block.mlp[3]):
         torch.nn.init.zeros_(branch.weight)
     torch.nn.init.constant_(block.out.bias, 1)
