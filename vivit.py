@@ -1,8 +1,12 @@
-"""ViViT: attention within each frame, then between frames.
+"""ViViT: attention within each frame, then between frames; or between all tokens of a clip.
 
 Arnab et al., "ViViT: A Video Vision Transformer", ICCV 2021, arXiv:2103.15691: model 2, the
-factorised encoder.
+factorised encoder, and model 1, joint attention, which is also the encoder of VideoMAE (Tong et
+al., NeurIPS 2022, arXiv:2203.12602).
 """
+
+import re
+from typing import Literal
 
 import torch
 from torch import nn
@@ -15,6 +19,14 @@ from modeling.layers import (
     drop_path,
     drop_path_rates,
 )
+from modeling.vit import (
+    LAYER_NORM_EPS,
+    SIZES,
+    fold_layer_scale,
+    is_image_vit,
+    patches_per_side,
+    resize_positions,
+)
 from utils.errors import UserError
 
 
@@ -26,17 +38,24 @@ class Block(nn.Module):
     """
 
     def __init__(
-        self, dim: int, heads: int, dim_head: int, dropout: float, drop_path_rate: float = 0.0
+        self,
+        dim: int,
+        heads: int,
+        dim_head: int,
+        dropout: float,
+        drop_path_rate: float = 0.0,
+        qkv_bias: bool = False,
+        norm_eps: float = 1e-5,
     ) -> None:
         super().__init__()
         self.heads = heads
         self.dropout = dropout
         self.drop_path_rate = drop_path_rate
         inner = heads * dim_head
-        self.attention_norm = nn.LayerNorm(dim)
-        self.qkv = nn.Linear(dim, 3 * inner, bias=False)
+        self.attention_norm = nn.LayerNorm(dim, norm_eps)
+        self.qkv = nn.Linear(dim, 3 * inner, bias=qkv_bias)
         self.out = nn.Linear(inner, dim)
-        self.mlp_norm = nn.LayerNorm(dim)
+        self.mlp_norm = nn.LayerNorm(dim, norm_eps)
         self.mlp = nn.Sequential(
             nn.Linear(dim, 4 * dim),
             nn.GELU(),
@@ -64,55 +83,78 @@ class Block(nn.Module):
 
 
 class Embedding(nn.Module):
-    """Frames to tokens: patches, a class token before them, positions added."""
+    """Clips to tokens: tubelets, a class token before those of each time, positions added.
+
+    A tubelet is the same patch in `tubelet_frames` successive frames.
+    """
 
     def __init__(
-        self, n_frames: int, image_size: int, patch_size: int, dim: int, dropout: float
+        self,
+        n_frames: int,
+        image_size: int,
+        patch_size: int,
+        dim: int,
+        dropout: float,
+        tubelet_frames: int = 1,
+        class_token: bool = True,
     ) -> None:
         super().__init__()
         self.patch_size = patch_size
-        self.patches = nn.Linear(3 * patch_size**2, dim)
-        self.cls_token = nn.Parameter(torch.zeros(1, 1, dim))
-        tokens = (image_size // patch_size) ** 2 + 1
-        self.positions = nn.Parameter(torch.zeros(1, n_frames, tokens, dim))
+        self.tubelet_frames = tubelet_frames
+        self.patches = nn.Linear(3 * tubelet_frames * patch_size**2, dim)
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, dim)) if class_token else None
+        tokens = (image_size // patch_size) ** 2 + class_token
+        self.positions = nn.Parameter(torch.zeros(1, n_frames // tubelet_frames, tokens, dim))
         self.dropout = nn.Dropout(dropout)
-        nn.init.trunc_normal_(self.cls_token, std=0.02)
-        nn.init.trunc_normal_(self.positions, std=0.02)
+        for parameter in self.parameters(recurse=False):
+            nn.init.trunc_normal_(parameter, std=0.02)
 
     def forward(self, clips: torch.Tensor) -> torch.Tensor:
-        """`(B, T, C, H, W)` to `(B, T, 1 + patches, dim)`."""
+        """`(B, T, C, H, W)` to `(B, T / tubelet_frames, [1 +] patches, dim)`."""
         b, t, c, h, w = clips.shape
-        p = self.patch_size
-        x = clips.reshape(b, t, c, h // p, p, w // p, p)
-        x = x.permute(0, 1, 3, 5, 4, 6, 2).flatten(4)  # (B, T, H/p, W/p, p * p * C)
-        x = self.patches(x.flatten(2, 3))  # (B, T, patches, dim)
-        cls = self.cls_token.expand(b, t, -1, -1)
-        return self.dropout(torch.cat((cls, x), dim=2) + self.positions)
+        p, f = self.patch_size, self.tubelet_frames
+        x = clips.reshape(b, t // f, f, c, h // p, p, w // p, p)
+        x = x.permute(0, 1, 4, 6, 2, 5, 7, 3).flatten(4)  # (B, T/f, H/p, W/p, f * p * p * C)
+        x = self.patches(x.flatten(2, 3))  # (B, T/f, patches, dim)
+        if self.cls_token is not None:
+            x = torch.cat((self.cls_token.expand(b, t // f, -1, -1), x), dim=2)
+        return self.dropout(x + self.positions)
 
 
 class ViViT(nn.Module):
     """The spatial encoder turns each frame into one token, the temporal encoder each clip into one.
 
+    With joint attention there is one encoder for all tokens of a clip, whose mean is classified.
+
     Args:
         n_frames, image_size: T and the pixels of a side; both fix the position embeddings. Weights
             of another T or size are fitted by `adapt_state_dict`.
+        model_size: `tiny`, `small` or `base`: the spatial encoder is the image ViT of that size,
+            the temporal one has four blocks as in the paper. Empty: the small network of the
+            project that this one follows, given by dim, depth (of each encoder), heads, dim_head.
+        tubelet_frames: frames per token.
+        attention: `factorised` or `joint`.
         dropout: in the embedding, the blocks and their attention.
-        drop_path: stochastic depth (Huang et al., 2016, arXiv:1603.09382): probability that a clip
-            skips a residual branch. It grows linearly from 0 at the first spatial block to this at
-            the last temporal one, both encoders counted as one (the linear rule, as in DeiT).
+        drop_path: stochastic depth; see `modeling.layers.drop_path`. It grows over the blocks of
+            both encoders, counted as one.
 
     Raises:
-        UserError: the image size is not a multiple of the patch size.
+        UserError: the image size is not a multiple of the patch size, or T not of tubelet_frames.
     """
 
     torchvision_weights = None
+    new_parts = ("clip_token.", "temporal.", "temporal_norm.", "head.")
+    """what the weights of an image network leave as it is"""
 
     def __init__(
         self,
         num_classes: int = 7,
         n_frames: int = 16,
         image_size: int = 224,
+        model_size: Literal["", "tiny", "small", "base"] = "",
         patch_size: int = 16,
+        tubelet_frames: int = 1,
+        attention: Literal["factorised", "joint"] = "factorised",
         dim: int = 192,
         depth: int = 4,
         heads: int = 3,
@@ -121,23 +163,34 @@ class ViViT(nn.Module):
         drop_path: float = 0.0,
     ) -> None:
         super().__init__()
-        if image_size % patch_size:
+        patches_per_side(image_size, patch_size, "vivit")
+        if n_frames % tubelet_frames:
             raise UserError(
-                f"vivit cuts frames into patches of {patch_size} pixels: image_size {image_size} "
-                f"must be a multiple, e.g. {max(1, round(image_size / patch_size)) * patch_size}"
+                f"vivit cuts clips into tubelets of {tubelet_frames} frames: n_frames {n_frames} "
+                f"must be a multiple, e.g. {(n_frames // tubelet_frames + 1) * tubelet_frames}"
             )
+        temporal_depth, like_image_vit = depth, {}
+        if model_size:
+            dim, depth, heads = SIZES[model_size]
+            temporal_depth, like_image_vit = 4, {"qkv_bias": True, "norm_eps": LAYER_NORM_EPS}
+        eps = like_image_vit.get("norm_eps", 1e-5)
+        factorised = attention == "factorised"
         self.normalize = Normalize(IMAGENET_MEAN_STD)
-        self.embedding = Embedding(n_frames, image_size, patch_size, dim, dropout)
+        self.embedding = Embedding(
+            n_frames, image_size, patch_size, dim, dropout, tubelet_frames, factorised
+        )
         shape = (dim, heads, dim_head, dropout)
-        rates = drop_path_rates(drop_path, 2 * depth)
-        self.spatial = nn.ModuleList(Block(*shape, rate) for rate in rates[:depth])
-        self.spatial_norm = nn.LayerNorm(dim)
+        rates = drop_path_rates(drop_path, depth + factorised * temporal_depth)
+        blocks = [Block(*shape, rate, **like_image_vit) for rate in rates]
+        self.spatial = nn.ModuleList(blocks[:depth])
+        self.spatial_norm = nn.LayerNorm(dim, eps)
         # A list with one parameter: stages() lists modules, and a parameter alone is not a module.
-        self.clip_token = nn.ParameterList([torch.zeros(1, 1, dim)])
-        self.temporal = nn.ModuleList(Block(*shape, rate) for rate in rates[depth:])
-        self.temporal_norm = nn.LayerNorm(dim)
+        self.clip_token = nn.ParameterList([torch.zeros(1, 1, dim)] * factorised)
+        self.temporal = nn.ModuleList(blocks[depth:])
+        self.temporal_norm = nn.LayerNorm(dim, eps) if factorised else None
         self.head = nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, num_classes))
-        nn.init.trunc_normal_(self.clip_token[0], std=0.02)
+        for token in self.clip_token:
+            nn.init.trunc_normal_(token, std=0.02)
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.trunc_normal_(module.weight, std=0.02)
@@ -146,11 +199,18 @@ class ViViT(nn.Module):
 
     def forward(self, clips: torch.Tensor) -> torch.Tensor:
         """`(B, T, C, H, W)` uint8 or float in [0, 1] to logits `(B, num_classes)`."""
-        x = self.embedding(self.normalize(clips)).flatten(0, 1)  # (B * T, 1 + patches, dim)
+        tokens = self.embedding(self.normalize(clips))  # (B, T', [1 +] patches, dim)
+        batch, times = tokens.shape[:2]
+        if self.temporal_norm is None:
+            x = tokens.flatten(1, 2)  # (B, T' * patches, dim)
+            for block in self.spatial:
+                x = checkpointed([block], block, x)
+            return self.head(self.spatial_norm(x).mean(dim=1))
+        x = tokens.flatten(0, 1)  # (B * T', 1 + patches, dim)
         for block in self.spatial:
-            x = checkpointed([block], block, x, clips.shape[1])
-        x = self.spatial_norm(x[:, 0]).unflatten(0, clips.shape[:2])  # (B, T, dim)
-        x = torch.cat((self.clip_token[0].expand(len(x), -1, -1), x), dim=1)  # (B, 1 + T, dim)
+            x = checkpointed([block], block, x, times)
+        x = self.spatial_norm(x[:, 0]).unflatten(0, (batch, times))  # (B, T', dim)
+        x = torch.cat((self.clip_token[0].expand(batch, -1, -1), x), dim=1)  # (B, 1 + T', dim)
         for block in self.temporal:
             x = checkpointed([block], block, x)
         return self.head(self.temporal_norm(x[:, 0]))
@@ -163,8 +223,9 @@ class ViViT(nn.Module):
         stages[f"spatial{len(self.spatial)}"].append(self.spatial_norm)
         for number, block in enumerate(self.temporal, 1):
             stages[f"temporal{number}"] = [block]
-        stages["temporal1"].append(self.clip_token)
-        stages[f"temporal{len(self.temporal)}"].append(self.temporal_norm)
+        if self.temporal_norm is not None:
+            stages["temporal1"].append(self.clip_token)
+            stages[f"temporal{len(self.temporal)}"].append(self.temporal_norm)
         return stages | {"head": [self.head]}
 
     def adapt_state_dict(self, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -179,15 +240,85 @@ class ViViT(nn.Module):
         old, new = state[key], self.embedding.positions
         if old.shape == new.shape or not old.is_floating_point() or not old.numel():
             return state
-        side = round((old.shape[2] - 1) ** 0.5) if old.dim() == 4 else 0
-        if old.dim() != 4 or old.shape[2] != side**2 + 1 or old.shape[3] != new.shape[3]:
+        first = 0 if self.embedding.cls_token is None else 1  # patch, after the class token
+        side = round((old.shape[2] - first) ** 0.5) if old.dim() == 4 else 0
+        if old.dim() != 4 or old.shape[2] != side**2 + first or old.shape[3] != new.shape[3]:
             return state  # more than the size differs: the loader reports the shapes
-        cls, grid = old[:, :, :1], old[:, :, 1:]  # (1, T, 1, dim), (1, T, patches, dim)
-        new_side = round((new.shape[2] - 1) ** 0.5)
+        cls, grid = old[:, :, :first], old[:, :, first:]  # (1, T, 1, dim), (1, T, patches, dim)
+        new_side = round((new.shape[2] - first) ** 0.5)
         frames = new.shape[1]
         grid = grid.unflatten(2, (side, side)).permute(0, 4, 1, 2, 3)  # (1, dim, T, H, W)
         grid = F.interpolate(grid, (frames, new_side, new_side), mode="trilinear")
         grid = grid.permute(0, 2, 3, 4, 1).flatten(2, 3)  # (1, T', patches', dim)
-        cls = F.interpolate(cls[:, :, 0].transpose(1, 2), frames, mode="linear")  # (1, dim, T')
-        cls = cls.transpose(1, 2).unsqueeze(2)  # (1, T', 1, dim)
-        return {**state, key: torch.cat((cls, grid), dim=2)}
+        if first:
+            cls = F.interpolate(cls[:, :, 0].transpose(1, 2), frames, mode="linear")  # (1, dim, T')
+            grid = torch.cat((cls.transpose(1, 2).unsqueeze(2), grid), dim=2)
+        return {**state, key: grid}
+
+    def convert_state_dict(self, weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """The weights of an image ViT, or with joint attention those of a VideoMAE encoder, under
+        this model's names; other names stay, and fit nothing.
+
+        An image ViT becomes the spatial encoder. Its patches become the tubelets' central frame,
+        the other frames' filters are zero (central frame initialisation, section 3.4 of the paper),
+        and its positions those of every time.
+        """
+        joint = self.temporal_norm is None
+        filters = weights.get("patch_embed.proj.weight")
+        if joint and filters is not None and filters.dim() == 5:  # (dim, C, f, p, p)
+            tubelets = filters.permute(0, 2, 3, 4, 1)
+            # The positions are not in the file: those of 16 frames of 224 pixels.
+            positions = sinusoids(8 * 14**2, filters.shape[0]).view(1, 8, 14**2, -1)
+        elif not joint and is_image_vit(weights):
+            weights = fold_layer_scale(weights)
+            filters = filters.permute(0, 2, 3, 1)  # (dim, p, p, C)
+            frames = self.embedding.tubelet_frames
+            tubelets = filters.new_zeros(filters.shape[0], frames, *filters.shape[1:])
+            tubelets[:, frames // 2] = filters
+            times, tokens = self.embedding.positions.shape[1:3]
+            positions = resize_positions(weights.pop("pos_embed"), tokens)
+            positions = positions.unsqueeze(1).repeat(1, times, *[1] * (positions.dim() - 1))
+        else:
+            return weights
+        converted = {_own_name(key): value for key, value in weights.items()}
+        for block in range(len(self.spatial)):
+            names = [f"spatial.{block}.{part}_bias" for part in "qv"]
+            if all(name in converted for name in names):
+                q, v = map(converted.pop, names)  # VideoMAE has no biases of keys
+                converted[f"spatial.{block}.qkv.bias"] = torch.cat((q, torch.zeros_like(q), v))
+        converted |= {
+            "embedding.patches.weight": tubelets.flatten(1),
+            "embedding.positions": positions,
+        }
+        return self.adapt_state_dict(converted)
+
+
+# From the names in the files of image ViTs and VideoMAE to those of this file.
+_OWN_NAMES = {
+    r"^cls_token$": "embedding.cls_token",
+    r"^patch_embed\.proj\.": "embedding.patches.",
+    r"^norm\.": "spatial_norm.",
+    r"^blocks\.(\d+)\.norm1\.": r"spatial.\1.attention_norm.",
+    r"^blocks\.(\d+)\.norm2\.": r"spatial.\1.mlp_norm.",
+    r"^blocks\.(\d+)\.attn\.proj\.": r"spatial.\1.out.",
+    r"^blocks\.(\d+)\.attn\.": r"spatial.\1.",
+    r"^blocks\.(\d+)\.mlp\.fc1\.": r"spatial.\1.mlp.0.",
+    r"^blocks\.(\d+)\.mlp\.fc2\.": r"spatial.\1.mlp.3.",
+}
+
+
+def _own_name(key: str) -> str:
+    """The name in this file of a weight of an image ViT or VideoMAE; unknown names stay."""
+    for pattern, name in _OWN_NAMES.items():
+        key, changed = re.subn(pattern, name, key)
+        if changed:
+            break
+    return key
+
+
+def sinusoids(count: int, dim: int) -> torch.Tensor:
+    """The fixed positions of VideoMAE, `(count, dim)`: of position n and channel j the sine (even
+    j) or cosine (odd j) of n / 10000 ** (2 * (j // 2) / dim)."""
+    channels = torch.arange(dim, dtype=torch.float64)
+    angles = torch.arange(count).double()[:, None] / 10000 ** (2 * (channels // 2) / dim)
+    return torch.where(channels % 2 == 0, angles.sin(), angles.cos()).float()

@@ -1,0 +1,211 @@
+"""TimeSformer: in every block attention in time, then in space.
+
+Bertasius, Wang and Torresani, "Is Space-Time Attention All You Need for Video Understanding?",
+ICML 2021, arXiv:2102.05095: divided space-time attention. The parameters have the names of the
+authors' files, so that these open, and those of Endo-FM, which is the same network.
+"""
+
+from typing import Literal
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from modeling.layers import (
+    IMAGENET_MEAN_STD,
+    Normalize,
+    ParameterGroup,
+    checkpointed,
+    drop_path,
+    drop_path_rates,
+)
+from modeling.vit import (
+    LAYER_NORM_EPS,
+    SIZES,
+    fold_layer_scale,
+    is_image_vit,
+    patches_per_side,
+    resize_frames,
+    resize_positions,
+)
+
+
+class PatchEmbedding(nn.Module):
+    """Frames `(N, 3, H, W)` to patches `(N, patches, dim)`."""
+
+    def __init__(self, patch_size: int, dim: int) -> None:
+        super().__init__()
+        self.proj = nn.Conv2d(3, dim, patch_size, patch_size)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.proj(x).flatten(2).transpose(1, 2)
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention over the tokens of a row, `(N, tokens, dim)`."""
+
+    def __init__(self, dim: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.proj = nn.Linear(dim, dim)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        qkv = self.qkv(x).unflatten(2, (3, self.heads, -1))  # (N, tokens, 3, heads, dim / heads)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # 3 x (N, heads, tokens, dim / heads)
+        x = F.scaled_dot_product_attention(q, k, v)
+        return self.proj(x.transpose(1, 2).flatten(2))
+
+
+class MLP(nn.Module):
+    """Two layers, the first four times as wide as its input."""
+
+    def __init__(self, dim: int, dropout: float) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(dim, 4 * dim)
+        self.fc2 = nn.Linear(4 * dim, dim)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.dropout(self.fc2(self.dropout(F.gelu(self.fc1(x)))))
+
+
+class Block(nn.Module):
+    """Attention between the frames of a patch, then between the patches of a frame, then an MLP.
+
+    The temporal branch ends in a layer that starts at zero: at first the block is that of an image
+    ViT, applied to each frame.
+    """
+
+    def __init__(self, dim: int, heads: int, dropout: float, drop_path_rate: float) -> None:
+        super().__init__()
+        self.drop_path_rate = drop_path_rate
+        self.temporal_norm1 = nn.LayerNorm(dim, LAYER_NORM_EPS)
+        self.temporal_attn = Attention(dim, heads)
+        self.temporal_fc = nn.Linear(dim, dim)
+        self.norm1 = nn.LayerNorm(dim, LAYER_NORM_EPS)
+        self.attn = Attention(dim, heads)
+        self.norm2 = nn.LayerNorm(dim, LAYER_NORM_EPS)
+        self.mlp = MLP(dim, dropout)
+
+    def forward(self, tokens: torch.Tensor, n_frames: int) -> torch.Tensor:
+        """`(B, 1 + T * patches, dim)` to the same shape: a class token, then frame after frame."""
+        cls, x = tokens[:, :1], tokens[:, 1:].unflatten(1, (n_frames, -1))  # (B, T, patches, dim)
+        batch, _, patches, _ = x.shape
+
+        rows = x.transpose(1, 2).flatten(0, 1)  # (B * patches, T, dim)
+        change = self._drop(self.temporal_attn(self.temporal_norm1(rows)), patches)
+        change = self.temporal_fc(change).unflatten(0, (batch, patches))
+        x = x + change.transpose(1, 2)
+
+        # Each frame has the same class token; what the frames would change in it is averaged.
+        rows = torch.cat((cls.unsqueeze(1).expand(-1, n_frames, -1, -1), x), dim=2).flatten(0, 1)
+        change = self._drop(self.attn(self.norm1(rows)), n_frames)  # (B * T, 1 + patches, dim)
+        change = change.unflatten(0, (batch, n_frames))
+        cls, x = cls + change[:, :, :1].mean(dim=1), x + change[:, :, 1:]
+
+        tokens = torch.cat((cls, x.flatten(1, 2)), dim=1)
+        return tokens + self._drop(self.mlp(self.norm2(tokens)), 1)
+
+    def _drop(self, branch: torch.Tensor, rows_per_clip: int) -> torch.Tensor:
+        return drop_path(branch, self.drop_path_rate, self.training, rows_per_clip)
+
+
+class TimeSformer(nn.Module):
+    """Patches of all frames, a class token for the clip, blocks of divided attention, a classifier.
+
+    Args:
+        n_frames, image_size: T and the pixels of a side; both fix the position embeddings. Weights
+            of another T or size are fitted by `adapt_state_dict`.
+        model_size: `tiny`, `small` or `base`, those of the image ViTs (empty: tiny).
+        patch_size: pixels of a patch's side.
+        dropout: in the MLPs and before the classifier.
+        drop_path: stochastic depth; see `modeling.layers.drop_path`.
+
+    Raises:
+        UserError: the image size is not a multiple of the patch size.
+    """
+
+    def __init__(
+        self,
+        num_classes: int = 7,
+        n_frames: int = 16,
+        image_size: int = 224,
+        model_size: Literal["", "tiny", "small", "base"] = "",
+        patch_size: int = 16,
+        dropout: float = 0.0,
+        drop_path: float = 0.0,
+    ) -> None:
+        super().__init__()
+        dim, depth, heads = SIZES[model_size or "tiny"]
+        patches = patches_per_side(image_size, patch_size, "timesformer") ** 2
+        self.normalize = Normalize(IMAGENET_MEAN_STD)
+        self.patch_embed = PatchEmbedding(patch_size, dim)
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, dim))
+        self.pos_embed = nn.Parameter(torch.zeros(1, 1 + patches, dim))
+        self.time_embed = nn.Parameter(torch.zeros(1, n_frames, dim))
+        rates = drop_path_rates(drop_path, depth)
+        self.blocks = nn.ModuleList(Block(dim, heads, dropout, rate) for rate in rates)
+        self.norm = nn.LayerNorm(dim, LAYER_NORM_EPS)
+        self.dropout = nn.Dropout(dropout)
+        self.head = nn.Linear(dim, num_classes)
+        for parameter in (self.cls_token, self.pos_embed):
+            nn.init.trunc_normal_(parameter, std=0.02)
+        for name, module in self.named_modules():
+            if isinstance(module, nn.Linear):
+                nn.init.trunc_normal_(module.weight, std=0.02)
+                nn.init.zeros_(module.bias)
+            if name.endswith("temporal_fc"):
+                nn.init.zeros_(module.weight)
+
+    def forward(self, clips: torch.Tensor) -> torch.Tensor:
+        """`(B, T, C, H, W)` uint8 or float in [0, 1] to logits `(B, num_classes)`."""
+        n_frames = clips.shape[1]
+        x = self.patch_embed(self.normalize(clips).flatten(0, 1))  # (B * T, patches, dim)
+        x = x + self.pos_embed[:, 1:]
+        x = x.unflatten(0, (-1, n_frames)) + self.time_embed.unsqueeze(2)  # (B, T, patches, dim)
+        cls = (self.cls_token + self.pos_embed[:, :1]).expand(x.shape[0], -1, -1)
+        x = torch.cat((cls, x.flatten(1, 2)), dim=1)  # (B, 1 + T * patches, dim)
+        for block in self.blocks:
+            x = checkpointed([block], block, x, n_frames)
+        return self.head(self.dropout(self.norm(x[:, 0])))
+
+    def stages(self) -> dict[str, list[nn.Module]]:
+        """The modules from stem to head."""
+        positions = ParameterGroup(self.cls_token, self.pos_embed, self.time_embed)
+        stages: dict[str, list[nn.Module]] = {"embedding": [self.patch_embed, positions]}
+        for number, block in enumerate(self.blocks, 1):
+            stages[f"block{number}"] = [block]
+        return stages | {"head": [self.norm, self.head]}
+
+    def adapt_state_dict(self, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Fit the position embeddings of a state dict to this model's T and image size."""
+        fitted = dict(state)
+        if "pos_embed" in state:
+            fitted["pos_embed"] = resize_positions(state["pos_embed"], self.pos_embed.shape[1])
+        if "time_embed" in state:
+            fitted["time_embed"] = resize_frames(state["time_embed"], self.time_embed.shape[1])
+        return fitted
+
+    def convert_state_dict(self, weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """The weights of a TimeSformer or of an image ViT, without a classifier, under this model's
+        names.
+
+        From an image ViT the temporal branch starts as in the paper's code: its attention is that
+        of space, and its last layer and the positions in time are zero. The answer to a still clip
+        is then the image network's.
+        """
+        if not is_image_vit(weights):
+            return self.adapt_state_dict(weights)
+        weights = fold_layer_scale(weights)
+        for number in range(len(self.blocks)):
+            block = f"blocks.{number}."
+            for key in [
+                key for key in weights if key.startswith((f"{block}attn.", f"{block}norm1."))
+            ]:
+                weights[f"{block}temporal_{key.removeprefix(block)}"] = weights[key]
+            for part in ("weight", "bias"):
+                zero = self.blocks[number].temporal_fc.get_parameter(part)
+                weights[f"{block}temporal_fc.{part}"] = torch.zeros_like(zero)
+        weights["time_embed"] = torch.zeros_like(self.time_embed)
+        return self.adapt_state_dict(weights)
