@@ -62,6 +62,7 @@ _SHAPE = {
     "history?": [_ROW],
     "class_counts?": [int],
     "clips?": {str: str},
+    "pretrained?": {str: str},
     "calibration?": {
         "temperature": float,
         "target_error?": float | None,
@@ -96,7 +97,7 @@ def _check_version(state: dict[str, Any], path: Path) -> None:
     version = state.get("format_version")
     if version is None:
         message = f"{path}: not a checkpoint of this project (no 'format_version' in it)"
-        if count := len(find_weights(state)):
+        if count := len(find_weights(state)[0]):
             message += (
                 f"; it holds {count} tensors of another program, from which a model can be trained:"
                 f" python train.py --weights {path}"

@@ -235,6 +235,7 @@ def evaluate_checkpoint(config: EvaluateConfig) -> None:
     from evaluation.calibration import load_calibration
     from evaluation.results import write_results
     from evaluation.robustness import measure_robustness
+    from modeling.encoders import licence_warning
     from training.engine import evaluate
     from training.loaders import eval_loader, open_cache
     from training.losses import logit_adjustment, warn_double_adjustment
@@ -258,6 +259,7 @@ def evaluate_checkpoint(config: EvaluateConfig) -> None:
     # data
     rows, warnings = load_rows(config, settings, training)
     warnings += warn_double_adjustment(settings, config.logit_adjust_tau)
+    warnings += licence_warning(state.get("pretrained", {}))
     cache = open_cache(settings)
     split = Path(config.csv).stem if config.csv else config.split
     print(f"{settings.model_name} on {len(rows)} {split} clips, {describe_device(device)}, {dtype}")

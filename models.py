@@ -4,19 +4,28 @@ Every model lists its modules from stem to head once, in `stages()`; freezing, l
 rates, gradient checkpointing and the summary work on that list.
 """
 
+import dataclasses
 import inspect
 
 from torch import nn
 
 from cnn_lstm import CNNLSTM
 from config import TrainConfig
+from modeling.layers import MeanStd, Normalize
 from r2plus1d_resnet import R2Plus1DResNet18
+from timesformer import TimeSformer
 from tsm_resnet import TSM
 from utils.errors import UserError
 from utils.text_table import text_table
 from vivit import ViViT
 
-MODELS = {"tsm_resnet": TSM, "r2plus1d": R2Plus1DResNet18, "cnnlstm": CNNLSTM, "vivit": ViViT}
+MODELS = {
+    "tsm_resnet": TSM,
+    "r2plus1d": R2Plus1DResNet18,
+    "cnnlstm": CNNLSTM,
+    "vivit": ViViT,
+    "timesformer": TimeSformer,
+}
 
 
 def model_options(name: str) -> set[str]:
@@ -30,7 +39,7 @@ def build_model(config: TrainConfig, num_classes: int = 7) -> nn.Module:
     It maps clips `(B, T, C, H, W)`, uint8 or float in [0, 1], to logits `(B, num_classes)`.
 
     Raises:
-        UserError: there is no such model.
+        UserError: there is no such model, or it cannot be built with these settings.
     """
     if config.model_name not in MODELS:
         raise UserError(
@@ -38,7 +47,31 @@ def build_model(config: TrainConfig, num_classes: int = 7) -> nn.Module:
         )
     known = vars(config)
     options = {name: known[name] for name in model_options(config.model_name) if name in known}
-    return MODELS[config.model_name](num_classes, **options)
+    model = MODELS[config.model_name](num_classes, **options)
+    mean_std = config.pixel_mean, config.pixel_std
+    if any(mean_std):
+        if [len(values) for values in mean_std] != [3, 3] or min(config.pixel_std) <= 0:
+            raise UserError(
+                "pixel_mean and pixel_std: give three numbers each, those of pixel_std above 0"
+            )
+        model.normalize = Normalize(mean_std)
+    return model
+
+
+def use_normalization(
+    model: nn.Module, mean_std: MeanStd | None, config: TrainConfig
+) -> TrainConfig:
+    """Normalise a model's pixels as its pretrained weights need, unless the settings say how.
+
+    Returns:
+        The settings, with the normalisation if it is not the one that the model has by itself, so
+        that the model is rebuilt with it.
+    """
+    normalize = getattr(model, "normalize", None)
+    if mean_std is None or config.pixel_mean or normalize is None or normalize.mean_std == mean_std:
+        return config
+    model.normalize = Normalize(mean_std)
+    return dataclasses.replace(config, pixel_mean=mean_std[0], pixel_std=mean_std[1])
 
 
 def freeze(model: nn.Module, until: str) -> None:

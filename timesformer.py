@@ -126,6 +126,9 @@ class TimeSformer(nn.Module):
         UserError: the image size is not a multiple of the patch size.
     """
 
+    new_parts = ("head.",)
+    """what the weights of another program leave as it is"""
+
     def __init__(
         self,
         num_classes: int = 7,

@@ -31,9 +31,10 @@ from config import OLD_NAMES, OLD_VALUES, TrainConfig, from_dict
 from evaluation.calibration import Calibration, calibrate
 from evaluation.novelty import NoveltyReference
 from evaluation.predictions import Predictions
+from modeling.encoders import licence_warning
 from modeling.layers import enable_gradient_checkpointing
-from modeling.weights import load_weights
-from models import build_model, freeze
+from modeling.weights import LoadedWeights, load_weights
+from models import build_model, freeze, use_normalization
 from training import checks
 from training.engine import evaluate, train_one_epoch
 from training.feature_cache import feature_loader, head_only
@@ -114,7 +115,9 @@ def _train(
     torch.manual_seed(config.seed)
     model = build_model(config, num_classes)
     # Only process 0 loads weights: DistributedDataParallel sends them to the others.
-    loaded = load_weights(model, config.weights) if is_main and not resume_from else ""
+    loaded = load_weights(model, config.weights) if is_main and not resume_from else None
+    loaded = distributed.broadcast_object(loaded) or LoadedWeights("")
+    config = use_normalization(model, loaded.mean_std, config)
     if config.freeze_until:
         freeze(model, config.freeze_until)
     if config.gradient_checkpointing:
@@ -136,7 +139,8 @@ def _train(
     criterion = Criterion(config, class_counts, device)
     ema = ModelEma(model, config.ema_decay) if config.ema_decay else None
     state = TrainState(
-        config, model, optimizer, scheduler, scaler, ema, progress, class_counts, clips
+        *(config, model, optimizer, scheduler, scaler, ema, progress),
+        *(class_counts, clips, loaded.provenance),
     )
     if resume_from:
         check_resume(resume_from, state.state_dict(), optimizer, config.resume or folder)
@@ -166,10 +170,11 @@ def _train(
         record_settings(folder, config, device)
     writers = stack.enter_context(open_writers(config, folder if is_main else None))
     warnings = patient_overlap(rows) + warn_double_balancing(config)
+    warnings += licence_warning(state.pretrained)
     log.info(run_header(config, model, rows, device, dtype))
     for warning in warnings:
         log.warning(format_warning(warning))
-    log.info(resume_line(resume_from, config, progress) if resume_from else loaded)
+    log.info(resume_line(resume_from, config, progress) if resume_from else loaded.line)
 
     if config.feature_cache:
         train_loader, val_loader, test_loader = (

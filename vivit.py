@@ -144,7 +144,7 @@ class ViViT(nn.Module):
 
     torchvision_weights = None
     new_parts = ("clip_token.", "temporal.", "temporal_norm.", "head.")
-    """what the weights of an image network leave as it is"""
+    """what the weights of another program leave as it is"""
 
     def __init__(
         self,

@@ -11,6 +11,9 @@ from torch.utils.checkpoint import checkpoint
 LAYERS = ("layer1", "layer2", "layer3", "layer4")
 """names of the layers of a ResNet, also of a 3D one"""
 
+MeanStd = tuple[tuple[float, ...], tuple[float, ...]]
+"""mean and standard deviation of red, green and blue in [0, 1]"""
+
 IMAGENET_MEAN_STD = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 HALF_MEAN_STD = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 KINETICS_MEAN_STD = ((0.43216, 0.394666, 0.37645), (0.22803, 0.22145, 0.216989))
@@ -24,8 +27,9 @@ class Normalize(nn.Module):
     for every dtype; float dtypes are kept unless `dtype` is set. It is not part of checkpoints.
     """
 
-    def __init__(self, mean_std: tuple[tuple[float, ...], tuple[float, ...]]) -> None:
+    def __init__(self, mean_std: MeanStd) -> None:
         super().__init__()
+        self.mean_std = mean_std
         mean, std = (torch.tensor(values).view(-1, 1, 1) for values in mean_std)  # (C, 1, 1)
         self.register_buffer("scale", 1 / std, persistent=False)
         self.register_buffer("shift", -mean / std, persistent=False)

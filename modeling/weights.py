@@ -2,37 +2,50 @@
 
 import hashlib
 import re
+from argparse import Namespace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from modeling.encoders import describe_dropped, drop_unused, recognise, select_encoder
 from modeling.frame_encoder import inflate_filters
+from modeling.layers import MeanStd
 from utils.errors import UserError, first_line
-from utils.structure import short_repr
+from utils.structure import find_mismatch, short_repr
 from utils.text_table import list_some
 from utils.torch_files import load_safely
 
 
-def load_weights(model: nn.Module, spec: str) -> str:
+@dataclass(frozen=True)
+class LoadedWeights:
+    """What was loaded into a model."""
+
+    line: str
+    """for the log: the file, and what is new in the model"""
+    provenance: dict[str, str] = field(default_factory=dict)
+    """file, encoder and licence, as far as they are known; it is kept in the checkpoints"""
+    mean_std: MeanStd | None = None
+    """normalisation that the weights were trained with, where the model's own is another"""
+
+
+def load_weights(model: nn.Module, spec: str) -> LoadedWeights:
     """Load weights into a model.
 
     Args:
         spec: `none` leaves the random ones; `default` or a name such as `IMAGENET1K_V1` takes
-            torchvision's for the backbone; anything else is a file: an official torchvision one for
-            the backbone, or a checkpoint or run folder of this project (its head too, if the
-            number of classes is the same).
-
-    Returns:
-        What was loaded, in one line.
+            torchvision's (or timm's) for the backbone; anything else is a file: an official one for
+            the backbone, a public encoder (modeling/encoders.py), or a checkpoint or run folder of
+            this project (its head too, if the number of classes is the same).
 
     Raises:
         UserError: the weights cannot be found or downloaded, are damaged, or of another model. The
             message names the file, its size and the folder to put it in.
     """
     if spec == "none":
-        return "weights: random"
+        return LoadedWeights("weights: random")
     enum = getattr(model, "torchvision_weights", None)
     packaged = getattr(getattr(model, "backbone", None), "weights_package", None)
     names = ["default"] if enum or packaged else []
@@ -51,12 +64,13 @@ def load_weights(model: nn.Module, spec: str) -> str:
         path = _official_file(weights)
         state = load_safely(path, f"delete it and run again, or download {weights.url}")
     elif path.is_file():
-        state = load_safely(path, "give another file, or --weights none to train from scratch")
+        remedy = "give another file, or --weights none to train from scratch"
+        state = load_safely(path, remedy, allow=(Namespace,))
     else:
         raise UserError(
             f"weights {spec!r}: neither a file nor one of {', '.join([*names, 'none'])}"
         )
-    weights = find_weights(state)
+    weights, others = find_weights(state)
     if not weights:
         raise UserError(f"{path}: holds no weights ({list_some(map(str, state), 3)})")
     for name, value in weights.items():
@@ -67,31 +81,73 @@ def load_weights(model: nn.Module, spec: str) -> str:
                 f"{value.device}): save the model's weights as float32 on the CPU, or give "
                 "another file"
             )
-    if "format_version" in state or weights.keys() == model.state_dict().keys():
-        return f"weights: {path}, {_load_checkpoint(model, weights, path)}"
-    _load_backbone(model, weights, path)
-    return f"weights: {path}, backbone only; the head is new"
+    if "format_version" in state:
+        return LoadedWeights(_load_checkpoint(model, weights, path), *_carried(state))
+    encoder = recognise(weights)
+    try:
+        if weights.keys() == model.state_dict().keys():
+            line = _load_checkpoint(model, weights, path)
+        else:
+            line = f"weights: {path}, {_load_encoder(model, weights, path)}"
+    except UserError as error:
+        hint = f"; it looks like {encoder.name}: give {encoder.flags}" if encoder else ""
+        raise UserError(f"{error}{hint}") from None
+    if others:
+        line += f"; not loaded: {list_some(others)}"
+    if not encoder:
+        return LoadedWeights(line, {"file": path.name})
+    line += f"; it looks like {encoder.name}, licence: {encoder.licence}"
+    if encoder.mean_std is None:
+        line += "; networks like it differ in their normalisation: see --pixel-mean, --pixel-std"
+    provenance = {"file": path.name, "encoder": encoder.name, "licence": encoder.licence}
+    return LoadedWeights(line, provenance, encoder.mean_std)
+
+
+def _carried(state: dict[str, Any]) -> tuple[dict[str, str], MeanStd | None]:
+    """What a checkpoint of this project says about the weights that it was trained from."""
+    config = {"pixel_mean?": [float], "pixel_std?": [float]}
+    if find_mismatch(state, {"config?": config, "pretrained?": {str: str}}):
+        return {}, None
+    mean, std = (
+        tuple(state.get("config", {}).get(f"pixel_{name}", ())) for name in ("mean", "std")
+    )
+    return state.get("pretrained", {}), (mean, std) if mean and std else None
 
 
 # Where other programs keep the weights in their checkpoints, and what they put before the names:
-# DistributedDataParallel, torch.compile, Lightning, and models that hold a network as a part.
-_WRAPPERS = ("state_dict", "model_state_dict", "model", "net", "teacher", "model_ema")
+# DistributedDataParallel, torch.compile, Lightning, VISSL, and models with a network as a part.
+_WRAPPERS = (
+    *("state_dict", "model_state_dict", "model_state", "model", "net", "teacher", "model_ema"),
+    *("classy_state_dict", "base_model", "trunk", "encoder"),
+)
 _PREFIXES = ("module.", "_orig_mod.", "model.", "net.", "encoder.")
 
 
-def find_weights(state: dict[str, Any]) -> dict[str, torch.Tensor]:
+def find_weights(state: dict[str, Any]) -> tuple[dict[str, torch.Tensor], list[str]]:
     """The tensors of a checkpoint by name, without the wrappers and prefixes of other programs.
 
-    Empty if there are none.
+    Returns:
+        The tensors, empty if there are none, and the names of the other parts of the file.
     """
-    while inner := next(
-        (state[key] for key in _WRAPPERS if isinstance(state.get(key), dict)), None
-    ):
-        state = inner
-    weights = {key: v for key, v in state.items() if isinstance(v, torch.Tensor)}
-    while prefix := next((p for p in _PREFIXES if weights and _all_begin(weights, p)), ""):
+    others = []
+    while inner := next((key for key in _WRAPPERS if isinstance(state.get(key), dict)), None):
+        others += [
+            str(key) for key, part in state.items() if key != inner and isinstance(part, dict)
+        ]
+        state = state[inner]
+    weights = {
+        key: value
+        for key, value in state.items()
+        if isinstance(key, str) and isinstance(value, torch.Tensor)
+    }
+
+    def common_prefix() -> str:
+        prefixes = (p for p in _PREFIXES if all(key.startswith(p) for key in weights))
+        return next(prefixes, "") if weights else ""
+
+    while prefix := common_prefix():
         weights = {key.removeprefix(prefix): value for key, value in weights.items()}
-    return weights
+    return weights, others
 
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.int64)
@@ -105,10 +161,6 @@ def is_ordinary(value: torch.Tensor) -> bool:
 def is_finite(value: torch.Tensor) -> bool:
     """Whether a tensor of a file is ordinary, and all its numbers are finite."""
     return is_ordinary(value) and bool(torch.isfinite(value).all())
-
-
-def _all_begin(weights: dict[str, torch.Tensor], prefix: str) -> bool:
-    return all(isinstance(key, str) and key.startswith(prefix) for key in weights)
 
 
 def _official_file(weights: Any) -> Path:
@@ -136,29 +188,34 @@ def _official_file(weights: Any) -> Path:
     return path
 
 
-def _load_backbone(model: nn.Module, state: dict[str, torch.Tensor], path: Path) -> None:
-    """Load an official file without its classifier. The oldest files lack `num_batches_tracked`."""
+def _load_encoder(model: nn.Module, weights: dict[str, torch.Tensor], path: Path) -> str:
+    """Load another program's weights, without its classifier. Returns what was loaded."""
+    selected, others = select_encoder(weights)
+    if convert := getattr(model, "convert_state_dict", None):
+        own = model.state_dict()
+        new = {key: own[key] for key in own if key.startswith(model.new_parts)}
+        converted = convert(selected)
+        used = drop_unused(converted, own)
+        _load(model, {**used, **new}, path)
+        loaded = f"new: {', '.join(dict.fromkeys(key.split('.')[0] for key in new))}"
+        return loaded + describe_dropped([k for k in converted if k not in used], others)
     backbone = getattr(model, "backbone", None)
     if backbone is None:
         raise UserError(
-            f"{path} is no checkpoint of {type(model).__name__} ({len(state)} tensors: "
-            f"{list_some(map(str, state), 3)})"
+            f"{path} is no checkpoint of {type(model).__name__} ({len(weights)} tensors: "
+            f"{list_some(map(str, weights), 3)})"
         )
     if getattr(backbone, "weights_package", None):
-        state = to_timm_names(state)
-    prefix = "backbone."
-    inside = {k.removeprefix(prefix): v for k, v in state.items() if str(k).startswith(prefix)}
-    state = inside or state  # another program's model, whose head is of no use here
-    state = {key: v for key, v in state.items() if not str(key).startswith(_CLASSIFIERS)}
+        selected = to_timm_names(selected)
     nets = model.backbones() if hasattr(model, "backbones") else [backbone]
     for net in nets:
         own = net.state_dict()
+        used = drop_unused(selected, own)
+        # The oldest official files lack `num_batches_tracked`.
         counters = {key: own[key] for key in own if "num_batches_tracked" in key}
-        _load(net, counters | _inflated(state, own), path)
-
-
-# Of ResNets and R(2+1)D, of ConvNeXt, of EfficientNet-Lite0.
-_CLASSIFIERS = ("fc.", "classifier.2.", "_fc.")
+        _load(net, counters | _inflated(used, own), path)
+    dropped = describe_dropped([key for key in selected if key not in used], others)
+    return f"backbone only; the head is new{dropped}"
 
 
 def _inflated(
@@ -183,8 +240,11 @@ def _load_checkpoint(model: nn.Module, state: dict[str, torch.Tensor], path: Pat
     head = [key for key in own if key.startswith("head.")]
     other = [key for key in head if key in state and state[key].shape != own[key].shape]
     _load(model, fitted | {key: own[key] for key in other}, path)
-    loaded = "all but the head, which is new" if other else "all of the model"
-    return loaded if fitted is state else f"{loaded}; positions resized to this T and image size"
+    line = f"weights: {path}, " + (
+        "all but the head, which is new" if other else "all of the model"
+    )
+    resized = any(fitted[key].shape != state[key].shape for key in state)
+    return f"{line}; positions resized to this T and image size" if resized else line
 
 
 def _fits(value: torch.Tensor, own: torch.Tensor) -> bool:

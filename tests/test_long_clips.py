@@ -76,7 +76,7 @@ def test_vivit_continues_from_16_frames_with_32(tmp_path: Path) -> None:
         short.embedding.positions.copy_(steps.expand_as(short.embedding.positions))
     torch.save({"model": short.state_dict(), "classes": list("abcdefg")}, tmp_path / "best.pt")
     long = ViViT(7, n_frames=32, **VIVIT)
-    assert "positions resized" in load_weights(long, str(tmp_path / "best.pt"))
+    assert "positions resized" in load_weights(long, str(tmp_path / "best.pt")).line
     times = ((torch.arange(32.0) + 0.5) / 2 - 0.5).clamp(0, 15).view(1, 32, 1, 1)
     positions = long.embedding.positions.detach()
     torch.testing.assert_close(positions, times.expand_as(positions))

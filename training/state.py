@@ -77,6 +77,7 @@ class TrainState:
     Args:
         class_counts: `(K,)` training clips of each class; evaluate.py can adjust logits by them.
         clips: `clips.manifest.clips_digest` of each split; a resumed run must have the same clips.
+        pretrained: where the weights come from; see `modeling.weights.LoadedWeights`.
     """
 
     def __init__(
@@ -90,6 +91,7 @@ class TrainState:
         progress: Progress,
         class_counts: Sequence[int],
         clips: Mapping[str, str] | None = None,
+        pretrained: Mapping[str, str] | None = None,
     ) -> None:
         self.config = config
         self.model = model
@@ -100,6 +102,7 @@ class TrainState:
         self.progress = progress
         self.class_counts = list(class_counts)
         self.clips = dict(clips or {})
+        self.pretrained = dict(pretrained or {})
         self.history: list[dict[str, Any]] = []
         """rows of metrics.csv"""
         self.best: dict[str, Any] = {}
@@ -161,6 +164,7 @@ class TrainState:
             "classes": list(self.config.classes),
             "class_counts": self.class_counts,
             "clips": self.clips,
+            "pretrained": self.pretrained,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -181,6 +185,7 @@ class TrainState:
         self.progress.epoch, self.progress.step = state["epoch"], state["step"]
         self.progress.unreadable = set(state["unreadable"])
         self.history, self.best = state["history"], state["best"]
+        self.pretrained = state.get("pretrained", {})
         if state["scaler"]:  # empty if the run has not trained in fp16 before
             self.scaler.load_state_dict(state["scaler"])
         if len(state["rng"]) == distributed.world_size():

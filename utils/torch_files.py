@@ -4,10 +4,12 @@ import contextlib
 import pickle
 import warnings
 import zipfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch.serialization import safe_globals
 
 from utils.errors import UserError
 from utils.files import atomic
@@ -32,11 +34,12 @@ def save_safely(path: str | Path, state: dict[str, Any]) -> None:
             raise
 
 
-def load_safely(path: Path, remedy: str) -> dict:
+def load_safely(path: Path, remedy: str, allow: Sequence[type] = ()) -> dict:
     """Read a file that torch.save wrote, onto the CPU, without running any code from it.
 
     Args:
         remedy: what the user can do if the file cannot be used; the error message ends with it.
+        allow: kinds of objects that may be in the file beside tensors and plain values.
 
     Raises:
         UserError: the file is damaged, would fill the memory, or holds something else than a dict.
@@ -47,7 +50,8 @@ def load_safely(path: Path, remedy: str) -> dict:
     size = path.stat().st_size
     try:
         _check_claims(path)
-        with warnings.catch_warnings(action="ignore"):  # of kinds of tensors that are refused later
+        # The warnings are of kinds of tensors that are refused later.
+        with warnings.catch_warnings(action="ignore"), safe_globals(list(allow)):
             state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # flipped bytes raise IndexError, struct.error, AssertionError ...
         reason = error if isinstance(error, _Refused) else _reason(path, start, error)

@@ -40,7 +40,7 @@ def test_default_and_the_file_itself_load(model: str, fusion: str) -> None:
         net = make_model(
             model, 3, backbone="efficientnet_lite0", modality="rgb+rgbdiff", fusion=fusion
         )
-        assert "backbone only" in load_weights(net, spec)
+        assert "backbone only" in load_weights(net, spec).line
         conv = net.backbone.conv_stem.weight
         assert torch.equal(conv[:, :3], wanted)
         if fusion == "early":
@@ -115,7 +115,7 @@ def tsm() -> torch.nn.Module:
 
 def test_none_changes_nothing(tsm: torch.nn.Module) -> None:
     before = tsm.backbone.conv1.weight.clone()
-    assert "random" in load_weights(tsm, "none")
+    assert "random" in load_weights(tsm, "none").line
     assert torch.equal(tsm.backbone.conv1.weight, before)
 
 
@@ -123,7 +123,7 @@ def test_none_changes_nothing(tsm: torch.nn.Module) -> None:
 def test_official_file_fills_the_backbone(name: str, tmp_path: Path) -> None:
     model, state = make_model(name, 7), official()
     head = model.head.weight.clone()
-    line = load_weights(model, save(state, tmp_path / "official.pth"))
+    line = load_weights(model, save(state, tmp_path / "official.pth")).line
     assert "backbone only" in line
     assert "head is new" in line
     own = model.backbone.state_dict()
@@ -256,9 +256,9 @@ def test_own_checkpoint_and_other_classes(tmp_path: Path) -> None:
     path = save({"model": trained.state_dict(), "classes": list("abcdefg")}, tmp_path / "best.pt")
     same, other = make_model("tsm_resnet", 7), make_model("tsm_resnet", 3)
     head = other.head.weight.clone()
-    assert "all of the model" in load_weights(same, path)
+    assert "all of the model" in load_weights(same, path).line
     assert all(torch.equal(v, trained.state_dict()[k]) for k, v in same.state_dict().items())
-    assert "all but the head, which is new" in load_weights(other, path)
+    assert "all but the head, which is new" in load_weights(other, path).line
     assert torch.equal(other.backbone.conv1.weight, trained.backbone.conv1.weight)
     assert torch.equal(other.head.weight, head)
 
@@ -275,12 +275,12 @@ def test_vivit_of_another_size(tmp_path: Path) -> None:
     trained = make_model("vivit", 7, **TINY_VIVIT)
     path = save({"model": trained.state_dict()}, tmp_path / "best.pt")
     model = make_model("vivit", 5, **{**TINY_VIVIT, "n_frames": 6, "image_size": 48})
-    line = load_weights(model, path)
+    line = load_weights(model, path).line
     assert "all but the head" in line
     assert "positions resized" in line
     assert torch.equal(model.embedding.patches.weight, trained.embedding.patches.weight)
     assert model(torch.rand(1, 6, 3, 48, 48)).shape == (1, 5)
-    assert "resized" not in load_weights(make_model("vivit", 7, **TINY_VIVIT), path)
+    assert "resized" not in load_weights(make_model("vivit", 7, **TINY_VIVIT), path).line
     narrow = make_model("vivit", 7, **{**TINY_VIVIT, "dim": 12, "image_size": 48})
     assert "of another shape or type: embedding.cls_token, embedding.positions" in fails(
         narrow, path
@@ -338,7 +338,7 @@ def test_weights_of_other_programs_arrive(
     if prefix.endswith("backbone."):
         content["module.head.weight"] = torch.zeros(3, 512)
     path = save({wrapper: content, "epoch": 3} if wrapper else content, tmp_path / "other.pth")
-    assert "backbone only" in load_weights(tsm, path)
+    assert "backbone only" in load_weights(tsm, path).line
     own = tsm.backbone.state_dict()
     assert all(torch.equal(own[k], v) for k, v in state.items() if not k.startswith("fc."))
 
@@ -347,5 +347,5 @@ def test_a_model_of_this_project_saved_by_other_means_keeps_its_head(tmp_path: P
     trained = make_model("tsm_resnet", 7)
     path = save({"state_dict": trained.state_dict()}, tmp_path / "own.pth")
     model = make_model("tsm_resnet", 7)
-    assert "all of the model" in load_weights(model, path)
+    assert "all of the model" in load_weights(model, path).line
     assert torch.equal(model.head.weight, trained.head.weight)
