@@ -2,7 +2,9 @@
 
 import pytest
 import torch
+from torch.nn import functional as F
 
+from modeling.vit import SIZES
 from utils.errors import UserError
 from vivit import Block, Embedding, ViViT
 
@@ -195,3 +197,113 @@ def test_a_dropped_clip_skips_its_branches_in_the_whole_model() -> None:
     assert dropped.any()
     assert torch.equal(dropped, (change == 0).all(dim=1))
     assert torch.equal(dropped, (change == 0).any(dim=1))
+
+
+# Parameters of an image ViT without its classifier, as timm counts them.
+@pytest.mark.parametrize(
+    ("size", "image_vit"), [("tiny", 5_524_416), ("small", 21_665_664), ("base", 85_798_656)]
+)
+def test_sizes_are_those_of_image_vits(size: str, image_vit: int) -> None:
+    with torch.device("meta"):
+        model = ViViT(model_size=size)
+    dim = SIZES[size][0]
+    block = 12 * dim**2 + 13 * dim  # qkv, out, two layers of the MLP, two norms
+    new = 15 * 197 * dim + 4 * block + dim + 2 * 2 * dim + 7 * (dim + 1)
+    assert sum(p.numel() for p in model.parameters()) == image_vit + new
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("tubelet_frames", [1, 2])
+def test_the_spatial_encoder_starts_as_an_image_vit(tubelet_frames: int) -> None:
+    """Each tubelet's class token is the image network's for its central frame."""
+    timm = pytest.importorskip("timm", reason="requirements-optional.txt is not installed")
+    torch.manual_seed(0)
+    net = timm.create_model("vit_tiny_patch16_224", num_classes=0, dynamic_img_size=True).eval()
+    for parameter in net.parameters():
+        torch.nn.init.normal_(parameter, std=0.05)
+    model = ViViT(3, 4, 64, model_size="tiny", tubelet_frames=tubelet_frames).eval()
+    own = model.state_dict()
+    new = {key: own[key] for key in own if key.startswith(model.new_parts)}
+    model.load_state_dict(model.convert_state_dict(net.state_dict()) | new)
+    seen = []
+    model.spatial_norm.register_forward_hook(lambda *call: seen.append(call[2]))
+    x = clips(2, 4, 3, 64, 64)
+    model(x)
+    wanted = net(model.normalize(x)[:, tubelet_frames // 2 :: tubelet_frames].flatten(0, 1))
+    torch.testing.assert_close(seen[0], wanted, atol=1e-6, rtol=1e-5)
+
+
+def test_tubelets_must_fill_the_clip() -> None:
+    with pytest.raises(UserError, match="n_frames 5 must be a multiple"):
+        ViViT(n_frames=5, tubelet_frames=2)
+
+
+def videomae(state: dict[str, torch.Tensor], x: torch.Tensor) -> torch.Tensor:
+    """VideoMAE's encoder (Tong et al., 2022), written out: normalised clips `(B, C, T, H, W)` to
+    the mean of the normalised tokens, `(B, dim)`; 64 dimensions per head."""
+    w = state["patch_embed.proj.weight"]
+    dim = w.shape[0]
+    x = F.conv3d(x, w, state["patch_embed.proj.bias"], stride=w.shape[2:])
+    x = x.flatten(2).transpose(1, 2)  # (B, tokens, dim): time by time, row by row
+    position = torch.arange(x.shape[1], dtype=torch.float64)
+    for j in range(dim):
+        angle = position / 10000 ** (2 * (j // 2) / dim)
+        x[..., j] += (angle.cos() if j % 2 else angle.sin()).float()
+    for n in range(12):
+        p = {k.removeprefix(f"blocks.{n}."): v for k, v in state.items()}
+        y = F.layer_norm(x, (dim,), p["norm1.weight"], p["norm1.bias"], 1e-6)
+        q, k, v = (y @ p["attn.qkv.weight"].T).chunk(3, dim=2)
+        q, v = q + p["attn.q_bias"], v + p["attn.v_bias"]
+        heads = zip(*(z.split(64, 2) for z in (q, k, v)), strict=True)
+        y = torch.cat([(a @ b.mT / 8).softmax(2) @ c for a, b, c in heads], dim=2)
+        x = x + F.linear(y, p["attn.proj.weight"], p["attn.proj.bias"])
+        y = F.layer_norm(x, (dim,), p["norm2.weight"], p["norm2.bias"], 1e-6)
+        y = F.gelu(F.linear(y, p["mlp.fc1.weight"], p["mlp.fc1.bias"]))
+        x = x + F.linear(y, p["mlp.fc2.weight"], p["mlp.fc2.bias"])
+    return F.layer_norm(x, (dim,), state["norm.weight"], state["norm.bias"], 1e-6).mean(1)
+
+
+def videomae_weights(dim: int = 192) -> dict[str, torch.Tensor]:
+    """Random weights with the names and shapes of a VideoMAE encoder."""
+    shapes = {"patch_embed.proj.weight": (dim, 3, 2, 16, 16), "patch_embed.proj.bias": (dim,)}
+    for n in range(12):
+        shapes |= {
+            f"blocks.{n}.{name}": shape
+            for name, shape in {
+                **dict.fromkeys(("norm1.weight", "norm1.bias", "norm2.weight"), (dim,)),
+                **dict.fromkeys(("norm2.bias", "attn.q_bias", "attn.v_bias"), (dim,)),
+                **dict.fromkeys(("attn.proj.bias", "mlp.fc2.bias"), (dim,)),
+                "attn.qkv.weight": (3 * dim, dim),
+                "attn.proj.weight": (dim, dim),
+                "mlp.fc1.weight": (4 * dim, dim),
+                "mlp.fc1.bias": (4 * dim,),
+                "mlp.fc2.weight": (dim, 4 * dim),
+            }.items()
+        }
+    shapes |= {"norm.weight": (dim,), "norm.bias": (dim,)}
+    generator = torch.Generator().manual_seed(0)
+    return {name: torch.randn(s, generator=generator) * 0.05 for name, s in shapes.items()}
+
+
+@torch.no_grad()
+def test_joint_attention_is_videomaes_encoder() -> None:
+    model = ViViT(3, 16, 224, model_size="tiny", tubelet_frames=2, attention="joint").eval()
+    own, state = model.state_dict(), videomae_weights()
+    head = {key: own[key] for key in own if key.startswith("head.")}
+    model.load_state_dict(model.convert_state_dict(state) | head)
+    x = clips(1, 16, 3, 224, 224)
+    wanted = videomae(state, model.normalize(x).transpose(1, 2))
+    model.head = torch.nn.Identity()
+    torch.testing.assert_close(model(x), wanted, atol=1e-5, rtol=1e-4)
+    # At another size the positions are interpolated.
+    small = ViViT(3, 8, 112, model_size="tiny", tubelet_frames=2, attention="joint")
+    positions = small.convert_state_dict(state)["embedding.positions"]
+    assert positions.shape == (1, 4, 49, 192)
+
+
+@torch.no_grad()
+def test_joint_attention_sees_all_tokens_and_the_order() -> None:
+    model = tiny(attention="joint")
+    assert list(model.stages()) == ["embedding", "spatial1", "spatial2", "head"]
+    x = clips(1, 4, 3, 32, 32)
+    assert not torch.allclose(model(x), model(x[:, [2, 0, 3, 1]]), atol=1e-6)
