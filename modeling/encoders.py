@@ -6,7 +6,7 @@ loaded, or left out for a reason that is told; what is missing is an error.
 
 import re
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -14,7 +14,6 @@ import torch
 from modeling.layers import IMAGENET_MEAN_STD, MeanStd
 from modeling.vit import SIZES
 from utils.errors import ResultWarning
-from utils.text_table import text_table
 
 Weights = dict[str, torch.Tensor]
 
@@ -42,7 +41,6 @@ _HUB = "https://huggingface.co/"
 _SURGENET = _HUB + "TimJaspersTue/SurgeNetModels"
 _SURGENET_DINO = _HUB + "rlpddejong/SurgeNetXL_DINOv1-v3"
 _CAMMA = "https://github.com/CAMMA-public/"
-_TIMESFORMER_SHAPES = {"time_embed": (1, 8, 768), "blocks.0.temporal_fc.weight": (768, 768)}
 
 
 def _vit_shapes(size: str, patch_size: int, tokens: int) -> dict[str, tuple[int, ...]]:
@@ -55,7 +53,9 @@ def _vit_shapes(size: str, patch_size: int, tokens: int) -> dict[str, tuple[int,
     }
 
 
-# Sources and licences as their authors state them; modeling/encoders.py opens no other fields.
+_TIMESFORMER_SHAPES = _vit_shapes("base", 16, 197) | {"time_embed": (1, 8, 768)}
+
+# Sources and licences as their authors state them.
 ENCODERS = (
     # Surgical
     Encoder(
@@ -226,14 +226,16 @@ ENCODERS = (
 
 
 def list_encoders() -> str:
-    """The table of `train.py --list-encoders`."""
-    rows = [["encoder", "million parameters", "licence of the weights", "settings", "from"]]
+    """The text of `train.py --list-encoders`: three lines per encoder."""
+    lines = []
     for encoder in ENCODERS:
-        how = encoder.flags if encoder.shapes else f"{encoder.flags} --weights default"
-        rows.append(
-            [encoder.name, f"{encoder.parameters:.1f}", encoder.licence, how, encoder.source]
-        )
-    return text_table(rows)
+        file = "FILE" if encoder.shapes else "default"
+        lines += [
+            f"{encoder.name}: {encoder.parameters:g} million parameters, {encoder.licence}",
+            f"    {encoder.flags}, with --weights {file}",
+            f"    from {encoder.source}",
+        ]
+    return "\n".join(lines)
 
 
 def recognise(weights: Mapping[str, torch.Tensor]) -> Encoder | None:
@@ -314,7 +316,7 @@ _UNUSED = {
 _COUNTERS = (".total_ops", ".total_params")
 
 
-def drop_unused(weights: Mapping[str, torch.Tensor], own: Mapping[str, object]) -> Weights:
+def drop_unused(weights: Mapping[str, torch.Tensor], own: Container[str]) -> Weights:
     """The tensors without those that no model of this project has, such as classifiers.
 
     Args:

@@ -195,7 +195,7 @@ def _load_encoder(model: nn.Module, weights: dict[str, torch.Tensor], path: Path
         own = model.state_dict()
         new = {key: own[key] for key in own if key.startswith(model.new_parts)}
         converted = convert(selected)
-        used = drop_unused(converted, own)
+        used = drop_unused(converted, own.keys() - new.keys())
         _load(model, {**used, **new}, path)
         loaded = f"new: {', '.join(dict.fromkeys(key.split('.')[0] for key in new))}"
         return loaded + describe_dropped([k for k in converted if k not in used], others)
