@@ -3,6 +3,7 @@
     python train.py                                                  the demo data, two minutes
     python train.py --data-root /data/SLAM --model-name cnnlstm      your own data
     python train.py --resume runs/20260101-120000_cnnlstm            continue a stopped run
+    python train.py --list-encoders                                  what --weights opens
     torchrun --nproc-per-node=4 train.py --data-root /data/SLAM      several GPUs
 
 Settings are the fields of TrainConfig in config.py: edit them there or give them as flags.
@@ -13,6 +14,7 @@ import logging
 import math
 import shlex
 import signal
+import sys
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -31,9 +33,9 @@ from config import OLD_NAMES, OLD_VALUES, TrainConfig, from_dict
 from evaluation.calibration import Calibration, calibrate
 from evaluation.novelty import NoveltyReference
 from evaluation.predictions import Predictions
-from modeling.encoders import licence_warning
+from modeling.encoders import licence_warning, list_encoders
 from modeling.layers import enable_gradient_checkpointing
-from modeling.weights import LoadedWeights, load_weights
+from modeling.weights import load_weights
 from models import build_model, freeze, use_normalization
 from training import checks
 from training.engine import evaluate, train_one_epoch
@@ -46,6 +48,7 @@ from training.log import (
     resume_line,
     run_header,
     start_log,
+    unreadable_line,
     write_history,
 )
 from training.losses import Criterion, warn_double_balancing
@@ -103,8 +106,7 @@ def _train(
     stack.enter_context(checks.hold_outputs(config, folder))
 
     # data
-    loaders = build_dataloaders(config)
-    train_loader, val_loader, test_loader, num_classes = loaders
+    train_loader, val_loader, test_loader, num_classes = build_dataloaders(config)
     splits = {"train": train_loader, "val": val_loader, "test": test_loader}
     rows = {name: loader.dataset.rows for name, loader in splits.items()}
     counts = Counter(row.label for row in rows["train"])
@@ -115,8 +117,8 @@ def _train(
     torch.manual_seed(config.seed)
     model = build_model(config, num_classes)
     # Only process 0 loads weights: DistributedDataParallel sends them to the others.
-    loaded = load_weights(model, config.weights) if is_main and not resume_from else None
-    loaded = distributed.broadcast_object(loaded) or LoadedWeights("")
+    spec = config.weights if is_main and not resume_from else "none"
+    loaded = distributed.broadcast_object(load_weights(model, spec))
     config = use_normalization(model, loaded.mean_std, config)
     if config.freeze_until:
         freeze(model, config.freeze_until)
@@ -138,10 +140,8 @@ def _train(
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     criterion = Criterion(config, class_counts, device)
     ema = ModelEma(model, config.ema_decay) if config.ema_decay else None
-    state = TrainState(
-        *(config, model, optimizer, scheduler, scaler, ema, progress),
-        *(class_counts, clips, loaded.provenance),
-    )
+    parts = config, model, optimizer, scheduler, scaler, ema, progress
+    state = TrainState(*parts, class_counts, clips, loaded.provenance)
     if resume_from:
         check_resume(resume_from, state.state_dict(), optimizer, config.resume or folder)
         state.load_state_dict(resume_from)
@@ -277,13 +277,8 @@ def train_epochs(
             f"stopped: none of {config.early_stopping_patience} epochs was better than epoch "
             f"{state.best['epoch']}"
         )
-    unreadable = set().union(*distributed.all_gather(progress.unreadable))
-    if unreadable:
-        listing = "\n  ".join(sorted(unreadable))
-        log.warning(
-            f"{len(unreadable)} training clips that were drawn could not be read and were left out "
-            f"(python prepare_data.py check reads all of them):\n  {listing}"
-        )
+    if unreadable := set().union(*distributed.all_gather(progress.unreadable)):
+        log.warning(unreadable_line(unreadable))
 
 
 def calibrate_best(
@@ -347,8 +342,7 @@ def final_test(
             "warnings": warnings,
         }
         calibration = Calibration.from_state_dict(best["calibration"])
-        last = config.monitor == "last"
-        chosen = "the last" if last else f"the best by validation {config.monitor}"
+        chosen = "the last" if config.monitor == "last" else f"the best by validation {config.monitor}"
         log.info(f"\ntest of epoch {best['epoch']}, {chosen}:")
         results = write_results(
             predictions, config.classes, folder, [calibration], metadata, show=log.info
@@ -386,8 +380,7 @@ def read_settings() -> tuple[TrainConfig, dict[str, Any] | None]:
     if not config.resume:
         return config, None
     run = Path(config.resume)
-    if run.is_file():  # a checkpoint of the run: take its folder
-        run = run.parent
+    run = run.parent if run.is_file() else run  # a checkpoint of the run: take its folder
     state = load_checkpoint(run, "last.pt")
     saved = dataclasses.replace(from_dict(state["config"]), resume=str(run))
     config = dataclasses.replace(parse_with(saved), resume=str(run))
@@ -397,7 +390,10 @@ def read_settings() -> tuple[TrainConfig, dict[str, Any] | None]:
 
 @cli_main
 def main() -> None:
-    train(*read_settings())
+    if "--list-encoders" in sys.argv[1:]:
+        print(list_encoders())
+    else:
+        train(*read_settings())
 
 
 if __name__ == "__main__":

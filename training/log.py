@@ -5,7 +5,7 @@ import dataclasses
 import logging
 import sys
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -117,3 +117,19 @@ def draw_curves(path: Path, history: Sequence[dict[str, Any]], best_epoch: int) 
 
     if problem := try_write(path, lambda path: plot_curves(history, best_epoch, path)):
         logging.getLogger(__name__).warning(problem)
+
+
+def unreadable_line(unreadable: Iterable[str]) -> str:
+    """Which training clips were left out because they could not be read, one line per clip.
+
+    Args:
+        unreadable: the message of each of them.
+    """
+    lines = sorted(unreadable)
+    return "\n  ".join(
+        [
+            f"{len(lines)} training clips that were drawn could not be read and were left out "
+            "(python prepare_data.py check reads all of them):",
+            *lines,
+        ]
+    )

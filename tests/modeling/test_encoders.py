@@ -1,4 +1,4 @@
-"""Public encoders: files with the published names and shapes, made here, open as the source network."""
+"""Public encoders: files made here, with the published names and shapes."""
 
 import argparse
 import os
