@@ -95,8 +95,7 @@ def _train(
     config = checks.resolve(config)
     stack.callback(distributed.cleanup)
     device = distributed.init(get_device(config.device))
-    if resume_from:
-        config = checks.keep_clips_per_step(config, resume_from)
+    config = checks.keep_clips_per_step(config, resume_from) if resume_from else config
     dtype = autocast_dtype(config.precision, device)
     is_main = distributed.rank() == 0
     start_log(None)
@@ -117,8 +116,8 @@ def _train(
     torch.manual_seed(config.seed)
     model = build_model(config, num_classes)
     # Only process 0 loads weights: DistributedDataParallel sends them to the others.
-    spec = config.weights if is_main and not resume_from else "none"
-    loaded = distributed.broadcast_object(load_weights(model, spec))
+    loaded = load_weights(model, config.weights if is_main and not resume_from else "none")
+    loaded = distributed.broadcast_object(loaded)
     config = use_normalization(model, loaded.mean_std, config)
     if config.freeze_until:
         freeze(model, config.freeze_until)
@@ -342,7 +341,8 @@ def final_test(
             "warnings": warnings,
         }
         calibration = Calibration.from_state_dict(best["calibration"])
-        chosen = "the last" if config.monitor == "last" else f"the best by validation {config.monitor}"
+        rule = config.monitor
+        chosen = "the last" if rule == "last" else f"the best by validation {rule}"
         log.info(f"\ntest of epoch {best['epoch']}, {chosen}:")
         results = write_results(
             predictions, config.classes, folder, [calibration], metadata, show=log.info
