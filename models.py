@@ -6,17 +6,27 @@ rates, gradient checkpointing and the summary work on that list.
 
 import inspect
 
+import torch
 from torch import nn
 
 from cnn_lstm import CNNLSTM
 from config import TrainConfig
+from mvit import MViT
 from r2plus1d_resnet import R2Plus1DResNet18
 from tsm_resnet import TSM
 from utils.errors import UserError
 from utils.text_table import text_table
+from video_swin import VideoSwin
 from vivit import ViViT
 
-MODELS = {"tsm_resnet": TSM, "r2plus1d": R2Plus1DResNet18, "cnnlstm": CNNLSTM, "vivit": ViViT}
+MODELS = {
+    "tsm_resnet": TSM,
+    "r2plus1d": R2Plus1DResNet18,
+    "cnnlstm": CNNLSTM,
+    "vivit": ViViT,
+    "video_swin": VideoSwin,
+    "mvit": MViT,
+}
 
 
 def model_options(name: str) -> set[str]:
@@ -39,6 +49,14 @@ def build_model(config: TrainConfig, num_classes: int = 7) -> nn.Module:
     known = vars(config)
     options = {name: known[name] for name in model_options(config.model_name) if name in known}
     return MODELS[config.model_name](num_classes, **options)
+
+
+def have_same_weights(one: TrainConfig, other: TrainConfig) -> bool:
+    """Whether the weights of two configs' models have the same names and shapes."""
+    with torch.device("meta"):  # takes no memory and hardly any time
+        weights = [build_model(config).state_dict() for config in (one, other)]
+    shapes = [{name: value.shape for name, value in state.items()} for state in weights]
+    return shapes[0] == shapes[1]
 
 
 def freeze(model: nn.Module, until: str) -> None:

@@ -69,8 +69,8 @@ def load_weights(model: nn.Module, spec: str) -> str:
             )
     if "format_version" in state or weights.keys() == model.state_dict().keys():
         return f"weights: {path}, {_load_checkpoint(model, weights, path)}"
-    _load_backbone(model, weights, path)
-    return f"weights: {path}, backbone only; the head is new"
+    note = _load_backbone(model, weights, path)
+    return f"weights: {path}, backbone only; the head is new{note}"
 
 
 # Where other programs keep the weights in their checkpoints, and what they put before the names:
@@ -136,8 +136,12 @@ def _official_file(weights: Any) -> Path:
     return path
 
 
-def _load_backbone(model: nn.Module, state: dict[str, torch.Tensor], path: Path) -> None:
-    """Load an official file without its classifier. The oldest files lack `num_batches_tracked`."""
+def _load_backbone(model: nn.Module, state: dict[str, torch.Tensor], path: Path) -> str:
+    """Load an official file without its classifier. The oldest files lack `num_batches_tracked`.
+
+    Returns:
+        A note for the log, or nothing.
+    """
     backbone = getattr(model, "backbone", None)
     if backbone is None:
         raise UserError(
@@ -150,15 +154,18 @@ def _load_backbone(model: nn.Module, state: dict[str, torch.Tensor], path: Path)
     inside = {k.removeprefix(prefix): v for k, v in state.items() if str(k).startswith(prefix)}
     state = inside or state  # another program's model, whose head is of no use here
     state = {key: v for key, v in state.items() if not str(key).startswith(_CLASSIFIERS)}
+    fitted, note = _fitted(model, {f"{prefix}{key}": value for key, value in state.items()})
+    state = {key.removeprefix(prefix): value for key, value in fitted.items()}
     nets = model.backbones() if hasattr(model, "backbones") else [backbone]
     for net in nets:
         own = net.state_dict()
         counters = {key: own[key] for key in own if "num_batches_tracked" in key}
         _load(net, counters | _inflated(state, own), path)
+    return note
 
 
-# Of ResNets and R(2+1)D, of ConvNeXt, of EfficientNet-Lite0.
-_CLASSIFIERS = ("fc.", "classifier.2.", "_fc.")
+# Of ResNets and R(2+1)D, of ConvNeXt, of EfficientNet-Lite0, of Video Swin and MViT.
+_CLASSIFIERS = ("fc.", "classifier.2.", "_fc.", "head.")
 
 
 def _inflated(
@@ -177,14 +184,27 @@ def _inflated(
 
 def _load_checkpoint(model: nn.Module, state: dict[str, torch.Tensor], path: Path) -> str:
     """Load a checkpoint of this project; for other classes the model keeps its own head."""
-    adapt = getattr(model, "adapt_state_dict", None)
-    fitted = adapt(state) if adapt else state
+    fitted, note = _fitted(model, state)
     own = model.state_dict()
     head = [key for key in own if key.startswith("head.")]
     other = [key for key in head if key in state and state[key].shape != own[key].shape]
     _load(model, fitted | {key: own[key] for key in other}, path)
     loaded = "all but the head, which is new" if other else "all of the model"
-    return loaded if fitted is state else f"{loaded}; positions resized to this T and image size"
+    return loaded + note
+
+
+def _fitted(
+    model: nn.Module, state: dict[str, torch.Tensor]
+) -> tuple[dict[str, torch.Tensor], str]:
+    """The weights of a file fitted to a model's T and image size, and a note on that for the log.
+
+    Args:
+        state: the weights by their names in the whole model.
+    """
+    adapt = getattr(model, "adapt_state_dict", None)
+    fitted = adapt(state) if adapt else state
+    resized = any(key in state and v.shape != state[key].shape for key, v in fitted.items())
+    return fitted, "; positions resized to this T and image size" if resized else ""
 
 
 def _fits(value: torch.Tensor, own: torch.Tensor) -> bool:

@@ -18,7 +18,7 @@ from modeling.inference import (
 from models import MODELS
 
 CPU = torch.device("cpu")
-BATCHNORMS = {"tsm_resnet": 20, "cnnlstm": 20, "r2plus1d": 37, "vivit": 0}
+BATCHNORMS = {"tsm_resnet": 20, "cnnlstm": 20, "r2plus1d": 37, "vivit": 0, "video_swin": 0, "mvit": 0}
 
 
 def trained(name: str, n_frames: int = 8, size: int = 64) -> nn.Module:
