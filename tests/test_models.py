@@ -1,5 +1,6 @@
 """All models: stages, parameter groups, freezing, contracts, and that each one can learn."""
 
+import dataclasses
 import inspect
 import json
 from pathlib import Path
@@ -17,7 +18,15 @@ import predict
 import train
 from config import TrainConfig
 from evaluation.metrics import MORE_SCORES
-from models import MODELS, build_model, freeze, keep_frozen_in_eval, model_options, summary
+from models import (
+    MODELS,
+    build_model,
+    freeze,
+    have_same_weights,
+    keep_frozen_in_eval,
+    model_options,
+    summary,
+)
 from training.losses import LOSSES
 from training.optim import param_groups
 from utils.errors import UserError
@@ -41,8 +50,8 @@ STAGES = {
     "mvit": ["patch", *(f"block{number}" for number in range(1, 17)), "head"],
 }
 # fmt: on
-# MViT's classifier reads the class token, whose query has no position and is not pooled: in the last
-# block no other query is used.
+# MViT's classifier reads the class token, whose query has no position and is not pooled; in the
+# last block no other query is used.
 UNUSED = ("backbone.blocks.15.attn.rel_pos", "backbone.blocks.15.attn.pool_q.pool")
 every_model = pytest.mark.parametrize("name", MODELS)
 
@@ -119,6 +128,26 @@ def test_a_config_becomes_a_model() -> None:
     assert vivit.embedding.positions.shape[:3] == (1, 4, 5)
     tsm = build_model(TrainConfig(shift_mode="causal", shift_div=4, shift_buffer_prob=0.1))
     assert (tsm.causal, tsm.shift_div, tsm.shift_buffer_prob) == (True, 4, 0.1)
+
+
+@pytest.mark.parametrize(
+    ("name", "sizes", "same"),
+    [("tsm_resnet", [""], True), ("cnnlstm", [""], True), ("vivit", [""], False),
+     ("video_swin", ["tiny", "small"], True), ("mvit", ["small"], True), ("mvit", ["base"], False)],
+)  # fmt: skip
+def test_which_weights_are_made_for_a_number_of_frames(
+    name: str, sizes: list[str], same: bool
+) -> None:
+    for size in sizes:
+        config = TrainConfig(model_name=name, model_size=size, n_frames=16, image_size=64)
+        assert have_same_weights(config, dataclasses.replace(config, n_frames=8)) == same
+        assert have_same_weights(config, dataclasses.replace(config, image_size=96)) == same
+        assert have_same_weights(config, dataclasses.replace(config, dropout=0.5))
+
+
+def test_sizes_have_other_weights() -> None:
+    sizes = [TrainConfig(model_name="video_swin", model_size=size) for size in ("", "small")]
+    assert not have_same_weights(*sizes)
 
 
 def test_unknown_names_are_refused() -> None:
