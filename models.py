@@ -7,16 +7,19 @@ rates, gradient checkpointing and the summary work on that list.
 import dataclasses
 import inspect
 
+import torch
 from torch import nn
 
 from cnn_lstm import CNNLSTM
 from config import TrainConfig
 from modeling.layers import MeanStd, Normalize
+from mvit import MViT
 from r2plus1d_resnet import R2Plus1DResNet18
 from timesformer import TimeSformer
 from tsm_resnet import TSM
 from utils.errors import UserError
 from utils.text_table import text_table
+from video_swin import VideoSwin
 from vivit import ViViT
 
 MODELS = {
@@ -25,6 +28,8 @@ MODELS = {
     "cnnlstm": CNNLSTM,
     "vivit": ViViT,
     "timesformer": TimeSformer,
+    "video_swin": VideoSwin,
+    "mvit": MViT,
 }
 
 
@@ -72,6 +77,14 @@ def use_normalization(
         return config
     model.normalize = Normalize(mean_std)
     return dataclasses.replace(config, pixel_mean=mean_std[0], pixel_std=mean_std[1])
+
+
+def have_same_weights(one: TrainConfig, other: TrainConfig) -> bool:
+    """Whether the weights of two configs' models have the same names and shapes."""
+    with torch.device("meta"):  # takes no memory and hardly any time
+        weights = [build_model(config).state_dict() for config in (one, other)]
+    shapes = [{name: value.shape for name, value in state.items()} for state in weights]
+    return shapes[0] == shapes[1]
 
 
 def freeze(model: nn.Module, until: str) -> None:

@@ -162,6 +162,7 @@ def build_predictor(
     from clips.manifest import class_problems
     from config import from_dict
     from evaluation.calibration import load_calibration
+    from models import have_same_weights
     from timeline.smoothing import SmoothingConfig
     from timeline.streaming import OnlinePredictor
     from utils.device import autocast_dtype, describe_device, get_device
@@ -176,8 +177,10 @@ def build_predictor(
             "for whole videos train with rgb or rgbdiff"
         )
     n_frames = config.n_frames or training.n_frames
-    if training.model_name == "vivit" and n_frames != training.n_frames:
-        raise UserError(f"n_frames = {n_frames}: this ViViT is made for {training.n_frames} frames")
+    other = dataclasses.replace(training, n_frames=n_frames)
+    if n_frames != training.n_frames and not have_same_weights(training, other):
+        name, made_for = training.model_name, training.n_frames
+        raise UserError(f"n_frames = {n_frames}: this {name} is made for {made_for} frames")
     fps = config.fps or state.get("frame_rate")
     if not fps:
         raise UserError(

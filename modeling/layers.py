@@ -2,11 +2,13 @@
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
+
+Output = TypeVar("Output")
 
 LAYERS = ("layer1", "layer2", "layer3", "layer4")
 """names of the layers of a ResNet, also of a 3D one"""
@@ -17,6 +19,7 @@ MeanStd = tuple[tuple[float, ...], tuple[float, ...]]
 IMAGENET_MEAN_STD = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 HALF_MEAN_STD = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 KINETICS_MEAN_STD = ((0.43216, 0.394666, 0.37645), (0.22803, 0.22145, 0.216989))
+SLOWFAST_MEAN_STD = ((0.45, 0.45, 0.45), (0.225, 0.225, 0.225))
 
 
 class Normalize(nn.Module):
@@ -95,8 +98,8 @@ def enable_gradient_checkpointing(model: nn.Module) -> None:
 
 
 def checkpointed(
-    modules: Sequence[nn.Module], function: Callable[..., torch.Tensor], *inputs: Any
-) -> torch.Tensor:
+    modules: Sequence[nn.Module], function: Callable[..., Output], *inputs: Any
+) -> Output:
     """`function(*inputs)`, recomputed in the backward pass if checkpointing is enabled.
 
     Args:

@@ -207,6 +207,8 @@ def _load_encoder(model: nn.Module, weights: dict[str, torch.Tensor], path: Path
         )
     if getattr(backbone, "weights_package", None):
         selected = to_timm_names(selected)
+    fitted, resized = _fitted(model, {f"backbone.{key}": v for key, v in selected.items()})
+    selected = {key.removeprefix("backbone."): value for key, value in fitted.items()}
     nets = model.backbones() if hasattr(model, "backbones") else [backbone]
     for net in nets:
         own = net.state_dict()
@@ -215,7 +217,7 @@ def _load_encoder(model: nn.Module, weights: dict[str, torch.Tensor], path: Path
         counters = {key: own[key] for key in own if "num_batches_tracked" in key}
         _load(net, counters | _inflated(used, own), path)
     dropped = describe_dropped([key for key in selected if key not in used], others)
-    return f"backbone only; the head is new{dropped}"
+    return f"backbone only; the head is new{resized}{dropped}"
 
 
 def _inflated(
@@ -234,17 +236,27 @@ def _inflated(
 
 def _load_checkpoint(model: nn.Module, state: dict[str, torch.Tensor], path: Path) -> str:
     """Load a checkpoint of this project; for other classes the model keeps its own head."""
-    adapt = getattr(model, "adapt_state_dict", None)
-    fitted = adapt(state) if adapt else state
+    fitted, resized = _fitted(model, state)
     own = model.state_dict()
     head = [key for key in own if key.startswith("head.")]
     other = [key for key in head if key in state and state[key].shape != own[key].shape]
     _load(model, fitted | {key: own[key] for key in other}, path)
-    line = f"weights: {path}, " + (
-        "all but the head, which is new" if other else "all of the model"
-    )
-    resized = any(fitted[key].shape != state[key].shape for key in state)
-    return f"{line}; positions resized to this T and image size" if resized else line
+    loaded = "all but the head, which is new" if other else "all of the model"
+    return f"weights: {path}, {loaded}{resized}"
+
+
+def _fitted(
+    model: nn.Module, state: dict[str, torch.Tensor]
+) -> tuple[dict[str, torch.Tensor], str]:
+    """The weights of a file fitted to a model's T and image size, and a note on that for the log.
+
+    Args:
+        state: the weights by their names in the whole model.
+    """
+    adapt = getattr(model, "adapt_state_dict", None)
+    fitted = adapt(state) if adapt else state
+    resized = any(key in state and v.shape != state[key].shape for key, v in fitted.items())
+    return fitted, "; positions resized to this T and image size" if resized else ""
 
 
 def _fits(value: torch.Tensor, own: torch.Tensor) -> bool:

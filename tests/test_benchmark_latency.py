@@ -55,7 +55,9 @@ def test_lstm_has_its_own_term(layers: int, bidirectional: bool) -> None:
 
 
 def test_gflops_of_the_published_sizes() -> None:
-    """ResNet-18 at 224 px is 3.63 GFLOPs per frame (2 x MAC); R(2+1)D-18 at 16 x 112 px 81.0."""
+    """ResNet-18 at 224 px is 3.63 GFLOPs per frame (2 x MAC); R(2+1)D-18 at 16 x 112 px 81.0;
+    Swin3D-T and MViTv2-S at 16 x 224 px twice the 43.882 and 64.224 GMAC of torchvision's tables.
+    """
     clip = torch.zeros(1, 1, 3, 224, 224, dtype=torch.uint8)
     assert count_gflops(make_model("tsm_resnet").eval(), clip) == pytest.approx(3.63, abs=0.01)
     lstm = count_gflops(CNNLSTM().eval(), clip) - count_gflops(
@@ -64,6 +66,10 @@ def test_gflops_of_the_published_sizes() -> None:
     assert lstm * 16 == pytest.approx(0.067, abs=0.001)
     clip = torch.zeros(1, 16, 3, 112, 112, dtype=torch.uint8)
     assert count_gflops(make_model("r2plus1d").eval(), clip) == pytest.approx(81.0, abs=0.1)
+    with torch.device("meta"):
+        clip = torch.zeros(1, 16, 3, 224, 224, dtype=torch.uint8)
+        gflops = {name: count_gflops(make_model(name), clip) for name in ("video_swin", "mvit")}
+    assert gflops == pytest.approx({"video_swin": 2 * 43.882, "mvit": 2 * 64.224}, rel=1e-3)
 
 
 def test_help_is_light() -> None:

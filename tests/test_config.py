@@ -307,7 +307,10 @@ def test_every_loss_and_weighting_is_one_of_its_own(loss: str, weights: str) -> 
         ({"shift_buffer_prob": 0.9}, "shift_buffer_prob is a setting of shift_mode causal"),
         ({"mixup_alpha": 0.2, "batch_size": 1}, "batch_size must be at least 2"),
         ({"test_views": 2, "eval_sampling": "first"}, "there is one view"),
-        ({"model_name": "vivit", "freeze_batchnorm": True}, "vivit has no BatchNorm"),
+        *(
+            ({"model_name": name, "freeze_batchnorm": True}, f"{name} has no BatchNorm")
+            for name in ("vivit", "video_swin", "mvit")
+        ),
         ({"backbone": "convnext_tiny", "freeze_batchnorm": True}, "convnext_tiny has no BatchNorm"),
         (
             {"model_name": "cnnlstm", "lstm_layers": 0, "bidirectional": True},
@@ -432,6 +435,8 @@ def test_earlier_flags_of_the_scripts_name_the_new_ones(
         ("tsm_resnet", 9, {"freeze_batchnorm": True}, True),
         ("r2plus1d", 9, {"image_size": 16}, False),
         ("vivit", 9, {}, True),
+        ("video_swin", 9, {"image_size": 16}, True),
+        ("mvit", 9, {"image_size": 16}, True),
     ],
 )
 def test_a_last_batch_of_one_value_per_channel_is_refused(model, clips, changes, fits) -> None:

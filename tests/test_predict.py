@@ -465,7 +465,8 @@ def model_of(run: Path) -> nn.Module:
 
 
 MODELS = [("tsm_resnet", {}), ("tsm_resnet", {"shift_mode": "causal"}), ("cnnlstm", {}),
-          ("cnnlstm", {"bidirectional": True}), ("r2plus1d", {}), ("vivit", {})]  # fmt: skip
+          ("cnnlstm", {"bidirectional": True}), ("r2plus1d", {}), ("vivit", {}),
+          ("video_swin", {}), ("mvit", {})]  # fmt: skip
 
 
 @torch.no_grad()
@@ -634,9 +635,14 @@ def test_mistakes_are_one_line(flags: list, message: str, runs, video, mistake, 
     assert "Traceback" not in ended.stderr
 
 
-def test_a_vivit_keeps_its_frames_and_an_old_checkpoint_needs_fps(runs, tmp_path) -> None:
-    with pytest.raises(UserError, match="made for 4 frames"):
-        build_predictor(PredictConfig(str(runs("vivit")), (), n_frames=8))
+def test_models_with_positions_keep_their_frames(runs) -> None:
+    for name, options in (("vivit", {}), ("mvit", {"model_size": "base"})):
+        with pytest.raises(UserError, match=f"n_frames = 8: this {name} is made for 4 frames$"):
+            build_predictor(PredictConfig(str(runs(name, **options)), (), n_frames=8))
+    assert build_predictor(PredictConfig(str(runs("video_swin")), (), n_frames=8))[0].n_frames == 8
+
+
+def test_an_old_checkpoint_needs_fps(runs, tmp_path) -> None:
     state = torch.load(runs("cnnlstm") / "best.pt", weights_only=True)
     del state["frame_rate"]
     save_checkpoint(tmp_path / "old.pt", state)

@@ -20,6 +20,7 @@ from evaluation.clip_answers import ClipAnswer, describe_answers, write_answers
 from evaluation.novelty import NoveltyReference, class_means, distance_to_means
 from modeling.features import last_layer
 from modeling.inference import prepare_for_inference
+from models import MODELS
 from predict import main
 from training.engine import evaluate
 from training.loaders import eval_loader
@@ -227,7 +228,7 @@ def test_evaluate_names_the_command_for_a_manifest_without_labels(
     assert [row["path"] for row in rows] == list(map(str, clips))
 
 
-@pytest.mark.parametrize("name", ["tsm_resnet", "cnnlstm", "r2plus1d", "vivit"])
+@pytest.mark.parametrize("name", MODELS)
 def test_distances_are_those_of_the_last_layers_input(name: str, tiny_data: Path) -> None:
     """Against a forward pass whose last layer is replaced by the identity."""
     config = tiny_config(tiny_data, model_name=name)

@@ -26,6 +26,7 @@ from torch.utils.data import DataLoader
 
 from checkpoint import load_checkpoint, rebuild_model, save_checkpoint
 from config import from_dict
+from models import build_model
 from train import main
 from training.checks import keep_clips_per_step
 from training.engine import evaluate
@@ -94,15 +95,23 @@ def stop_after(steps: int) -> Callable[[], None]:
     return check
 
 
-@pytest.mark.parametrize("more", [{}, {"ema_decay": 0.9, "mixup_alpha": 0.4, "cutmix_alpha": 1.0}])
-def test_stopping_inside_an_epoch_loses_no_step(more: dict, tiny_data: Path) -> None:
+@pytest.mark.parametrize(
+    ("name", "more"),
+    [
+        ("tsm_resnet", {}),
+        ("tsm_resnet", {"ema_decay": 0.9, "mixup_alpha": 0.4, "cutmix_alpha": 1.0}),
+        ("video_swin", {"drop_path": 0.3, "image_size": 16}),
+        ("mvit", {"drop_path": 0.3, "image_size": 16, "n_frames": 2}),
+    ],
+)
+def test_stopping_inside_an_epoch_loses_no_step(name: str, more: dict, tiny_data: Path) -> None:
     """Two steps, a checkpoint and a third step in a new state equal three steps in a row."""
-    config = tiny_config(tiny_data, model_name="tsm_resnet", dropout=0.3, **more)
+    config = tiny_config(tiny_data, model_name=name, dropout=0.3, **more)
 
     def fresh() -> tuple[TrainState, DataLoader]:
         loader = build_dataloaders(config)[0]
         torch.manual_seed(1)
-        return make_state(config, make_model("tsm_resnet", 3, dropout=0.3)), loader
+        return make_state(config, build_model(config, 3)), loader
 
     whole, loader = fresh()
     torch.manual_seed(2)

@@ -135,7 +135,8 @@ def _contradictions(config: TrainConfig) -> list[str]:
         problems.append("mixup and cutmix mix the clips of a batch: batch_size must be at least 2")
     if config.test_views > 1 and config.eval_sampling == "first":
         problems.append("test_views: with eval_sampling first there is one view, the first frames")
-    without_norm = {"vivit", "convnext_tiny"} & {config.model_name, config.backbone}
+    without_norm = {"vivit", "timesformer", "video_swin", "mvit", "convnext_tiny"}
+    without_norm &= {config.model_name, config.backbone}
     if config.freeze_batchnorm and without_norm:
         problems.append(f"freeze_batchnorm: {without_norm.pop()} has no BatchNorm")
     if config.compile and config.gradient_checkpointing:

@@ -18,7 +18,7 @@ from modeling.inference import (
 from models import MODELS
 
 CPU = torch.device("cpu")
-BATCHNORMS = {"tsm_resnet": 20, "cnnlstm": 20, "r2plus1d": 37, "vivit": 0}
+BATCHNORMS = {"tsm_resnet": 20, "cnnlstm": 20, "r2plus1d": 37}  # the others have none
 
 
 def trained(name: str, n_frames: int = 8, size: int = 64) -> nn.Module:
@@ -86,7 +86,7 @@ def test_the_model_itself_is_left_alone(name: str, small: torch.Tensor) -> None:
 @pytest.mark.parametrize("name", MODELS)
 def test_every_batchnorm_is_folded(name: str) -> None:
     model = trained(name)
-    assert fold_batchnorms(model) == BATCHNORMS[name]
+    assert fold_batchnorms(model) == BATCHNORMS.get(name, 0)
     kinds = {type(module) for module in model.modules()}
     assert not kinds & {nn.BatchNorm2d, nn.BatchNorm3d}
 
@@ -147,6 +147,7 @@ class Unusual(nn.Module):
 
 @torch.inference_mode()
 def test_what_cannot_be_folded_is_not(clips: torch.Tensor) -> None:
+    torch.manual_seed(0)
     model = Unusual().eval()
     nn.init.uniform_(model.first_norm.running_mean, -0.3, 0.3)
     nn.init.uniform_(model.norm_a.running_var, 0.5, 2.0)

@@ -66,6 +66,8 @@ CASES = {
     "r2plus1d": ("r2plus1d", {"dropout": 0.3}, False),
     "vivit": ("vivit", {**VIVIT, "dropout": 0.2, "drop_path": 0.5}, False),
     "vivit, bf16": ("vivit", {**VIVIT, "dropout": 0.2, "drop_path": 0.5}, True),
+    "video_swin": ("video_swin", {"dropout": 0.2, "drop_path": 0.5}, False),
+    "mvit": ("mvit", {"dropout": 0.2, "drop_path": 0.5}, False),
 }
 # fmt: on
 every_model = pytest.mark.parametrize("name", MODELS)
@@ -157,8 +159,9 @@ def test_recomputed_in_training_only(name: str, recomputations: list) -> None:
     assert not recomputations
     model.train()
     model(clips())
-    stages = {"vivit": 4}.get(name, 5)  # blocks; or the stem and four layers
-    assert len(recomputations) == stages
+    # blocks, those of Video Swin with three mergings; or the stem and four layers
+    parts = {"vivit": 4, "video_swin": 12 + 3, "mvit": 16}.get(name, 5)
+    assert len(recomputations) == parts
 
 
 @every_model
@@ -168,7 +171,8 @@ def test_frozen_stages_are_not_recomputed(name: str, recomputations: list) -> No
     freeze(model, up_to)
     keep_frozen_in_eval(model)
     step(model)
-    assert len(recomputations) == 2
+    # Of Video Swin two layers with 6 and 2 blocks and a merging between them.
+    assert len(recomputations) == {"video_swin": 6 + 1 + 2, "mvit": 14}.get(name, 2)
     for number, modules in enumerate(model.stages().values()):
         for module in modules:
             grads = [parameter.grad is not None for parameter in module.parameters()]
