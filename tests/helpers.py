@@ -30,7 +30,7 @@ from torchvision.transforms.v2 import functional as tv
 
 from config import TrainConfig
 from modeling.frame_encoder import decode_motion
-from models import MODELS
+from models import MODELS, model_options
 from training.checks import resolve
 from training.engine import train_one_epoch
 from training.losses import Criterion
@@ -230,8 +230,12 @@ def tiny_config(data: Path, **settings: object) -> TrainConfig:
 
 
 def make_model(name: str, num_classes: int = 7, **options: object) -> nn.Module:
-    """A model with options of its constructor, also with those that no setting has."""
-    return MODELS[name](num_classes, **options)
+    """A model with options of its constructor, also with those that no setting has.
+
+    A size of the clips is passed on to the models that are built for one.
+    """
+    sizes = {"n_frames", "image_size"} - model_options(name)
+    return MODELS[name](num_classes, **{k: v for k, v in options.items() if k not in sizes})
 
 
 def make_state(

@@ -29,6 +29,7 @@ from utils.errors import UserError
 
 # The keys of a checkpoint. Those of the averaged weights are there only with ema_decay.
 MODEL_KEYS = {"model", "epoch", "best", "history", "config", "classes", "class_counts", "clips"}
+MODEL_KEYS |= {"pretrained"}
 RESUME_KEYS = {"optimizer", "scheduler", "scaler", "step", "totals", "rng", "unreadable"}
 EMA_KEYS = {"trained", "averaged_steps"}
 

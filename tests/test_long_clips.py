@@ -25,8 +25,8 @@ VIVIT = {"image_size": 16, "patch_size": 8, "dim": 24, "depth": 1, "dim_head": 8
 def test_every_model_learns_from_them(name: str, n_frames: int) -> None:
     """Every frame counts: the gradient of the logits reaches the pixels of each frame."""
     torch.manual_seed(0)
-    options = {**VIVIT, "n_frames": n_frames} if name == "vivit" else {}
-    model = make_model(name, 7, **options).train()
+    options = {**VIVIT} if name == "vivit" else {"image_size": 16}
+    model = make_model(name, 7, n_frames=n_frames, **options).train()
     clips = torch.rand(1, n_frames, 3, 16, 16, requires_grad=True)
     logits = model(clips)
     assert logits.shape == (1, 7)

@@ -38,6 +38,7 @@ TINY = {
     "r2plus1d": {},
     "vivit": {"n_frames": 4, "image_size": 32, "patch_size": 8, "dim": 24, "depth": 2,
               "dim_head": 8},
+    "timesformer": {"n_frames": 4, "image_size": 32},
     "video_swin": {},
     "mvit": {},
 }
@@ -46,6 +47,7 @@ STAGES = {
     "cnnlstm": ["stem", "layer1", "layer2", "layer3", "layer4", "lstm", "head"],
     "r2plus1d": ["stem", "layer1", "layer2", "layer3", "layer4", "head"],
     "vivit": ["embedding", "spatial1", "spatial2", "temporal1", "temporal2", "head"],
+    "timesformer": ["embedding", *(f"block{number}" for number in range(1, 13)), "head"],
     "video_swin": ["patch_embed", "layer1", "layer2", "layer3", "layer4", "head"],
     "mvit": ["patch", *(f"block{number}" for number in range(1, 17)), "head"],
 }

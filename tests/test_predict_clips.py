@@ -233,7 +233,7 @@ def test_distances_are_those_of_the_last_layers_input(name: str, tiny_data: Path
     """Against a forward pass whose last layer is replaced by the identity."""
     config = tiny_config(tiny_data, model_name=name)
     torch.manual_seed(0)
-    model = make_model(name, 3, **({"n_frames": 4, "image_size": 32} if name == "vivit" else {}))
+    model = make_model(name, 3, n_frames=4, image_size=32)
     rows = read_manifest(tiny_data / "test.csv", classes=CLASSES)
     cpu = torch.device("cpu")
     means = measure_class_means(model, rows, config, cpu)

@@ -24,8 +24,7 @@ BATCHNORMS = {"tsm_resnet": 20, "cnnlstm": 20, "r2plus1d": 37}  # the others hav
 def trained(name: str, n_frames: int = 8, size: int = 64) -> nn.Module:
     """A model whose BatchNorms have statistics and weights worth folding."""
     torch.manual_seed(0)
-    options = {"n_frames": n_frames, "image_size": size} if name == "vivit" else {}
-    model = make_model(name, 7, **options).eval()
+    model = make_model(name, 7, n_frames=n_frames, image_size=size).eval()
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d | nn.BatchNorm3d):
             nn.init.uniform_(module.running_mean, -0.3, 0.3)

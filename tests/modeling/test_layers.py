@@ -57,6 +57,7 @@ def test_constants_are_not_in_the_checkpoint() -> None:
 
 
 VIVIT = {"n_frames": 4, "image_size": 16, "patch_size": 4, "dim": 24, "depth": 2, "dim_head": 8}
+TIMESFORMER = {"n_frames": 4, "image_size": 16}
 # fmt: off
 CASES = {
     "tsm_resnet": ("tsm_resnet", {"dropout": 0.3}, False),
@@ -66,6 +67,7 @@ CASES = {
     "r2plus1d": ("r2plus1d", {"dropout": 0.3}, False),
     "vivit": ("vivit", {**VIVIT, "dropout": 0.2, "drop_path": 0.5}, False),
     "vivit, bf16": ("vivit", {**VIVIT, "dropout": 0.2, "drop_path": 0.5}, True),
+    "timesformer": ("timesformer", {**TIMESFORMER, "dropout": 0.2, "drop_path": 0.5}, False),
     "video_swin": ("video_swin", {"dropout": 0.2, "drop_path": 0.5}, False),
     "mvit": ("mvit", {"dropout": 0.2, "drop_path": 0.5}, False),
 }
@@ -160,7 +162,7 @@ def test_recomputed_in_training_only(name: str, recomputations: list) -> None:
     model.train()
     model(clips())
     # blocks, those of Video Swin with three mergings; or the stem and four layers
-    parts = {"vivit": 4, "video_swin": 12 + 3, "mvit": 16}.get(name, 5)
+    parts = {"vivit": 4, "timesformer": 12, "video_swin": 12 + 3, "mvit": 16}.get(name, 5)
     assert len(recomputations) == parts
 
 
@@ -172,7 +174,9 @@ def test_frozen_stages_are_not_recomputed(name: str, recomputations: list) -> No
     keep_frozen_in_eval(model)
     step(model)
     # Of Video Swin two layers with 6 and 2 blocks and a merging between them.
-    assert len(recomputations) == {"video_swin": 6 + 1 + 2, "mvit": 14}.get(name, 2)
+    assert len(recomputations) == {"timesformer": 10, "video_swin": 6 + 1 + 2, "mvit": 14}.get(
+        name, 2
+    )
     for number, modules in enumerate(model.stages().values()):
         for module in modules:
             grads = [parameter.grad is not None for parameter in module.parameters()]

@@ -74,8 +74,7 @@ def training(
     config = tiny_config(tiny_data, **more, **settings)
     loader = build_dataloaders(config)[0]
     torch.manual_seed(1)
-    options = {"n_frames": 4, "image_size": 32} if name == "vivit" else {}
-    model = make_model(name, 3, **options)
+    model = make_model(name, 3, n_frames=4, image_size=32)
     if config.freeze_until:
         freeze(model, config.freeze_until)
     return make_state(config, model), loader
