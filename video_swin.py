@@ -88,8 +88,9 @@ class WindowAttention(nn.Module):
         """The bias of each pair of tokens of a window, `(heads, tokens, tokens)`.
 
         The table has a row for each offset (dt, dh, dw) between two tokens of a window of full
-        size. A smaller window, of a map that is smaller, has some of these offsets. torchvision
-        numbers them as if its first tokens were those of the full window, which stand in one row.
+        size. In a smaller window, which a small map has, only some of these offsets occur.
+        torchvision reads there the biases of as many first tokens of a full window, which are
+        other offsets, because its rows of tokens are longer.
         """
         rows = []
         for n, full in zip(window, self.window_size, strict=True):

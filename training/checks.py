@@ -149,7 +149,7 @@ def _of_other_models(config: TrainConfig) -> list[str]:
     options = {name: model_options(name) for name in MODELS}
     problems = []
     for field in dataclasses.fields(config):
-        if field.name in ("n_frames", "image_size"):  # ViViT is built for them, all models use them
+        if field.name in ("n_frames", "image_size"):  # some models are built for them, all use them
             continue
         owners = [model for model, accepted in options.items() if field.name in accepted]
         changed = getattr(config, field.name) != field.default
