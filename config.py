@@ -143,8 +143,8 @@ class TrainConfig:
 
     # ---- Model ----
     model_name: str = setting("tsm_resnet", section="Model")
-    """model to train: tsm_resnet, r2plus1d, cnnlstm, vivit, video_swin, mvit, or your own
-    (models.MODELS)"""
+    """model to train: tsm_resnet, r2plus1d, cnnlstm, vivit, timesformer, video_swin, mvit, or your
+    own (models.MODELS)"""
     weights: str | None = None
     """pretrained weights: default, a torchvision name such as IMAGENET1K_V1, a file, a run folder,
     or none (None: default; demo data none)"""
