@@ -1,20 +1,34 @@
-"""2D CNNs that compute the features of single frames, as stages of modules.
+"""2D networks that compute the features of single frames, as stages of modules.
 
 Each one is the library's own network without its classifier, with the library's parameter names.
-TSM shifts channels by hooks on the modules that it finds here (`residual_branches`, `stages`).
+TSM shifts channels by hooks on the modules that it finds here (`residual_branches`, `layer_inputs`).
 """
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
-from torchvision.models import ConvNeXt_Tiny_Weights, ResNet18_Weights, ResNet50_Weights
+from torch.nn import functional as F
+from torchvision.models import (
+    ConvNeXt_Large_Weights,
+    ConvNeXt_Tiny_Weights,
+    ResNet18_Weights,
+    ResNet50_Weights,
+)
 from torchvision.models.convnext import CNBlock, CNBlockConfig, ConvNeXt
 from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 
-from modeling.layers import HALF_MEAN_STD, IMAGENET_MEAN_STD, LAYERS, checkpointed
-from utils.errors import require_package
+from modeling.layers import (
+    HALF_MEAN_STD,
+    IMAGENET_MEAN_STD,
+    LAYERS,
+    ParameterGroup,
+    checkpointed,
+)
+from utils.errors import UserError, require_package
+from utils.structure import short_repr
 
 
 class Backbone(nn.Module):
@@ -55,6 +69,10 @@ class Backbone(nn.Module):
         """The first module of each residual branch that has an identity path beside it."""
         raise NotImplementedError
 
+    def layer_inputs(self) -> list[nn.Module]:
+        """The first module of each layer."""
+        return [stage[0] for name, stage in self.stages().items() if name.startswith("layer")]
+
 
 def _run(modules: list[nn.Module], x: torch.Tensor) -> torch.Tensor:
     for module in modules:
@@ -93,16 +111,17 @@ class ResNetBackbone(Backbone, ResNet):
 
 
 class ConvNeXtBackbone(Backbone, ConvNeXt):
-    """torchvision's ConvNeXt-Tiny without its classifier. It has no BatchNorm, whose statistics
-    suffer from small batches. Liu et al., arXiv:2201.03545."""
+    """torchvision's ConvNeXt without its classifier. It has no BatchNorm, whose statistics suffer
+    from small batches. Liu et al., arXiv:2201.03545."""
 
     first_conv = "features.0.0"
-    torchvision_weights = ConvNeXt_Tiny_Weights
 
-    def __init__(self, spatial_pool: int) -> None:
-        sizes = (96, 192, 384, 768)
-        settings = zip(sizes, (*sizes[1:], None), (3, 3, 9, 3), strict=True)
+    def __init__(
+        self, sizes: tuple[int, ...], depths: tuple[int, ...], weights: Any, spatial_pool: int
+    ) -> None:
+        settings = zip(sizes, (*sizes[1:], None), depths, strict=True)
         super().__init__([CNBlockConfig(*values) for values in settings])
+        self.torchvision_weights = weights
         self.num_features = spatial_pool**2 * sizes[-1]
         self.classifier[2] = nn.Identity()
         self.avgpool = nn.AdaptiveAvgPool2d(spatial_pool)
@@ -169,22 +188,161 @@ class EfficientNetLite0(Backbone):
         return [block.conv_pw for blocks in self.blocks for block in blocks if block.has_skip]
 
 
+class TimmBackbone(Backbone):
+    """Any network of timm without its classifier, as `net`, with timm's parameter names.
+
+    Its features are what timm gives to the classifier. Those of a vision transformer are its
+    summary of the frame (the class token; where it has another pooling over tokens, the result of
+    that) and the mean of its patches, one after the other, both normalised as timm does it; without
+    a class token or a pooling of its own, the mean alone.
+
+    Args:
+        name: the network's name in timm, also with the tag of its weights.
+
+    Raises:
+        UserError: timm is not installed, or has no such network.
+    """
+
+    def __init__(self, name: str, spatial_pool: int) -> None:
+        super().__init__()
+        self.name = f"timm:{name}"
+        require_package("timm", f"backbone {self.name}")
+        from modeling.timm_networks import (  # imports timm, which takes seconds
+            create_network,
+            divide,
+            first_convolution,
+            residual_branches,
+        )
+
+        self.net = net = create_network(name)
+        self._stages = divide(net)
+        self._branches = residual_branches(net)
+        self._first_conv = first_convolution(net)
+        self.spatial_pool = spatial_pool
+        self.mean_std = net.pretrained_cfg["mean"], net.pretrained_cfg["std"]
+        # Others have tokens too, but not in the order that is needed here.
+        self.has_tokens = hasattr(net, "num_prefix_tokens") and not hasattr(net, "output_fmt")
+        self.has_summary = self.has_tokens and (
+            getattr(net, "attn_pool", None) is not None
+            or getattr(net, "cls_token", None) is not None
+            or getattr(net, "has_class_token", False)
+        )
+        self.num_features = net.head_hidden_size * (spatial_pool**2 + self.has_summary)
+        for name, modules in self.stages().items():
+            for module in modules if name.startswith("layer") else ():
+                if any(module.children()):  # a block
+                    module.forward = partial(_recomputed, module, module.forward)
+
+    @property
+    def first_conv(self) -> str:
+        if self._first_conv:
+            return f"net.{self._first_conv}"
+        raise UserError(
+            f"--fusion early widens the first convolution, and {self.name} has not just one: give "
+            "--fusion late"
+        )
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.has_tokens:
+            grid_ratio = x.shape[-2] / x.shape[-1]
+            return self._pool_tokens(self.net.forward_features(x), grid_ratio)
+        features = self.net(x) if self.spatial_pool == 1 else self._pool_parts(x)
+        if features.dim() != 2:
+            raise UserError(
+                f"{self.name} computes no features of whole frames, only {tuple(features.shape)}: "
+                "choose another backbone"
+            )
+        return features
+
+    def _pool_tokens(self, tokens: torch.Tensor, grid_ratio: float) -> torch.Tensor:
+        """`(N, prefix + patches, C)` to `(N, num_features)`: the summary, then the parts."""
+        net = self.net
+        norm = getattr(net, "fc_norm", None) or nn.Identity()
+        patches = tokens[:, net.num_prefix_tokens :].transpose(1, 2)  # (N, C, patches)
+        rows = round((patches.shape[2] * grid_ratio) ** 0.5)
+        parts = F.adaptive_avg_pool2d(patches.unflatten(2, (rows, -1)), self.spatial_pool)
+        parts = norm(parts.flatten(2).transpose(1, 2)).transpose(1, 2).flatten(1)
+        if not self.has_summary:
+            return parts  # (N, C * cells)
+        is_mean = net.global_pool == "avg" and getattr(net, "attn_pool", None) is None
+        summary = norm(tokens[:, 0]) if is_mean else net.forward_head(tokens)
+        return torch.cat((summary, parts), dim=1)
+
+    def _pool_parts(self, x: torch.Tensor) -> torch.Tensor:
+        """Frames to the features of their parts: the head gets the mean of each part of the map."""
+        features = self.net.forward_features(x)
+        if not isinstance(features, torch.Tensor) or features.dim() != 4:
+            raise UserError(f"{self.name} has no map of features: give --spatial-pool 1")
+        channels_last = getattr(self.net, "output_fmt", "NCHW") == "NHWC"
+        features = features.permute(0, 3, 1, 2) if channels_last else features
+        cells = F.adaptive_avg_pool2d(features, self.spatial_pool).permute(0, 2, 3, 1)
+        cells = cells.flatten(0, 2)[:, None, None]  # (N * cells, 1, 1, C)
+        parts = self.net.forward_head(cells if channels_last else cells.permute(0, 3, 1, 2))
+        return parts.unflatten(0, (len(x), -1)).transpose(1, 2).flatten(1)  # (N, C * cells)
+
+    def stages(self) -> dict[str, list[nn.Module]]:
+        stages = {}
+        for name, stage in self._stages.items():
+            stages[name] = [self.net.get_submodule(module) for module in stage.modules]
+            if stage.parameters:
+                stages[name].append(ParameterGroup(*map(self.net.get_parameter, stage.parameters)))
+        return stages
+
+    def residual_branches(self) -> list[nn.Module]:
+        if self._branches:
+            return [self.net.get_submodule(name) for name in self._branches]
+        raise UserError(
+            f"tsm_resnet does not know the residual branches of {self.name}: give --model-name "
+            f"cnnlstm{' or --shift-place stage' if self._layer_inputs() else ''}"
+        )
+
+    def layer_inputs(self) -> list[nn.Module]:
+        if names := self._layer_inputs():
+            return [self.net.get_submodule(name) for name in names]
+        raise UserError(
+            f"tsm_resnet shifts channels of maps, which not all layers of {self.name} have: give "
+            "--model-name cnnlstm"
+        )
+
+    def _layer_inputs(self) -> list[str]:
+        from modeling.timm_networks import layer_inputs
+
+        return [] if self.has_tokens else layer_inputs(self.name.removeprefix("timm:"), self._stages)
+
+
+def _recomputed(
+    block: nn.Module, forward: Callable[..., torch.Tensor], *inputs: Any, **options: Any
+) -> torch.Tensor:
+    """The forward of a block of timm, which calls its blocks itself."""
+    return checkpointed([block], partial(forward, **options), *inputs)
+
+
+BACKBONES = ("resnet18", "resnet50", "convnext_tiny", "convnext_large", "efficientnet_lite0")
+
+
 def build_backbone(name: str, spatial_pool: int = 1) -> Backbone:
     """A backbone with random weights.
 
     Args:
-        name: `resnet18`, `resnet50`, `convnext_tiny` or `efficientnet_lite0`.
+        name: one of BACKBONES, or `timm:` and the name of a network of timm.
         spatial_pool: pool each of spatial_pool x spatial_pool parts of the frame.
 
     Raises:
-        UserError: it needs a package that is not installed.
+        UserError: there is no such backbone, or it needs a package that is not installed.
     """
     if name == "resnet18":
         return ResNetBackbone(BasicBlock, [2, 2, 2, 2], ResNet18_Weights, spatial_pool)
     if name == "resnet50":
         return ResNetBackbone(Bottleneck, [3, 4, 6, 3], ResNet50_Weights, spatial_pool)
     if name == "convnext_tiny":
-        return ConvNeXtBackbone(spatial_pool)
+        sizes = (96, 192, 384, 768)
+        return ConvNeXtBackbone(sizes, (3, 3, 9, 3), ConvNeXt_Tiny_Weights, spatial_pool)
+    if name == "convnext_large":
+        sizes = (192, 384, 768, 1536)
+        return ConvNeXtBackbone(sizes, (3, 3, 27, 3), ConvNeXt_Large_Weights, spatial_pool)
     if name == "efficientnet_lite0":
         return EfficientNetLite0(spatial_pool)
-    raise ValueError(f"no backbone is called {name!r}")
+    if name.startswith("timm:"):
+        return TimmBackbone(name.removeprefix("timm:"), spatial_pool)
+    choices = f"{', '.join(BACKBONES)}, or timm:NAME"
+    raise UserError(f"no backbone is called {short_repr(name)}: choose from {choices}")
