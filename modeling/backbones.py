@@ -1,11 +1,12 @@
 """2D networks that compute the features of single frames, as stages of modules.
 
 Each one is the library's own network without its classifier, with the library's parameter names.
-TSM shifts channels by hooks on the modules that it finds here (`residual_branches`, `layer_inputs`).
+TSM shifts channels by hooks on modules that it finds here (`residual_branches`, `layer_inputs`).
 """
 
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -35,6 +36,8 @@ class Backbone(nn.Module):
     """A network from frames, `(N, C, H, W)`, to features, `(N, num_features)`."""
 
     num_features: int
+    frame_size = 224
+    """height and width in pixels of the frames that it was made for"""
     mean_std = IMAGENET_MEAN_STD
     """normalisation of the input that its pretrained weights expect"""
     torchvision_weights: Any = None
@@ -219,6 +222,7 @@ class TimmBackbone(Backbone):
         self._branches = residual_branches(net)
         self._first_conv = first_convolution(net)
         self.spatial_pool = spatial_pool
+        self.frame_size = net.pretrained_cfg["input_size"][-1]
         self.mean_std = net.pretrained_cfg["mean"], net.pretrained_cfg["std"]
         # Others have tokens too, but not in the order that is needed here.
         self.has_tokens = hasattr(net, "num_prefix_tokens") and not hasattr(net, "output_fmt")
@@ -304,10 +308,23 @@ class TimmBackbone(Backbone):
             "--model-name cnnlstm"
         )
 
+    def pretrained_file(self) -> tuple[Path, str]:
+        """timm's file of weights, and what to do if it is damaged; see `modeling.timm_networks`."""
+        from modeling.timm_networks import pretrained_file
+
+        return pretrained_file(self.net, self.name)
+
+    def to_own_names(self, state: dict[str, torch.Tensor], path: Path) -> dict[str, torch.Tensor]:
+        """The tensors of a file under timm's names; see `modeling.timm_networks`."""
+        from modeling.timm_networks import to_own_names
+
+        return to_own_names(self.net, state, path)
+
     def _layer_inputs(self) -> list[str]:
         from modeling.timm_networks import layer_inputs
 
-        return [] if self.has_tokens else layer_inputs(self.name.removeprefix("timm:"), self._stages)
+        name = self.name.removeprefix("timm:")
+        return [] if self.has_tokens else layer_inputs(name, self._stages)
 
 
 def _recomputed(

