@@ -4,6 +4,7 @@ Each one is the library's own network without its classifier, with the library's
 TSM shifts channels by hooks on modules that it finds here (`residual_branches`, `layer_inputs`).
 """
 
+import contextlib
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -232,8 +233,8 @@ class TimmBackbone(Backbone):
             or getattr(net, "has_class_token", False)
         )
         self.num_features = net.head_hidden_size * (spatial_pool**2 + self.has_summary)
-        for name, modules in self.stages().items():
-            for module in modules if name.startswith("layer") else ():
+        for stage, modules in self.stages().items():
+            for module in modules if stage.startswith("layer") else ():
                 if any(module.children()):  # a block
                     module.forward = partial(_recomputed, module, module.forward)
 
@@ -247,16 +248,32 @@ class TimmBackbone(Backbone):
         )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if self.has_tokens:
-            grid_ratio = x.shape[-2] / x.shape[-1]
-            return self._pool_tokens(self.net.forward_features(x), grid_ratio)
-        features = self.net(x) if self.spatial_pool == 1 else self._pool_parts(x)
+        is_half = x.dtype in (torch.bfloat16, torch.float16)
+        # Some networks mix their weights with buffers, which stay fp32.
+        with torch.autocast(x.device.type, x.dtype) if is_half else contextlib.nullcontext():
+            features = self._features(x)
         if features.dim() != 2:
             raise UserError(
                 f"{self.name} computes no features of whole frames, only {tuple(features.shape)}: "
                 "choose another backbone"
             )
-        return features
+        return features.to(x.dtype) if is_half else features
+
+    def _features(self, x: torch.Tensor) -> torch.Tensor:
+        if self.has_tokens:
+            return self._pool_tokens(self.net.forward_features(x), x.shape[-2] / x.shape[-1])
+        if self.spatial_pool == 1:
+            return self.net(x)
+        maps = self.net.forward_features(x)
+        if not isinstance(maps, torch.Tensor) or maps.dim() != 4:
+            raise UserError(f"{self.name} has no maps of features: give --spatial-pool 1")
+        rows = 1 if getattr(self.net, "output_fmt", "NCHW") == "NHWC" else 2  # number of that dim
+        parts = [
+            self.net.forward_head(part)  # (N, C)
+            for band in split_evenly(maps, self.spatial_pool, rows)
+            for part in split_evenly(band, self.spatial_pool, rows + 1)
+        ]
+        return torch.stack(parts, dim=2).flatten(1)  # (N, C * cells)
 
     def _pool_tokens(self, tokens: torch.Tensor, grid_ratio: float) -> torch.Tensor:
         """`(N, prefix + patches, C)` to `(N, num_features)`: the summary, then the parts."""
@@ -271,18 +288,6 @@ class TimmBackbone(Backbone):
         is_mean = net.global_pool == "avg" and getattr(net, "attn_pool", None) is None
         summary = norm(tokens[:, 0]) if is_mean else net.forward_head(tokens)
         return torch.cat((summary, parts), dim=1)
-
-    def _pool_parts(self, x: torch.Tensor) -> torch.Tensor:
-        """Frames to the features of their parts: the head gets the mean of each part of the map."""
-        features = self.net.forward_features(x)
-        if not isinstance(features, torch.Tensor) or features.dim() != 4:
-            raise UserError(f"{self.name} has no map of features: give --spatial-pool 1")
-        channels_last = getattr(self.net, "output_fmt", "NCHW") == "NHWC"
-        features = features.permute(0, 3, 1, 2) if channels_last else features
-        cells = F.adaptive_avg_pool2d(features, self.spatial_pool).permute(0, 2, 3, 1)
-        cells = cells.flatten(0, 2)[:, None, None]  # (N * cells, 1, 1, C)
-        parts = self.net.forward_head(cells if channels_last else cells.permute(0, 3, 1, 2))
-        return parts.unflatten(0, (len(x), -1)).transpose(1, 2).flatten(1)  # (N, C * cells)
 
     def stages(self) -> dict[str, list[nn.Module]]:
         stages = {}
@@ -330,8 +335,24 @@ class TimmBackbone(Backbone):
 def _recomputed(
     block: nn.Module, forward: Callable[..., torch.Tensor], *inputs: Any, **options: Any
 ) -> torch.Tensor:
-    """The forward of a block of timm, which calls its blocks itself."""
-    return checkpointed([block], partial(forward, **options), *inputs)
+    """The forward of a block of timm, which calls its blocks itself.
+
+    Lists are copied, because some blocks, and networks between blocks, change them.
+    """
+    kept = [list(x) if isinstance(x, list) else x for x in inputs]
+
+    def run(*inputs: Any) -> Any:
+        return forward(*(list(x) if isinstance(x, list) else x for x in inputs), **options)
+
+    return checkpointed([block], run, *kept)
+
+
+def split_evenly(x: torch.Tensor, count: int, dim: int) -> list[torch.Tensor]:
+    """`count` parts of a tensor along a dimension, as adaptive pooling divides it: where it cannot
+    be divided evenly, neighbouring parts overlap."""
+    size = x.shape[dim]
+    bounds = [(i * size // count, -(-(i + 1) * size // count)) for i in range(count)]
+    return [x.narrow(dim, start, end - start) for start, end in bounds]
 
 
 BACKBONES = ("resnet18", "resnet50", "convnext_tiny", "convnext_large", "efficientnet_lite0")

@@ -1,5 +1,6 @@
 """Preparation of a trained model for fast inference."""
 
+import contextlib
 import copy
 import sys
 
@@ -105,11 +106,14 @@ def fold_batchnorms(model: nn.Module) -> int:
 
     hooks = [norm.register_forward_pre_hook(before_norm) for norm in norms]
     hooks += [conv.register_forward_hook(after_conv) for conv in convs]
-    shape = (1, 2, getattr(model, "channels", 3), 32, 32)
+    channels, device = getattr(model, "channels", 3), next(model.parameters()).device
+    own_size = getattr(getattr(model, "backbone", None), "frame_size", 32)
     try:
-        model(torch.zeros(shape, dtype=torch.uint8, device=next(model.parameters()).device))
-    except (RuntimeError, ValueError, AssertionError, IndexError):
-        pairs.clear()  # an own model that takes clips of another size only stays as it is
+        for size in dict.fromkeys((32, own_size)):  # some networks take no small frames
+            with contextlib.suppress(RuntimeError, ValueError, AssertionError, IndexError):
+                model(torch.zeros(1, 2, channels, size, size, dtype=torch.uint8, device=device))
+                break
+            pairs.clear()  # an own model that takes clips of another size only stays as it is
     finally:
         for hook in hooks:
             hook.remove()

@@ -201,16 +201,18 @@ def pretrained_file(net: nn.Module, name: str) -> tuple[Path, str]:
     )
     try:
         if hub:
-            return Path(hf_hub_download(hub, file)), f"delete it and run again, or {remedy}"
-        path = Path(torch.hub.get_dir()) / "checkpoints" / file
-        if not path.exists():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            torch.hub.download_url_to_file(url, str(path))
-        return path, f"delete it and run again, or {remedy}"
+            path = Path(hf_hub_download(hub, file))
+        else:
+            path = Path(torch.hub.get_dir()) / "checkpoints" / file
+            if not path.exists():
+                path.parent.mkdir(parents=True, exist_ok=True)
+                torch.hub.download_url_to_file(url, str(path))
     except Exception as error:  # network errors have many types
         raise UserError(
             f"cannot download pretrained weights ({first_line(error)}): {remedy}"
         ) from None
+    # The hub's cache has links to its files: without the link alone the same file would come back.
+    return path, f"delete {path.resolve()} and run again, or {remedy}"
 
 
 def to_own_names(
