@@ -199,9 +199,10 @@ def _model_problems(config: TrainConfig) -> list[str]:
             except NotImplementedError:  # the meta device lacks an operator
                 return []
             except Exception as error:  # each network has its own types
+                reason, own_size = first_line(error).rstrip("."), model.backbone.frame_size
                 return [
-                    f"image_size = {size}: {name} takes no frames of {size} px "
-                    f"({first_line(error)}); it was made for {model.backbone.frame_size}"
+                    f"image_size = {size}: {name} takes no frames of {size} px ({reason}); it was "
+                    f"made for {own_size}"
                 ]
     return []
 
