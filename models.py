@@ -116,12 +116,12 @@ def keep_frozen_in_eval(model: nn.Module, batchnorms: bool = False) -> None:
         frozen = not any(p.requires_grad for module in modules for p in module.parameters())
         for module in modules:
             for part in module.modules():
-                pretrained = batchnorms and name != "head" and isinstance(part, _BATCHNORMS)
+                pretrained = batchnorms and name != "head" and isinstance(part, BATCHNORMS)
                 if frozen or pretrained:
                     part.training = False
 
 
-_BATCHNORMS = (nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+BATCHNORMS = nn.modules.batchnorm._BatchNorm  # of all dimensions, and those of timm
 
 
 def summary(model: nn.Module) -> str:

@@ -109,8 +109,8 @@ class TSM(FrameEncoder):
         self.dropout = nn.Dropout(dropout)
         self._context = _ShiftContext(n_frames=1)
         for net in self.backbones():
-            layers = [stage[0] for name, stage in net.stages().items() if name.startswith("layer")]
-            for module in net.residual_branches() if shift_place == "blockres" else layers:
+            is_blockres = shift_place == "blockres"
+            for module in net.residual_branches() if is_blockres else net.layer_inputs():
                 module.register_forward_pre_hook(self._shift)
 
     def _shift(self, module: nn.Module, inputs: tuple[torch.Tensor]) -> torch.Tensor:

@@ -1,6 +1,8 @@
 """Preparation of a trained model for fast inference."""
 
+import contextlib
 import copy
+import sys
 
 import torch
 from torch import nn
@@ -31,6 +33,14 @@ def require_finite(outputs: torch.Tensor) -> torch.Tensor:
 
 _CONVS = (nn.Conv2d, nn.Conv3d)
 _NORMS = (nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+_TIMM_CONVS = ("Conv2dSame",)
+_TIMM_NORMS = ("BatchNormAct2d", "SyncBatchNormAct")  # with an activation at their end
+
+
+def _kinds(kinds: tuple[type, ...], names: tuple[str, ...]) -> tuple[type, ...]:
+    """These types and timm's of these names, which a model has only if timm is imported."""
+    layers = sys.modules.get("timm.layers")
+    return kinds + (tuple(getattr(layers, name) for name in names) if layers else ())
 
 
 def prepare_for_inference(
@@ -78,7 +88,11 @@ def fold_batchnorms(model: nn.Module) -> int:
     a small clip is sent through the model, and a pair is found where the output tensor of a
     convolution is the input of a BatchNorm. Nothing is folded in a model that takes no such clip.
     """
-    norms = [module for module in model.modules() if type(module) in _NORMS]
+    # Of exactly these types: a convolution that standardises its weights would undo the scale.
+    convs, norms = (
+        [module for module in model.modules() if type(module) in kinds]
+        for kinds in (_kinds(_CONVS, _TIMM_CONVS), _kinds(_NORMS, _TIMM_NORMS))
+    )
     if not norms:
         return 0
     outputs: list[tuple[torch.Tensor, nn.Module]] = []  # keeps the tensors, so none is reused
@@ -91,12 +105,15 @@ def fold_batchnorms(model: nn.Module) -> int:
         pairs.extend((conv, norm) for output, conv in outputs if output is inputs[0])
 
     hooks = [norm.register_forward_pre_hook(before_norm) for norm in norms]
-    hooks += [m.register_forward_hook(after_conv) for m in model.modules() if isinstance(m, _CONVS)]
-    shape = (1, 2, getattr(model, "channels", 3), 32, 32)
+    hooks += [conv.register_forward_hook(after_conv) for conv in convs]
+    channels, device = getattr(model, "channels", 3), next(model.parameters()).device
+    own_size = getattr(getattr(model, "backbone", None), "frame_size", 32)
     try:
-        model(torch.zeros(shape, dtype=torch.uint8, device=next(model.parameters()).device))
-    except (RuntimeError, ValueError, AssertionError, IndexError):
-        pairs.clear()  # an own model that takes clips of another size only stays as it is
+        for size in dict.fromkeys((32, own_size)):  # some networks take no small frames
+            with contextlib.suppress(RuntimeError, ValueError, AssertionError, IndexError):
+                model(torch.zeros(1, 2, channels, size, size, dtype=torch.uint8, device=device))
+                break
+            pairs.clear()  # an own model that takes clips of another size only stays as it is
     finally:
         for hook in hooks:
             hook.remove()
@@ -109,7 +126,7 @@ def fold_batchnorms(model: nn.Module) -> int:
             conv.weight, conv.bias, norm.running_mean, norm.running_var, norm.eps, norm.weight,
             norm.bias,
         )  # fmt: skip
-        model.set_submodule(names[norm], nn.Identity())
+        model.set_submodule(names[norm], getattr(norm, "act", nn.Identity()))
     return len(folded)
 
 

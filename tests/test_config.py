@@ -28,7 +28,7 @@ from config import (
     manifest_paths,
     names_with,
 )
-from modeling.backbones import build_backbone
+from modeling.backbones import BACKBONES, build_backbone
 from modeling.frame_encoder import FrameEncoder
 from models import MODELS
 from train import main
@@ -252,7 +252,6 @@ def test_the_help_names_every_model_and_loss(name: str) -> None:
 
 
 CHOICES = [
-    ("backbone", build_backbone),
     ("modality", Modality.parse),
     ("fusion", lambda fusion: FrameEncoder("resnet18", "rgb+flow", fusion)),
     ("shift_place", lambda place: TSM(shift_place=place)),
@@ -269,6 +268,17 @@ def test_every_choice_is_known_to_the_code_and_no_other(name: str, function: Cal
         function(choice)
     with pytest.raises(ValueError, match="typo"):
         function("typo")
+
+
+@pytest.mark.parametrize("name", BACKBONES)
+def test_every_backbone_is_known_to_the_code_and_no_other(name: str) -> None:
+    if name == "efficientnet_lite0":
+        pytest.importorskip("timm", reason="requirements-optional.txt is not installed")
+    with torch.device("meta"):
+        build_backbone(name)
+    assert name in field_docs(TrainConfig)["backbone"]
+    with pytest.raises(UserError, match=f"'typo': choose from .*{name}"):
+        build_backbone("typo")
 
 
 @pytest.mark.parametrize("loss", LOSSES)

@@ -79,6 +79,13 @@ def claim_expanded(state: dict) -> None:
     state["model"][HEAD] = torch.zeros(1).expand(20_000, 192)
 
 
+def use_backbone(name: str) -> Callable[[dict], None]:
+    def change(state: dict) -> None:
+        state["config"] |= {"model_name": "cnnlstm", "backbone": name}
+
+    return change
+
+
 def no_numbers(values: torch.Tensor) -> dict[str, torch.Tensor]:
     """The values as tensors of the same shape that no weight can be."""
     with warnings.catch_warnings(action="ignore"):  # some of these kinds are deprecated
@@ -140,6 +147,12 @@ BROKEN = {
     "model_name unknown": put("config", "model_name", value="gpt"),
     "model_name a list": put("config", "model_name", value=["vivit"]),
     "model_name another": put("config", "model_name", value="cnnlstm"),
+    "backbone unknown": use_backbone("resnet19"),
+    "backbone a list": put("config", "backbone", value=["resnet18"]),
+    "backbone a path": use_backbone("timm:../../x"),
+    "backbone of a stranger": use_backbone("timm:hf-hub:stranger/network"),
+    "backbone with a long name": use_backbone("timm:" + "x" * 10**6),
+    "backbone of 7 billion weights": use_backbone("timm:vit_7b_patch16_dinov3"),
     "modality a dict": put("config", "modality", value={}),
     "device a number": put("config", "device", value=3),
     "data_root with a zero byte": put("config", "data_root", value="a\0b"),

@@ -27,13 +27,14 @@ from config import (
     wrong_values,
 )
 from dataset import ClipsDataset, require_readable
+from modeling.frame_encoder import FrameEncoder
 from modeling.weights import load_weights
-from models import MODELS, build_model, freeze, keep_frozen_in_eval, model_options
+from models import BATCHNORMS, MODELS, build_model, freeze, keep_frozen_in_eval, model_options
 from training.losses import LOSSES
 from training.state import TrainState
 from training.writers import require_packages
 from utils import distributed
-from utils.errors import UserError
+from utils.errors import UserError, first_line
 from utils.files import require_space, require_writable
 from utils.lock import FolderLock
 from utils.structure import short_repr
@@ -106,6 +107,8 @@ def find_problems(config: TrainConfig) -> list[str]:
             problems.append(f"{name} = {short_repr(value)}: choose from {choices}")
     if not problems:
         problems = _of_other_models(config) + _without_effect(config) + _contradictions(config)
+    if not problems:
+        problems = _model_problems(config)
     return problems + _class_problems(CLASSES if config.classes is None else config.classes)
 
 
@@ -123,8 +126,6 @@ def _contradictions(config: TrainConfig) -> list[str]:
         )
     if config.fusion == "summary" and config.modality == "rgb+rgbdiff":
         problems.append("fusion summary needs a field of motion: modality rgb+flow or rgb+mv")
-    if config.backbone == "convnext_tiny" and config.image_size < 32:
-        problems.append(f"image_size = {config.image_size}: convnext_tiny needs at least 32")
     if config.feature_cache and config.cutmix_alpha:
         problems.append(
             "cutmix_alpha cuts pixels, which cached features do not have: give --mixup-alpha"
@@ -135,10 +136,6 @@ def _contradictions(config: TrainConfig) -> list[str]:
         problems.append("mixup and cutmix mix the clips of a batch: batch_size must be at least 2")
     if config.test_views > 1 and config.eval_sampling == "first":
         problems.append("test_views: with eval_sampling first there is one view, the first frames")
-    without_norm = {"vivit", "timesformer", "video_swin", "mvit", "convnext_tiny"}
-    without_norm &= {config.model_name, config.backbone}
-    if config.freeze_batchnorm and without_norm:
-        problems.append(f"freeze_batchnorm: {without_norm.pop()} has no BatchNorm")
     if config.compile and config.gradient_checkpointing:
         problems.append("compile and gradient_checkpointing do not go together: choose one of them")
     return problems
@@ -176,6 +173,38 @@ def _without_effect(config: TrainConfig) -> list[str]:
         if needs and value != field.default and not getattr(config, needs):
             problems.append(f"{name} has no effect without {needs}: leave it out, or give that too")
     return problems
+
+
+def _model_problems(config: TrainConfig) -> list[str]:
+    """What the model itself cannot do with the settings.
+
+    It is built on the meta device, where nothing is computed, and its backbone is shown a frame.
+    """
+    has_backbone = "backbone" in model_options(config.model_name)
+    if not has_backbone and not config.freeze_batchnorm:
+        return []
+    name, size = config.backbone if has_backbone else config.model_name, config.image_size
+    with torch.device("meta"):
+        try:
+            model = build_model(config, num_classes=2).eval()
+        except UserError as error:
+            return [str(error)]
+        if config.freeze_batchnorm and not any(isinstance(m, BATCHNORMS) for m in model.modules()):
+            return [f"freeze_batchnorm: {name} has no BatchNorm"]
+        if isinstance(model, FrameEncoder):
+            try:
+                model.forward_features(torch.zeros(1, 1, model.channels, size, size))
+            except UserError as error:
+                return [str(error)]
+            except NotImplementedError:  # the meta device lacks an operator
+                return []
+            except Exception as error:  # each network has its own types
+                reason, own_size = first_line(error).rstrip("."), model.backbone.frame_size
+                return [
+                    f"image_size = {size}: {name} takes no frames of {size} px ({reason}); it was "
+                    f"made for {own_size}"
+                ]
+    return []
 
 
 def refuse_changes(saved: TrainConfig, config: TrainConfig) -> None:

@@ -208,6 +208,7 @@ def _digest(model: CNNLSTM) -> str:
     """A hash of the weights that compute the features."""
     built = (type(model.backbone), model.modality, model.fusion, model.num_features)
     digest = hashlib.sha256(repr(built).encode())
+    digest.update(getattr(model.backbone, "name", "").encode())  # of a network of timm
     for modules in model.frame_stages().values():
         for module in modules:
             for name, value in module.state_dict().items():

@@ -1,6 +1,7 @@
 """Several training processes, as torchrun starts them; without torchrun, a group of one."""
 
 import os
+import sys
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -44,7 +45,8 @@ def wrap_ddp(model: nn.Module, device: torch.device) -> nn.Module | None:
     if world_size() == 1:
         return None
     if device.type == "cuda":
-        nn.SyncBatchNorm.convert_sync_batchnorm(model)
+        timm = sys.modules.get("timm")  # only its own function keeps the activations in its norms
+        (timm.layers if timm else nn.SyncBatchNorm).convert_sync_batchnorm(model)
         return nn.parallel.DistributedDataParallel(model, device_ids=[device.index])
     return nn.parallel.DistributedDataParallel(model)
 

@@ -1,4 +1,7 @@
-"""Files of torch.save: written so that errors keep their cause, read without running code."""
+"""Files of torch.save: written so that errors keep their cause, read without running code.
+
+Files of safetensors, which hold nothing but tensors, are read as well.
+"""
 
 import contextlib
 import pickle
@@ -11,7 +14,7 @@ from typing import Any
 import torch
 from torch.serialization import safe_globals
 
-from utils.errors import UserError
+from utils.errors import UserError, first_line, require_package
 from utils.files import atomic
 from utils.text_table import list_some
 
@@ -35,7 +38,7 @@ def save_safely(path: str | Path, state: dict[str, Any]) -> None:
 
 
 def load_safely(path: Path, remedy: str, allow: Sequence[type] = ()) -> dict:
-    """Read a file that torch.save wrote, onto the CPU, without running any code from it.
+    """Read a file of torch.save, or `.safetensors`, onto the CPU, without running code from it.
 
     Args:
         remedy: what the user can do if the file cannot be used; the error message ends with it.
@@ -48,6 +51,8 @@ def load_safely(path: Path, remedy: str, allow: Sequence[type] = ()) -> dict:
     with open(path, "rb") as file:
         start = file.read(262)
     size = path.stat().st_size
+    if path.suffix == ".safetensors":
+        return _load_safetensors(path, remedy)
     try:
         _check_claims(path)
         # The warnings are of kinds of tensors that are refused later.
@@ -66,6 +71,19 @@ def load_safely(path: Path, remedy: str, allow: Sequence[type] = ()) -> dict:
             f"{_MAX_EXPANSION} times its size: {remedy}"
         )
     return state
+
+
+def _load_safetensors(path: Path, remedy: str) -> dict[str, torch.Tensor]:
+    require_package("safetensors", path.name, "pip install safetensors")
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(path)
+    except SafetensorError as error:  # its tensors must fill the file exactly
+        reason = f"it is damaged ({first_line(error)})"
+        size = path.stat().st_size / 1e6
+        raise UserError(f"{path} ({size:.1f} MB) cannot be loaded: {reason}: {remedy}") from None
 
 
 class _Refused(Exception):
