@@ -5,7 +5,7 @@ ICML 2021, arXiv:2102.05095: divided space-time attention. The parameters have t
 authors' files, so that these open, and those of Endo-FM, which is the same network.
 """
 
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import nn
@@ -25,9 +25,13 @@ from modeling.vit import (
     fold_layer_scale,
     is_image_vit,
     patches_per_side,
+    pretrained_image_vit,
     resize_frames,
     resize_positions,
 )
+
+if TYPE_CHECKING:
+    from modeling.timm_networks import Pretrained
 
 
 class PatchEmbedding(nn.Module):
@@ -140,7 +144,8 @@ class TimeSformer(nn.Module):
         drop_path: float = 0.0,
     ) -> None:
         super().__init__()
-        dim, depth, heads = SIZES[model_size or "tiny"]
+        self.model_size = model_size or "tiny"
+        dim, depth, heads = SIZES[self.model_size]
         patches = patches_per_side(image_size, patch_size, "timesformer") ** 2
         self.normalize = Normalize(IMAGENET_MEAN_STD)
         self.patch_embed = PatchEmbedding(patch_size, dim)
@@ -172,6 +177,10 @@ class TimeSformer(nn.Module):
         for block in self.blocks:
             x = checkpointed([block], block, x, n_frames)
         return self.head(self.dropout(self.norm(x[:, 0])))
+
+    def pretrained_file(self) -> "Pretrained":
+        """The image ViT that `--weights default` starts from."""
+        return pretrained_image_vit(self.model_size, self.patch_embed.proj.kernel_size[0])
 
     def stages(self) -> dict[str, list[nn.Module]]:
         """The modules from stem to head."""

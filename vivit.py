@@ -6,7 +6,7 @@ al., NeurIPS 2022, arXiv:2203.12602).
 """
 
 import re
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import nn
@@ -25,9 +25,13 @@ from modeling.vit import (
     fold_layer_scale,
     is_image_vit,
     patches_per_side,
+    pretrained_image_vit,
     resize_positions,
 )
 from utils.errors import UserError
+
+if TYPE_CHECKING:
+    from modeling.timm_networks import Pretrained
 
 
 class Block(nn.Module):
@@ -142,7 +146,6 @@ class ViViT(nn.Module):
         UserError: the image size is not a multiple of the patch size, or T not of tubelet_frames.
     """
 
-    torchvision_weights = None
     new_parts = ("clip_token.", "temporal.", "temporal_norm.", "head.")
     """what the weights of another program leave as it is"""
 
@@ -169,6 +172,7 @@ class ViViT(nn.Module):
                 f"vivit cuts clips into tubelets of {tubelet_frames} frames: n_frames {n_frames} "
                 f"must be a multiple, e.g. {(n_frames // tubelet_frames + 1) * tubelet_frames}"
             )
+        self.model_size = model_size
         temporal_depth, like_image_vit = depth, {}
         if model_size:
             dim, depth, heads = SIZES[model_size]
@@ -214,6 +218,11 @@ class ViViT(nn.Module):
         for block in self.temporal:
             x = checkpointed([block], block, x)
         return self.head(self.temporal_norm(x[:, 0]))
+
+    def pretrained_file(self) -> "Pretrained":
+        """The image ViT that `--weights default` starts from."""
+        size = self.model_size if self.temporal_norm is not None else ""
+        return pretrained_image_vit(size, self.embedding.patch_size)
 
     def stages(self) -> dict[str, list[nn.Module]]:
         """The modules from stem to head."""

@@ -8,7 +8,7 @@ import contextlib
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -31,6 +31,9 @@ from modeling.layers import (
 )
 from utils.errors import UserError, require_package
 from utils.structure import short_repr
+
+if TYPE_CHECKING:
+    from modeling.timm_networks import Pretrained
 
 
 class Backbone(nn.Module):
@@ -313,7 +316,7 @@ class TimmBackbone(Backbone):
             "--model-name cnnlstm"
         )
 
-    def pretrained_file(self) -> tuple[Path, str]:
+    def pretrained_file(self) -> "Pretrained":
         """timm's file of weights, and what to do if it is damaged; see `modeling.timm_networks`."""
         from modeling.timm_networks import pretrained_file
 
@@ -355,7 +358,10 @@ def split_evenly(x: torch.Tensor, count: int, dim: int) -> list[torch.Tensor]:
     return [x.narrow(dim, start, end - start) for start, end in bounds]
 
 
-BACKBONES = ("resnet18", "resnet50", "convnext_tiny", "convnext_large", "efficientnet_lite0")
+BACKBONES = (
+    *("resnet18", "resnet50", "convnext_tiny", "convnext_large", "efficientnet_lite0"),
+    *("caformer_s18_relu", "dinov3_small_qkv_bias", "dinov3_base_qkv_bias"),
+)
 
 
 def build_backbone(name: str, spatial_pool: int = 1) -> Backbone:
@@ -380,7 +386,7 @@ def build_backbone(name: str, spatial_pool: int = 1) -> Backbone:
         return ConvNeXtBackbone(sizes, (3, 3, 27, 3), ConvNeXt_Large_Weights, spatial_pool)
     if name == "efficientnet_lite0":
         return EfficientNetLite0(spatial_pool)
-    if name.startswith("timm:"):
+    if name.startswith("timm:") or name in BACKBONES:
         return TimmBackbone(name.removeprefix("timm:"), spatial_pool)
     choices = f"{', '.join(BACKBONES)}, or timm:NAME"
     raise UserError(f"no backbone is called {short_repr(name)}: choose from {choices}")

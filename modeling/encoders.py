@@ -111,6 +111,21 @@ ENCODERS = (
         )
         for size, parameters in (("small", 22.1), ("base", 86.6))
     ),
+    *(
+        Encoder(
+            f"SurgeNetXL DINOv3 ViT-{size.title()}/16",
+            f"--backbone dinov3_{size}_qkv_bias",
+            _SURGENET_DINO,
+            parameters,
+            "CC-BY-NC-SA-4.0",
+            {
+                "patch_embed.proj.weight": (SIZES[size][0], 3, 16, 16),
+                "blocks.0.gamma_1": (SIZES[size][0],),
+                "blocks.11.attn.qkv.bias": (3 * SIZES[size][0],),
+            },
+        )
+        for size, parameters in (("small", 21.6), ("base", 85.7))
+    ),
     Encoder(
         "LemonFM (ConvNeXt-Large)",
         "--backbone convnext_large",

@@ -8,6 +8,7 @@ import difflib
 import sys
 from collections import defaultdict
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,10 +16,11 @@ import timm
 import torch
 from huggingface_hub import hf_hub_download
 from timm.models import _efficientnet_blocks as efficientnet
-from timm.models import convnext, model_entrypoint, regnet, resnet
+from timm.models import convnext, metaformer, model_entrypoint, regnet, resnet
 from timm.models._manipulate import group_with_matcher
 from torch import nn
 
+from modeling.layers import MeanStd
 from utils.errors import UserError, first_line
 from utils.structure import short_repr
 
@@ -35,6 +37,8 @@ def create_network(name: str) -> nn.Module:
     Raises:
         UserError: timm has no such network; the message names similar ones.
     """
+    if name in VARIANTS:
+        return VARIANTS[name]()
     known = timm.list_models()
     # Nothing but these names: others stand for files and for repositories of other people.
     if name not in known and name not in timm.list_models(include_tags=True):
@@ -45,6 +49,43 @@ def create_network(name: str) -> nn.Module:
         return timm.create_model(name, num_classes=0, dynamic_img_size=True)
     except TypeError:  # it has no such option
         return timm.create_model(name, num_classes=0)
+
+
+def _caformer_s18_relu() -> nn.Module:
+    """SurgeNet's CAFormer-S18: ReLU where timm's has StarReLU."""
+    net = timm.create_model("caformer_s18", num_classes=0)
+    for name, module in list(net.named_modules()):
+        if isinstance(module, metaformer.StarReLU):
+            net.set_submodule(name, nn.ReLU())
+    return net
+
+
+def _dinov3_qkv_bias(size: str) -> nn.Module:
+    """SurgeNetXL's DINOv3 ViT: no register tokens, and a bias of queries, keys and values.
+
+    timm has those of queries and values only.
+    """
+    net = timm.create_model(
+        f"vit_{size}_patch16_dinov3_qkvb",
+        num_classes=0,
+        global_pool="token",
+        num_reg_tokens=0,
+        dynamic_img_size=True,
+        norm_layer=partial(nn.LayerNorm, eps=1e-6),
+    )
+    for block in net.blocks:
+        attention = block.attn
+        attention.qkv = nn.Linear(attention.qkv.in_features, attention.qkv.out_features)
+        attention.q_bias = attention.k_bias = attention.v_bias = None
+    return net
+
+
+VARIANTS = {
+    "caformer_s18_relu": _caformer_s18_relu,
+    "dinov3_small_qkv_bias": partial(_dinov3_qkv_bias, "small"),
+    "dinov3_base_qkv_bias": partial(_dinov3_qkv_bias, "base"),
+}
+"""networks of public encoders that differ from timm's in a detail"""
 
 
 def first_convolution(net: nn.Module) -> str:
@@ -174,14 +215,22 @@ def residual_branches(net: nn.Module) -> list[str]:
     return branches
 
 
-def pretrained_file(net: nn.Module, name: str) -> tuple[Path, str]:
+class Pretrained(NamedTuple):
+    """timm's pretrained weights of a network."""
+
+    path: Path
+    remedy: str
+    """what the user can do if the file is damaged"""
+    provenance: dict[str, str]
+    """see `modeling.weights.LoadedWeights`"""
+    mean_std: MeanStd
+
+
+def pretrained_file(net: nn.Module, name: str) -> Pretrained:
     """timm's file of pretrained weights for a network; downloaded if it is not in the cache.
 
     Args:
         name: the network, for messages.
-
-    Returns:
-        The file, and what the user can do if it is damaged.
 
     Raises:
         UserError: there is none, or it cannot be downloaded.
@@ -212,7 +261,9 @@ def pretrained_file(net: nn.Module, name: str) -> tuple[Path, str]:
             f"cannot download pretrained weights ({first_line(error)}): {remedy}"
         ) from None
     # The hub's cache has links to its files: without the link alone the same file would come back.
-    return path, f"delete {path.resolve()} and run again, or {remedy}"
+    remedy = f"delete {path.resolve()} and run again, or {remedy}"
+    provenance = {"file": file, "encoder": name, "licence": str(source.get("license")).upper()}
+    return Pretrained(path, remedy, provenance, (tuple(source["mean"]), tuple(source["std"])))
 
 
 def to_own_names(
@@ -237,6 +288,9 @@ def to_own_names(
     if all(key.startswith("encoder.") and key not in state for key in own):
         # `modeling.weights.find_weights` took it for the prefix of another program.
         state = {f"encoder.{key}": value for key, value in state.items()}
+    shapes = {key: value.shape for key, value in net.state_dict().items()}
+    if {key: value.shape for key, value in state.items()} == shapes:
+        return state  # timm's own names
     module = sys.modules[model_entrypoint(architecture).__module__]
     if rename := getattr(module, "checkpoint_filter_fn", None):
         try:

