@@ -1,6 +1,6 @@
 """Times the models: the ms/clip table, and comparisons with other ways to run them.
 
-    python benchmark_latency.py                              all four models, on this machine
+    python benchmark_latency.py                              all models, on this machine
     python benchmark_latency.py --model-names tsm_resnet runs/2026..._tsm_resnet --precision bf16
     python benchmark_latency.py --model-names r2plus1d@112 --batch-size 8 --repeats 30
     python benchmark_latency.py --what inference training    speedup over eager PyTorch
@@ -58,7 +58,9 @@ class BenchmarkConfig:
     """tables to make: latency of the models; inference here, in eager PyTorch and in onnxruntime;
     training steps here and in eager PyTorch; following a video frame by frame (streaming); clips of
     several lengths"""
-    model_names: tuple[str, ...] = ("tsm_resnet", "cnnlstm", "r2plus1d@112", "vivit")
+    model_names: tuple[str, ...] = (
+        *("tsm_resnet", "cnnlstm", "r2plus1d@112", "vivit", "timesformer", "video_swin", "mvit"),
+    )
     """models to time: names, name@size, or run folders"""
     batch_size: int = 8
     """clips per batch for the published columns"""

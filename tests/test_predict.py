@@ -466,7 +466,7 @@ def model_of(run: Path) -> nn.Module:
 
 MODELS = [("tsm_resnet", {}), ("tsm_resnet", {"shift_mode": "causal"}), ("cnnlstm", {}),
           ("cnnlstm", {"bidirectional": True}), ("r2plus1d", {}), ("vivit", {}),
-          ("video_swin", {}), ("mvit", {})]  # fmt: skip
+          ("timesformer", {}), ("video_swin", {}), ("mvit", {})]  # fmt: skip
 
 
 @torch.no_grad()
@@ -636,7 +636,7 @@ def test_mistakes_are_one_line(flags: list, message: str, runs, video, mistake, 
 
 
 def test_models_with_positions_keep_their_frames(runs) -> None:
-    for name, options in (("vivit", {}), ("mvit", {"model_size": "base"})):
+    for name, options in (("vivit", {}), ("timesformer", {}), ("mvit", {"model_size": "base"})):
         with pytest.raises(UserError, match=f"n_frames = 8: this {name} is made for 4 frames$"):
             build_predictor(PredictConfig(str(runs(name, **options)), (), n_frames=8))
     assert build_predictor(PredictConfig(str(runs("video_swin")), (), n_frames=8))[0].n_frames == 8

@@ -100,6 +100,7 @@ def stop_after(steps: int) -> Callable[[], None]:
     [
         ("tsm_resnet", {}),
         ("tsm_resnet", {"ema_decay": 0.9, "mixup_alpha": 0.4, "cutmix_alpha": 1.0}),
+        ("timesformer", {"drop_path": 0.3, "image_size": 16}),
         ("video_swin", {"drop_path": 0.3, "image_size": 16}),
         ("mvit", {"drop_path": 0.3, "image_size": 16, "n_frames": 2}),
     ],

@@ -1,17 +1,22 @@
 """Public encoders: files made here, with the published names and shapes."""
 
 import argparse
+import json
 import os
 import pickle
 from pathlib import Path
 
 import pytest
 import torch
-from helpers import make_model
+from helpers import make_model, only_run, train_flags
 from torch import nn
-from torchvision.models import resnet50
+from torchvision.models import resnet18, resnet50
 
+import evaluate
+import train
+from checkpoint import load_checkpoint, rebuild_model
 from config import TrainConfig
+from modeling import encoders
 from modeling.encoders import ENCODERS, Encoder, licence_warning, list_encoders, recognise
 from modeling.layers import IMAGENET_MEAN_STD
 from modeling.weights import LoadedWeights, load_weights
@@ -354,6 +359,37 @@ def test_a_licence_travels_with_the_weights(tmp_path: Path) -> None:
     assert (loaded.provenance, loaded.mean_std) == (provenance, mean_std)
     plain = load_weights(model, save({**state, "config": {}, "pretrained": 3}, tmp_path / "b.pt"))
     assert plain == LoadedWeights(plain.line)
+
+
+def test_training_from_an_encoder_tells_its_licence_and_keeps_it(
+    tiny_data: Path, tmp_path: Path, run_main, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the log, the checkpoints and the results, also of what is evaluated or trained later."""
+    small = {"_feature_blocks.layer4.1.conv2.weight": (512, 512, 3, 3)}
+    encoder = Encoder("a ResNet-18", "", "", 11, "CC-BY-NC-SA-4.0", small)
+    monkeypatch.setattr(encoders, "ENCODERS", (encoder,))
+    net, path = resnet18(weights=None), tmp_path / "small.torch"
+    weights = {k: v for k, v in net.state_dict().items() if not k.startswith("fc.")}
+    save(prefixed(weights, "_feature_blocks."), path)
+    flags = train_flags(tiny_data, "--model-name", "cnnlstm", "--epochs", 1)
+    flags += ["--weights", path, "--lstm-layers", 0, "--image-size", 32]
+    flags += ["--pixel-mean", 0.4, 0.4, 0.4, "--pixel-std", 0.2, 0.2, 0.2]
+    done = run_main(train.main, *flags, cwd=tmp_path)
+    run = only_run(tmp_path)
+    text = "trained from a ResNet-18 (CC-BY-NC-SA-4.0): not for commercial use"
+    assert text in done.stdout
+    for name in ("best.pt", "last.pt"):
+        state = load_checkpoint(run, name)
+        assert state["pretrained"]["licence"] == "CC-BY-NC-SA-4.0"
+        assert rebuild_model(state).normalize.mean_std == ((0.4,) * 3, (0.2,) * 3)
+    resumed = run_main(train.main, "--resume", run, cwd=tmp_path)
+    assert text in resumed.stdout
+    assert load_checkpoint(run, "last.pt")["pretrained"] == state["pretrained"]
+    run_main(evaluate.main, run, "--num-workers", 0, "--device", "cpu", cwd=tmp_path)
+    for folder in (run, run / "evaluate_test"):
+        results = json.loads((folder / "test_metrics.json").read_text())
+        assert text in [warning["text"] for warning in results["warnings"]]
+    assert load_weights(rebuild_model(state), str(run)).provenance == state["pretrained"]
 
 
 def test_the_normalisation_of_the_weights_is_kept_in_the_settings() -> None:
