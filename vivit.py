@@ -221,8 +221,12 @@ class ViViT(nn.Module):
 
     def pretrained_file(self) -> "Pretrained":
         """The image ViT that `--weights default` starts from."""
-        size = self.model_size if self.temporal_norm is not None else ""
-        return pretrained_image_vit(size, self.embedding.patch_size)
+        if self.temporal_norm is None:
+            raise UserError(
+                "there are no pretrained weights for joint attention to download: give the file of "
+                "a VideoMAE encoder, or --weights none to train from scratch"
+            )
+        return pretrained_image_vit(self.model_size, self.embedding.patch_size)
 
     def stages(self) -> dict[str, list[nn.Module]]:
         """The modules from stem to head."""

@@ -5,6 +5,7 @@ single network: what differs between them is asked of timm.
 """
 
 import difflib
+import logging
 import sys
 from collections import defaultdict
 from collections.abc import Mapping
@@ -248,6 +249,7 @@ def pretrained_file(net: nn.Module, name: str) -> Pretrained:
         f"get the weights of {name} ({place}) by other means and give them as --weights FILE, or "
         "give --weights none to train from scratch"
     )
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it warns of every try
     try:
         if hub:
             path = Path(hf_hub_download(hub, file))

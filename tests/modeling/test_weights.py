@@ -193,6 +193,48 @@ def test_vivit_has_no_pretrained_weights() -> None:
     assert fails(model, "IMAGENET1K_V1").endswith("neither a file nor one of default, none")
 
 
+def test_sizes_of_image_vits_come_from_timm(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The names of timm's networks, and the lines about sizes that it does not have."""
+    asked = []
+
+    def no_network(hub: str, file: str) -> str:
+        asked.append((hub, file))
+        raise OSError("no network")
+
+    monkeypatch.setattr("modeling.timm_networks.hf_hub_download", no_network)
+    for name, options, hub in (
+        ("timesformer", {}, "timm/vit_tiny_patch16_224.augreg_in21k_ft_in1k"),
+        ("vivit", {"model_size": "tiny"}, "timm/vit_tiny_patch16_224.augreg_in21k_ft_in1k"),
+        (
+            "timesformer",
+            {"model_size": "small", "patch_size": 14, "image_size": 28},
+            "timm/vit_small_patch14_dinov2.lvd142m",
+        ),
+    ):
+        model = make_model(name, 3, **{"n_frames": 2, "image_size": 32, **options})
+        assert f"https://huggingface.co/{hub}" in fails(model, "default")
+        assert asked.pop() == (hub, "model.safetensors")
+    odd = make_model("timesformer", 3, n_frames=2, image_size=32, patch_size=8)
+    assert "--model-size tiny, small or base" in fails(odd, "default")
+    joint = make_model("vivit", 3, n_frames=2, image_size=32, model_size="tiny", attention="joint")
+    assert "VideoMAE" in fails(joint, "default")
+
+
+def test_weights_of_timm_bring_their_normalisation_and_licence(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    net = timm.create_model("vit_tiny_patch16_224")
+    path = save(net.state_dict(), tmp_path / "model.bin")
+    monkeypatch.setattr("modeling.timm_networks.hf_hub_download", lambda *_: path)
+    model = make_model("timesformer", 3, n_frames=2, image_size=32)
+    loaded = load_weights(model, "default")
+    assert loaded.mean_std == ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+    assert loaded.provenance["encoder"] == "timm:vit_tiny_patch16_224"
+    assert loaded.provenance["licence"] == "APACHE-2.0"
+    assert torch.equal(model.blocks[3].attn.qkv.weight, net.blocks[3].attn.qkv.weight)
+    assert not model.blocks[3].temporal_fc.weight.any()
+
+
 def test_neither_a_name_nor_a_file(tmp_path: Path, tsm: torch.nn.Module) -> None:
     for spec in ("IMAGENET1K_V2", tmp_path / "absent.pt", tmp_path):
         message = fails(tsm, spec)
