@@ -1,7 +1,8 @@
 """The models side by side, trained with equal data, equal steps and an equal budget of tuning.
 
     python -m benchmarks.models --output runs/models                    the demo data, all models
-    python -m benchmarks.models --data-root /data/clips --weights default --epochs 30
+    python -m benchmarks.models --data-root /data/clips --weights default --n-frames 16 \\
+      --image-size 224 --epochs 30 --output runs/models
 
 Every model is trained once per learning rate with the first seed; the rate with the best validation
 macro-F1 is kept, and trained with the other seeds. All other settings are train.py's. Each run is
@@ -49,6 +50,10 @@ class ModelsConfig:
     """folder of your data (empty: the demo data)"""
     weights: str = "none"
     """pretrained weights: default, or none"""
+    n_frames: int = 8
+    """frames per clip"""
+    image_size: int = 48
+    """height and width of the frames in pixels"""
     epochs: int = 4
     """passes over the training clips"""
     batch_size: int = 8
@@ -91,6 +96,7 @@ def _train(config: ModelsConfig, folder: Path, name: str, rate: float, seed: int
             flags = [
                 *("--model-name", name, "--learning-rate", str(rate), "--seed", str(seed)),
                 *("--epochs", str(config.epochs), "--batch-size", str(config.batch_size)),
+                *("--n-frames", str(config.n_frames), "--image-size", str(config.image_size)),
                 *("--weights", config.weights, "--run-dir", str(parent)),
             ]
             flags += ["--data-root", config.data_root] if config.data_root else []

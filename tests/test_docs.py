@@ -38,6 +38,7 @@ SETTINGS = {
     "benchmark_latency.py": "benchmark_latency.BenchmarkConfig",
     "benchmarks.data": "benchmarks.data.BenchmarkConfig",
     "benchmarks.novelty": "benchmarks.novelty.NoveltyConfig",
+    "benchmarks.models": "benchmarks.models.ModelsConfig",
     "benchmarks.intervals": "benchmarks.intervals.IntervalConfig",
     "demo.operation": "demo.operation.OperationConfig",
     "demo.figures": "demo.figures.FigureConfig",
