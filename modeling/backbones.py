@@ -360,7 +360,8 @@ def split_evenly(x: torch.Tensor, count: int, dim: int) -> list[torch.Tensor]:
 
 BACKBONES = (
     *("resnet18", "resnet50", "convnext_tiny", "convnext_large", "efficientnet_lite0"),
-    *("caformer_s18_relu", "dinov3_small_qkv_bias", "dinov3_base_qkv_bias"),
+    *("caformer_s18_relu", "dinov2_small_336", "dinov2_base_336", "dinov2_large_336"),
+    *("dinov3_small_qkv_bias", "dinov3_base_qkv_bias", "dinov3_large_qkv_bias"),
 )
 
 

@@ -12,7 +12,6 @@ from dataclasses import dataclass, field, replace
 import torch
 
 from modeling.layers import IMAGENET_MEAN_STD, MeanStd
-from modeling.vit import SIZES
 from utils.errors import ResultWarning
 
 Weights = dict[str, torch.Tensor]
@@ -43,9 +42,12 @@ _SURGENET_DINO = _HUB + "rlpddejong/SurgeNetXL_DINOv1-v3"
 _CAMMA = "https://github.com/CAMMA-public/"
 
 
+_DIM = {"tiny": 192, "small": 384, "base": 768, "large": 1024}  # of ViTs
+
+
 def _vit_shapes(size: str, patch_size: int, tokens: int) -> dict[str, tuple[int, ...]]:
     """What tells the file of an image ViT of this size from others."""
-    dim = SIZES[size][0]
+    dim = _DIM[size]
     return {
         "patch_embed.proj.weight": (dim, 3, patch_size, patch_size),
         "pos_embed": (1, tokens, dim),
@@ -103,13 +105,13 @@ ENCODERS = (
     *(
         Encoder(
             f"SurgeNetXL DINOv2 ViT-{size.title()}/14",
-            f"--backbone timm:vit_{size}_patch14_dinov2",
+            f"--backbone dinov2_{size}_336",
             _SURGENET_DINO,
             parameters,
             "CC-BY-NC-SA-4.0",
-            _vit_shapes(size, 14, 577) | {"blocks.0.ls1.gamma": (SIZES[size][0],)},
+            _vit_shapes(size, 14, 577) | {"blocks.0.ls1.gamma": (_DIM[size],)},
         )
-        for size, parameters in (("small", 22.1), ("base", 86.6))
+        for size, parameters in (("small", 21.8), ("base", 86.0), ("large", 303.5))
     ),
     *(
         Encoder(
@@ -119,12 +121,12 @@ ENCODERS = (
             parameters,
             "CC-BY-NC-SA-4.0",
             {
-                "patch_embed.proj.weight": (SIZES[size][0], 3, 16, 16),
-                "blocks.0.gamma_1": (SIZES[size][0],),
-                "blocks.11.attn.qkv.bias": (3 * SIZES[size][0],),
+                "patch_embed.proj.weight": (_DIM[size], 3, 16, 16),
+                "blocks.0.gamma_1": (_DIM[size],),
+                "blocks.11.attn.qkv.bias": (3 * _DIM[size],),
             },
         )
-        for size, parameters in (("small", 21.6), ("base", 85.7))
+        for size, parameters in (("small", 21.6), ("base", 85.7), ("large", 303.1))
     ),
     Encoder(
         "LemonFM (ConvNeXt-Large)",
@@ -202,7 +204,7 @@ ENCODERS = (
             "timm",
             parameters,
             "Apache-2.0",
-            _vit_shapes(size, 16, 197) | {"head.weight": (1000, SIZES[size][0])},
+            _vit_shapes(size, 16, 197) | {"head.weight": (1000, _DIM[size])},
             None,
         )
         for size, parameters in (("tiny", 5.5), ("small", 21.7), ("base", 85.8))

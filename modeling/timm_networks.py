@@ -81,10 +81,16 @@ def _dinov3_qkv_bias(size: str) -> nn.Module:
     return net
 
 
+def _dinov2_336(size: str) -> nn.Module:
+    """SurgeNetXL's DINOv2 ViT: positions for frames of 336 pixels, where timm's are for 518."""
+    name = f"vit_{size}_patch14_dinov2"
+    return timm.create_model(name, num_classes=0, img_size=336, dynamic_img_size=True)
+
+
 VARIANTS = {
     "caformer_s18_relu": _caformer_s18_relu,
-    "dinov3_small_qkv_bias": partial(_dinov3_qkv_bias, "small"),
-    "dinov3_base_qkv_bias": partial(_dinov3_qkv_bias, "base"),
+    **{f"dinov2_{s}_336": partial(_dinov2_336, s) for s in ("small", "base", "large")},
+    **{f"dinov3_{s}_qkv_bias": partial(_dinov3_qkv_bias, s) for s in ("small", "base", "large")},
 }
 """networks of public encoders that differ from timm's in a detail"""
 
