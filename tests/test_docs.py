@@ -47,6 +47,7 @@ SETTINGS = {
 }
 
 
+WITHOUT_VALUE = {"help", "list_encoders"}  # flags that are no setting
 # The values of flags that are no Literal.
 REGISTRIES = {"ablations": ABLATIONS, "model_name": MODELS, "loss": LOSSES}
 
@@ -108,7 +109,7 @@ def problems(words: list[str]) -> list[str]:
     for argument in arguments:
         if argument.startswith("--"):
             name = argument[2:].replace("-", "_")
-            if name != "help" and name not in fields | {"no_" + n for n in fields}:
+            if name not in WITHOUT_VALUE and name not in fields | {"no_" + n for n in fields}:
                 wrong.append(f"{argument} is no flag")
         elif name and "..." not in argument:
             allowed = [str(value) for value in choices(hints.get(name))]
@@ -131,7 +132,7 @@ def test_commands_are_found() -> None:
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_flags_in_the_text_exist(page: Path) -> None:
     kinds = [settings_of([name])[0] for name in SETTINGS if SETTINGS[name]]
-    known = {field.name for kind in kinds for field in dataclasses.fields(kind)} | {"help"}
+    known = {field.name for kind in kinds for field in dataclasses.fields(kind)} | WITHOUT_VALUE
     inline = " ".join(re.findall(r"`([^`]*)`", prose(page)))
     flags = {flag.replace("-", "_") for flag in re.findall(r"--([a-z][a-z-]*)", inline)}
     assert not {flag for flag in flags - known if flag.removeprefix("no_") not in known}
