@@ -6,6 +6,7 @@ single network: what differs between them is asked of timm.
 
 import difflib
 import logging
+import re
 import sys
 from collections import defaultdict
 from collections.abc import Mapping
@@ -38,6 +39,10 @@ def create_network(name: str) -> nn.Module:
     Raises:
         UserError: timm has no such network; the message names similar ones.
     """
+    if tuple(map(int, re.findall(r"\d+", timm.__version__)[:3])) < (1, 0, 31):
+        # Earlier ones cannot be built on the meta device, or do not tell the width of all features.
+        have = timm.__version__
+        raise UserError(f"backbone timm:NAME needs timm 1.0.31, not {have}: pip install -U timm")
     if name in VARIANTS:
         return VARIANTS[name]()
     known = timm.list_models()
