@@ -70,7 +70,7 @@ def prepare_for_inference(
     for module in model.modules():
         if isinstance(module, Normalize):
             module.dtype = dtype
-        elif not isinstance(module, _NORMS):
+        elif not isinstance(module, nn.modules.batchnorm._BatchNorm):
             for parameter in module.parameters(recurse=False):
                 parameter.data = parameter.data.to(dtype)
     prepare_model(model, device, dtype)
