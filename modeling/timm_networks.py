@@ -179,15 +179,16 @@ def layer_inputs(name: str, stages: Mapping[str, Stage]) -> list[str]:
         stages: what `divide` gives for it.
     """
     first: dict[str, tuple[str, tuple[Any, ...]]] = {}  # of each layer: the module and its input
+
+    def record(stage: str, name: str, _: nn.Module, inputs: tuple[Any, ...]) -> None:
+        first.setdefault(stage, (name, inputs))
+
     with torch.device("meta"):
         net = create_network(name).eval()
         for stage in (stage for stage in stages if stage.startswith("layer")):
             for module in stages[stage].modules:
-
-                def record(_: nn.Module, inputs: tuple, key: tuple[str, str] = (stage, module)):
-                    first.setdefault(key[0], (key[1], inputs))
-
-                net.get_submodule(module).register_forward_pre_hook(record)
+                hook = partial(record, stage, module)
+                net.get_submodule(module).register_forward_pre_hook(hook)
         net(torch.zeros(1, *net.pretrained_cfg["input_size"]))
     shapes = [[getattr(x, "shape", ()) for x in inputs] for _, inputs in first.values()]
     # The frame is square: the two sides are equal where the channels come before them.
@@ -296,7 +297,7 @@ def to_own_names(
     architecture = net.pretrained_cfg["architecture"]
     own = net.state_dict().keys()
     with torch.device("meta"):
-        whole = timm.create_model(architecture, num_classes=1)  # with its classifier
+        whole = timm.create_model(architecture, pretrained_cfg=net.pretrained_cfg, num_classes=1)
     state = {str(key).removeprefix("net."): value for key, value in state.items()}  # a TimmBackbone
     if all(key.startswith("encoder.") and key not in state for key in own):
         # `modeling.weights.find_weights` took it for the prefix of another program.
