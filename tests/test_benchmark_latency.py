@@ -37,6 +37,17 @@ def test_flops_of_a_layer_by_hand() -> None:
     assert count_gflops(OneConv(), clip) == pytest.approx(2 * 4 * 8 * 10 * 12 * 3 * 9 / 1e9)
 
 
+def test_fused_attention_is_counted() -> None:
+    """Two products of 5 x 8 matrices per head, (5, 8) x (8, 5) and (5, 5) x (5, 8)."""
+
+    class Attend(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return nn.functional.scaled_dot_product_attention(x, x, x)
+
+    x = torch.zeros(3, 2, 5, 8)  # (N, heads, tokens, dim)
+    assert count_gflops(Attend(), x) == pytest.approx(3 * 2 * 2 * 2 * 5 * 5 * 8 / 1e9)
+
+
 @pytest.mark.parametrize(("layers", "bidirectional"), [(1, False), (2, False), (2, True)])
 def test_lstm_has_its_own_term(layers: int, bidirectional: bool) -> None:
     """PyTorch's counter counts nothing for it."""
