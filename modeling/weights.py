@@ -118,7 +118,8 @@ def _carried(state: dict[str, Any]) -> tuple[dict[str, str], MeanStd | None]:
     mean, std = (
         tuple(state.get("config", {}).get(f"pixel_{name}", ())) for name in ("mean", "std")
     )
-    return state.get("pretrained", {}), (mean, std) if mean and std else None
+    known = len(mean) == len(std) == 3 and min(std) > 0
+    return state.get("pretrained", {}), (mean, std) if known else None
 
 
 # Where other programs keep the weights in their checkpoints, and what they put before the names:

@@ -357,6 +357,9 @@ def test_a_licence_travels_with_the_weights(tmp_path: Path) -> None:
     }
     loaded = load_weights(model, save(state, tmp_path / "best.pt"))
     assert (loaded.provenance, loaded.mean_std) == (provenance, mean_std)
+    for odd in ({"pixel_mean": (0.1,), "pixel_std": (0.0, 1.0)}, {"pixel_mean": "x"}):
+        path = save({**state, "config": odd}, tmp_path / "odd.pt")
+        assert load_weights(model, path).mean_std is None
     plain = load_weights(model, save({**state, "config": {}, "pretrained": 3}, tmp_path / "b.pt"))
     assert plain == LoadedWeights(plain.line)
 
