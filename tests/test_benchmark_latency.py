@@ -1,5 +1,6 @@
 """benchmark_latency.py: what it counts is checked by hand; how fast things are is not tested."""
 
+import contextlib
 import json
 import subprocess
 import sys
@@ -192,6 +193,7 @@ def test_all_variants_give_the_same_logits() -> None:
 
     eager = logits("eager fp32")
     assert (logits("prepared fp32") - eager).abs().max() < 1e-5
-    assert 0 < (logits("prepared bf16") - eager).abs().max() < 0.05
+    with contextlib.suppress(UserError):  # a CPU without an LSTM in bf16
+        assert 0 < (logits("prepared bf16") - eager).abs().max() < 0.05
     if find_spec("onnxruntime"):
         assert (logits("onnxruntime fp32") - eager).abs().max() < 1e-5
