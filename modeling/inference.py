@@ -3,10 +3,14 @@
 import contextlib
 import copy
 import sys
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
+from torch.overrides import TorchFunctionMode
 
 from modeling.layers import Normalize
 from utils.device import prepare_model
@@ -86,7 +90,8 @@ def fold_batchnorms(model: nn.Module) -> int:
     In eval mode a BatchNorm is a fixed scale and shift per channel, which the weights and bias of
     the convolution can carry. Which BatchNorm follows which convolution is not guessed from names:
     a small clip is sent through the model, and a pair is found where the output tensor of a
-    convolution is the input of a BatchNorm. Nothing is folded in a model that takes no such clip.
+    convolution is the input of a BatchNorm and of nothing else. Nothing is folded in a model that
+    takes no such clip.
     """
     # Of exactly these types: a convolution that standardises its weights would undo the scale.
     convs, norms = (
@@ -95,14 +100,14 @@ def fold_batchnorms(model: nn.Module) -> int:
     )
     if not norms:
         return 0
-    outputs: list[tuple[torch.Tensor, nn.Module]] = []  # keeps the tensors, so none is reused
-    pairs: list[tuple[nn.Module, nn.Module]] = []
+    outputs = _Outputs()
+    pairs: list[tuple[torch.Tensor, nn.Module]] = []
 
     def after_conv(conv: nn.Module, _: tuple, output: torch.Tensor) -> None:
-        outputs.append((output, conv))
+        outputs.of[id(output)] = output, conv
 
     def before_norm(norm: nn.Module, inputs: tuple) -> None:
-        pairs.extend((conv, norm) for output, conv in outputs if output is inputs[0])
+        pairs.append((inputs[0], norm))
 
     hooks = [norm.register_forward_pre_hook(before_norm) for norm in norms]
     hooks += [conv.register_forward_hook(after_conv) for conv in convs]
@@ -110,24 +115,50 @@ def fold_batchnorms(model: nn.Module) -> int:
     own_size = getattr(getattr(model, "backbone", None), "frame_size", 32)
     try:
         for size in dict.fromkeys((32, own_size)):  # some networks take no small frames
-            with contextlib.suppress(RuntimeError, ValueError, AssertionError, IndexError):
-                model(torch.zeros(1, 2, channels, size, size, dtype=torch.uint8, device=device))
+            clip = torch.zeros(1, 2, channels, size, size, dtype=torch.uint8, device=device)
+            with outputs, contextlib.suppress(RuntimeError, ValueError, AssertionError, IndexError):
+                model(clip)
                 break
             pairs.clear()  # an own model that takes clips of another size only stays as it is
+            outputs.of.clear()
     finally:
         for hook in hooks:
             hook.remove()
-    convs = [conv for conv, _ in pairs]
+    calls = Counter(conv for _, conv in outputs.of.values())
     names = {module: name for name, module in model.named_modules()}
-    folded = [(conv, norm) for conv, norm in pairs if convs.count(conv) == 1]
-    for conv, norm in folded:
+    folded = 0
+    for x, norm in pairs:
+        _, conv = outputs.of.get(id(x), (None, None))
+        if conv is None or calls[conv] > 1 or outputs.uses[id(x)] > 1:
+            continue
         # In place: a copy of the convolution would copy its hooks, and with them a TSM's shifts.
         conv.weight, conv.bias = fuse_conv_bn_weights(
             conv.weight, conv.bias, norm.running_mean, norm.running_var, norm.eps, norm.weight,
             norm.bias,
         )  # fmt: skip
         model.set_submodule(names[norm], getattr(norm, "act", nn.Identity()))
-    return len(folded)
+        folded += 1
+    return folded
+
+
+class _Outputs(TorchFunctionMode):
+    """The outputs of convolutions, which it keeps, and how many operators use each of them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.of: dict[int, tuple[torch.Tensor, nn.Module]] = {}
+        """by the output's id: the output and its convolution"""
+        self.uses: Counter[int] = Counter()
+
+    def __torch_function__(
+        self, function: Callable, types: Any, args: tuple = (), kwargs: dict | None = None
+    ) -> Any:
+        result = function(*args, **(kwargs or {}))
+        if isinstance(result, torch.Tensor | tuple | list):  # not its shape, its device ...
+            for value in (*args, *(kwargs or {}).values()):
+                for x in value if isinstance(value, tuple | list) else [value]:
+                    self.uses[id(x)] += id(x) in self.of
+        return result
 
 
 class PackedConv2d(nn.Conv2d):

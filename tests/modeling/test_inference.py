@@ -165,6 +165,37 @@ def test_what_cannot_be_folded_is_not(clips: torch.Tensor) -> None:
     assert torch.allclose(fast(clips), wanted, rtol=1e-6)
 
 
+class OtherUses(nn.Module):
+    """Convolutions whose BatchNorm is not all that follows them."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind = kind
+        self.conv, self.norm, self.relu = nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3), nn.ReLU(True)
+
+    def forward(self, clips: torch.Tensor) -> torch.Tensor:
+        x = self.conv(clips.flatten(0, 1).float())
+        if self.kind == "skip":  # as in networks with pre-activation
+            return x + self.norm(x)
+        if self.kind == "list":
+            return torch.cat([self.norm(x), x], 1)
+        if self.kind == "relu in place":  # which gives back the same tensor
+            return self.norm(self.relu(x))
+        return self.norm(x) + self.conv(x)  # "conv twice"
+
+
+@pytest.mark.parametrize("kind", ["skip", "list", "relu in place", "conv twice"])
+@torch.no_grad()
+def test_a_convolution_that_something_else_needs_is_not_folded(kind: str) -> None:
+    model = OtherUses(kind).eval()
+    nn.init.uniform_(model.norm.running_mean, -0.3, 0.3)
+    nn.init.uniform_(model.norm.running_var, 0.5, 2.0)
+    clips = torch.rand(1, 2, 3, 8, 8)
+    wanted = model(clips)
+    assert fold_batchnorms(model) == 0
+    assert torch.equal(model(clips), wanted)
+
+
 @torch.inference_mode()
 @pytest.mark.parametrize("name", ["tsm_resnet", "cnnlstm"])
 def test_packed_convolutions_give_the_same(name: str) -> None:
