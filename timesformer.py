@@ -5,6 +5,7 @@ ICML 2021, arXiv:2102.05095: divided space-time attention. The parameters have t
 authors' files, so that these open, and those of Endo-FM, which is the same network.
 """
 
+import re
 from typing import TYPE_CHECKING, Literal
 
 import torch
@@ -22,6 +23,7 @@ from modeling.layers import (
 from modeling.vit import (
     LAYER_NORM_EPS,
     SIZES,
+    attend,
     fold_layer_scale,
     is_image_vit,
     patches_per_side,
@@ -55,10 +57,7 @@ class Attention(nn.Module):
         self.proj = nn.Linear(dim, dim)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        qkv = self.qkv(x).unflatten(2, (3, self.heads, -1))  # (N, tokens, 3, heads, dim / heads)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # 3 x (N, heads, tokens, dim / heads)
-        x = F.scaled_dot_product_attention(q, k, v)
-        return self.proj(x.transpose(1, 2).flatten(2))
+        return self.proj(attend(self.qkv(x), self.heads))
 
 
 class MLP(nn.Module):
@@ -210,14 +209,10 @@ class TimeSformer(nn.Module):
         if not is_image_vit(weights):
             return self.adapt_state_dict(weights)
         weights = fold_layer_scale(weights)
-        for number in range(len(self.blocks)):
-            block = f"blocks.{number}."
-            for key in [
-                key for key in weights if key.startswith((f"{block}attn.", f"{block}norm1."))
-            ]:
-                weights[f"{block}temporal_{key.removeprefix(block)}"] = weights[key]
-            for part in ("weight", "bias"):
-                zero = self.blocks[number].temporal_fc.get_parameter(part)
-                weights[f"{block}temporal_fc.{part}"] = torch.zeros_like(zero)
-        weights["time_embed"] = torch.zeros_like(self.time_embed)
+        for key, value in list(weights.items()):
+            if match := re.fullmatch(r"(blocks\.\d+\.)((?:attn|norm1)\..+)", key):
+                weights[f"{match[1]}temporal_{match[2]}"] = value
+        for key, value in self.state_dict().items():
+            if ".temporal_fc." in key or key == "time_embed":
+                weights[key] = torch.zeros_like(value)
         return self.adapt_state_dict(weights)

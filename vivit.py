@@ -22,6 +22,7 @@ from modeling.layers import (
 from modeling.vit import (
     LAYER_NORM_EPS,
     SIZES,
+    attend,
     fold_layer_scale,
     is_image_vit,
     patches_per_side,
@@ -77,13 +78,8 @@ class Block(nn.Module):
         return drop_path(branch, self.drop_path_rate, self.training, rows_per_clip)
 
     def _attention(self, x: torch.Tensor) -> torch.Tensor:
-        qkv = self.qkv(x).unflatten(2, (3, self.heads, -1))  # (N, tokens, 3, heads, dim_head)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # 3 x (N, heads, tokens, dim_head)
-        # The functional form would apply dropout in eval mode too.
-        dropout = self.dropout if self.training else 0.0
-        x = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout)
-        x = self.out(x.transpose(1, 2).flatten(2))  # (N, heads, tokens, dim_head) -> (N, tokens, -)
-        return F.dropout(x, self.dropout, self.training)
+        x = attend(self.qkv(x), self.heads, self.dropout if self.training else 0.0)
+        return F.dropout(self.out(x), self.dropout, self.training)
 
 
 class Embedding(nn.Module):
@@ -173,11 +169,10 @@ class ViViT(nn.Module):
                 f"must be a multiple, e.g. {(n_frames // tubelet_frames + 1) * tubelet_frames}"
             )
         self.model_size = model_size
-        temporal_depth, like_image_vit = depth, {}
+        temporal_depth, qkv_bias, eps = depth, False, 1e-5
         if model_size:
             dim, depth, heads = SIZES[model_size]
-            temporal_depth, like_image_vit = 4, {"qkv_bias": True, "norm_eps": LAYER_NORM_EPS}
-        eps = like_image_vit.get("norm_eps", 1e-5)
+            temporal_depth, qkv_bias, eps = 4, True, LAYER_NORM_EPS
         factorised = attention == "factorised"
         self.normalize = Normalize(IMAGENET_MEAN_STD)
         self.embedding = Embedding(
@@ -185,7 +180,7 @@ class ViViT(nn.Module):
         )
         shape = (dim, heads, dim_head, dropout)
         rates = drop_path_rates(drop_path, depth + factorised * temporal_depth)
-        blocks = [Block(*shape, rate, **like_image_vit) for rate in rates]
+        blocks = [Block(*shape, rate, qkv_bias, eps) for rate in rates]
         self.spatial = nn.ModuleList(blocks[:depth])
         self.spatial_norm = nn.LayerNorm(dim, eps)
         # A list with one parameter: stages() lists modules, and a parameter alone is not a module.

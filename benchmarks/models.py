@@ -30,10 +30,11 @@ from utils.errors import UserError
 from utils.files import require_writable
 
 ROOT = Path(__file__).resolve().parent.parent
-FORMATS = {"learning rate": "{:g}", "seeds": "{:.0f}", "accuracy": "{:.3f}"}
 SCORES = ("accuracy", "accuracy sd", "accuracy low", "accuracy high")
 SCORES += tuple(name.replace("accuracy", "macro_f1") for name in SCORES)
-CHANGE = ("accuracy delta", "accuracy delta low", "accuracy delta high")
+SHUFFLED = ("accuracy", "accuracy delta", "accuracy delta low", "accuracy delta high")
+FORMATS = {"learning rate": "{:g}", "seeds": "{:.0f}"}
+FORMATS |= dict.fromkeys((*SCORES, *(f"shuffled: {score}" for score in SHUFFLED)), "{:.3f}")
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,8 @@ def compare_models(config: ModelsConfig) -> pd.DataFrame:
         rates[name] = max(tried, key=lambda rate: _validation_score(tried[rate]))
         more = [_train(config, folder, name, rates[name], seed) for seed in others]
         runs[name] = [tried[rates[name]], *more]
-    rows = [_majority(_predictions(runs[config.model_names[0]][0]))]
+    baseline = _predictions(runs[config.model_names[0]][0]).summary()["majority_baseline"]
+    rows: list[dict[str, object]] = [{"model": "majority class", "accuracy": baseline}]
     for name, seeds in runs.items():
         plain = [_predictions(run) for run in seeds]
         shuffled = [_predictions(_shuffle(run)) for run in seeds]
@@ -81,7 +83,7 @@ def compare_models(config: ModelsConfig) -> pd.DataFrame:
         rows.append(
             {"model": name, "learning rate": rates[name], "seeds": len(seeds)}
             | {score: row[score] for score in SCORES}
-            | {f"shuffled: {score}": other[score] for score in ("accuracy", *CHANGE)}
+            | {f"shuffled: {score}": other[score] for score in SHUFFLED}
         )
     return pd.DataFrame(rows)
 
@@ -132,12 +134,6 @@ def _predictions(folder: Path) -> Predictions:
     return read_predictions(folder / "predictions.csv")[0]
 
 
-def _majority(predictions: Predictions) -> dict[str, object]:
-    """The row of always answering the most frequent class of the test clips."""
-    share = max((predictions.labels == label).mean() for label in set(predictions.labels))
-    return {"model": "majority class", "accuracy": share}
-
-
 @cli_main
 def main() -> None:
     config = parse(ModelsConfig, __doc__)
@@ -148,13 +144,7 @@ def main() -> None:
     require_writable(config.output)
     table = compare_models(config)
     conditions = environment(get_device("auto"), epochs=config.epochs, batch=config.batch_size)
-    report(
-        "models",
-        table,
-        conditions,
-        config.output,
-        FORMATS | dict.fromkeys(table.columns[3:], "{:.3f}"),
-    )
+    report("models", table, conditions, config.output, FORMATS)
 
 
 if __name__ == "__main__":

@@ -5,13 +5,14 @@ loaded, or left out for a reason that is told; what is missing is an error.
 """
 
 import re
-from collections import defaultdict
-from collections.abc import Container, Mapping
+from collections import Counter
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
 
 from modeling.layers import IMAGENET_MEAN_STD, MeanStd
+from modeling.vit import SIZES
 from utils.errors import ResultWarning
 
 Weights = dict[str, torch.Tensor]
@@ -40,9 +41,7 @@ _HUB = "https://huggingface.co/"
 _SURGENET = _HUB + "TimJaspersTue/SurgeNetModels"
 _SURGENET_DINO = _HUB + "rlpddejong/SurgeNetXL_DINOv1-v3"
 _CAMMA = "https://github.com/CAMMA-public/"
-
-
-_DIM = {"tiny": 192, "small": 384, "base": 768, "large": 1024}  # of ViTs
+_DIM = {size: dim for size, (dim, *_) in SIZES.items()}
 
 
 def _vit_shapes(size: str, patch_size: int, tokens: int) -> dict[str, tuple[int, ...]]:
@@ -333,32 +332,26 @@ _UNUSED = {
 _COUNTERS = (".total_ops", ".total_params")
 
 
-def drop_unused(weights: Mapping[str, torch.Tensor], own: Container[str]) -> Weights:
+def drop_unused(
+    weights: Mapping[str, torch.Tensor], own: Container[str], others: Sequence[str]
+) -> tuple[Weights, str]:
     """The tensors without those that no model of this project has, such as classifiers.
 
     Args:
         own: the model's own names, which are never dropped.
+        others: names of tensors outside of the encoder, of `select_encoder`.
+
+    Returns:
+        The tensors, and for the log which ones of the file are not loaded and why.
     """
-    reasons = tuple(prefix for prefixes in _UNUSED.values() for prefix in prefixes)
-    return {
-        key: value
-        for key, value in weights.items()
-        if key in own or not (key.startswith(reasons) or key.endswith(_COUNTERS))
-    }
-
-
-def describe_dropped(names: list[str], others: list[str]) -> str:
-    """Which tensors of a file were not loaded, and why; empty if all were.
-
-    Args:
-        names: those that `drop_unused` has left out.
-        others: those outside of the encoder, of `select_encoder`.
-    """
-    groups: dict[tuple[str, str], int] = defaultdict(int)
-    for name in names:
-        why = next((why for why, p in _UNUSED.items() if name.startswith(p)), "counters")
-        groups[name.split(".")[0], why] += 1
-    for name in others:
-        groups[name.split(".")[0], "not part of the encoder"] += 1
-    parts = [f"{count} of {name} ({why})" for (name, why), count in groups.items()]
-    return f"; not loaded: {', '.join(parts)}" if parts else ""
+    used, dropped = {}, Counter()
+    for name, value in weights.items():
+        why = next((why for why, p in _UNUSED.items() if name.startswith(p)), "")
+        why = why or ("counters" if name.endswith(_COUNTERS) else "")
+        if why and name not in own:
+            dropped[name.split(".")[0], why] += 1
+        else:
+            used[name] = value
+    dropped.update((name.split(".")[0], "not part of the encoder") for name in others)
+    parts = [f"{count} of {name} ({why})" for (name, why), count in dropped.items()]
+    return used, f"; not loaded: {', '.join(parts)}" if parts else ""

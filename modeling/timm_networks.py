@@ -1,7 +1,7 @@
 """Networks of timm (PyTorch image models) by name: how they are built, divided and filled.
 
-https://github.com/huggingface/pytorch-image-models, arXiv:2110.00476. Nothing here is written for a
-single network: what differs between them is asked of timm.
+https://github.com/huggingface/pytorch-image-models, arXiv:2110.00476. What differs
+between networks is asked of timm; only VARIANTS are written for single ones.
 """
 
 import difflib
@@ -276,7 +276,8 @@ def pretrained_file(net: nn.Module, name: str) -> Pretrained:
         ) from None
     # The hub's cache has links to its files: without the link alone the same file would come back.
     remedy = f"delete {path.resolve()} and run again, or {remedy}"
-    provenance = {"file": file, "encoder": name, "licence": str(source.get("license")).upper()}
+    licence = (source.get("license") or "not stated").upper()
+    provenance = {"file": file, "encoder": name, "licence": licence}
     return Pretrained(path, remedy, provenance, (tuple(source["mean"]), tuple(source["std"])))
 
 
@@ -295,16 +296,15 @@ def to_own_names(
         UserError: timm can make nothing of them.
     """
     architecture = net.pretrained_cfg["architecture"]
-    own = net.state_dict().keys()
-    with torch.device("meta"):
-        whole = timm.create_model(architecture, pretrained_cfg=net.pretrained_cfg, num_classes=1)
+    shapes = {key: value.shape for key, value in net.state_dict().items()}
     state = {str(key).removeprefix("net."): value for key, value in state.items()}  # a TimmBackbone
-    if all(key.startswith("encoder.") and key not in state for key in own):
+    if all(key.startswith("encoder.") and key not in state for key in shapes):
         # `modeling.weights.find_weights` took it for the prefix of another program.
         state = {f"encoder.{key}": value for key, value in state.items()}
-    shapes = {key: value.shape for key, value in net.state_dict().items()}
     if {key: value.shape for key, value in state.items()} == shapes:
         return state  # timm's own names
+    with torch.device("meta"):
+        whole = timm.create_model(architecture, pretrained_cfg=net.pretrained_cfg, num_classes=1)
     module = sys.modules[model_entrypoint(architecture).__module__]
     if rename := getattr(module, "checkpoint_filter_fn", None):
         try:
@@ -313,5 +313,5 @@ def to_own_names(
             raise UserError(
                 f"{source} does not fit {type(net).__name__}: {first_line(error)}"
             ) from None
-    classifier = whole.state_dict().keys() - own
+    classifier = whole.state_dict().keys() - shapes.keys()
     return {key: value for key, value in state.items() if key not in classifier}

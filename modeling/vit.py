@@ -15,11 +15,30 @@ from utils.errors import UserError, require_package
 if TYPE_CHECKING:
     from modeling.timm_networks import Pretrained
 
-SIZES = {"tiny": (192, 12, 3), "small": (384, 12, 6), "base": (768, 12, 12)}
+SIZES = {
+    "tiny": (192, 12, 3),
+    "small": (384, 12, 6),
+    "base": (768, 12, 12),
+    "large": (1024, 24, 16),
+}
 """width, blocks and heads of the usual sizes of an image ViT"""
 
 LAYER_NORM_EPS = 1e-6
 """that of image ViTs; torch's own default is another"""
+
+
+def attend(qkv: torch.Tensor, heads: int, dropout: float = 0.0) -> torch.Tensor:
+    """Multi-head self-attention over the tokens of a row.
+
+    Args:
+        qkv: queries, keys and values, one behind the other, `(N, tokens, 3 * heads * dim_head)`.
+        dropout: of the attention; it is applied in eval mode too.
+
+    Returns:
+        `(N, tokens, heads * dim_head)`.
+    """
+    q, k, v = qkv.unflatten(2, (3, heads, -1)).permute(2, 0, 3, 1, 4)  # (N, heads, tokens, dim)
+    return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout).transpose(1, 2).flatten(2)
 
 
 def pretrained_image_vit(model_size: str, patch_size: int) -> "Pretrained":

