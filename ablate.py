@@ -23,7 +23,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from config import OLD_NAMES, OLD_VALUES, TrainConfig, differences, from_dict, names_with, setting
+from config import (
+    OLD_NAMES,
+    OLD_VALUES,
+    RECIPES,
+    TrainConfig,
+    differences,
+    from_dict,
+    names_with,
+    setting,
+)
 from cross_validate import CrossValidateConfig, check_folds, cross_validate, fold_folders
 from utils.cli import cli_main, parse
 from utils.errors import UserError
@@ -305,7 +314,8 @@ def format_table(
 @cli_main
 def main() -> None:
     old_names = {**OLD_NAMES, "levers": "ablations"}
-    config = parse(AblateConfig, __doc__, None, old_names, OLD_VALUES, aliases=("model",))
+    names = old_names, OLD_VALUES, ("model",)
+    config = parse(AblateConfig, __doc__, None, *names, recipes=RECIPES)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UserError("ablate.py is one process: start it several times, each with its --output")
     ablate(config)

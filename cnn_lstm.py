@@ -123,6 +123,9 @@ class Standardise(nn.Module):
     other's statistics.
     """
 
+    eps = 1e-5
+    """added to the variance"""
+
     def __init__(self, width: int) -> None:
         super().__init__()
         self.register_buffer("running_mean", torch.zeros(width))
@@ -130,7 +133,12 @@ class Standardise(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         training = self.training and len(x) > 1
-        return F.batch_norm(x, self.running_mean, self.running_var, training=training)
+        return F.batch_norm(x, self.running_mean, self.running_var, training=training, eps=self.eps)
+
+    def set_statistics(self, mean: torch.Tensor, variance: torch.Tensor) -> None:
+        """Standardise by these from now on, both `(width,)`."""
+        self.running_mean.copy_(mean)
+        self.running_var.copy_(variance)
 
 
 def temporal_statistics(x: torch.Tensor) -> torch.Tensor:

@@ -27,6 +27,7 @@ def setting(
     needs: str = "",
     only_with: Mapping[str, tuple[str, ...]] | None = None,
     pixels: Literal["", "all clips", "training clips"] = "",
+    gradient: bool = False,
     resumable: bool = False,
     neutral: bool = False,
 ) -> Any:
@@ -38,13 +39,24 @@ def setting(
         needs: another field without which this one has no effect.
         only_with: another field and its values with which this one has an effect.
         pixels: which clips' pixels depend on it; cached features are computed again if it changes.
+        gradient: only training by gradient steps uses it, so it has no effect with `head` linear;
+            neither have those with `pixels` of training clips.
         resumable: a resumed run may have another value than before (the clips must be the same,
             wherever they are; TrainState compares them).
         neutral: the results do not depend on it (so it is resumable as well).
     """
-    names = ("section", "low", "high", "needs", "only_with", "pixels", "resumable", "neutral")
-    values = (section, low, high, needs, only_with or {}, pixels, resumable or neutral, neutral)
-    return dataclasses.field(default=default, metadata=dict(zip(names, values, strict=True)))
+    metadata = {
+        "section": section,
+        "low": low,
+        "high": high,
+        "needs": needs,
+        "only_with": only_with or {},
+        "pixels": pixels,
+        "gradient": gradient or pixels == "training clips",
+        "resumable": resumable or neutral,
+        "neutral": neutral,
+    }
+    return dataclasses.field(default=default, metadata=metadata)
 
 
 @dataclass(frozen=True)
@@ -134,10 +146,10 @@ class TrainConfig:
     """strength of the RandAugment operations"""
     random_erase: float = setting(0.0, low=0, high=1, pixels="training clips")
     """probability that a box of a training clip is painted over, the same box in all frames"""
-    mixup_alpha: float = setting(0.0, low=0, high=100)
+    mixup_alpha: float = setting(0.0, gradient=True, low=0, high=100)
     """blend each clip with another one, and their labels, in proportions from Beta(alpha, alpha);
     0.2 is a common start (0: never; together with cutmix_alpha: every other batch, by chance)"""
-    cutmix_alpha: float = setting(0.0, low=0, high=100)
+    cutmix_alpha: float = setting(0.0, gradient=True, low=0, high=100)
     """paste a box of another clip into each clip, the same box in all frames, with an area from
     Beta(alpha, alpha), and mix the labels by area; 1 is a common start (0: never)"""
 
@@ -168,7 +180,9 @@ class TrainConfig:
     """tsm_resnet: 1/shift_div of the channels are shifted forward in time, as many backward"""
     shift_mode: Literal["bidirectional", "causal"] = "bidirectional"
     """tsm_resnet: causal shifts from the past only, so that predict.py can follow a live stream"""
-    shift_buffer_prob: float = setting(0.5, low=0, high=1, only_with={"shift_mode": ("causal",)})
+    shift_buffer_prob: float = setting(
+        0.5, gradient=True, low=0, high=1, only_with={"shift_mode": ("causal",)}
+    )
     """causal tsm_resnet: probability that a training clip begins with the end of another clip in
     its shift buffer, as in a stream, and not with an empty one"""
     spatial_pool: int = setting(1, low=1, high=7)
@@ -181,9 +195,9 @@ class TrainConfig:
     """cnnlstm: a second LSTM reads the clip backward"""
     temporal_pooling: Literal["mean", "last", "max", "attention", "statistics"] = "mean"
     """cnnlstm: how the outputs of T frames become one vector"""
-    dropout: float = setting(0.0, low=0, high=0.99)
+    dropout: float = setting(0.0, gradient=True, low=0, high=0.99)
     """dropout before the classifier (also inside ViViT's blocks and between LSTM layers)"""
-    drop_path: float = setting(0.0, low=0, high=0.99)
+    drop_path: float = setting(0.0, gradient=True, low=0, high=0.99)
     """vivit, timesformer, video_swin, mvit: probability that a clip skips a residual branch of the
     last block, falling linearly to 0 at the first block (stochastic depth)"""
     patch_size: int = setting(16, low=4, high=64)
@@ -199,32 +213,39 @@ class TrainConfig:
     pixel_std: tuple[float, ...] = ()
     """standard deviation of red, green and blue, by which they are then divided"""
 
-    # ---- Freezing ----
-    freeze_until: str = setting("", section="Freezing")
+    # ---- Frozen features ----
+    head: Literal["adamw", "linear"] = setting("adamw", section="Frozen features")
+    """how the classifier is fitted: with the other layers, by AdamW; or alone (linear), as the
+    logistic regression that is the optimum for the features of the pretrained model, to training
+    and validation clips together: best for few clips (see --recipe laptop)"""
+    freeze_until: str = setting("", gradient=True)
     """freeze the model's stages up to and including this one, e.g. layer2 (empty: train all)"""
-    freeze_batchnorm: bool = False
+    freeze_batchnorm: bool = setting(False, gradient=True)
     """keep the pretrained BatchNorm statistics; those of small batches are noisy"""
     feature_cache: str = setting("", neutral=True)
     """folder for the features of a frozen backbone: they are computed once, then an epoch takes a
     second. Needs cnnlstm with everything frozen before the LSTM (--freeze-until layer4, or top)"""
-    feature_augmentations: int = setting(4, low=1, high=1000, needs="feature_cache")
+    feature_augmentations: int = setting(4, gradient=True, low=1, high=1000, needs="feature_cache")
     """number of random augmentations of each training clip whose features are kept"""
 
     # ---- Loss and class balance ----
-    loss: str = setting("cross_entropy", section="Loss")
+    loss: str = setting("cross_entropy", gradient=True, section="Loss")
     """cross_entropy, focal, ldam, balanced_softmax, logit_adjustment, or your own (LOSSES in
     training/losses.py); ldam and the two after it favour rare classes: use --sampler-tau 0 with
     them"""
     label_smoothing: float = setting(
         0.0,
+        gradient=True,
         low=0,
         high=0.99,
         only_with={"loss": ("cross_entropy", "balanced_softmax", "logit_adjustment")},
     )
     """fraction of the target that is spread over all classes"""
-    focal_gamma: float = setting(2.0, low=0, high=10, only_with={"loss": ("focal",)})
+    focal_gamma: float = setting(2.0, gradient=True, low=0, high=10, only_with={"loss": ("focal",)})
     """focal: how much less a well classified clip counts (0: cross entropy)"""
-    logit_adjust_tau: float = setting(1.0, low=0, high=5, only_with={"loss": ("logit_adjustment",)})
+    logit_adjust_tau: float = setting(
+        1.0, gradient=True, low=0, high=5, only_with={"loss": ("logit_adjustment",)}
+    )
     """logit_adjustment: the logits are shifted by tau times the log frequency of the classes"""
     class_weights: Literal["none", "inverse", "effective"] = "none"
     """weights of the classes in the loss, with mean 1: by 1 / count, or by the effective number of
@@ -238,40 +259,41 @@ class TrainConfig:
     equally often)"""
 
     # ---- Optimisation ----
-    epochs: int | None = setting(None, section="Optimisation", low=1)
+    epochs: int | None = setting(None, gradient=True, section="Optimisation", low=1)
     """passes over the training clips (None: 30; demo data 4)"""
     batch_size: int = setting(8, low=1)
     """clips per step and process"""
-    gradient_accumulation_steps: int = setting(1, low=1)
+    gradient_accumulation_steps: int = setting(1, gradient=True, low=1)
     """batches whose gradients are added up for one optimizer step"""
-    learning_rate: float | None = setting(None, low=0)
+    learning_rate: float | None = setting(None, gradient=True, low=0)
     """peak learning rate of AdamW (None: 1e-4; demo data 1e-3)"""
-    layer_decay: float = setting(1.0, low=0.01, high=1)
+    layer_decay: float = setting(1.0, gradient=True, low=0.01, high=1)
     """the learning rate of each stage is that of the next one times this factor (1: all equal)"""
-    weight_decay: float = setting(0.05, low=0)
+    weight_decay: float = setting(0.05, gradient=True, low=0)
     """weight decay of AdamW; biases, norms and position embeddings have none"""
-    warmup_epochs: float = setting(1.0, low=0)
+    warmup_epochs: float = setting(1.0, gradient=True, low=0)
     """epochs of linear warm-up before the cosine decay (at most half of all epochs)"""
-    max_grad_norm: float = setting(1.0, low=0)
+    max_grad_norm: float = setting(1.0, gradient=True, low=0)
     """largest gradient norm; larger gradients are clipped (0: no clipping)"""
-    ema_decay: float = setting(0.0, low=0, high=0.99999)
+    ema_decay: float = setting(0.0, gradient=True, low=0, high=0.99999)
     """decay per step of an exponential moving average of the weights, which is then validated, kept
     and tested; 0.99 averages over about 100 steps (0: no average)"""
     precision: Precision = "auto"
     """precision of the forward pass: auto (what the device computes fast), fp32, bf16, fp16"""
-    gradient_checkpointing: bool = setting(False, neutral=True)
+    gradient_checkpointing: bool = setting(False, gradient=True, neutral=True)
     """recompute activations in the backward pass: less memory, slower steps, the same result"""
-    compile: bool = False
+    compile: bool = setting(False, gradient=True)
     """compile the model with torch.compile (the first step is slow)"""
 
     # ---- Evaluation ----
     monitor: Literal["macro_f1", "accuracy", "balanced_accuracy", "loss", "last"] = setting(
-        "macro_f1", section="Evaluation"
+        "macro_f1", gradient=True, section="Evaluation"
     )
     """validation metric that chooses the best epoch (last: always the last epoch, for when the
     validation clips are so few that they would choose by chance)"""
     early_stopping_patience: int = setting(
         0,
+        gradient=True,
         low=0,
         only_with={"monitor": ("macro_f1", "accuracy", "balanced_accuracy", "loss")},
         resumable=True,
@@ -330,6 +352,20 @@ OWN_DATA_DEFAULTS = {
     "weights": "default",
     "epochs": 30,
     "learning_rate": 1e-4,
+}
+
+# `--recipe NAME` gives these settings; other flags are given beside it, and win.
+RECIPES = {
+    "laptop": {
+        "model_name": "cnnlstm",
+        "backbone": "efficientnet_lite0",
+        "modality": "rgb+rgbdiff",
+        "lstm_layers": 0,
+        "temporal_pooling": "statistics",
+        "head": "linear",
+        "sampler_tau": 1.0,
+        "feature_cache": "runs/features",
+    },
 }
 
 # Earlier names of the settings, as old checkpoints hold them. Flags with these names (except
@@ -438,6 +474,14 @@ def differences(
         for field in dataclasses.fields(first)
         if field.name not in ignore and getattr(first, field.name) != getattr(second, field.name)
     ]
+
+
+def fitted_splits(config: TrainConfig) -> tuple[str, ...]:
+    """The splits whose clips the model is fitted to.
+
+    A linear head takes the validation clips too: there is no epoch to choose by them.
+    """
+    return ("train", "val") if config.head == "linear" else ("train",)
 
 
 def names_with(attribute: str, *values: Any) -> list[str]:

@@ -2,6 +2,7 @@
 
     python prepare_data.py split /data/SLAM --output folds --folds 5
     python cross_validate.py --folds folds --data-root /data/SLAM --model-name cnnlstm
+    python cross_validate.py --folds folds --data-root /data/clips --recipe laptop      few clips
     python cross_validate.py --resume runs/20260101-120000_cv_cnnlstm     continue where it stopped
 
 Every clip is tested once, by the model that has seen neither the clip nor its patient; the scores
@@ -20,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 from clips.manifest import classes_of, raise_problems
 from clips.manifest_formats import read_records
 from clips.splits import SPLITS
-from config import OLD_NAMES, OLD_VALUES, TrainConfig, from_dict, setting
+from config import OLD_NAMES, OLD_VALUES, RECIPES, TrainConfig, from_dict, setting
 from utils.cli import cli_main, parse
 from utils.errors import ResultWarning, UserError
 from utils.files import read_json, require_writable, write_all, write_json
@@ -248,8 +249,8 @@ def read_settings() -> CrossValidateConfig:
     """The settings of the command line; with --resume they start from those of the folder."""
 
     def parse_with(default: CrossValidateConfig | None = None) -> CrossValidateConfig:
-        aliases = ("model",)
-        return parse(CrossValidateConfig, __doc__, default, OLD_NAMES, OLD_VALUES, aliases)
+        names = OLD_NAMES, OLD_VALUES, ("model",)
+        return parse(CrossValidateConfig, __doc__, default, *names, recipes=RECIPES)
 
     config = parse_with()
     if not config.resume:

@@ -28,7 +28,7 @@ import tyro
 from clips.manifest import ClipRow, read_manifest
 from clips.manifest_formats import ManifestOptions, read_records
 from clips.splits import patient_overlap
-from config import Precision, TrainConfig, from_dict, manifest_paths
+from config import Precision, TrainConfig, fitted_splits, from_dict, manifest_paths
 from utils.cli import cli_main, parse
 from utils.errors import ResultWarning, UserError, format_warning
 
@@ -181,8 +181,11 @@ def load_rows(
         return rows, warn_seen_patients(rows, training, Path(config.csv).stem)
     from training.loaders import load_splits
 
-    splits = load_splits(settings)
-    return splits[config.split], patient_overlap(splits)
+    splits, warnings = load_splits(settings), []
+    if config.split in fitted_splits(training)[1:]:
+        text = f"the head was fitted to the {config.split} clips too: their numbers measure memory"
+        warnings = [ResultWarning(kind="leakage", text=text)]
+    return splits[config.split], patient_overlap(splits) + warnings
 
 
 def refuse_unlabelled(config: EvaluateConfig) -> None:

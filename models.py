@@ -12,6 +12,7 @@ from torch import nn
 
 from cnn_lstm import CNNLSTM
 from config import TrainConfig
+from modeling.features import last_layer
 from modeling.layers import MeanStd, Normalize
 from mvit import MViT
 from r2plus1d_resnet import R2Plus1DResNet18
@@ -101,6 +102,12 @@ def freeze(model: nn.Module, until: str) -> None:
             module.requires_grad_(False)
         if name == until:
             return
+
+
+def freeze_all_but_head(model: nn.Module) -> None:
+    """Freeze everything except the layer that gives the logits."""
+    model.requires_grad_(False)
+    last_layer(model).requires_grad_(True)
 
 
 def keep_frozen_in_eval(model: nn.Module, batchnorms: bool = False) -> None:

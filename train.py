@@ -2,11 +2,13 @@
 
     python train.py                                                  the demo data, two minutes
     python train.py --data-root /data/SLAM --model-name cnnlstm      your own data
+    python train.py --data-root /data/clips --recipe laptop          few clips, or no GPU
     python train.py --resume runs/20260101-120000_cnnlstm            continue a stopped run
     python train.py --list-encoders                                  what --weights opens
     torchrun --nproc-per-node=4 train.py --data-root /data/SLAM      several GPUs
 
-Settings are the fields of TrainConfig in config.py: edit them there or give them as flags.
+Settings are the fields of TrainConfig in config.py: edit them there or give them as flags. A recipe
+(RECIPES there) is a set of them.
 """
 
 import dataclasses
@@ -17,7 +19,6 @@ import signal
 import sys
 import time
 from collections import Counter
-from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -26,21 +27,27 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
-from checkpoint import check_resume, load_checkpoint, rebuild_model, save_checkpoint
-from clips.manifest import ClipRow, clips_digest
+from checkpoint import check_resume, load_checkpoint, save_checkpoint
+from clips.manifest import clips_digest
 from clips.splits import patient_overlap
-from config import OLD_NAMES, OLD_VALUES, TrainConfig, from_dict
-from evaluation.calibration import Calibration, calibrate
-from evaluation.novelty import NoveltyReference
-from evaluation.predictions import Predictions
+from config import OLD_NAMES, OLD_VALUES, RECIPES, TrainConfig, fitted_splits, from_dict
 from modeling.encoders import licence_warning, list_encoders
 from modeling.layers import enable_gradient_checkpointing
 from modeling.weights import load_weights
-from models import build_model, freeze, use_normalization
+from models import build_model, freeze, freeze_all_but_head, use_normalization
 from training import checks
 from training.engine import evaluate, train_one_epoch
 from training.feature_cache import feature_loader, head_only
-from training.loaders import DEMO_ROOT, batches_per_epoch, build_dataloaders, keep_splits
+from training.final_test import calibrate_best, final_test
+from training.linear_head import train_linear_head
+from training.loaders import (
+    DEMO_ROOT,
+    batches_per_epoch,
+    build_dataloaders,
+    eval_loader,
+    keep_splits,
+    open_cache,
+)
 from training.log import (
     draw_curves,
     epoch_line,
@@ -52,17 +59,15 @@ from training.log import (
     write_history,
 )
 from training.losses import Criterion, warn_double_balancing
-from training.novelty import measure_class_means
 from training.optim import ModelEma, cosine_with_warmup, param_groups
 from training.state import Progress, TrainState
 from training.writers import Writers, open_writers
 from utils import distributed
 from utils.cli import cli_main, parse
 from utils.device import autocast_dtype, get_device, prepare_model
-from utils.errors import ResultWarning, format_warning
+from utils.errors import format_warning
 from utils.interrupt import Interrupt, Interrupted
 from utils.run_dir import new_run_dir
-from video.clip_reader import FrameSampler, effective_fps
 
 log = logging.getLogger(__name__)
 
@@ -108,7 +113,8 @@ def _train(
     train_loader, val_loader, test_loader, num_classes = build_dataloaders(config)
     splits = {"train": train_loader, "val": val_loader, "test": test_loader}
     rows = {name: loader.dataset.rows for name, loader in splits.items()}
-    counts = Counter(row.label for row in rows["train"])
+    fitted = [row for split in fitted_splits(config) for row in rows[split]]
+    counts = Counter(row.label for row in fitted)
     class_counts = [counts[label] for label in range(num_classes)]
     clips = {split: clips_digest(rows[split], config.data_root or DEMO_ROOT) for split in rows}
 
@@ -118,9 +124,12 @@ def _train(
     # Only process 0 loads weights: DistributedDataParallel sends them to the others.
     loaded = load_weights(model, config.weights if is_main and not resume_from else "none")
     loaded = distributed.broadcast_object(loaded)
+    random_features = [] if resume_from else checks.warn_random_features(config, model, loaded)
     config = use_normalization(model, loaded.mean_std, config)
     if config.freeze_until:
         freeze(model, config.freeze_until)
+    if config.head == "linear":
+        freeze_all_but_head(model)
     if config.gradient_checkpointing:
         enable_gradient_checkpointing(model)
     prepare_model(model, device, dtype)
@@ -169,15 +178,18 @@ def _train(
         record_settings(folder, config, device)
     writers = stack.enter_context(open_writers(config, folder if is_main else None))
     warnings = patient_overlap(rows) + warn_double_balancing(config)
-    warnings += licence_warning(state.pretrained)
+    warnings += licence_warning(state.pretrained) + random_features
     log.info(run_header(config, model, rows, device, dtype))
     for warning in warnings:
         log.warning(format_warning(warning))
     log.info(resume_line(resume_from, config, progress) if resume_from else loaded.line)
 
+    if config.head == "linear":
+        train_loader = eval_loader(fitted, config, open_cache(config))
     if config.feature_cache:
         train_loader, val_loader, test_loader = (
-            feature_loader(loader, model, config, device) for loader in splits.values()
+            feature_loader(loader, model, config, device)
+            for loader in (train_loader, val_loader, test_loader)
         )
     ddp_model = distributed.wrap_ddp(model, device)
     if config.compile:
@@ -188,8 +200,11 @@ def _train(
     state.save(folder)  # from here on there is a checkpoint to resume from, whatever happens
     try:
         loop = device, ddp_model, folder, interrupt, writers
-        train_epochs(state, criterion, train_loader, val_loader, *loop)
-        calibrate_best(state, rows["train"], val_loader, device, folder, interrupt)
+        if config.head == "linear":
+            train_linear_head(state, train_loader, device, folder, interrupt)
+        else:
+            train_epochs(state, criterion, train_loader, val_loader, *loop)
+            calibrate_best(state, rows["train"], val_loader, device, folder, interrupt)
         final_test(state, test_loader, device, folder, interrupt, writers, warnings)
     except Interrupted:
         state.save(folder)
@@ -280,101 +295,12 @@ def train_epochs(
         log.warning(unreadable_line(unreadable))
 
 
-def calibrate_best(
-    state: TrainState,
-    train_rows: Sequence[ClipRow],
-    loader: DataLoader,
-    device: torch.device,
-    folder: Path,
-    interrupt: Interrupt,
-) -> None:
-    """Fit temperature and threshold of the best epoch on the validation clips and save them.
-
-    They go into best.pt, together with what the novelty of clips is measured by, and with the frame
-    rate of the clips: predict.py shows the model whole videos at that rate.
-
-    Raises:
-        Interrupted: before the end.
-    """
-    config, best = state.config, load_checkpoint(folder)
-    means = measure_class_means(rebuild_model(best), train_rows, config, device, interrupt)
-    predictions = _evaluate_best(best, loader, device, "validation", config, interrupt, means)
-    # Uncalibrated, because a run that is resumed after this point has been calibrated already.
-    fitted = calibrate(predictions.labels, predictions.uncalibrated, config.target_error)
-    if distributed.rank() == 0:
-        paths, fps = zip(*((row.path, row.fps) for row in loader.dataset.rows), strict=True)
-        sampler = FrameSampler(config.n_frames, config.eval_sampling)
-        best["calibration"] = fitted.state_dict()
-        best["novelty"] = NoveltyReference(means, tuple(predictions.distance.tolist())).state_dict()
-        best["frame_rate"] = effective_fps(paths, sampler, known=fps)
-        best["config"] = dataclasses.asdict(config)  # the data may have moved since that epoch
-        best["class_counts"] = state.class_counts  # runs of earlier versions have none yet
-        save_checkpoint(folder / "best.pt", best)
-    distributed.broadcast_object()  # the other processes wait until it is written
-
-
-def final_test(
-    state: TrainState,
-    loader: DataLoader,
-    device: torch.device,
-    folder: Path,
-    interrupt: Interrupt,
-    writers: Writers,
-    warnings: list[ResultWarning],
-) -> None:
-    """Test the best epoch and write the results with the warnings.
-
-    Raises:
-        Interrupted: before the end.
-    """
-    from evaluation.results import write_results
-
-    config, best = state.config, load_checkpoint(folder)
-    predictions = _evaluate_best(best, loader, device, "test", config, interrupt)
-    if distributed.rank() == 0:
-        metadata = {
-            "checkpoint": str((folder / "best.pt").absolute()),
-            "epoch": best["epoch"],
-            "split": "test",
-            "views": config.test_views,
-            "crops": config.test_crops,
-            "warnings": warnings,
-        }
-        calibration = Calibration.from_state_dict(best["calibration"])
-        rule = config.monitor
-        chosen = "the last" if rule == "last" else f"the best by validation {rule}"
-        log.info(f"\ntest of epoch {best['epoch']}, {chosen}:")
-        results = write_results(
-            predictions, config.classes, folder, [calibration], metadata, show=log.info
-        )
-        writers.write_results(results, best["epoch"])
-        log.info(f"\nrun folder: {folder}")
-
-
-def _evaluate_best(
-    best: dict[str, Any],
-    loader: DataLoader,
-    device: torch.device,
-    split: str,
-    config: TrainConfig,
-    interrupt: Interrupt,
-    means: torch.Tensor | None = None,
-) -> Predictions:
-    """The predictions of the best epoch, in fp32 as in evaluate.py.
-
-    They are calibrated if its checkpoint holds a calibration.
-    """
-    temperature = Calibration.from_state_dict(best.get("calibration")).temperature
-    # For the test the embedding of the clips is drawn from their features.
-    options = split, config.skip_unreadable, interrupt, temperature, 0.0, means, split == "test"
-    return evaluate(rebuild_model(best), loader, device, torch.float32, *options)
-
-
 def read_settings() -> tuple[TrainConfig, dict[str, Any] | None]:
     """The settings of the command line, and with --resume the state to continue from."""
 
     def parse_with(default: TrainConfig | None = None) -> TrainConfig:
-        return parse(TrainConfig, __doc__, default, OLD_NAMES, OLD_VALUES, aliases=("model",))
+        names = OLD_NAMES, OLD_VALUES, ("model",)
+        return parse(TrainConfig, __doc__, default, *names, recipes=RECIPES)
 
     config = parse_with()
     if not config.resume:

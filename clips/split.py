@@ -84,7 +84,8 @@ def _divide(config: SplitConfig, output: Path) -> int:
     # The split (train, val or test) of each clip, per fold.
     if config.folds:
         names = [f"fold{number}" for number in range(1, config.folds + 1)]
-        folds = dict(zip(names, fold_splits(divided.astype(int)), strict=True))
+        splits = fold_splits(divided.astype(int), labels, groups, config.seed)
+        folds = dict(zip(names, splits, strict=True))
     else:
         folds = {"": divided}
     _write(output, config, clips, folds)
@@ -130,17 +131,28 @@ def divide_by_patient(rows: Sequence[ClipRow]) -> list[str]:
     return list(stratified_group_split(labels, np.array(groups, str), fractions))
 
 
-def fold_splits(numbers: np.ndarray) -> Iterator[np.ndarray]:
+def fold_splits(
+    numbers: np.ndarray, labels: np.ndarray, groups: np.ndarray, seed: int
+) -> Iterator[np.ndarray]:
     """For each fold the split of each clip.
 
     Args:
         numbers: `(N,)` number of the part of each clip, 0 to K - 1. Fold k tests on part k,
-            validates on the next part and trains on the others.
+            validates on the next part and trains on the others; of two folds, it validates on a
+            fifth of the other one.
+        labels, groups: `(N,)` classes and groups of the clips; no group is divided.
+
+    Raises:
+        UserError: one of two folds has only one group.
     """
     n_folds = int(numbers.max()) + 1
     for fold in range(n_folds):
         splits = np.full(len(numbers), "train", object)
-        splits[numbers == (fold + 1) % n_folds] = "val"
+        if n_folds == 2:
+            others, fractions = numbers != fold, {"train": 0.8, "val": 0.2}
+            splits[others] = stratified_group_split(labels[others], groups[others], fractions, seed)
+        else:
+            splits[numbers == (fold + 1) % n_folds] = "val"
         splits[numbers == fold] = "test"
         yield splits
 
@@ -169,11 +181,8 @@ def _fractions(config: SplitConfig) -> dict[int, float] | dict[str, float]:
 
 
 def _check(config: SplitConfig) -> None:
-    if config.folds in (1, 2) or config.folds < 0:
-        raise UserError(
-            f"folds = {config.folds}: must be at least 3 (one to test, one to validate, the others "
-            "to train)"
-        )
+    if config.folds == 1 or config.folds < 0:
+        raise UserError(f"folds = {config.folds}: must be at least 2 (one of them is tested)")
     if config.val <= 0 or config.test <= 0 or config.val + config.test >= 0.9:
         raise UserError("val and test must be above 0 and leave more than 0.1 for train")
     if not 0 <= config.seed < 2**32:

@@ -83,8 +83,12 @@ def read_splits(
     data_root: str | Path | None = None,
     classes: Sequence[str] = CLASSES,
     options: ManifestOptions | None = None,
+    fitted: Sequence[str] = ("train",),
 ) -> dict[str, list[ClipRow]]:
     """Read the manifests of several splits and check them together; see also `patient_overlap`.
+
+    Args:
+        fitted: the splits whose clips a model is fitted to.
 
     Raises:
         UserError: in one message all problems of all manifests, files that are in two splits, and
@@ -94,17 +98,21 @@ def read_splits(
     for name, path in manifests.items():
         splits[name], new_problems = parse_manifest(Path(path), data_root, classes, options)
         problems += new_problems
-    return _checked(splits, problems, classes)
+    return _checked(splits, problems, classes, fitted)
 
 
 def _checked(
-    splits: dict[str, list[ClipRow]], problems: list[str], classes: Sequence[str]
+    splits: dict[str, list[ClipRow]],
+    problems: list[str],
+    classes: Sequence[str],
+    fitted: Sequence[str],
 ) -> dict[str, list[ClipRow]]:
     """The splits, if there are no problems with them."""
     complete = not problems  # otherwise rows are left out, and classes may seem to be missing
     problems = problems + shared_files(splits)
     if complete and "train" in splits:
-        problems += missing_classes(splits["train"], classes)
+        rows = [row for split in fitted for row in splits.get(split, ())]
+        problems += missing_classes(rows, classes)
     raise_problems(problems)
     return splits
 
@@ -115,12 +123,14 @@ def read_table_of_splits(
     classes: Sequence[str],
     options: ManifestOptions | None,
     divide: Callable[[Sequence[ClipRow]], Sequence[str]],
+    fitted: Sequence[str] = ("train",),
 ) -> dict[str, list[ClipRow]]:
     """The splits of a table with a column of splits, or of clips without splits.
 
     Args:
         source: the table, or a folder of clips.
         divide: gives the split of each clip where the table has no column of splits.
+        fitted: see `read_splits`.
 
     Raises:
         UserError: in one message all problems of the clips, of the splits, and of their names.
@@ -140,7 +150,7 @@ def read_table_of_splits(
             "(python prepare_data.py split makes new ones)"
         )
     splits = {s: [row for row, n in zip(rows, names, strict=True) if n == s] for s in SPLITS}
-    return _checked(splits, [], classes)
+    return _checked(splits, [], classes, fitted)
 
 
 def shared_files(splits: Mapping[str, Sequence[ClipRow]]) -> list[str]:

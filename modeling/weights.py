@@ -29,6 +29,8 @@ class LoadedWeights:
     """file, encoder and licence, as far as they are known; it is kept in the checkpoints"""
     mean_std: MeanStd | None = None
     """normalisation that the weights were trained with, where the model's own is another"""
+    whole: bool = False
+    """whether the file is a checkpoint of the same model, so that at most the classifier is new"""
 
 
 def load_weights(model: nn.Module, spec: str) -> LoadedWeights:
@@ -88,7 +90,8 @@ def load_weights(model: nn.Module, spec: str) -> LoadedWeights:
                 "another file"
             )
     if "format_version" in state:
-        return LoadedWeights(_load_checkpoint(model, weights, path), *_carried(state))
+        line = _load_checkpoint(model, weights, path)
+        return LoadedWeights(line, *_carried(state), whole=True)
     encoder = recognise(weights)
     try:
         if weights.keys() == model.state_dict().keys():

@@ -22,19 +22,28 @@ from config import (
     OWN_DATA_DEFAULTS,
     TrainConfig,
     differences,
+    fitted_splits,
     manifest_paths,
     names_with,
     wrong_values,
 )
 from dataset import ClipsDataset, require_readable
 from modeling.frame_encoder import FrameEncoder
-from modeling.weights import load_weights
-from models import BATCHNORMS, MODELS, build_model, freeze, keep_frozen_in_eval, model_options
+from modeling.weights import LoadedWeights, load_weights
+from models import (
+    BATCHNORMS,
+    MODELS,
+    build_model,
+    freeze,
+    freeze_all_but_head,
+    keep_frozen_in_eval,
+    model_options,
+)
 from training.losses import LOSSES
 from training.state import TrainState
 from training.writers import require_packages
 from utils import distributed
-from utils.errors import UserError, first_line
+from utils.errors import ResultWarning, UserError, first_line
 from utils.files import require_space, require_writable
 from utils.lock import FolderLock
 from utils.structure import short_repr
@@ -95,6 +104,9 @@ def _find_classes(config: TrainConfig) -> tuple[str, ...]:
         records[split], new_problems = read_records(source, options)
         problems += new_problems
     raise_problems(problems)
+    if not isinstance(found, Path):
+        fitted = [record for split in fitted_splits(config) for record in records.pop(split)]
+        records["train"] = fitted
     return classes_of(records)
 
 
@@ -169,6 +181,13 @@ def _without_effect(config: TrainConfig) -> list[str]:
                     f"{name} is a setting of {other} {', '.join(users)}, not {used_by}: leave it "
                     "out"
                 )
+        defaults = [d.get(name) for d in (DEMO_DEFAULTS, OWN_DATA_DEFAULTS)]
+        changed = value not in (0, field.default, *defaults)
+        if config.head == "linear" and field.metadata.get("gradient") and changed:
+            problems.append(
+                f"{name} has no effect with head linear, which is fitted without gradient steps or "
+                "augmentation: leave it out"
+            )
         needs = field.metadata.get("needs")
         if needs and value != field.default and not getattr(config, needs):
             problems.append(f"{name} has no effect without {needs}: leave it out, or give that too")
@@ -239,7 +258,8 @@ def keep_clips_per_step(config: TrainConfig, state: Mapping[str, Any]) -> TrainC
 
 
 def require_some_readable(loaders: Mapping[str, DataLoader], classes: Sequence[str]) -> None:
-    """Check that each split has a clip that can be read, and the training split one of each class.
+    """Check that each split has a clip that can be read, and the training split one of each class
+    that it has clips of.
 
     It reads clips until it finds them, usually one per class and split.
 
@@ -248,7 +268,7 @@ def require_some_readable(loaders: Mapping[str, DataLoader], classes: Sequence[s
     """
     for split, loader in loaders.items():
         clips: ClipsDataset = loader.dataset
-        wanted = set(range(len(classes))) if split == "train" else {None}
+        wanted = {row.label for row in clips.rows} if split == "train" else {None}
         errors = []
         for index, row in enumerate(clips.rows):
             label = row.label if split == "train" else None
@@ -365,11 +385,40 @@ def check_model(config: TrainConfig) -> None:
         UserError: something about them would stop the training.
     """
     model = build_model(config, len(config.classes))
-    load_weights(model, config.weights)
+    warn_random_features(config, model, load_weights(model, config.weights))
     if config.freeze_until:
         freeze(model, config.freeze_until)
+    if config.head == "linear":
+        freeze_all_but_head(model)
     if config.feature_cache:
         require_frozen(model)
+
+
+def warn_random_features(
+    config: TrainConfig, model: nn.Module, loaded: LoadedWeights
+) -> list[ResultWarning]:
+    """A warning if a linear head gets the features of a network that was never trained.
+
+    Raises:
+        UserError: pretrained features would pass through an LSTM or an attention that was not.
+    """
+    if config.head != "linear" or loaded.whole:
+        return []
+    if config.weights == "none":
+        text = "head linear: the features are those of random weights (--weights none)"
+        return [{"kind": "other", "text": text}]
+    new = {
+        "lstm": "--lstm-layers 0",
+        "attention": "another --temporal-pooling",
+        "temporal": "--attention joint or another --model-name",
+    }
+    for name, flag in new.items():
+        if isinstance(getattr(model, name, None), nn.Module):
+            raise UserError(
+                f"head linear: {name} would keep its random weights: give {flag}, or with "
+                "--weights a run in which it was trained"
+            )
+    return []
 
 
 def check_smallest_batch(config: TrainConfig, num_clips: int) -> None:
@@ -413,8 +462,8 @@ def require_frozen(model: nn.Module) -> None:
     stages = model.frame_stages()
     if any(p.requires_grad for modules in stages.values() for m in modules for p in m.parameters()):
         raise UserError(
-            "feature_cache: the features change in training unless you give --freeze-until "
-            f"{list(stages)[-1]}"
+            "feature_cache: the features change in training unless you give --head linear or "
+            f"--freeze-until {list(stages)[-1]}"
         )
     if distributed.world_size() > 1:
         raise UserError("feature_cache: for one process only; an epoch on features takes a second")

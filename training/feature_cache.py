@@ -28,7 +28,7 @@ from utils.workers import show_batches, start_worker
 from video.container import ClipError
 from video.files import fingerprint
 
-_VERSION = 3  # raise it when the same settings and weights give other features than before
+_VERSION = 4  # raise it when the same settings and weights give other features than before
 
 
 class CachedFeatures(Dataset):
@@ -38,7 +38,8 @@ class CachedFeatures(Dataset):
 
     Args:
         clips: the clips, which are read only where features are missing.
-        folder: where the features are kept, as fp16.
+        folder: where the features are kept: those of random augmentations, of which there are
+            many, as fp16, those of the clips as they are in fp32.
         augmentations: number of random augmentations per clip; 0: none, the clip as it is. The
             index `(i, seed)` of a training sampler means augmentation `seed % augmentations`.
     """
@@ -121,7 +122,8 @@ class CachedFeatures(Dataset):
             clips = torch.stack([torch.as_tensor(clip) for *_, clip in readable])
             clips = clips.to(device)  # (B, [V,] T, C, H, W)
             features = model.frame_features(clips.flatten(0, -5))  # (B * V, T, num_features)
-            features = features.unflatten(0, clips.shape[:-4]).half().cpu()
+            features = features.unflatten(0, clips.shape[:-4]).cpu()
+            features = features.half() if self.augmentations else features.float()
             features = require_finite(features).numpy()
             for (index, augmentation, _), array in zip(readable, features, strict=True):
                 with atomic(self.path(self.rows[index], augmentation)) as unfinished:

@@ -19,7 +19,7 @@ from clips.manifest_formats import ManifestOptions
 from clips.split import divide_by_patient
 from clips.splits import read_splits, read_table_of_splits
 from clips.transforms import RandAugmentErase
-from config import TrainConfig, manifest_paths
+from config import TrainConfig, fitted_splits, manifest_paths
 from dataset import (
     ClipsDataset,
     Perturbation,
@@ -224,11 +224,11 @@ def load_splits(config: TrainConfig) -> dict[str, list[ClipRow]]:
         if not Path(config.data_root).is_dir():
             raise UserError(f"{config.data_root}: no such folder: give --data-root")
         found, options = manifest_paths(config), ManifestOptions.of(config)
+        common, fitted = (config.data_root, config.classes, options), fitted_splits(config)
         if isinstance(found, Path):
-            return read_table_of_splits(
-                found, config.data_root, config.classes, options, functools.partial(_divide, found)
-            )
-        return read_splits(found, config.data_root, config.classes, options)
+            divide = functools.partial(_divide, found)
+            return read_table_of_splits(found, *common, divide, fitted)
+        return read_splits(found, *common, fitted)
     if distributed.rank() == 0:
         render_demo(DEMO_ROOT)
     distributed.broadcast_object()  # the other processes wait for it

@@ -39,6 +39,7 @@ def parse(
     old_values: Mapping[str, Mapping[str, str]] | None = None,
     aliases: Container[str] = (),
     subcommand: str = "",
+    recipes: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> Config:
     """The command line as a dataclass.
 
@@ -50,21 +51,45 @@ def parse(
         old_values: per field, earlier spellings of values, which are accepted.
         aliases: earlier names that are accepted nevertheless.
         subcommand: the first word of the command line, where a script has several.
+        recipes: settings by the name that `--recipe` takes; they are the values of what is not
+            given.
 
     Raises:
-        UserError: a flag has been renamed.
+        UserError: a flag has been renamed, or there is no such recipe.
         SystemExit: the command line is wrong, or asks for help.
     """
     prog = f"{os.path.basename(sys.argv[0])} {subcommand}".strip()
     description = _one_example_per_line(description)
     arguments = sys.argv[2:] if subcommand else sys.argv[1:]
     arguments = _respell(arguments, old_names or {}, old_values or {}, aliases)
+    if recipe := _take_recipe(arguments, recipes or {}):
+        default = dataclasses.replace(default or kind(), **recipe)
     if not any(field.metadata.get("section") for field in dataclasses.fields(kind)):
         return tyro.cli(kind, prog=prog, description=description, args=arguments)
     kind_in_sections = _in_sections(kind, default)
     sections = tyro.cli(kind_in_sections, prog=prog, description=description, args=arguments)
     values = {k: v for section in vars(sections).values() for k, v in vars(section).items()}
     return kind(**values)
+
+
+def _take_recipe(
+    arguments: list[str], recipes: Mapping[str, Mapping[str, Any]]
+) -> Mapping[str, Any]:
+    """The settings of the recipe that a command line names; its two words are taken out of it.
+
+    It is not a setting itself: it changes the defaults that the other flags are read with.
+    """
+    for position, argument in enumerate(arguments):
+        flag, equals, name = argument.partition("=")
+        if flag != "--recipe" or not recipes:
+            continue
+        taken = arguments[position : position + (1 if equals else 2)]
+        name = name if equals else "".join(taken[1:])
+        if name not in recipes:
+            raise UserError(f"--recipe {name}: choose from {', '.join(recipes)}")
+        del arguments[position : position + len(taken)]
+        return recipes[name]
+    return {}
 
 
 def parse_subcommand(

@@ -17,12 +17,23 @@ SPLITS = ("train", "val", "test")
 
 def test_every_clip_is_tested_once_and_validates_once() -> None:
     numbers = np.array([0, 0, 1, 2, 2, 2])
-    splits = np.stack(list(fold_splits(numbers)))
+    labels = groups = np.array(list("abcdef"))
+    splits = np.stack(list(fold_splits(numbers, labels, groups, seed=0)))
     assert splits.tolist() == [
         ["test", "test", "val", "train", "train", "train"],
         ["train", "train", "test", "val", "val", "val"],
         ["val", "val", "train", "test", "test", "test"],
     ]
+
+
+def test_of_two_folds_the_other_one_is_divided_by_patient() -> None:
+    groups = np.repeat([f"p{number}" for number in range(12)], 5)
+    numbers, labels = np.repeat([0, 1], 30), np.array(["a", "b"] * 30)
+    for fold, splits in enumerate(fold_splits(numbers, labels, groups, seed=0)):
+        assert ((splits == "test") == (numbers == fold)).all()
+        parts = {name: set(groups[splits == name]) for name in ("train", "val")}
+        assert not parts["train"] & parts["val"]
+        assert {name: len(names) for name, names in parts.items()} == {"train": 5, "val": 1}
 
 
 @pytest.fixture
@@ -184,7 +195,7 @@ def test_nothing_is_left_of_a_split_that_failed(listed: Path, monkeypatch) -> No
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["all.csv", "--output", "o", "--folds", "2"], "folds = 2: must be at least 3"),
+        (["all.csv", "--output", "o", "--folds", "1"], "folds = 1: must be at least 2"),
         (["all.csv", "--output", "o", "--folds", "9"], "8 patients (or other groups) cannot"),
         (["all.csv", "--output", "o", "--test", "0"], "val and test must be above 0"),
         (["none.csv", "--output", "o"], "none.csv: no such manifest"),
