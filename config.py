@@ -213,8 +213,8 @@ class TrainConfig:
     pixel_std: tuple[float, ...] = ()
     """standard deviation of red, green and blue, by which they are then divided"""
 
-    # ---- Frozen features ----
-    head: Literal["adamw", "linear"] = setting("adamw", section="Frozen features")
+    # ---- Freezing ----
+    head: Literal["adamw", "linear"] = setting("adamw", section="Freezing")
     """how the classifier is fitted: with the other layers, by AdamW; or alone (linear), as the
     logistic regression that is the optimum for the features of the pretrained model, to training
     and validation clips together: best for few clips (see --recipe laptop)"""
