@@ -2,6 +2,7 @@
 
     python ablate.py --data-root /data/clips --folds folds --output study --model-name cnnlstm
     python ablate.py ... --ablations "focal loss" "EMA of the weights" --seeds 0 1 2
+    python ablate.py ... --label-fractions 0.05 0.1 0.25 0.5 1     how many labels are needed?
 
 The baseline has the settings that are given, which are those of train.py; each ablation changes
 some of them (evaluation/ablation.py lists them). Every ablation is trained once per seed: with
@@ -12,17 +13,24 @@ other changes of the settings are refused.
 A row's scores are means over the seeds, +- their standard deviation. Its difference from the
 baseline has a 95 % interval over patients: the seeds are averaged, and both are scored on the same
 resamples of the same patients. Where the interval includes zero, no effect is shown.
+
+With --label-fractions the baseline is trained on fractions of the training clips instead, once per
+fraction and seed: whole patients, of which each seed draws others. The validation and test clips
+stay the same. The scores are drawn against the share of the labels in label_efficiency.png.
 """
 
 # Everything that imports torch is imported where it is used: --help does without.
 import dataclasses
+import math
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from clips.manifest import ClipRow, clips_digest, read_manifest
+from clips.splits import SPLITS
 from config import OLD_NAMES, OLD_VALUES, TrainConfig, differences, from_dict, names_with, setting
 from cross_validate import CrossValidateConfig, check_folds, cross_validate, fold_folders
 from utils.cli import cli_main, parse
@@ -36,6 +44,8 @@ if TYPE_CHECKING:
 
     from evaluation.predictions import Predictions
 
+MANIFESTS = [f"{split}_csv" for split in SPLITS]
+
 
 @dataclass(frozen=True)
 class AblateConfig(CrossValidateConfig):
@@ -43,8 +53,11 @@ class AblateConfig(CrossValidateConfig):
 
     ablations: tuple[str, ...] = setting((), section="Ablations")
     """names of ablations, besides the baseline (none given: all that can work with the baseline)"""
+    label_fractions: tuple[float, ...] = setting(())
+    """train the baseline on these fractions of the training clips (above 0 to 1, whole patients),
+    and no ablation"""
     seeds: tuple[int, ...] = setting((0, 1, 2))
-    """each ablation is trained once per seed"""
+    """each ablation, or fraction, is trained once per seed"""
     output: str = setting("runs/study")
     """folder for the runs and the table"""
 
@@ -59,8 +72,9 @@ def ablate(config: AblateConfig) -> str:
     from utils.lock import FolderLock
 
     require_writable(config.output)
+    work = _label_efficiency if config.label_fractions else _ablate
     with FolderLock(config.output):
-        return _ablate(config, Path(config.output))
+        return work(config, Path(config.output))
 
 
 def _ablate(config: AblateConfig, folder: Path) -> str:
@@ -93,6 +107,110 @@ def _ablate(config: AblateConfig, folder: Path) -> str:
     return text
 
 
+def _label_efficiency(config: AblateConfig, folder: Path) -> str:
+    """The same for the fractions of the training clips: `ablate` with label_fractions."""
+    import pandas as pd
+
+    from clips.split import draw_patients
+    from evaluation.ablation import BASELINE, SCORES, label_table, majority_scores
+    from evaluation.bootstrap import n_clusters
+    from evaluation.plots import plot_label_efficiency
+    from training.checks import check_smallest_batch
+    from training.loaders import load_splits
+
+    check_fractions(config)
+    settings = _check(ablation_settings(config, BASELINE, config.seeds[0]))
+    splits = load_splits(settings)
+    train = splits["train"]
+    subsets: dict[float, list[list[ClipRow]]] = {}
+    for fraction in sorted(config.label_fractions):
+        drawn = [draw_patients(train, fraction, seed) for seed in config.seeds]
+        if same := [other for other in subsets if subsets[other] == drawn]:
+            print(f"label fraction {fraction:g}: draws the same patients as {same[0]:g}, left out")
+            continue
+        subsets[fraction] = drawn
+        for rows in drawn:
+            check_smallest_batch(settings, len(rows))
+    hold_to_baseline(config, folder)
+
+    predictions: dict[float, list[Predictions]] = {}
+    trained = []
+    for fraction, drawn in subsets.items():
+        predictions[fraction] = []
+        for seed, rows in zip(config.seeds, drawn, strict=True):
+            run = _run_dir(folder, f"labels {fraction:g}", seed)
+            settings_of_run = dataclasses.replace(settings, seed=seed)
+            settings_of_run = keep_subset(settings_of_run, {**splits, "train": rows}, run)
+            if not is_finished(run, settings_of_run, MANIFESTS):
+                print(f"\n##### label fraction {fraction:g}, seed {seed}: {run}", flush=True)
+                _train(settings_of_run, run)
+            tested = _read(run)
+            predictions[fraction].append(tested)
+            patients = len({row.patient for row in rows if row.patient}) or float("nan")
+            used = {"share": len(rows) / len(train), "patients": patients, "clips": len(rows)}
+            scores = {name: tested.scores[name] for name in SCORES}
+            trained.append({"fraction": fraction, "seed": seed, **used, **scores})
+    runs, first = pd.DataFrame(trained), next(iter(predictions.values()))[0]
+    table, majority = label_table(runs, predictions), majority_scores(first)
+    text = format_label_table(table, config.seeds, first, run, majority)
+    print(f"\n{text}")
+    test_patients = n_clusters(first.groups("patient"))
+    pictures = [folder / f"label_efficiency.{suffix}" for suffix in ("png", "svg")]
+    write_all(
+        {
+            folder / "label_efficiency.csv": lambda path: write_table(path, table),
+            folder / "label_efficiency_runs.csv": lambda path: write_table(path, runs),
+            folder / "label_efficiency.md": lambda path: write_text(path, text),
+            **dict.fromkeys(
+                pictures,
+                lambda path: plot_label_efficiency(table, runs, majority, test_patients, path),
+            ),
+        }
+    )
+    return text
+
+
+def check_fractions(config: AblateConfig) -> None:
+    """Check the settings of a training on fractions of the clips.
+
+    Raises:
+        UserError: one is out of range, or does not go with label_fractions.
+    """
+    fractions = config.label_fractions
+    if len(set(fractions)) < len(fractions) or not all(0 < value <= 1 for value in fractions):
+        raise UserError(f"label_fractions = {fractions}: each must be above 0 to 1, none twice")
+    if config.ablations:
+        raise UserError("label_fractions trains the baseline alone: leave --ablations out")
+    if config.folds:
+        raise UserError("label_fractions draws from one training split: leave --folds out")
+    check_seeds(config)
+
+
+def keep_subset(
+    settings: CrossValidateConfig, splits: Mapping[str, Sequence[ClipRow]], run: Path
+) -> CrossValidateConfig:
+    """The resolved settings of a run on these splits, whose manifests are written into its folder.
+
+    Raises:
+        UserError: the manifests are there already, and list other clips.
+    """
+    from training.loaders import use_splits, write_splits
+
+    kept = use_splits(settings, run)
+    if not all((run / f"{split}.csv").exists() for split in splits):
+        run.mkdir(parents=True, exist_ok=True)
+        write_splits(settings, splits, run)
+        return kept
+    for split, rows in splits.items():
+        saved = read_manifest(run / f"{split}.csv", kept.data_root, kept.classes)
+        if clips_digest(saved, kept.data_root) != clips_digest(rows, kept.data_root):
+            raise UserError(
+                f"{run}: its {split} clips were others, because the data has changed since: delete "
+                "it, or give another --output"
+            )
+    return kept
+
+
 def select_ablations(config: AblateConfig) -> list[str]:
     """The baseline and the ablations, each of them checked before anything is trained.
 
@@ -106,10 +224,7 @@ def select_ablations(config: AblateConfig) -> list[str]:
     unknown = [name for name in config.ablations if name not in ABLATIONS]
     if unknown:
         raise UserError(f"no ablation is called {unknown[0]!r}: choose from {', '.join(ABLATIONS)}")
-    if not config.seeds or len(set(config.seeds)) < len(config.seeds) or min(config.seeds) < 0:
-        raise UserError(f"seeds = {config.seeds}: give at least one, none twice, none below 0")
-    if config.seed:
-        raise UserError("seed: give --seeds, with which each ablation is trained")
+    check_seeds(config)
     if config.folds:
         check_folds(config, fold_folders(config.folds))
     names, problems, baseline = [], {}, None
@@ -131,6 +246,18 @@ def select_ablations(config: AblateConfig) -> list[str]:
     if problems:
         print(f"left out, as they cannot work with the baseline:\n  {listing}")
     return names
+
+
+def check_seeds(config: AblateConfig) -> None:
+    """Check the seeds.
+
+    Raises:
+        UserError: there are none, or wrong ones.
+    """
+    if not config.seeds or len(set(config.seeds)) < len(config.seeds) or min(config.seeds) < 0:
+        raise UserError(f"seeds = {config.seeds}: give at least one, none twice, none below 0")
+    if config.seed:
+        raise UserError("seed: give --seeds, with which each ablation is trained")
 
 
 def _check(settings: CrossValidateConfig) -> CrossValidateConfig:
@@ -192,12 +319,14 @@ def hold_to_baseline(config: AblateConfig, folder: Path) -> None:
 
 def _may_differ(settings: CrossValidateConfig) -> list[str]:
     """Names of the settings in which two runs of one ablation may differ."""
-    manifests = ["train_csv", "val_csv", "test_csv"] if settings.folds else []
-    return [*names_with("neutral", True), "seed", *manifests]
+    return [*names_with("neutral", True), "seed", *(MANIFESTS if settings.folds else [])]
 
 
-def is_finished(run: Path, settings: CrossValidateConfig) -> bool:
+def is_finished(run: Path, settings: CrossValidateConfig, ignore: Sequence[str] = ()) -> bool:
     """Whether the run of an ablation has been tested.
+
+    Args:
+        ignore: more settings that may differ.
 
     Raises:
         UserError: it has been, with other settings: the ablation has changed since.
@@ -208,7 +337,8 @@ def is_finished(run: Path, settings: CrossValidateConfig) -> bool:
         return False
     first = run / fold_folders(settings.folds)[0].name if settings.folds else run
     saved = from_dict(read_json(first / "config.json"), source=str(first / "config.json"))
-    for name, before, value in differences(saved, resolve(settings), ignore=_may_differ(settings)):
+    may_differ = [*_may_differ(settings), *ignore]
+    for name, before, value in differences(saved, resolve(settings), ignore=may_differ):
         raise UserError(f"{run}: was trained with {name} {before!r}, not {value!r}: delete it")
     return True
 
@@ -273,33 +403,76 @@ def format_table(
     import pandas as pd
 
     from evaluation.ablation import BASELINE, SCORES
-    from evaluation.bootstrap import format_interval
 
-    def with_interval(value: str, row: dict, column: str, pattern: str) -> str:
-        interval = [row[f"{column} low"], row[f"{column} high"]]
-        text = format_interval(interval, pattern, missing="")
-        return f"{value} ({text})" if text else value
-
-    session = (read_sessions(run) or [{}])[-1]
-    patients = {patient for patient in baseline.groups("patient") if patient is not None}
     rows = []
     for row in table.to_dict(orient="records"):
-        cells = {"ablation": row["ablation"]}
+        cells = {"ablation": row["ablation"], **_score_cells(row)}
         for score, title in SCORES.items():
-            mean = f"{row[score]:.3f} +- {row[f'{score} sd']:.3f}"
-            cells[title] = with_interval(mean, row, score, ".3f")
-        for score, title in SCORES.items():
-            delta = with_interval(f"{row[f'{score} delta']:+.3f}", row, f"{score} delta", "+.3f")
+            delta = _with_interval(f"{row[f'{score} delta']:+.3f}", row, f"{score} delta", "+.3f")
             cells[f"{title} - baseline"] = "-" if row["ablation"] == BASELINE else delta
         rows.append(cells)
+    return to_markdown(pd.DataFrame(rows), _conditions(seeds, baseline, run))
+
+
+def format_label_table(
+    table: "pd.DataFrame",
+    seeds: Sequence[int],
+    predictions: "Predictions",
+    run: Path,
+    majority: Mapping[str, float],
+) -> str:
+    """The table of `evaluation.ablation.label_table` as Markdown, otherwise as `format_table`.
+
+    Args:
+        predictions: those of one run, and `run` the folder of one.
+        majority: scores of always predicting the largest class.
+    """
+    import pandas as pd
+
+    from evaluation.ablation import SCORES
+
+    rows = []
+    for row in table.to_dict(orient="records"):
+        counts = {name: f"{row[name]:.4g}" for name in ("patients", "clips")}
+        used = {"fraction": f"{row['fraction']:g}", "share used": f"{row['share']:.1%}"}
+        rows.append({**used, **counts, **_score_cells(row)})
+        if math.isnan(row["patients"]):
+            rows[-1]["patients"] = "-"
+    baseline = ", ".join(f"{SCORES[name]} {value:.3f}" for name, value in majority.items())
     conditions = {
+        "means over the seeds +- standard deviation (95 % interval)": "each draws other patients",
+        "always the largest class": baseline,
+        **_conditions(seeds, predictions, run),
+    }
+    return to_markdown(pd.DataFrame(rows), conditions)
+
+
+def _score_cells(row: Mapping[str, float]) -> dict[str, str]:
+    """The cells of the scores: mean, standard deviation and interval."""
+    from evaluation.ablation import SCORES
+
+    means = {name: f"{row[name]:.3f} +- {row[f'{name} sd']:.3f}" for name in SCORES}
+    return {SCORES[name]: _with_interval(mean, row, name, ".3f") for name, mean in means.items()}
+
+
+def _with_interval(value: str, row: Mapping[str, float], column: str, pattern: str) -> str:
+    from evaluation.bootstrap import format_interval
+
+    text = format_interval([row[f"{column} low"], row[f"{column} high"]], pattern, missing="")
+    return f"{value} ({text})" if text else value
+
+
+def _conditions(seeds: Sequence[int], predictions: "Predictions", run: Path) -> dict[str, object]:
+    """The data and the machine of a table, see `format_table`."""
+    session = (read_sessions(run) or [{}])[-1]
+    patients = {patient for patient in predictions.groups("patient") if patient is not None}
+    return {
         "seeds": ", ".join(map(str, seeds)),
-        "test clips": len(baseline),
+        "test clips": len(predictions),
         "patients": len(patients) or "unknown: the intervals take clips as independent",
         "device": session.get("device", "unknown"),
         "torch": session.get("torch", "unknown"),
     }
-    return to_markdown(pd.DataFrame(rows), conditions)
 
 
 @cli_main

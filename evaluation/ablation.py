@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from evaluation import metrics
 from evaluation.bootstrap import (
     N_RESAMPLES,
     cluster_bootstrap_weights,
@@ -125,6 +126,37 @@ def ablation_table(predictions: Mapping[str, Sequence[Predictions]]) -> "pd.Data
             row |= interval_columns(f"{name} delta", confidence_interval(delta, n))
         rows.append(row)
     return pd.DataFrame(rows)
+
+
+def label_table(
+    runs: "pd.DataFrame", predictions: Mapping[float, Sequence[Predictions]]
+) -> "pd.DataFrame":
+    """One row per fraction of the training labels, with the scores as in `ablation_table`.
+
+    The columns fraction, share (of the training clips that was used), patients (NaN if unknown) and
+    clips; share, patients and clips are means over the seeds, each of which draws other patients.
+
+    Args:
+        runs: one row per training with the columns fraction, share, patients and clips.
+        predictions: for each fraction the test predictions of its seeds.
+
+    Raises:
+        UserError: they are not of the same clips.
+    """
+    import pandas as pd
+
+    used = runs.groupby("fraction")[["share", "patients", "clips"]].mean().loc[list(predictions)]
+    scores = ablation_table({f"{fraction:g}": seeds for fraction, seeds in predictions.items()})
+    columns = [name for name in scores if name != "ablation" and "delta" not in name]
+    return pd.concat([used.reset_index(), scores[columns]], axis=1)
+
+
+def majority_scores(predictions: Predictions) -> dict[str, float]:
+    """The SCORES of always predicting the largest class of these clips."""
+    matrix = np.zeros_like(predictions.confusion)
+    support = predictions.confusion.sum(axis=1)
+    matrix[:, support.argmax()] = support
+    return {name: float(value) for name, value in metrics.scores(matrix).items() if name in SCORES}
 
 
 def _order(predictions: Predictions) -> list[int]:
