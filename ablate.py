@@ -21,7 +21,6 @@ stay the same. The scores are drawn against the share of the labels in label_eff
 
 # Everything that imports torch is imported where it is used: --help does without.
 import dataclasses
-import math
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -35,13 +34,10 @@ from config import OLD_NAMES, OLD_VALUES, TrainConfig, differences, from_dict, n
 from cross_validate import CrossValidateConfig, check_folds, cross_validate, fold_folders
 from utils.cli import cli_main, parse
 from utils.errors import UserError
-from utils.files import read_json, require_writable, to_markdown, write_all, write_json, write_text
-from utils.run_dir import read_sessions
+from utils.files import read_json, require_writable, write_all, write_json, write_text
 from utils.tables import write_table
 
 if TYPE_CHECKING:
-    import pandas as pd
-
     from evaluation.predictions import Predictions
 
 MANIFESTS = [f"{split}_csv" for split in SPLITS]
@@ -79,7 +75,7 @@ def ablate(config: AblateConfig) -> str:
 
 def _ablate(config: AblateConfig, folder: Path) -> str:
     """The same, in a folder in which no other process works."""
-    from evaluation.ablation import BASELINE, POST_HOC, ablation_table, plot_deltas
+    from evaluation.ablation import BASELINE, POST_HOC, ablation_table, format_table, plot_deltas
 
     ablations = select_ablations(config)
     hold_to_baseline(config, folder)
@@ -112,7 +108,13 @@ def _label_efficiency(config: AblateConfig, folder: Path) -> str:
     import pandas as pd
 
     from clips.split import draw_patients
-    from evaluation.ablation import BASELINE, SCORES, label_table, majority_scores
+    from evaluation.ablation import (
+        BASELINE,
+        SCORES,
+        format_label_table,
+        label_table,
+        majority_scores,
+    )
     from evaluation.bootstrap import n_clusters
     from evaluation.plots import plot_label_efficiency
     from training.checks import check_smallest_batch
@@ -390,89 +392,6 @@ def _adjusted(run: Path, tau: float) -> "Predictions":
         parts.append(Predictions(predictions.rows, odds / odds.sum(axis=1, keepdims=True)))
     rows = [row for part in parts for row in part.rows]
     return Predictions(rows, np.concatenate([part.probabilities for part in parts]))
-
-
-def format_table(
-    table: "pd.DataFrame", seeds: Sequence[int], baseline: "Predictions", run: Path
-) -> str:
-    """The table as Markdown, with the data and the machine that it was measured on.
-
-    Args:
-        baseline: predictions of the baseline, and `run` the folder that they are from.
-    """
-    import pandas as pd
-
-    from evaluation.ablation import BASELINE, SCORES
-
-    rows = []
-    for row in table.to_dict(orient="records"):
-        cells = {"ablation": row["ablation"], **_score_cells(row)}
-        for score, title in SCORES.items():
-            delta = _with_interval(f"{row[f'{score} delta']:+.3f}", row, f"{score} delta", "+.3f")
-            cells[f"{title} - baseline"] = "-" if row["ablation"] == BASELINE else delta
-        rows.append(cells)
-    return to_markdown(pd.DataFrame(rows), _conditions(seeds, baseline, run))
-
-
-def format_label_table(
-    table: "pd.DataFrame",
-    seeds: Sequence[int],
-    predictions: "Predictions",
-    run: Path,
-    majority: Mapping[str, float],
-) -> str:
-    """The table of `evaluation.ablation.label_table` as Markdown, otherwise as `format_table`.
-
-    Args:
-        predictions: those of one run, and `run` the folder of one.
-        majority: scores of always predicting the largest class.
-    """
-    import pandas as pd
-
-    from evaluation.ablation import SCORES
-
-    rows = []
-    for row in table.to_dict(orient="records"):
-        counts = {name: f"{row[name]:.4g}" for name in ("patients", "clips")}
-        used = {"fraction": f"{row['fraction']:g}", "share used": f"{row['share']:.1%}"}
-        rows.append({**used, **counts, **_score_cells(row)})
-        if math.isnan(row["patients"]):
-            rows[-1]["patients"] = "-"
-    baseline = ", ".join(f"{SCORES[name]} {value:.3f}" for name, value in majority.items())
-    conditions = {
-        "means over the seeds +- standard deviation (95 % interval)": "each draws other patients",
-        "always the largest class": baseline,
-        **_conditions(seeds, predictions, run),
-    }
-    return to_markdown(pd.DataFrame(rows), conditions)
-
-
-def _score_cells(row: Mapping[str, float]) -> dict[str, str]:
-    """The cells of the scores: mean, standard deviation and interval."""
-    from evaluation.ablation import SCORES
-
-    means = {name: f"{row[name]:.3f} +- {row[f'{name} sd']:.3f}" for name in SCORES}
-    return {SCORES[name]: _with_interval(mean, row, name, ".3f") for name, mean in means.items()}
-
-
-def _with_interval(value: str, row: Mapping[str, float], column: str, pattern: str) -> str:
-    from evaluation.bootstrap import format_interval
-
-    text = format_interval([row[f"{column} low"], row[f"{column} high"]], pattern, missing="")
-    return f"{value} ({text})" if text else value
-
-
-def _conditions(seeds: Sequence[int], predictions: "Predictions", run: Path) -> dict[str, object]:
-    """The data and the machine of a table, see `format_table`."""
-    session = (read_sessions(run) or [{}])[-1]
-    patients = {patient for patient in predictions.groups("patient") if patient is not None}
-    return {
-        "seeds": ", ".join(map(str, seeds)),
-        "test clips": len(predictions),
-        "patients": len(patients) or "unknown: the intervals take clips as independent",
-        "device": session.get("device", "unknown"),
-        "torch": session.get("torch", "unknown"),
-    }
 
 
 @cli_main

@@ -327,7 +327,7 @@ def _labels_used(row: Mapping[str, float]) -> str:
     share = f"{row['share']:.0%}" if row["share"] >= 0.095 else f"{row['share']:.1%}"
     lines = [share.replace("%", " %"), f"{row['clips']:.0f} clips"]
     if not math.isnan(row["patients"]):
-        lines.append(f"{row['patients']:.3g} patients")
+        lines.append(f"{row['patients']:.3g} patient{'s' * (row['patients'] != 1)}")
     return "\n".join(lines)
 
 
