@@ -285,12 +285,13 @@ def plot_label_efficiency(
         majority: for each score that of always predicting the largest class, drawn as a line.
         test_patients: that the intervals are over (0: unknown, they are over clips).
     """
-    figure = Figure(figsize=(11, 4.8), layout="constrained")
+    figure = Figure(figsize=(13, 4.8), layout="constrained")
     table = table.sort_values("share")
     interval = f"95 % interval over {test_patients} test patients"
     if not test_patients:
         interval = "95 % interval over test clips (patients unknown)"
     shown = _apart(np.log(table["share"].to_numpy()), 0.13)
+    several_seeds = len(runs) > len(table)
     for axes, name in zip(figure.subplots(1, len(majority), sharey=True), majority, strict=True):
         low, high = table[f"{name} low"], table[f"{name} high"]
         if low.notna().any():
@@ -299,23 +300,28 @@ def plot_label_efficiency(
             )
             # Beside a single point there is no band.
             axes.vlines(table["share"], low, high, color=COLOURS[0], lw=1)
-        if len(runs) > len(table):
+        else:
+            axes.plot([], [], " ", label="no interval: one test patient")
+        if several_seeds:
             axes.plot(
                 runs["share"], runs[name], "o", color="0.35", ms=3.5, alpha=0.7, mew=0, zorder=3,
-                label="one training each",
+                label="single trainings",
             )  # fmt: skip
         style = {"color": COLOURS[0], "lw": 2, "ms": 7, "zorder": 4}
-        axes.plot(table["share"], table[name], "o-", label="mean over the seeds", **style)
-        axes.axhline(majority[name], color=COLOURS[5], ls="--", label="always the largest class")
+        label = "mean over the seeds" if several_seeds else "one training each"
+        axes.plot(table["share"], table[name], "o-", label=label, **style)
+        label = "guessing the largest class"
+        axes.axhline(majority[name], color=COLOURS[5], ls="--", label=label)
         axes.set(xscale="log", ylim=(0, 1.02), title=_series_name(name))
-        axes.set_xlim(table["share"].min() / 1.25, table["share"].max() * 1.25)
+        axes.set_xlim(runs["share"].min() / 1.25, runs["share"].max() * 1.25)
         texts = [_labels_used(row) for row in table[shown].to_dict(orient="records")]
-        axes.set_xticks(table["share"][shown], texts, fontsize=8.5)
+        axes.set_xticks(table["share"][shown], texts, fontsize=8)
         axes.xaxis.set_minor_formatter(NullFormatter())
         axes.tick_params(axis="x", which="minor", bottom=False)
         axes.tick_params(axis="y", labelleft=True)
         axes.grid(alpha=0.3)
-    figure.supxlabel("share of the training clips whose labels are used (log scale)", fontsize=10)
+    label = "share of the training clips whose labels are used, log scale"
+    figure.supxlabel(label + " (numbers: means over the seeds)" * several_seeds, fontsize=10)
     figure.axes[0].set_ylabel("score on the test clips")
     handles, labels = figure.axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside upper center", ncols=4, frameon=False)
@@ -327,7 +333,8 @@ def _labels_used(row: Mapping[str, float]) -> str:
     share = f"{row['share']:.0%}" if row["share"] >= 0.095 else f"{row['share']:.1%}"
     lines = [share.replace("%", " %"), f"{row['clips']:.0f} clips"]
     if not math.isnan(row["patients"]):
-        lines.append(f"{row['patients']:.3g} patient{'s' * (row['patients'] != 1)}")
+        patients = round(row["patients"])
+        lines.append(f"{patients} patient{'s' * (patients != 1)}")
     return "\n".join(lines)
 
 

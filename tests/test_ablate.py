@@ -121,7 +121,7 @@ def test_adjusting_afterwards_is_evaluates(
 def test_label_fractions(
     tiny_data: Path, tmp_path: Path, run_main: Callable, mistake: Callable
 ) -> None:
-    """Two fractions and seeds: the table holds what the files of the runs say; nothing is repeated."""
+    """The table holds what the files of the runs say, and nothing is trained twice."""
     arguments = flags(tiny_data, tmp_path, "--label-fractions", 1, 0.4, 0.5)
     done = run_main(ablate.main, *arguments, cwd=tmp_path)
     assert "label fraction 0.5: draws the same patients as 0.4, left out" in done.stdout
