@@ -2,6 +2,7 @@
 
     python ablate.py --data-root /data/clips --folds folds --output study --model-name cnnlstm
     python ablate.py ... --ablations "focal loss" "EMA of the weights" --seeds 0 1 2
+    python ablate.py ... --label-fractions 0.05 0.1 0.25 0.5 1     how many labels are needed?
 
 The baseline has the settings that are given, which are those of train.py; each ablation changes
 some of them (evaluation/ablation.py lists them). Every ablation is trained once per seed: with
@@ -12,23 +13,30 @@ other changes of the settings are refused.
 A row's scores are means over the seeds, +- their standard deviation. Its difference from the
 baseline has a 95 % interval over patients: the seeds are averaged, and both are scored on the same
 resamples of the same patients. Where the interval includes zero, no effect is shown.
+
+With --label-fractions the baseline is trained on fractions of the training clips instead, once per
+fraction and seed: whole patients, of which each seed draws others. The validation and test clips
+stay the same. The scores are drawn against the share of the labels in label_efficiency.png.
 """
 
 # Everything that imports torch is imported where it is used: --help does without.
 import dataclasses
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from clips.manifest import ClipRow, clips_digest, read_manifest
+from clips.splits import SPLITS
 from config import (
     OLD_NAMES,
     OLD_VALUES,
     RECIPES,
     TrainConfig,
     differences,
+    fitted_splits,
     from_dict,
     names_with,
     setting,
@@ -36,14 +44,13 @@ from config import (
 from cross_validate import CrossValidateConfig, check_folds, cross_validate, fold_folders
 from utils.cli import cli_main, parse
 from utils.errors import UserError
-from utils.files import read_json, require_writable, to_markdown, write_all, write_json, write_text
-from utils.run_dir import read_sessions
+from utils.files import read_json, require_writable, write_all, write_json, write_text
 from utils.tables import write_table
 
 if TYPE_CHECKING:
-    import pandas as pd
-
     from evaluation.predictions import Predictions
+
+MANIFESTS = [f"{split}_csv" for split in SPLITS]
 
 
 @dataclass(frozen=True)
@@ -52,8 +59,11 @@ class AblateConfig(CrossValidateConfig):
 
     ablations: tuple[str, ...] = setting((), section="Ablations")
     """names of ablations, besides the baseline (none given: all that can work with the baseline)"""
+    label_fractions: tuple[float, ...] = setting(())
+    """train the baseline on these fractions of the training clips (above 0 to 1, whole patients),
+    and no ablation"""
     seeds: tuple[int, ...] = setting((0, 1, 2))
-    """each ablation is trained once per seed"""
+    """each ablation, or fraction, is trained once per seed"""
     output: str = setting("runs/study")
     """folder for the runs and the table"""
 
@@ -68,13 +78,14 @@ def ablate(config: AblateConfig) -> str:
     from utils.lock import FolderLock
 
     require_writable(config.output)
+    work = _label_efficiency if config.label_fractions else _ablate
     with FolderLock(config.output):
-        return _ablate(config, Path(config.output))
+        return work(config, Path(config.output))
 
 
 def _ablate(config: AblateConfig, folder: Path) -> str:
     """The same, in a folder in which no other process works."""
-    from evaluation.ablation import BASELINE, POST_HOC, ablation_table, plot_deltas
+    from evaluation.ablation import BASELINE, POST_HOC, ablation_table, format_table, plot_deltas
 
     ablations = select_ablations(config)
     hold_to_baseline(config, folder)
@@ -102,6 +113,121 @@ def _ablate(config: AblateConfig, folder: Path) -> str:
     return text
 
 
+def _label_efficiency(config: AblateConfig, folder: Path) -> str:
+    """The same for the fractions of the training clips: `ablate` with label_fractions."""
+    import pandas as pd
+
+    from clips.split import draw_patients
+    from evaluation.ablation import (
+        BASELINE,
+        SCORES,
+        format_label_table,
+        label_table,
+        majority_scores,
+    )
+    from evaluation.bootstrap import n_clusters
+    from evaluation.plots import plot_label_efficiency
+    from training.checks import check_smallest_batch
+    from training.loaders import load_splits
+
+    check_fractions(config)
+    settings = _check(ablation_settings(config, BASELINE, config.seeds[0]))
+    splits = load_splits(settings)
+    fitted = fitted_splits(settings)
+    labelled = sum(len(splits[split]) for split in fitted)
+    subsets: dict[float, list[dict[str, list[ClipRow]]]] = {}
+    for fraction in sorted(config.label_fractions):
+        drawn = [
+            {split: draw_patients(splits[split], fraction, seed) for split in fitted}
+            for seed in config.seeds
+        ]
+        if same := [other for other in subsets if subsets[other] == drawn]:
+            print(f"label fraction {fraction:g}: draws the same patients as {same[0]:g}, left out")
+            continue
+        subsets[fraction] = drawn
+        for parts in drawn:
+            check_smallest_batch(settings, len(parts["train"]))
+    hold_to_baseline(config, folder)
+
+    predictions: dict[float, list[Predictions]] = {}
+    trained = []
+    for fraction, drawn in subsets.items():
+        predictions[fraction] = []
+        for seed, parts in zip(config.seeds, drawn, strict=True):
+            run = _run_dir(folder, f"labels {fraction:g}", seed)
+            settings_of_run = dataclasses.replace(settings, seed=seed)
+            settings_of_run = keep_subset(settings_of_run, {**splits, **parts}, run)
+            if not is_finished(run, settings_of_run, MANIFESTS):
+                print(f"\n##### label fraction {fraction:g}, seed {seed}: {run}", flush=True)
+                _train(settings_of_run, run)
+            tested = _read(run)
+            predictions[fraction].append(tested)
+            rows = [row for part in parts.values() for row in part]
+            patients = len({row.patient for row in rows if row.patient}) or float("nan")
+            used = {"share": len(rows) / labelled, "patients": patients, "clips": len(rows)}
+            scores = {name: tested.scores[name] for name in SCORES}
+            trained.append({"fraction": fraction, "seed": seed, **used, **scores})
+    runs, first = pd.DataFrame(trained), next(iter(predictions.values()))[0]
+    table, majority = label_table(runs, predictions), majority_scores(first)
+    text = format_label_table(table, config.seeds, first, run, majority)
+    print(f"\n{text}")
+    test_patients = n_clusters(first.groups("patient"))
+    pictures = [folder / f"label_efficiency.{suffix}" for suffix in ("png", "svg")]
+    write_all(
+        {
+            folder / "label_efficiency.csv": lambda path: write_table(path, table),
+            folder / "label_efficiency_runs.csv": lambda path: write_table(path, runs),
+            folder / "label_efficiency.md": lambda path: write_text(path, text),
+            **dict.fromkeys(
+                pictures,
+                lambda path: plot_label_efficiency(table, runs, majority, test_patients, path),
+            ),
+        }
+    )
+    return text
+
+
+def check_fractions(config: AblateConfig) -> None:
+    """Check the settings of a training on fractions of the clips.
+
+    Raises:
+        UserError: one is out of range, or does not go with label_fractions.
+    """
+    fractions = config.label_fractions
+    if len(set(fractions)) < len(fractions) or not all(0 < value <= 1 for value in fractions):
+        raise UserError(f"label_fractions = {fractions}: each must be above 0 to 1, none twice")
+    if config.ablations:
+        raise UserError("label_fractions trains the baseline alone: leave --ablations out")
+    if config.folds:
+        raise UserError("label_fractions draws from one training split: leave --folds out")
+    check_seeds(config)
+
+
+def keep_subset(
+    settings: CrossValidateConfig, splits: Mapping[str, Sequence[ClipRow]], run: Path
+) -> CrossValidateConfig:
+    """The resolved settings of a run on these splits, whose manifests are written into its folder.
+
+    Raises:
+        UserError: the manifests are there already, and list other clips.
+    """
+    from training.loaders import use_splits, write_splits
+
+    kept = use_splits(settings, run)
+    if not all((run / f"{split}.csv").exists() for split in splits):
+        run.mkdir(parents=True, exist_ok=True)
+        write_splits(settings, splits, run)
+        return kept
+    for split, rows in splits.items():
+        saved = read_manifest(run / f"{split}.csv", kept.data_root, kept.classes)
+        if clips_digest(saved, kept.data_root) != clips_digest(rows, kept.data_root):
+            raise UserError(
+                f"{run}: its {split} clips were others, because the data has changed since: delete "
+                "it, or give another --output"
+            )
+    return kept
+
+
 def select_ablations(config: AblateConfig) -> list[str]:
     """The baseline and the ablations, each of them checked before anything is trained.
 
@@ -115,10 +241,7 @@ def select_ablations(config: AblateConfig) -> list[str]:
     unknown = [name for name in config.ablations if name not in ABLATIONS]
     if unknown:
         raise UserError(f"no ablation is called {unknown[0]!r}: choose from {', '.join(ABLATIONS)}")
-    if not config.seeds or len(set(config.seeds)) < len(config.seeds) or min(config.seeds) < 0:
-        raise UserError(f"seeds = {config.seeds}: give at least one, none twice, none below 0")
-    if config.seed:
-        raise UserError("seed: give --seeds, with which each ablation is trained")
+    check_seeds(config)
     if config.folds:
         check_folds(config, fold_folders(config.folds))
     names, problems, baseline = [], {}, None
@@ -140,6 +263,18 @@ def select_ablations(config: AblateConfig) -> list[str]:
     if problems:
         print(f"left out, as they cannot work with the baseline:\n  {listing}")
     return names
+
+
+def check_seeds(config: AblateConfig) -> None:
+    """Check the seeds.
+
+    Raises:
+        UserError: there are none, or wrong ones.
+    """
+    if not config.seeds or len(set(config.seeds)) < len(config.seeds) or min(config.seeds) < 0:
+        raise UserError(f"seeds = {config.seeds}: give at least one, none twice, none below 0")
+    if config.seed:
+        raise UserError("seed: give --seeds, with which each ablation is trained")
 
 
 def _check(settings: CrossValidateConfig) -> CrossValidateConfig:
@@ -201,12 +336,14 @@ def hold_to_baseline(config: AblateConfig, folder: Path) -> None:
 
 def _may_differ(settings: CrossValidateConfig) -> list[str]:
     """Names of the settings in which two runs of one ablation may differ."""
-    manifests = ["train_csv", "val_csv", "test_csv"] if settings.folds else []
-    return [*names_with("neutral", True), "seed", *manifests]
+    return [*names_with("neutral", True), "seed", *(MANIFESTS if settings.folds else [])]
 
 
-def is_finished(run: Path, settings: CrossValidateConfig) -> bool:
+def is_finished(run: Path, settings: CrossValidateConfig, ignore: Sequence[str] = ()) -> bool:
     """Whether the run of an ablation has been tested.
+
+    Args:
+        ignore: more settings that may differ.
 
     Raises:
         UserError: it has been, with other settings: the ablation has changed since.
@@ -217,7 +354,8 @@ def is_finished(run: Path, settings: CrossValidateConfig) -> bool:
         return False
     first = run / fold_folders(settings.folds)[0].name if settings.folds else run
     saved = from_dict(read_json(first / "config.json"), source=str(first / "config.json"))
-    for name, before, value in differences(saved, resolve(settings), ignore=_may_differ(settings)):
+    may_differ = [*_may_differ(settings), *ignore]
+    for name, before, value in differences(saved, resolve(settings), ignore=may_differ):
         raise UserError(f"{run}: was trained with {name} {before!r}, not {value!r}: delete it")
     return True
 
@@ -269,46 +407,6 @@ def _adjusted(run: Path, tau: float) -> "Predictions":
         parts.append(Predictions(predictions.rows, odds / odds.sum(axis=1, keepdims=True)))
     rows = [row for part in parts for row in part.rows]
     return Predictions(rows, np.concatenate([part.probabilities for part in parts]))
-
-
-def format_table(
-    table: "pd.DataFrame", seeds: Sequence[int], baseline: "Predictions", run: Path
-) -> str:
-    """The table as Markdown, with the data and the machine that it was measured on.
-
-    Args:
-        baseline: predictions of the baseline, and `run` the folder that they are from.
-    """
-    import pandas as pd
-
-    from evaluation.ablation import BASELINE, SCORES
-    from evaluation.bootstrap import format_interval
-
-    def with_interval(value: str, row: dict, column: str, pattern: str) -> str:
-        interval = [row[f"{column} low"], row[f"{column} high"]]
-        text = format_interval(interval, pattern, missing="")
-        return f"{value} ({text})" if text else value
-
-    session = (read_sessions(run) or [{}])[-1]
-    patients = {patient for patient in baseline.groups("patient") if patient is not None}
-    rows = []
-    for row in table.to_dict(orient="records"):
-        cells = {"ablation": row["ablation"]}
-        for score, title in SCORES.items():
-            mean = f"{row[score]:.3f} +- {row[f'{score} sd']:.3f}"
-            cells[title] = with_interval(mean, row, score, ".3f")
-        for score, title in SCORES.items():
-            delta = with_interval(f"{row[f'{score} delta']:+.3f}", row, f"{score} delta", "+.3f")
-            cells[f"{title} - baseline"] = "-" if row["ablation"] == BASELINE else delta
-        rows.append(cells)
-    conditions = {
-        "seeds": ", ".join(map(str, seeds)),
-        "test clips": len(baseline),
-        "patients": len(patients) or "unknown: the intervals take clips as independent",
-        "device": session.get("device", "unknown"),
-        "torch": session.get("torch", "unknown"),
-    }
-    return to_markdown(pd.DataFrame(rows), conditions)
 
 
 @cli_main

@@ -23,10 +23,11 @@ from clips.clip_table import read_clips
 from clips.cut import CutConfig, cut
 from clips.manifest_formats import ManifestOptions
 from clips.split import SplitConfig, split
+from clips.splits import BAD_FILES
 from utils.cli import cli_main, parse_subcommand
 from utils.errors import UserError
 from utils.files import require_writable_file, try_write
-from utils.tables import write_csv
+from utils.tables import require_own_table, write_csv
 from utils.workers import in_parallel
 from video.clip_reader import check_clip
 from video.motion import Modality
@@ -74,6 +75,7 @@ def check(config: CheckConfig) -> int:
     clips = read_clips(config.sources, config.data_root, ManifestOptions.of(config))
     output = Path(config.output)
     require_writable_file(output)
+    require_own_table(output, BAD_FILES)
     missing = clips[clips["file"].isna()]
     bad = [(path, "no such file") for path in missing["path"]]
     files = list(dict.fromkeys(clips["file"].dropna()))
@@ -85,7 +87,7 @@ def check(config: CheckConfig) -> int:
     for reason, count in Counter(reason for _, reason in bad).most_common(10):
         print(f"  {count:,}: {reason}")
     output.parent.mkdir(parents=True, exist_ok=True)
-    if problem := try_write(output, lambda path: write_csv(path, [["path", "reason"], *bad])):
+    if problem := try_write(output, lambda path: write_csv(path, [BAD_FILES, *bad])):
         print("\n".join(f"{path}: {reason}" for path, reason in bad))
         raise UserError(problem)
     return int(bool(bad))

@@ -131,6 +131,45 @@ def divide_by_patient(rows: Sequence[ClipRow]) -> list[str]:
     return list(stratified_group_split(labels, np.array(groups, str), fractions))
 
 
+def draw_patients(rows: Sequence[ClipRow], fraction: float, seed: int) -> list[ClipRow]:
+    """A random part of the clips, all or none of each patient's, in which every class occurs.
+
+    The patients are put into one order per seed, and a fraction takes the first of them: with the
+    same seed, the patients of a smaller fraction are among those of a larger one. First in the
+    order are the patients that cover the classes: each time the one with most of the classes that
+    are still missing, of several such patients a random one (the greedy set cover; Chvátal, "A
+    Greedy Heuristic for the Set-Covering Problem", 1979). The others follow at random.
+
+    Args:
+        rows: of the training split; a clip of an unknown patient counts as a patient by itself.
+        fraction: of the clips, above 0 to 1. The number of patients that comes nearest to it is
+            drawn, of two equally near ones the smaller, but never fewer than cover the classes.
+        seed: not below 0.
+
+    Returns:
+        The clips in the order of `rows`; all of them if the fraction is 1.
+    """
+    indices: dict[str | int, list[int]] = {}
+    for index, row in enumerate(rows):
+        indices.setdefault(row.patient or index, []).append(index)
+    patients = list(indices)
+    classes = {p: {rows[i].label for i in indices[p]} for p in patients}
+    remaining = [patients[k] for k in np.random.default_rng(seed).permutation(len(patients))]
+    drawn: list[str | int] = []
+    missing = {row.label for row in rows}
+    while missing:  # max takes the first of equal ones
+        best = max(remaining, key=lambda patient: len(classes[patient] & missing))
+        remaining.remove(best)
+        drawn.append(best)
+        missing -= classes[best]
+    needed = len(drawn)
+    drawn += remaining
+    clips = np.cumsum([len(indices[patient]) for patient in drawn])
+    nearest = int(np.abs(clips - fraction * len(rows)).argmin()) + 1
+    chosen = {i for patient in drawn[: max(needed, nearest)] for i in indices[patient]}
+    return [row for i, row in enumerate(rows) if i in chosen]
+
+
 def fold_splits(
     numbers: np.ndarray, labels: np.ndarray, groups: np.ndarray, seed: int
 ) -> Iterator[np.ndarray]:

@@ -55,6 +55,9 @@ def find_splits(
 
 _TABLES = (".csv", ".tsv", ".xlsx")
 
+BAD_FILES = ["path", "reason"]
+"""columns of the list of bad files that prepare_data.py writes"""
+
 
 def _lists_clips(path: Path, options: ManifestOptions | None) -> bool:
     """Whether a table lists clips; that it can be understood is not asked for.
@@ -71,7 +74,7 @@ def _lists_clips(path: Path, options: ManifestOptions | None) -> bool:
         rows = [row.cells for row in read_table(path).rows]
     except UserError:  # the reader will say what is wrong with it
         return True
-    if not rows or rows[0] == ["path", "reason"]:
+    if not rows or rows[0] == BAD_FILES:
         return False
     return any(is_video(cell) for cells in rows for cell in cells) or any(
         record.label for record in read_records(path, options)[0]

@@ -1,21 +1,26 @@
 """The ablations of ablate.py, and the table of their differences from the baseline."""
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from evaluation import metrics
 from evaluation.bootstrap import (
     N_RESAMPLES,
     cluster_bootstrap_weights,
     confidence_interval,
+    format_interval,
     interval_columns,
     n_clusters,
     resampled_scores,
 )
 from evaluation.predictions import Predictions
 from utils.errors import UserError
+from utils.files import to_markdown
+from utils.run_dir import read_sessions
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -125,6 +130,112 @@ def ablation_table(predictions: Mapping[str, Sequence[Predictions]]) -> "pd.Data
             row |= interval_columns(f"{name} delta", confidence_interval(delta, n))
         rows.append(row)
     return pd.DataFrame(rows)
+
+
+def label_table(
+    runs: "pd.DataFrame", predictions: Mapping[float, Sequence[Predictions]]
+) -> "pd.DataFrame":
+    """One row per fraction of the training labels, with the scores as in `ablation_table`.
+
+    The columns fraction, share (of the training clips that was used), patients (NaN if unknown) and
+    clips; share, patients and clips are means over the seeds, each of which draws other patients.
+
+    Args:
+        runs: one row per training with the columns fraction, share, patients and clips.
+        predictions: for each fraction the test predictions of its seeds.
+
+    Raises:
+        UserError: they are not of the same clips.
+    """
+    import pandas as pd
+
+    used = runs.groupby("fraction")[["share", "patients", "clips"]].mean().loc[list(predictions)]
+    scores = ablation_table({f"{fraction:g}": seeds for fraction, seeds in predictions.items()})
+    columns = [name for name in scores if name != "ablation" and "delta" not in name]
+    return pd.concat([used.reset_index(), scores[columns]], axis=1)
+
+
+def majority_scores(predictions: Predictions) -> dict[str, float]:
+    """The SCORES of always predicting the largest class of these clips."""
+    matrix = np.zeros_like(predictions.confusion)
+    support = predictions.confusion.sum(axis=1)
+    matrix[:, support.argmax()] = support
+    return {name: float(value) for name, value in metrics.scores(matrix).items() if name in SCORES}
+
+
+def format_table(
+    table: "pd.DataFrame", seeds: Sequence[int], baseline: Predictions, run: Path
+) -> str:
+    """The table as Markdown, with the data and the machine that it was measured on.
+
+    Args:
+        baseline: predictions of the baseline, and `run` the folder that they are from.
+    """
+    import pandas as pd
+
+    rows = []
+    for row in table.to_dict(orient="records"):
+        cells = {"ablation": row["ablation"], **_score_cells(row)}
+        for score, title in SCORES.items():
+            delta = _with_interval(f"{row[f'{score} delta']:+.3f}", row, f"{score} delta", "+.3f")
+            cells[f"{title} - baseline"] = "-" if row["ablation"] == BASELINE else delta
+        rows.append(cells)
+    return to_markdown(pd.DataFrame(rows), _conditions(seeds, baseline, run))
+
+
+def format_label_table(
+    table: "pd.DataFrame",
+    seeds: Sequence[int],
+    predictions: Predictions,
+    run: Path,
+    majority: Mapping[str, float],
+) -> str:
+    """The table of `label_table` as Markdown, otherwise as `format_table`.
+
+    Args:
+        predictions: those of one run, and `run` the folder of one.
+        majority: scores of always predicting the largest class.
+    """
+    import pandas as pd
+
+    rows = []
+    for row in table.to_dict(orient="records"):
+        counts = {name: f"{row[name]:.4g}" for name in ("patients", "clips")}
+        used = {"fraction": f"{row['fraction']:g}", "share used": f"{row['share']:.1%}"}
+        rows.append({**used, **counts, **_score_cells(row)})
+        if math.isnan(row["patients"]):
+            rows[-1]["patients"] = "-"
+    baseline = ", ".join(f"{SCORES[name]} {value:.3f}" for name, value in majority.items())
+    conditions = {
+        "means over the seeds +- standard deviation (95 % interval)": "each draws other patients",
+        "always the largest class": baseline,
+        **_conditions(seeds, predictions, run),
+    }
+    return to_markdown(pd.DataFrame(rows), conditions)
+
+
+def _score_cells(row: Mapping[str, float]) -> dict[str, str]:
+    """The cells of the scores: mean, standard deviation and interval."""
+    means = {name: f"{row[name]:.3f} +- {row[f'{name} sd']:.3f}" for name in SCORES}
+    return {SCORES[name]: _with_interval(mean, row, name, ".3f") for name, mean in means.items()}
+
+
+def _with_interval(value: str, row: Mapping[str, float], column: str, pattern: str) -> str:
+    text = format_interval([row[f"{column} low"], row[f"{column} high"]], pattern, missing="")
+    return f"{value} ({text})" if text else value
+
+
+def _conditions(seeds: Sequence[int], predictions: Predictions, run: Path) -> dict[str, object]:
+    """The data and the machine of a table, see `format_table`."""
+    session = (read_sessions(run) or [{}])[-1]
+    patients = {patient for patient in predictions.groups("patient") if patient is not None}
+    return {
+        "seeds": ", ".join(map(str, seeds)),
+        "test clips": len(predictions),
+        "patients": len(patients) or "unknown: the intervals take clips as independent",
+        "device": session.get("device", "unknown"),
+        "torch": session.get("torch", "unknown"),
+    }
 
 
 def _order(predictions: Predictions) -> list[int]:

@@ -14,6 +14,9 @@ from evaluation.predictions import Predictions
 from utils.tables import write_csv
 from utils.text_table import text_table
 
+COLUMNS = ("path", "answer", "likeliest", "confidence", "novelty")
+"""the first columns of the table of answers; the probabilities of the classes follow"""
+
 NOVEL = 0.95
 """novelty above which a clip is said to look novel: one in twenty ordinary clips does by chance"""
 
@@ -78,7 +81,7 @@ def write_answers(path: str | Path, answers: Sequence[ClipAnswer], classes: Sequ
 
     The columns of probabilities are called as in predictions.csv.
     """
-    table: list[Sequence] = [[*ClipAnswer._fields[:-1], *(f"p_{name}" for name in classes)]]
+    table: list[Sequence] = [[*COLUMNS, *(f"p_{name}" for name in classes)]]
     for answer in answers:
         *texts, confidence, novelty, probabilities = answer
         numbers = (confidence, novelty, *(probabilities or [None] * len(classes)))

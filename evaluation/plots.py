@@ -5,7 +5,7 @@ Importing matplotlib takes a second: other modules import this one inside the fu
 
 import math
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -268,6 +268,85 @@ def _label_beside(axes: Axes, x: np.ndarray, y: np.ndarray, labels: Sequence[str
             arrowprops={"arrowstyle": "-", "color": f"C{n % 10}", "lw": 0.6, "relpos": (0, 0.5)},
             zorder=0,
         )
+
+
+def plot_label_efficiency(
+    table: "pd.DataFrame",
+    runs: "pd.DataFrame",
+    majority: Mapping[str, float],
+    test_patients: int,
+    path: str | Path,
+) -> None:
+    """Draw scores against the share of the training clips whose labels were used.
+
+    Args:
+        table: of `evaluation.ablation.label_table`.
+        runs: one row per training with its share and scores, drawn as points.
+        majority: for each score that of always predicting the largest class, drawn as a line.
+        test_patients: that the intervals are over (0: unknown, they are over clips).
+    """
+    figure = Figure(figsize=(13, 4.8), layout="constrained")
+    table = table.sort_values("share")
+    interval = f"95 % interval over {test_patients} test patients"
+    if not test_patients:
+        interval = "95 % interval over test clips (patients unknown)"
+    shown = _apart(np.log(table["share"].to_numpy()), 0.13)
+    several_seeds = len(runs) > len(table)
+    for axes, name in zip(figure.subplots(1, len(majority), sharey=True), majority, strict=True):
+        low, high = table[f"{name} low"], table[f"{name} high"]
+        if low.notna().any():
+            axes.fill_between(
+                table["share"], low, high, color=COLOURS[0], alpha=0.2, lw=0, label=interval
+            )
+            # Beside a single point there is no band.
+            axes.vlines(table["share"], low, high, color=COLOURS[0], lw=1)
+        else:
+            axes.plot([], [], " ", label="no interval: one test patient")
+        if several_seeds:
+            axes.plot(
+                runs["share"], runs[name], "o", color="0.35", ms=3.5, alpha=0.7, mew=0, zorder=3,
+                label="single trainings",
+            )  # fmt: skip
+        style = {"color": COLOURS[0], "lw": 2, "ms": 7, "zorder": 4}
+        label = "mean over the seeds" if several_seeds else "one training each"
+        axes.plot(table["share"], table[name], "o-", label=label, **style)
+        label = "guessing the largest class"
+        axes.axhline(majority[name], color=COLOURS[5], ls="--", label=label)
+        axes.set(xscale="log", ylim=(0, 1.02), title=_series_name(name))
+        axes.set_xlim(runs["share"].min() / 1.25, runs["share"].max() * 1.25)
+        texts = [_labels_used(row) for row in table[shown].to_dict(orient="records")]
+        axes.set_xticks(table["share"][shown], texts, fontsize=8)
+        axes.xaxis.set_minor_formatter(NullFormatter())
+        axes.tick_params(axis="x", which="minor", bottom=False)
+        axes.tick_params(axis="y", labelleft=True)
+        axes.grid(alpha=0.3)
+    label = "share of the training clips whose labels are used, log scale"
+    figure.supxlabel(label + " (numbers: means over the seeds)" * several_seeds, fontsize=10)
+    figure.axes[0].set_ylabel("score on the test clips")
+    handles, labels = figure.axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper center", ncols=4, frameon=False)
+    save_figure(figure, path)
+
+
+def _labels_used(row: Mapping[str, float]) -> str:
+    """The text below a tick: share, clips and patients, which are means over the seeds."""
+    share = f"{row['share']:.0%}" if row["share"] >= 0.095 else f"{row['share']:.1%}"
+    lines = [share.replace("%", " %"), f"{row['clips']:.0f} clips"]
+    if not math.isnan(row["patients"]):
+        patients = round(row["patients"])
+        lines.append(f"{patients} patient{'s' * (patients != 1)}")
+    return "\n".join(lines)
+
+
+def _apart(positions: np.ndarray, gap: float) -> np.ndarray:
+    """Which of the sorted positions get a text, `(N,)` bool: the last one, then all that are apart
+    by this part of the range."""
+    shown = np.zeros(len(positions), bool)
+    nearest = math.inf
+    for k in range(len(positions) - 1, -1, -1):
+        if nearest - positions[k] >= gap * max(positions[-1] - positions[0], 1e-9):
+            shown[k], nearest = True, positions[k]
+    return shown
 
 
 def plot_robustness(table: "pd.DataFrame", clean: float, path: str | Path) -> None:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,15 +10,20 @@ import numpy as np
 import pandas as pd
 import pytest
 from helpers import TINY_FLAGS
+from sklearn.metrics import f1_score
 
 import ablate
 import evaluate
 from ablate import AblateConfig
 from checkpoint import load_checkpoint
+from clips.split import draw_patients
+from clips.splits import SPLITS
 from config import TrainConfig
+from cross_validate import CrossValidateConfig
 from evaluation.ablation import ABLATIONS, POST_HOC
 from evaluation.predictions import read_predictions
 from training.checks import resolve
+from training.loaders import load_splits
 from utils.errors import UserError
 
 FLAGS = [
@@ -111,6 +117,102 @@ def test_adjusting_afterwards_is_evaluates(
     assert abs(plain.probabilities - wanted.probabilities).max() > 0.01
 
 
+@pytest.mark.usefixtures("quick")
+def test_label_fractions(
+    tiny_data: Path, tmp_path: Path, run_main: Callable, mistake: Callable
+) -> None:
+    """The table holds what the files of the runs say, and nothing is trained twice."""
+    arguments = flags(tiny_data, tmp_path, "--label-fractions", 1, 0.4, 0.5)
+    done = run_main(ablate.main, *arguments, cwd=tmp_path)
+    assert "label fraction 0.5: draws the same patients as 0.4, left out" in done.stdout
+    study = tmp_path / "study"
+    runs = [study / f"labels_{fraction}" / f"seed{k}" for fraction in ("0_4", 1) for k in (0, 1)]
+    assert sorted(path.parent for path in study.glob("*/*/test_metrics.json")) == runs
+    manifests = [pd.read_csv(run / "train.csv") for run in runs]
+    assert [len(manifest) for manifest in manifests] == [9, 9, 18, 18]
+    assert [set(m["patient"]) for m in manifests[2:]] == [{"train0", "train1"}] * 2
+    assert manifests[0]["patient"].nunique() == 1
+    for run, manifest in zip(runs, manifests, strict=True):
+        assert set(manifest["label"]) == {"dark", "grey", "light"}
+        counts = load_checkpoint(run)["class_counts"]
+        assert counts == [len(manifest) // 3] * 3  # it was trained on them
+
+    tested = [pd.read_csv(run / "predictions.csv") for run in runs]
+    assert all((t["path"] == tested[0]["path"]).all() for t in tested)
+    accuracy = np.array([(t["label"] == t["prediction"]).mean() for t in tested]).reshape(2, 2)
+    f1 = [f1_score(t["label"], t["prediction"], average="macro", zero_division=0) for t in tested]
+    table = pd.read_csv(study / "label_efficiency.csv")
+    assert table["fraction"].tolist() == [0.4, 1]
+    assert table["share"].tolist() == [0.5, 1]
+    assert table["patients"].tolist() == [1, 2]
+    assert table["clips"].tolist() == [9, 18]
+    assert table["accuracy"].tolist() == pytest.approx(accuracy.mean(axis=1).tolist())
+    assert table["accuracy sd"].tolist() == pytest.approx(accuracy.std(axis=1, ddof=1).tolist())
+    assert table["macro_f1"].tolist() == pytest.approx(np.reshape(f1, (2, 2)).mean(axis=1).tolist())
+    single = pd.read_csv(study / "label_efficiency_runs.csv")
+    assert single["macro_f1"].tolist() == pytest.approx(f1)
+    assert single["seed"].tolist() == [0, 1, 0, 1]
+    text = (study / "label_efficiency.md").read_text()
+    assert f"| 0.4 | 50.0% | 1 | 9 | {table['accuracy'][0]:.3f} +- " in text
+    assert "always the largest class: accuracy 0.333, macro-F1 0.167" in text
+    assert (study / "label_efficiency.png").stat().st_size > 10_000
+    assert "<svg" in (study / "label_efficiency.svg").read_text()
+
+    before = {run: (run / "last.pt").stat().st_mtime_ns for run in runs}
+    (runs[1] / "test_metrics.json").unlink()  # as if it had been killed in its test
+    done = run_main(ablate.main, *arguments, cwd=tmp_path)
+    assert done.stdout.count("##### label fraction") == 1
+    assert "##### label fraction 0.4, seed 1" in done.stdout
+    after = {run: (run / "last.pt").stat().st_mtime_ns for run in runs}
+    assert {run for run in runs if after[run] != before[run]} <= {runs[1]}
+    assert (study / "label_efficiency.md").read_text() == text
+
+    manifests[0][1:].to_csv(runs[0] / "train.csv", index=False)
+    said = mistake(ablate.main, *arguments, cwd=tmp_path).stderr
+    assert f"{runs[0].relative_to(tmp_path)}: its train clips were others" in said.replace(
+        f"{tmp_path}/", ""
+    )
+
+
+@pytest.mark.parametrize("layout", ["manifests", "table", "classes", "demo"])
+def test_a_subset_is_trained_on_whatever_the_data_look_like(
+    layout: str, tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The manifests in the run folder list the subset, the same validation and the same test."""
+    data, settings = tiny_data, {}
+    if layout == "table":
+        tables = [pd.read_csv(tiny_data / f"{s}.csv").assign(split=s) for s in SPLITS]
+        pd.concat(tables).to_csv(tmp_path / "all.csv", index=False)
+        settings["csv"] = str(tmp_path / "all.csv")
+    elif layout == "classes":
+        data = tmp_path / "folders"
+        for split in SPLITS:
+            for _, row in pd.read_csv(tiny_data / f"{split}.csv").iterrows():
+                name = row["path"].replace("/", "_")
+                target = data / row["label"] / f"{row['patient']}-{name}"
+                target.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy(tiny_data / "clips" / row["path"], target)
+        settings["patient_pattern"] = "/([a-z]+[0-9])-"
+    elif layout == "demo":
+        data = ""
+        monkeypatch.setattr("training.loaders.DEMO_ROOT", tiny_data)
+        monkeypatch.setattr("training.loaders.render_demo", lambda _: None)
+    classes = ("dark", "grey", "light")
+    options = {"classes": classes, "model_name": "vivit", "device": "cpu"}
+    config = resolve(CrossValidateConfig(data_root=str(data), **options, **settings))
+    splits = load_splits(config)
+    subset = draw_patients(splits["train"], 0.3, 1)
+    assert 0 < len({row.patient for row in subset}) < len({r.patient for r in splits["train"]})
+
+    kept = ablate.keep_subset(config, {**splits, "train": subset}, tmp_path / "run")
+    found = load_splits(resolve(kept))
+    assert found == {**splits, "train": subset}
+    assert resolve(kept).n_frames == config.n_frames
+    assert ablate.keep_subset(config, {**splits, "train": subset}, tmp_path / "run") == kept
+    with pytest.raises(UserError, match="its train clips were others"):
+        ablate.keep_subset(config, splits, tmp_path / "run")
+
+
 def test_mistakes_are_told_before_any_training(
     tiny_data: Path, tmp_path: Path, mistake: Callable, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -130,6 +232,13 @@ def test_mistakes_are_told_before_any_training(
     assert "no class may be called 'path'" in told("--classes", "dark", "path")
     said = told("--ablations", "focal loss", "--label-smoothing", 0.05)
     assert "focal loss: these settings cannot work: label_smoothing is a setting of loss" in said
+    fractions = ("--label-fractions", 0.5)
+    assert "leave --ablations out" in told(*fractions, "--ablations", "focal loss")
+    assert "leave --folds out" in told(*fractions, "--folds", "folds")
+    assert "each must be above 0 to 1, none twice" in told(*fractions, 0.5)
+    assert "each must be above 0 to 1, none twice" in told(*fractions, 0)
+    assert "each must be above 0 to 1, none twice" in told(*fractions, 1.5)
+    assert "seed: give --seeds" in told(*fractions, "--seed", 5)
     study = tmp_path / "study"
     study.mkdir()
     config = AblateConfig(

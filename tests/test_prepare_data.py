@@ -302,6 +302,11 @@ def test_good_files_pass(tiny_data: Path, tmp_path: Path, capsys) -> None:
     assert len(pd.read_csv(output)) == 0
     assert check(CheckConfig((str(tiny_data / "clips/val"),), output=output, num_workers=2)) == 0
     assert "9 files, 0 of them bad" in capsys.readouterr().out  # a folder of videos
+    manifest = tmp_path / "train.csv"
+    manifest.write_bytes(before := (tiny_data / "train.csv").read_bytes())
+    with pytest.raises(UserError, match=r"train\.csv: exists already, is not a table that this"):
+        check(CheckConfig((str(tiny_data),), output=str(manifest), num_workers=0))
+    assert manifest.read_bytes() == before
 
 
 def test_damage_where_no_sampling_looks_is_found(tmp_path: Path) -> None:

@@ -148,20 +148,30 @@ def clip_importance(labels: np.ndarray, num_classes: int, config: TrainConfig) -
 def inner_folds(rows: Sequence[ClipRow], seed: int) -> np.ndarray:
     """The inner fold of each clip, `(N,)`: no patient is in two of them.
 
-    Where patients are unknown, or all clips are of one patient, the source videos are not divided,
-    or else the clips.
+    Where patients are unknown, or no class has clips of two of them, the source videos are not
+    divided, or else the clips, and the log says so.
 
     Raises:
-        UserError: there are fewer than two clips.
+        UserError: there are fewer than two clips of each class.
     """
-    kinds = ([str(getattr(row, kind)) for row in rows] for kind in ("patient", "video", "path"))
-    known = (groups for groups in kinds if "None" not in groups and len(set(groups)) > 1)
-    if (groups := next(known, None)) is None:
-        raise UserError("head linear: one clip is too few to train on")
-    labels = np.array([row.label for row in rows], str)
-    folds = min(INNER_FOLDS, len(set(groups)))
-    fractions = dict.fromkeys(range(folds), 1 / folds)
-    return stratified_group_split(labels, np.array(groups), fractions, seed).astype(int)
+    labels = np.array([row.label for row in rows])
+    for kind in ("patient", "video", "path"):
+        groups = [getattr(row, kind) for row in rows]
+        folds = min(INNER_FOLDS, len(set(groups)))
+        if None in groups or folds < 2:
+            continue
+        fractions = dict.fromkeys(range(folds), 1 / folds)
+        divided = stratified_group_split(
+            labels.astype(str), np.array(groups, str), fractions, seed
+        ).astype(int)
+        if any(len(set(divided[labels == label])) > 1 for label in set(labels)):
+            if kind != "patient":
+                log.info(
+                    "the inner folds may divide patients, because no class has clips of two known "
+                    "ones: the strength and the calibration are those for patients seen before"
+                )
+            return divided
+    raise UserError("head linear: no class has two clips: too few to train on")
 
 
 @dataclass(frozen=True)
@@ -194,11 +204,10 @@ def choose_and_fit(
 
     Args:
         features: `(N, F)`.
-        labels, folds: `(N,)`.
+        labels, folds: `(N,)`; see `inner_folds`.
 
     Raises:
         Interrupted: `interrupt` was asked to stop.
-        UserError: each class has clips in one inner fold only.
     """
     probabilities = np.zeros((len(STRENGTHS), len(labels), num_classes))
     judged = np.zeros(len(labels), bool)
@@ -206,7 +215,7 @@ def choose_and_fit(
         held_out = folds == fold
         others = labels[~held_out]
         if len(np.unique(others)) < 2:
-            continue
+            continue  # nothing to tell apart
         importance = clip_importance(others, num_classes, config)
         heads = fit_heads(features[~held_out], others, importance, STRENGTHS, num_classes)
         for index, head in enumerate(heads):
@@ -214,11 +223,6 @@ def choose_and_fit(
         judged[held_out] = np.isin(labels[held_out], others)
         if interrupt:
             interrupt.check()
-    if not judged.any():
-        raise UserError(
-            "head linear: the clips of each class are all of one patient, so nothing tells how "
-            "strongly to regularise: add clips of other patients, or give --head adamw"
-        )
     importance = clip_importance(labels, num_classes, config)
     true = probabilities[:, np.arange(len(labels)), labels][:, judged]
     losses = -np.log(np.maximum(true, 1e-12)) @ importance[judged]  # (strengths,)

@@ -17,9 +17,9 @@ from clips.cache import ClipCache
 from clips.manifest import ClipRow, get_num_classes, write_manifest
 from clips.manifest_formats import ManifestOptions
 from clips.split import divide_by_patient
-from clips.splits import read_splits, read_table_of_splits
+from clips.splits import SPLITS, read_splits, read_table_of_splits
 from clips.transforms import RandAugmentErase
-from config import TrainConfig, fitted_splits, manifest_paths
+from config import Config, TrainConfig, fitted_splits, manifest_paths
 from dataset import (
     ClipsDataset,
     Perturbation,
@@ -254,13 +254,30 @@ def keep_splits(
     """
     if not config.data_root or not isinstance(manifest_paths(config), Path):
         return config
-    paths = {split: folder.absolute() / f"{split}.csv" for split in splits}
     if distributed.rank() == 0:
-        for split, rows in splits.items():
-            write_manifest(paths[split], rows, config.data_root, config.classes)
+        write_splits(config, splits, folder)
+    return use_splits(config, folder)
+
+
+def write_splits(
+    config: TrainConfig, splits: Mapping[str, Sequence[ClipRow]], folder: Path
+) -> None:
+    """Write the manifests of train, val and test into a folder, for `use_splits`."""
+    for split, rows in splits.items():
+        root = config.data_root or DEMO_ROOT
+        write_manifest(folder / f"{split}.csv", rows, root, config.classes)
+
+
+def use_splits(config: Config, folder: Path) -> Config:
+    """The resolved config with the manifests of a folder, see `write_splits`, instead of its own.
+
+    The settings that say how its own manifests are read are reset; the demo data becomes data of
+    one's own.
+    """
+    root = config.data_root or str(DEMO_ROOT.absolute())
     plain = {field.name: field.default for field in dataclasses.fields(ManifestOptions)}
-    manifests = {f"{split}_csv": str(path) for split, path in paths.items()}
-    return dataclasses.replace(config, csv="", **manifests, **plain)
+    manifests = {f"{split}_csv": str(folder.absolute() / f"{split}.csv") for split in SPLITS}
+    return dataclasses.replace(config, data_root=root, csv="", **manifests, **plain)
 
 
 def _pre_transform(config: TrainConfig) -> RandAugmentErase | None:

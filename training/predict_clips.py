@@ -12,13 +12,14 @@ from clips.manifest import ClipRow, class_problems, read_paths
 from clips.manifest_formats import ManifestOptions
 from config import Precision, from_dict
 from evaluation.calibration import load_calibration
-from evaluation.clip_answers import clip_answers, describe_answers, write_answers
+from evaluation.clip_answers import COLUMNS, clip_answers, describe_answers, write_answers
 from evaluation.novelty import NoveltyReference
 from training.engine import NoClipError, evaluate
 from training.loaders import eval_loader
 from utils.device import autocast_dtype, describe_device, get_device
 from utils.errors import UserError
 from utils.files import make_folder, require_writable
+from utils.tables import require_own_table
 from utils.text_table import list_some
 from video.files import videos_below
 
@@ -29,8 +30,14 @@ def find_clips(sources: Sequence[str], data_root: str = "", path_column: str = "
     """The distinct clips of files, folders and manifests, in this order; labels do not count.
 
     Raises:
-        UserError: a source is none of these, or holds no clip; a manifest has problems.
+        UserError: there is none; a source is none of these, or holds no clip; a manifest has
+            problems.
     """
+    if not sources:
+        raise UserError(
+            "no source: name video files, folders or manifests; --clips names the table that the "
+            "answers are written into"
+        )
     clips: list[Path] = []
     for text in sources:
         path = Path(text)
@@ -72,6 +79,7 @@ def predict_clips(
     """
     if output.suffix.lower() != ".csv" or output.is_dir():
         raise UserError(f"--clips {output}: give the name of a .csv file to write the answers into")
+    require_own_table(output, COLUMNS, "--clips")
     require_writable(output.parent, "--clips")
     state = load_checkpoint(run)
     classes = tuple(state["classes"])

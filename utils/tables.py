@@ -246,6 +246,29 @@ def write_csv(path: str | Path, rows: Iterable[Sequence[Any]]) -> None:
     write_text(path, file.getvalue())
 
 
+def require_own_table(path: Path, header: Sequence[str], flag: str = "--output") -> None:
+    """Check that writing a table replaces no file but an earlier one of the same kind, or an empty
+    one: the name may be that of a manifest by mistake.
+
+    Args:
+        header: the first columns that a table of this kind has.
+        flag: how the user chooses the file.
+
+    Raises:
+        UserError: there is another file of this name.
+    """
+    expected = ",".join(header).encode()
+    if not path.is_file() or not path.stat().st_size:
+        return
+    with open(path, "rb") as file:
+        if re.match(re.escape(expected) + rb"[,\r\n]", file.read(len(expected) + 1)):
+            return
+    raise UserError(
+        f"{flag} {path}: exists already, is not a table that this command wrote, and is not "
+        "overwritten: give another name"
+    )
+
+
 def write_table(
     path: str | Path, table: "pd.DataFrame", index: bool = False, float_format: str = ""
 ) -> None:

@@ -1,5 +1,6 @@
 """prepare_data.py split: no patient twice, every clip once, balanced, deterministic, never over."""
 
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -8,7 +9,8 @@ import pytest
 from helpers import link, run_script, touch
 
 from clips import split as splitting
-from clips.split import SplitConfig, fold_splits, split
+from clips.manifest import ClipRow
+from clips.split import SplitConfig, draw_patients, fold_splits, split
 from prepare_data import main
 from utils.errors import UserError
 
@@ -34,6 +36,64 @@ def test_of_two_folds_the_other_one_is_divided_by_patient() -> None:
         parts = {name: set(groups[splits == name]) for name in ("train", "val")}
         assert not parts["train"] & parts["val"]
         assert {name: len(names) for name, names in parts.items()} == {"train": 5, "val": 1}
+
+
+def random_rows(seed: int) -> list[ClipRow]:
+    """Clips of 12 patients in any order, some of unknown patients, with rare classes."""
+    rng = np.random.default_rng(seed)
+    patients = [*np.repeat([f"p{n}" for n in range(12)], rng.integers(1, 30, 12)), *[None] * 7]
+    labels = rng.choice(5, len(patients), p=[0.6, 0.25, 0.1, 0.03, 0.02])
+    pairs = enumerate(zip(labels, patients, strict=True))
+    rows = [ClipRow(Path(f"{i}.mp4"), int(label), p and str(p)) for i, (label, p) in pairs]
+    return [rows[i] for i in rng.permutation(len(rows))]
+
+
+def group(row: ClipRow) -> str:
+    return row.patient or str(row.path)
+
+
+FRACTIONS = (0.001, 0.05, 0.1, 0.3, 0.5, 0.8, 0.99, 1)
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_drawn_patients_are_whole_nested_and_cover_the_classes(seed: int) -> None:
+    rows = random_rows(seed)
+    sizes = Counter(map(group, rows))
+    previous: set[ClipRow] = set()
+    for fraction in FRACTIONS:
+        drawn = draw_patients(rows, fraction, seed)
+        assert drawn == draw_patients(rows, fraction, seed)
+        assert drawn == [row for row in rows if row in set(drawn)]  # in their order, none twice
+        assert {row.label for row in drawn} == {row.label for row in rows}
+        patients = Counter(map(group, drawn))
+        assert all(sizes[patient] == count for patient, count in patients.items())
+        assert previous <= set(drawn)
+        previous = set(drawn)
+    assert drawn == rows
+    assert len({tuple(draw_patients(rows, 0.3, other)) for other in range(6)}) > 3
+
+
+def test_the_number_of_patients_is_the_nearest() -> None:
+    """Of all numbers of patients that this seed's order allows, the nearest one, from slow counting
+    over a fine grid of fractions."""
+    rows = [ClipRow(Path(f"{p}_{i}"), i % 2, f"p{p}") for p in range(7) for i in range(2 + 3 * p)]
+    grid = [n / 1000 for n in range(1, 1001)]
+    reached = sorted({len(draw_patients(rows, fraction, 3)) for fraction in grid})
+    assert len(reached) == 7  # each number of patients is drawn for some fraction
+    for fraction in grid:
+        distance = {clips: abs(clips - fraction * len(rows)) for clips in reached}
+        clips = len(draw_patients(rows, fraction, 3))
+        assert distance[clips] == min(distance.values())
+
+
+def test_a_patient_with_several_missing_classes_is_drawn_before_many_with_one() -> None:
+    """The classes need p5 and p6 alone, and a fraction that is smaller than both takes both."""
+    rows = [ClipRow(Path(f"{p}_{i}"), p % 4, f"p{p}") for p in range(4) for i in range(9)]
+    rows += [ClipRow(Path(f"a{k}"), k, "p5") for k in (0, 1)]
+    rows += [ClipRow(Path(f"b{k}"), k, "p6") for k in (2, 3)]
+    for seed in range(10):
+        assert {row.patient for row in draw_patients(rows, 0.01, seed)} == {"p5", "p6"}
+        assert len(draw_patients(rows, 0.35, seed)) == 13  # 14 clips: one more patient
 
 
 @pytest.fixture

@@ -3,10 +3,11 @@
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 
 from clips.manifest import ClipRow
-from evaluation.ablation import ablation_table
+from evaluation.ablation import ablation_table, label_table, majority_scores
 from evaluation.predictions import Predictions
 from utils.errors import UserError
 
@@ -78,3 +79,24 @@ def test_other_clips_are_refused() -> None:
     fewer = Predictions(fewer.rows[:-1], fewer.probabilities[:-1])
     with pytest.raises(UserError, match=r"other: was tested on other clips than baseline"):
         ablation_table({"baseline": [predictions(ALL)], "other": [fewer]})
+
+
+def test_label_table_has_means_of_what_was_used_and_the_scores_of_ablation_table() -> None:
+    tested = {0.1: [predictions(NONE_OF_P0), predictions(ALL)], 1.0: [predictions(ALL)] * 2}
+    used = {"share": [0.1, 0.2, 1, 1], "patients": [1, 2, 9, 9], "clips": [10, 20, 100, 100]}
+    runs = pd.DataFrame({"fraction": [0.1, 0.1, 1.0, 1.0], **used})
+    small, full = label_table(runs, tested).to_dict(orient="records")
+    assert (small["fraction"], small["share"]) == (0.1, pytest.approx(0.15))
+    assert (small["patients"], small["clips"], small["seeds"]) == (1.5, 15, 2)
+    assert (full["fraction"], full["share"], full["patients"], full["clips"]) == (1, 1, 9, 100)
+    wanted = ablation_table({"full": tested[1.0], "small": tested[0.1]}).to_dict(orient="records")
+    for name in ("accuracy", "accuracy low", "accuracy high", "macro_f1", "macro_f1 sd"):
+        assert full[name] == wanted[0][name]
+        assert small[name] == wanted[1][name]
+
+
+def test_majority_scores() -> None:
+    """6 clips of class 1 and 2 of class 0: F1 is 2 * 6 / (6 + 8) for class 1 and 0 for class 0."""
+    rows = [ClipRow(Path(f"{n}"), int(n < 6)) for n in range(8)]
+    scores = majority_scores(Predictions(rows, np.full((8, 2), 0.5)))
+    assert scores == {"accuracy": 0.75, "macro_f1": pytest.approx(6 / 14)}
