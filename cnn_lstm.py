@@ -4,13 +4,15 @@ Donahue et al., "Long-term Recurrent Convolutional Networks for Visual Recogniti
 CVPR 2015, arXiv:1411.4389.
 """
 
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
 from modeling.frame_encoder import FrameEncoder
+
+TemporalPooling = Literal["mean", "last", "max", "attention", "statistics", "root_statistics"]
 
 
 class CNNLSTM(FrameEncoder):
@@ -25,7 +27,9 @@ class CNNLSTM(FrameEncoder):
         temporal_pooling: how T outputs become one vector: their `mean`, the `last`, their `max`, a
             mean weighted by a learnt softmax (`attention`), or their `statistics`: mean, standard
             deviation and mean absolute change from frame to frame, each standardised by its mean
-            and deviation over the training clips.
+            and deviation over the training clips; `root_statistics`: of these the signed square
+            roots, which are less skewed (the power normalisation of Perronnin et al., "Improving
+            the Fisher Kernel for Large-Scale Image Classification", ECCV 2010, section 3.3).
         dropout: dropout before the classifier and between LSTM layers.
     """
 
@@ -39,11 +43,11 @@ class CNNLSTM(FrameEncoder):
         lstm_hidden: int = 512,
         lstm_layers: int = 1,
         bidirectional: bool = False,
-        temporal_pooling: Literal["mean", "last", "max", "attention", "statistics"] = "mean",
+        temporal_pooling: TemporalPooling = "mean",
         dropout: float = 0.0,
     ) -> None:
         super().__init__(backbone, modality, fusion, spatial_pool)
-        if temporal_pooling not in ("mean", "last", "max", "attention", "statistics"):
+        if temporal_pooling not in get_args(TemporalPooling):
             raise ValueError(f"no temporal_pooling is called {temporal_pooling!r}")
         self.temporal_pooling = temporal_pooling
         self.lstm: nn.LSTM | None = None
@@ -60,9 +64,10 @@ class CNNLSTM(FrameEncoder):
             width = lstm_hidden * (2 if bidirectional else 1)
         self.attention = nn.Linear(width, 1) if temporal_pooling == "attention" else None
         self.standardise: Standardise | None = None
-        if temporal_pooling == "statistics":
+        if temporal_pooling in ("statistics", "root_statistics"):
             width *= 3
             self.standardise = Standardise(width)
+        self.power_normalised = temporal_pooling == "root_statistics"
         self.dropout = nn.Dropout(dropout)
         self.head = nn.Linear(width, num_classes)
 
@@ -101,7 +106,8 @@ class CNNLSTM(FrameEncoder):
         if self.attention is not None:
             return (x * self.attention(x).softmax(dim=1)).sum(dim=1)
         if self.standardise is not None:
-            return self.standardise(temporal_statistics(x))
+            x = temporal_statistics(x)
+            return self.standardise(signed_root(x) if self.power_normalised else x)
         if self.lstm and self.lstm.bidirectional:
             # The backward LSTM has seen the whole clip at frame 0, but only one frame at the last.
             forward, backward = x.chunk(2, dim=2)
@@ -149,3 +155,9 @@ def temporal_statistics(x: torch.Tensor) -> torch.Tensor:
     # The root of a variance of exactly 0 (a still clip) would have no gradient.
     deviation = (x.var(dim=1, correction=0) + 1e-8).sqrt()
     return torch.cat((x.mean(dim=1), deviation, change), dim=1)
+
+
+def signed_root(x: torch.Tensor) -> torch.Tensor:
+    """`sign(x) sqrt(|x|)`, of any shape. The slope at zero is infinite: values below 1e-8 in size
+    are divided by 1e-4 instead."""
+    return x / x.abs().clamp_min(1e-8).sqrt()

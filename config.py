@@ -193,7 +193,9 @@ class TrainConfig:
     """cnnlstm: layers of the LSTM (0: no LSTM, the features of the frames are pooled)"""
     bidirectional: bool = setting(False, needs="lstm_layers")
     """cnnlstm: a second LSTM reads the clip backward"""
-    temporal_pooling: Literal["mean", "last", "max", "attention", "statistics"] = "mean"
+    temporal_pooling: Literal[
+        "mean", "last", "max", "attention", "statistics", "root_statistics"
+    ] = "mean"
     """cnnlstm: how the outputs of T frames become one vector"""
     dropout: float = setting(0.0, gradient=True, low=0, high=0.99)
     """dropout before the classifier (also inside ViViT's blocks and between LSTM layers)"""
@@ -361,7 +363,7 @@ RECIPES = {
         "backbone": "efficientnet_lite0",
         "modality": "rgb+rgbdiff",
         "lstm_layers": 0,
-        "temporal_pooling": "statistics",
+        "temporal_pooling": "root_statistics",
         "head": "linear",
         "sampler_tau": 1.0,
         "feature_cache": "runs/features",

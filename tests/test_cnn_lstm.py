@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from cnn_lstm import CNNLSTM, Standardise, temporal_statistics
+from cnn_lstm import CNNLSTM, Standardise, signed_root, temporal_statistics
 
 
 def build(seed: int = 0, **options: object) -> CNNLSTM:
@@ -156,3 +156,17 @@ def test_spatial_pool_widens_what_the_lstm_reads() -> None:
     assert model.lstm.input_size == 2048
     wanted = model.backbone(model.normalize(x)[0])
     torch.testing.assert_close(model.frame_features(x)[0], wanted, atol=1e-5, rtol=1e-4)
+
+
+def test_root_statistics_are_the_signed_roots() -> None:
+    x = torch.tensor([4.0, -9.0, 0.0, 1e-10])
+    assert signed_root(x).tolist() == pytest.approx([2, -3, 0, 1e-6])
+    zero = torch.zeros(1, requires_grad=True)
+    signed_root(zero).backward()
+    assert zero.grad.isfinite().all()
+    torch.manual_seed(0)
+    model = build(lstm_layers=0, temporal_pooling="root_statistics").eval()
+    x = torch.randn(3, 6, model.num_features)
+    plain = temporal_statistics(x)
+    expected = plain.sign() * plain.abs().sqrt()
+    torch.testing.assert_close(model.pool(x), expected, atol=1e-4, rtol=1e-4)
