@@ -363,6 +363,7 @@ RECIPES = {
         "backbone": "efficientnet_lite0",
         "modality": "rgb+rgbdiff",
         "lstm_layers": 0,
+        "spatial_pool": 2,
         "temporal_pooling": "root_statistics",
         "head": "linear",
         "sampler_tau": 1.0,

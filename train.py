@@ -54,6 +54,7 @@ from training.log import (
     record_settings,
     resume_line,
     run_header,
+    small_data_hint,
     start_log,
     unreadable_line,
     write_history,
@@ -182,7 +183,10 @@ def _train(
     log.info(run_header(config, model, rows, device, dtype))
     for warning in warnings:
         log.warning(format_warning(warning))
-    log.info(resume_line(resume_from, config, progress) if resume_from else loaded.line)
+    if resume_from:
+        log.info(resume_line(resume_from, config, progress))
+    else:
+        log.info(loaded.line + small_data_hint(config, len(fitted)))
 
     if config.head == "linear":
         train_loader = eval_loader(fitted, config, open_cache(config))

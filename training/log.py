@@ -73,6 +73,19 @@ def run_header(
     return f"{text_table(table)}\n\n{title}\n{summary(model)}"
 
 
+FEW_CLIPS = 500
+
+
+def small_data_hint(config: TrainConfig, num_clips: int) -> str:
+    """What often does better with few clips; empty if they are not few, or it is done already."""
+    if not config.data_root or config.head == "linear" or num_clips > FEW_CLIPS:
+        return ""
+    return (
+        f"\n{num_clips} training clips are few: try --recipe laptop too, a linear head on frozen "
+        "features, which takes minutes (docs/small-data.md)"
+    )
+
+
 def resume_line(saved: Mapping[str, Any], config: TrainConfig, progress: Progress) -> str:
     """Where a run continues, and what is not as it was when it was saved.
 
