@@ -73,8 +73,11 @@ ABLATIONS: dict[str, dict[str, Any]] = {
     "no spatial parts": {"spatial_pool": 1},
     "linear head": {"head": "linear"},
     "head by AdamW": {
-        **{"head": "adamw", "freeze_until": "top", "sampler_tau": 0.5},
-        **{"dropout": 0.5, "learning_rate": 1e-3},
+        "head": "adamw",
+        "freeze_until": "top",
+        "sampler_tau": 0.5,
+        "dropout": 0.5,
+        "learning_rate": 1e-3,
     },
     "ResNet-50": {"backbone": "resnet50"},
     "ConvNeXt-Tiny": {"backbone": "convnext_tiny"},
