@@ -118,11 +118,8 @@ def load_weights(model: nn.Module, spec: str) -> LoadedWeights:
                 "another file"
             )
     if "format_version" in state:
-        if (
-            problem := find_wrong_pretraining(state["pretraining"])
-            if "pretraining" in state
-            else ""
-        ):
+        seen = state.get("pretraining", {})
+        if "pretraining" in state and (problem := find_wrong_pretraining(seen)):
             raise UserError(f"{path}: is damaged: {problem}")
         line = _load_checkpoint(model, weights, path)
         return LoadedWeights(line, *_carried(state), seen)
