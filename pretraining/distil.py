@@ -121,7 +121,7 @@ def load_teacher(name: str, weights: str) -> tuple[CNNLSTM, LoadedWeights]:
 
 
 def random_features(views: int, n_frames: int, seed: int) -> torch.Tensor:
-    """Targets that have nothing to do with the clips, `(views, T, RANDOM_FEATURES)`: the control."""
+    """Targets that say nothing of the clips, `(views, T, RANDOM_FEATURES)`: the control."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(views, n_frames, RANDOM_FEATURES, generator=generator)
 

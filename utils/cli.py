@@ -39,6 +39,7 @@ def parse(
     old_values: Mapping[str, Mapping[str, str]] | None = None,
     aliases: Container[str] = (),
     subcommand: str = "",
+    hidden: Container[str] = (),
 ) -> Config:
     """The command line as a dataclass.
 
@@ -50,9 +51,10 @@ def parse(
         old_values: per field, earlier spellings of values, which are accepted.
         aliases: earlier names that are accepted nevertheless.
         subcommand: the first word of the command line, where a script has several.
+        hidden: fields of a `kind` with sections that are no flags of this script.
 
     Raises:
-        UserError: a flag has been renamed.
+        UserError: a flag has been renamed, or is hidden.
         SystemExit: the command line is wrong, or asks for help.
     """
     prog = f"{os.path.basename(sys.argv[0])} {subcommand}".strip()
@@ -61,10 +63,14 @@ def parse(
     arguments = _respell(arguments, old_names or {}, old_values or {}, aliases)
     if not any(field.metadata.get("section") for field in dataclasses.fields(kind)):
         return tyro.cli(kind, prog=prog, description=description, args=arguments)
-    kind_in_sections = _in_sections(kind, default)
+    for argument in arguments:
+        name = argument.partition("=")[0][2:].removeprefix("no-").replace("-", "_")
+        if argument.startswith("--") and name in hidden:
+            raise UserError(f"{argument.partition('=')[0]} has no effect in {prog}: leave it out")
+    kind_in_sections = _in_sections(kind, default, hidden)
     sections = tyro.cli(kind_in_sections, prog=prog, description=description, args=arguments)
     values = {k: v for section in vars(sections).values() for k, v in vars(section).items()}
-    return kind(**values)
+    return kind(**values) if default is None else dataclasses.replace(default, **values)
 
 
 def parse_subcommand(
@@ -118,8 +124,8 @@ def _respell(
     return respelled
 
 
-def _in_sections(kind: type, default: Any) -> type:
-    """A dataclass of dataclasses, one per section, with the same flags as `kind`.
+def _in_sections(kind: type, default: Any, hidden: Container[str]) -> type:
+    """A dataclass of dataclasses, one per section, with the same flags as `kind` but the hidden.
 
     tyro shows nested dataclasses as groups of `--help`.
     """
@@ -128,6 +134,8 @@ def _in_sections(kind: type, default: Any) -> type:
     section = ""
     for field in dataclasses.fields(kind):
         section = field.metadata.get("section") or section
+        if field.name in hidden:
+            continue
         value = field.default if default is None else getattr(default, field.name)
         help_text = tyro.conf.arg(help=" ".join(texts[field.name].split()))
         typed = Annotated[hints[field.name], help_text]
