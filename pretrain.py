@@ -356,14 +356,14 @@ def resolve(config: PretrainConfig) -> PretrainConfig:
     Raises:
         UserError: all wrong settings at once.
     """
-    demo = is_demo(config)
+    demo, mae = is_demo(config), config.method == "mae"
     changes: dict[str, Any] = {"classes": ()}
     defaults = DEMO_DEFAULTS if demo else OWN_DATA_DEFAULTS
     defaults = {name: defaults[name] for name in ("n_frames", "image_size")}
     if config.method == "order":
         defaults["n_frames"] = 9 if demo else 15
-    defaults |= {"weights": "none" if demo or config.method == "mae" else "default"}
-    defaults |= {"epochs": 60 if demo else 200 if config.method == "mae" else 60}
+    defaults |= {"weights": "none" if demo or mae else "default"}
+    defaults |= {"epochs": (40 if mae else 12) if demo else (200 if mae else 60)}
     defaults |= {"learning_rate": 1e-3 if demo else 3e-4}
     changes |= {name: value for name, value in defaults.items() if getattr(config, name) is None}
     paths = {n: getattr(config, n) for n in ("data_root", "csv", "feature_cache", "windows")}
@@ -392,7 +392,7 @@ def resolve(config: PretrainConfig) -> PretrainConfig:
         raise UserError("\n  ".join(["these settings cannot work:", *problems]))
     if config.warmup_epochs is None:
         changes["warmup_epochs"] = config.epochs / 20
-    if config.method == "mae" and config.mask_ratio is None:
+    if mae and config.mask_ratio is None:
         changes["mask_ratio"] = default_mask_ratio((config.image_size // config.patch_size) ** 2)
     return dataclasses.replace(config, **changes)
 

@@ -41,6 +41,7 @@ from training import checks
 from training.engine import evaluate, train_one_epoch
 from training.feature_cache import feature_loader, head_only
 from training.loaders import DEMO_ROOT, batches_per_epoch, build_dataloaders, keep_splits
+from training.leakage import pretraining_leaks
 from training.log import (
     draw_curves,
     epoch_line,
@@ -140,7 +141,7 @@ def _train(
     criterion = Criterion(config, class_counts, device)
     ema = ModelEma(model, config.ema_decay) if config.ema_decay else None
     parts = config, model, optimizer, scheduler, scaler, ema, progress
-    state = TrainState(*parts, class_counts, clips, loaded.provenance)
+    state = TrainState(*parts, class_counts, clips, loaded.provenance, loaded.pretraining)
     if resume_from:
         check_resume(resume_from, state.state_dict(), optimizer, config.resume or folder)
         state.load_state_dict(resume_from)
@@ -156,6 +157,7 @@ def _train(
     checks.require_some_readable(splits, config.classes)
     if config.check_clips and config.data_root and not resume_from:
         checks.check_clips({"validation": val_loader, "test": test_loader}, config.skip_unreadable)
+    leaks = pretraining_leaks(state.pretraining, rows, config)
 
     # run folder and log
     if is_main and not folder:
@@ -169,7 +171,7 @@ def _train(
         record_settings(folder, config, device)
     writers = stack.enter_context(open_writers(config, folder if is_main else None))
     warnings = patient_overlap(rows) + warn_double_balancing(config)
-    warnings += licence_warning(state.pretrained)
+    warnings += licence_warning(state.pretrained) + leaks
     log.info(run_header(config, model, rows, device, dtype))
     for warning in warnings:
         log.warning(format_warning(warning))
@@ -360,10 +362,7 @@ def _evaluate_best(
     interrupt: Interrupt,
     means: torch.Tensor | None = None,
 ) -> Predictions:
-    """The predictions of the best epoch, in fp32 as in evaluate.py.
-
-    They are calibrated if its checkpoint holds a calibration.
-    """
+    """The predictions of the best epoch, in fp32; calibrated if its checkpoint is."""
     temperature = Calibration.from_state_dict(best.get("calibration")).temperature
     # For the test the embedding of the clips is drawn from their features.
     options = split, config.skip_unreadable, interrupt, temperature, 0.0, means, split == "test"
