@@ -40,8 +40,8 @@ from models import build_model, freeze, use_normalization
 from training import checks
 from training.engine import evaluate, train_one_epoch
 from training.feature_cache import feature_loader, head_only
-from training.loaders import DEMO_ROOT, batches_per_epoch, build_dataloaders, keep_splits
 from training.leakage import pretraining_leaks
+from training.loaders import DEMO_ROOT, batches_per_epoch, build_dataloaders, keep_splits
 from training.log import (
     draw_curves,
     epoch_line,
