@@ -48,13 +48,13 @@ def load_checkpoint(run_or_file: str | Path, name: str = "best.pt") -> dict[str,
         raise UserError(f"{path}: no such checkpoint (give a run folder or a .pt file)")
     state = load_safely(path, "give a run folder or a .pt file of this project")
     _check_version(state, path)
-    if mismatch := find_mismatch(state, _SHAPE):
-        raise UserError(f"{path}: not a checkpoint of this project ({mismatch})")
-    if "method" in state["config"]:
+    if not find_mismatch(state, {"config": {"method": str}}):
         raise UserError(
             f"{path}: is of a pretraining, which classifies nothing yet: python train.py --weights "
             "and its encoder.pt train a classifier from it"
         )
+    if mismatch := find_mismatch(state, _SHAPE):
+        raise UserError(f"{path}: not a checkpoint of this project ({mismatch})")
     config = from_dict(state["config"], source=str(path))
     if problem := _find_problem(state, config):
         raise UserError(f"{path}: is damaged: {problem}")
