@@ -71,13 +71,14 @@ from pretraining.distil import (
     teacher_provenance,
 )
 from pretraining.mae import (
+    MAE_MODELS,
     MaskedAutoencoder,
     count_visible,
     default_mask_ratio,
     encoder_gflops,
     reconstruction,
 )
-from pretraining.order import CLASSES, SEGMENTS, SegmentOrder, order_loss
+from pretraining.order import CLASSES, ORDER_MODELS, SEGMENTS, SegmentOrder, order_loss
 from training import checks
 from training.engine import train_one_epoch
 from training.loaders import DEMO_ROOT, TrainSampler, batches_per_epoch, make_loader
@@ -98,10 +99,7 @@ from utils.torch_files import load_safely
 
 log = logging.getLogger(__name__)
 
-MODELS_OF = {
-    "mae": ("vivit", "timesformer"),
-    "order": ("tsm_resnet", "cnnlstm", "r2plus1d"),
-}
+MODELS_OF = {"mae": MAE_MODELS, "order": ORDER_MODELS}
 """the models that a method is made for; distil is for all"""
 
 

@@ -130,6 +130,32 @@ def divide_by_patient(rows: Sequence[ClipRow]) -> list[str]:
     return list(stratified_group_split(labels, np.array(groups, str), fractions))
 
 
+def draw_patients(rows: Sequence[ClipRow], fraction: float, seed: int) -> list[ClipRow]:
+    """The clips of a random part of the patients, in their order, with clips of every class.
+
+    With the same seed the patients of a smaller fraction are among those of a larger one. There are
+    more patients than the fraction says where fewer do not have all classes. A clip of an unknown
+    patient counts as a patient by itself.
+
+    Args:
+        fraction: of the patients, above 0 and at most 1.
+    """
+    groups = [row.patient or str(row.path) for row in rows]
+    names = np.random.default_rng(seed).permutation(sorted(set(groups))).tolist()
+    labels: dict[str, set[int]] = {name: set() for name in names}
+    for group, row in zip(groups, rows, strict=True):
+        labels[group].add(row.label)
+    covered: set[int] = set()
+    first = []  # those that bring in a class come first, so that every prefix behind them has all
+    for name in names:
+        if labels[name] - covered:
+            first.append(name)
+            covered |= labels[name]
+    order = first + [name for name in names if name not in first]
+    drawn = set(order[: max(len(first), round(fraction * len(order)))])
+    return [row for group, row in zip(groups, rows, strict=True) if group in drawn]
+
+
 def fold_splits(numbers: np.ndarray) -> Iterator[np.ndarray]:
     """For each fold the split of each clip.
 

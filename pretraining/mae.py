@@ -13,6 +13,9 @@ from modeling.layers import ParameterGroup
 from timesformer import TimeSformer
 from vivit import Block, ViViT, patchify, sinusoids
 
+MAE_MODELS = ("vivit", "timesformer")
+"""the models that it is for: those with `forward_tokens`"""
+
 FEW_PATCHES = 64
 """patches of a frame below which a smaller part of them is hidden by default"""
 

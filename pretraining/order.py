@@ -22,6 +22,9 @@ from clips.manifest import ClipRow
 from pretraining.clips import CropFlip, PretrainingClips
 from video.container import ClipError
 
+ORDER_MODELS = ("tsm_resnet", "cnnlstm", "r2plus1d")
+"""the models that it is for: those that take clips of any length"""
+
 SEGMENTS = 3
 ORDERS = tuple(permutations(range(SEGMENTS)))
 CLASSES = 2 * len(ORDERS)

@@ -8,7 +8,8 @@ import pytest
 from helpers import link, run_script, touch
 
 from clips import split as splitting
-from clips.split import SplitConfig, fold_splits, split
+from clips.manifest import ClipRow
+from clips.split import SplitConfig, draw_patients, fold_splits, split
 from prepare_data import main
 from utils.errors import UserError
 
@@ -206,3 +207,26 @@ def test_mistakes_are_one_line(listed: Path, flags: list[str], message: str, mis
     assert code == 2
     assert message in stderr
     assert not (listed / "o").exists()
+
+
+def test_drawn_patients_are_whole_nested_and_have_all_classes() -> None:
+    rng = np.random.default_rng(0)
+    rows = [
+        ClipRow(Path(f"{patient}_{n}.mp4"), int(label), f"P{patient}")
+        for patient in range(20)
+        for n, label in enumerate(rng.choice(4, 3, p=[0.7, 0.2, 0.05, 0.05]))
+    ]
+    for seed in range(5):
+        before: set[ClipRow] = set()
+        for fraction in (0.05, 0.1, 0.25, 0.5, 1.0):
+            drawn = draw_patients(rows, fraction, seed)
+            patients = {row.patient for row in drawn}
+            assert drawn == [row for row in rows if row.patient in patients]
+            assert {row.label for row in drawn} == {0, 1, 2, 3}
+            assert before <= set(drawn)
+            assert len(patients) >= round(20 * fraction)
+            before = set(drawn)
+        assert drawn == rows
+        assert len({r.patient for r in draw_patients(rows, 0.25, seed)}) == 5
+    assert draw_patients(rows, 0.25, 0) == draw_patients(rows, 0.25, 0)
+    assert draw_patients(rows, 0.25, 0) != draw_patients(rows, 0.25, 1)
