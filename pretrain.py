@@ -82,7 +82,7 @@ from pretraining.order import CLASSES, ORDER_MODELS, SEGMENTS, SegmentOrder, ord
 from training import checks
 from training.engine import train_one_epoch
 from training.loaders import DEMO_ROOT, TrainSampler, batches_per_epoch, make_loader
-from training.log import record_settings, resume_line, start_log, unreadable_line, write_history
+from training.log import record_settings, resume_line, start_log, write_history
 from training.optim import cosine_with_warmup, param_groups
 from training.state import Progress, TrainState
 from training.writers import open_writers, public_settings
@@ -188,7 +188,9 @@ def shared_settings(config: TrainConfig, **own: Any) -> PretrainConfig:
     values, section = {}, ""
     for field in dataclasses.fields(TrainConfig):
         section = field.metadata.get("section") or section
-        if (section in SHARED_SECTIONS or field.name in SHARED) and field.name not in UNUSED:
+        is_shared = section in SHARED_SECTIONS or field.name in SHARED
+        # Another modality than RGB is not left out, but refused: its encoder would be another.
+        if is_shared and field.name not in UNUSED - {"modality"}:
             values[field.name] = getattr(config, field.name)
     values["weights"] = None  # those of the training come from here
     return PretrainConfig(**{**values, **own})
@@ -326,8 +328,9 @@ def _pretrain(
         command = shlex.join(["python", "pretrain.py", "--resume", str(folder)])
         log.info(f"\ninterrupted: to continue, run\n  {command}")
         raise SystemExit(128 + (interrupt.signal or signal.SIGTERM)) from None
-    if progress.unreadable:
-        log.warning(unreadable_line(progress.unreadable))
+    if left_out := set().union(*distributed.all_gather(progress.unreadable)):
+        heading = f"{len(left_out):,} clips were left out of the loss:"
+        log.warning("\n  ".join([heading, *sorted(left_out)]))
 
     # results
     output = Path(config.output) if config.output else folder / "encoder.pt"

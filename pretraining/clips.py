@@ -268,7 +268,7 @@ class PretrainingClips(ClipsDataset):
             return super().__getitem__(index)
         index, seed = index if isinstance(index, tuple) else (index, 0)
         number = index * self.fixed_views + seed % self.fixed_views
-        clip, _ = super().__getitem__((index, self.seed * 2**32 + number))
+        clip, _ = super().__getitem__((index, (self.seed * 2**31 + number) % 2**63))
         return clip, number
 
     def _item(self, index: int) -> tuple:

@@ -21,7 +21,7 @@ from checkpoint import load_checkpoint
 from clips.manifest import ClipRow, read_manifest
 from config import TrainConfig, from_dict
 from modeling.weights import load_weights
-from models import build_model
+from models import MODELS, build_model
 from pretrain import PretrainConfig, load_last, main, pretrain, resolve, shared_settings
 from training.leakage import pretraining_leaks
 from utils.errors import UserError
@@ -374,6 +374,21 @@ def test_the_pretraining_of_a_training_shares_its_data_and_model(data: Path) -> 
     assert (config.model_name, config.n_frames, config.epochs) == ("timesformer", 4, 3)
     assert config.data_root == str(data)
     assert config.loss == "cross_entropy"
+    with pytest.raises(UserError, match="modality has no effect"):
+        resolve(shared_settings(TrainConfig(model_name="tsm_resnet", modality="rgbdiff")))
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_every_model_calls_its_classifier_head(name: str) -> None:
+    """By that name an encoder is saved without it, and keeps the new one when it is loaded."""
+    with torch.device("meta"):
+        one, other = (
+            build_model(TrainConfig(model_name=name, n_frames=16, image_size=64), n) for n in (2, 5)
+        )
+    states = one.state_dict(), other.state_dict()
+    changed = {key for key in states[0] if states[0][key].shape != states[1][key].shape}
+    assert changed
+    assert all(key.startswith("head.") for key in changed)
 
 
 def test_two_processes_pretrain_one_encoder(data: Path, tmp_path: Path) -> None:
