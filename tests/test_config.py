@@ -143,7 +143,7 @@ def test_the_config_of_an_earlier_version_is_understood() -> None:
     # Only these are new, and none is lost.
     new = {"csv", *(field.name for field in dataclasses.fields(ManifestOptions))}
     new |= {"model_size", "patch_size", "tubelet_frames", "attention", "pixel_mean", "pixel_std"}
-        new |= {"allow_pretraining_leak"}
+    new |= {"allow_pretraining_leak"}
     assert {OLD_NAMES.get(name, name) for name in EARLIER} | new == FIELDS.keys()
 
 
