@@ -107,7 +107,9 @@ MODELS_OF = {"mae": MAE_MODELS, "order": ORDER_MODELS}
 class PretrainConfig(TrainConfig):
     """The settings of a pretraining: those of the training that it shares, and its own."""
 
-    # Defaults that differ from the training's.
+    # Settings of the training whose defaults differ here.
+    n_frames: int | None = setting(None, section="Clips", low=1, high=1024, pixels="all clips")
+    """frames per clip, T (None: 16; demo data 8; order 15 and 9)"""
     brightness: float = setting(0.0, low=0, pixels="training clips")
     """strength of the random brightness change"""
     contrast: float = setting(0.0, low=0, pixels="training clips")
@@ -119,6 +121,13 @@ class PretrainConfig(TrainConfig):
     model_name: str = setting("vivit", section="Model")
     """model to pretrain: vivit, timesformer (mae, distil), tsm_resnet, cnnlstm, r2plus1d (distil,
     order), video_swin, mvit, or your own (distil)"""
+    weights: str | None = None
+    """weights to start from: default, a torchvision name, a file, a run folder, or none (None:
+    default; mae and demo data none)"""
+    epochs: int | None = setting(None, section="Optimisation", low=1)
+    """passes over the clips (None: 200 for mae, else 60; demo data 40 and 12)"""
+    learning_rate: float | None = setting(None, low=0)
+    """peak learning rate of AdamW (None: 3e-4; demo data 1e-3)"""
     batch_size: int = setting(16, low=1)
     """clips per step and process"""
     warmup_epochs: float | None = setting(None, low=0)
@@ -161,6 +170,8 @@ class PretrainConfig(TrainConfig):
     clips, a control"""
     teacher_weights: str = setting("default", only_with={"method": ("distil",)})
     """distil: weights of the teacher: default, or a file"""
+    teacher_cache: str = setting("", neutral=True)
+    """distil: folder in which the teacher's features are kept (empty: in the run folder)"""
     views: int = setting(4, low=1, high=1000, only_with={"method": ("distil",)})
     """distil: number of random views of each clip whose features are computed"""
 
@@ -170,7 +181,14 @@ UNUSED = {
     *("val_csv", "test_csv", "label_column", "classes", "skip_unreadable", "cache", "check_clips"),
     *("modality", "eval_sampling", "rotation", "translate", "scale", "rand_augment"),
     *("ra_magnitude", "random_erase", "mixup_alpha", "cutmix_alpha", "fusion", "freeze_until"),
-    *("freeze_batchnorm", "feature_augmentations", "loss", "label_smoothing", "focal_gamma"),
+    *(
+        "freeze_batchnorm",
+        "feature_cache",
+        "feature_augmentations",
+        "loss",
+        "label_smoothing",
+        "focal_gamma",
+    ),
     *("logit_adjust_tau", "class_weights", "class_balanced_beta", "sampler_tau", "ema_decay"),
     *("compile", "monitor", "early_stopping_patience", "test_views", "test_crops", "target_error"),
     "allow_pretraining_leak",
@@ -338,6 +356,7 @@ def _pretrain(
         draw_loss(folder / "curves.png", state.history)
         if config.method == "mae" and (config.with_frames or is_demo(config)):
             draw_reconstruction(folder / "reconstruction.png", model, clips, device)
+        output.parent.mkdir(parents=True, exist_ok=True)
         save_encoder(output, state, encoder)
         write_clips(output.with_suffix(".csv"), usable, videos)
         command = ["python", "train.py", "--model-name", config.model_name, "--weights", output]
@@ -367,7 +386,7 @@ def resolve(config: PretrainConfig) -> PretrainConfig:
     defaults |= {"epochs": (40 if mae else 12) if demo else (200 if mae else 60)}
     defaults |= {"learning_rate": 1e-3 if demo else 3e-4}
     changes |= {name: value for name, value in defaults.items() if getattr(config, name) is None}
-    paths = {n: getattr(config, n) for n in ("data_root", "csv", "feature_cache", "windows")}
+    paths = {n: getattr(config, n) for n in ("data_root", "csv", "teacher_cache", "windows")}
     changes |= {name: os.path.abspath(path) for name, path in paths.items() if path}
     changes |= {n: tuple(map(os.path.abspath, getattr(config, n))) for n in ("data", "exclude")}
     unused = [
@@ -473,7 +492,7 @@ def build_criterion(
         total = len(clips) * config.views
         features = random_features(total, config.n_frames, config.seed)
     else:
-        cache = Path(config.feature_cache or folder / "teacher")
+        cache = Path(config.teacher_cache or folder / "teacher")
         loading = config.batch_size, config.num_workers, interrupt
         arguments = teacher, clips, cache, device, *loading
         if distributed.rank() == 0:  # the other processes wait, and find the file

@@ -347,7 +347,10 @@ def test_excluded_patients_are_not_seen(data, tmp_path) -> None:
     table = pd.read_csv(data / "train.csv")
     rows = table[table["patient"] == "train0"]
     rows.assign(path=str(data / "clips") + "/" + rows["path"]).to_csv(manifest, index=False)
-    output = pretrain(tiny(data, tmp_path, epochs=1, exclude=(str(manifest),)))
+    output = tmp_path / "a new folder" / "mine.pt"
+    settings = {"epochs": 1, "exclude": (str(manifest),), "output": str(output)}
+    assert pretrain(tiny(data, tmp_path, **settings)) == output
+    assert output.with_suffix(".csv").is_file()
     seen = torch.load(output, weights_only=True)["pretraining"]
     train_rows = read_manifest(data / "train.csv", None, CLASSES)
     named = {r.patient for r in train_rows}
