@@ -386,7 +386,9 @@ def resolve(config: PretrainConfig) -> PretrainConfig:
     defaults |= {"epochs": (40 if mae else 12) if demo else (200 if mae else 60)}
     defaults |= {"learning_rate": 1e-3 if demo else 3e-4}
     changes |= {name: value for name, value in defaults.items() if getattr(config, name) is None}
-    paths = {n: getattr(config, n) for n in ("data_root", "csv", "teacher_cache", "windows")}
+    paths = {
+        n: getattr(config, n) for n in ("data_root", "csv", "output", "teacher_cache", "windows")
+    }
     changes |= {name: os.path.abspath(path) for name, path in paths.items() if path}
     changes |= {n: tuple(map(os.path.abspath, getattr(config, n))) for n in ("data", "exclude")}
     unused = [

@@ -45,7 +45,7 @@ def pretraining_leaks(
             text = f"{counts} of {split} were pretrained on: {split} numbers partly measure memory"
             warnings.append({"kind": "leakage", "text": text})
             for what, items in found.items():
-                names.append(f"{len(items):,} {what} of {split}: {list_some(items)}")
+                names.append(f"{len(items):,} {what} of {split}: {list_some(items, 3)}")
         if seen.unreadable:
             text = (
                 f"{len(seen.unreadable):,} clips of {split} cannot be read and were not compared "
