@@ -28,7 +28,7 @@ import torch
 import tyro
 from torch import nn
 
-from checkpoint import check_resume, find_wrong_weight, save_checkpoint
+from checkpoint import check_resume, find_wrong_weight
 from clips.fingerprints import merge, pack
 from clips.manifest import ClipRow, clips_digest
 from clips.manifest_formats import ManifestOptions
@@ -46,7 +46,7 @@ from config import (
 from demo.data import render_demo
 from modeling.encoders import licence_warning
 from modeling.layers import enable_gradient_checkpointing
-from modeling.weights import LoadedWeights, find_wrong_pretraining, load_weights
+from modeling.weights import LoadedWeights, load_weights
 from models import build_model, model_options, summary, use_normalization
 from pretraining.clips import (
     CropFlip,
@@ -76,9 +76,15 @@ from pretraining.mae import (
     count_visible,
     default_mask_ratio,
     encoder_gflops,
-    reconstruction,
 )
 from pretraining.order import CLASSES, ORDER_MODELS, SEGMENTS, SegmentOrder, order_loss
+from pretraining.results import (
+    draw_loss,
+    draw_reconstruction,
+    load_last,
+    save_encoder,
+    write_clips,
+)
 from training import checks
 from training.engine import train_one_epoch
 from training.loaders import DEMO_ROOT, TrainSampler, batches_per_epoch, make_loader
@@ -90,12 +96,9 @@ from utils import distributed
 from utils.cli import cli_main, parse
 from utils.device import autocast_dtype, describe_device, get_device, prepare_model
 from utils.errors import UserError, format_warning
-from utils.files import atomic, require_writable, try_write
+from utils.files import require_writable
 from utils.interrupt import Interrupt, Interrupted
 from utils.run_dir import new_run_dir
-from utils.structure import find_mismatch
-from utils.tables import write_csv
-from utils.torch_files import load_safely
 
 log = logging.getLogger(__name__)
 
@@ -356,8 +359,8 @@ def _pretrain(
         draw_loss(folder / "curves.png", state.history)
         if config.method == "mae" and (config.with_frames or is_demo(config)):
             draw_reconstruction(folder / "reconstruction.png", model, clips, device)
-        output.parent.mkdir(parents=True, exist_ok=True)
-        save_encoder(output, state, encoder)
+        save_encoder(output, encoder, public_encoder_settings(config), state.pretrained,
+                     state.pretraining)  # fmt: skip
         write_clips(output.with_suffix(".csv"), usable, videos)
         command = ["python", "train.py", "--model-name", config.model_name, "--weights", output]
         log.info(f"\nencoder: {output}\nto train from it: {shlex.join(map(str, command))} ...")
@@ -542,71 +545,10 @@ def epoch_line(row: dict[str, Any], config: PretrainConfig) -> str:
     return f"{line}  {row['seconds']:.1f} s"
 
 
-def draw_loss(path: Path, history: Sequence[dict[str, Any]]) -> None:
-    """Draw the loss over the epochs. An error is no reason to lose the encoder."""
-    from evaluation.plots import plot_losses  # importing matplotlib takes seconds
-
-    if problem := try_write(path, lambda path: plot_losses(history, path)):
-        log.warning(problem)
-
-
-def draw_reconstruction(
-    path: Path, model: MaskedAutoencoder, clips: PretrainingClips, device: torch.device
-) -> None:
-    """Draw some clips, what the model sees of them and what it predicts."""
-    from PIL import Image
-
-    numbers = range(0, len(clips), max(1, len(clips) // 4))[:4]
-    batch = torch.stack([clips[number, 0][0] for number in numbers]).to(device)
-    picture = Image.fromarray(reconstruction(model.eval(), batch).numpy())
-    with atomic(path) as unfinished:
-        picture.save(unfinished)
-
-
-def save_encoder(path: Path, state: TrainState, encoder: nn.Module) -> None:
-    """Write the encoder: what train.py needs, and no name of a patient, a file or a folder."""
-    config = state.config
+def public_encoder_settings(config: PretrainConfig) -> dict[str, Any]:
+    """The settings that an encoder is saved with: they name no patient, file or folder."""
     names = {*model_options(config.model_name), "pixel_mean", "pixel_std", "teacher"}
-    settings = public_settings(config) | {
-        name: getattr(config, name) for name in names if hasattr(config, name)
-    }
-    weights = encoder.state_dict()
-    save_checkpoint(
-        path,
-        {
-            "model": {k: v for k, v in weights.items() if not k.startswith("head.")},
-            "config": settings,
-            "pretrained": state.pretrained,
-            "pretraining": state.pretraining,
-        },
-    )
-
-
-def write_clips(path: Path, usable: Usable, videos: Sequence[ClipRow]) -> None:
-    """Write the table of what was pretrained on, with plain names: it is for the user alone."""
-    table = [("path", "patient", "video", "used")]
-    table += [(row.path, row.patient, row.video, "yes") for row in usable.rows]
-    table += [(row.path, row.patient, row.video, "cut into windows") for row in videos]
-    table += [(path, None, None, f"no: {reason}") for path, reason in usable.left_out.items()]
-    write_csv(path, table)
-
-
-def load_last(run: Path) -> dict[str, Any]:
-    """The state of a pretraining, to continue from it.
-
-    Raises:
-        UserError: there is none, or it is damaged or of something else.
-    """
-    path = run / "last.pt"
-    if not path.is_file():
-        raise UserError(f"{path}: no such file: give the run folder of a pretraining")
-    state = load_safely(path, "give the run folder of a pretraining")
-    shape = {"model": {str: torch.Tensor}, "config": {"method": str}, "pretraining": dict}
-    if mismatch := find_mismatch(state, shape | {"clips": {str: str}, "pretrained": {str: str}}):
-        raise UserError(f"{path}: not the state of a pretraining ({mismatch})")
-    if problem := find_wrong_pretraining(state["pretraining"]):
-        raise UserError(f"{path}: is damaged: {problem}")
-    return state
+    return public_settings(config) | {n: getattr(config, n) for n in names if hasattr(config, n)}
 
 
 def read_settings() -> tuple[PretrainConfig, dict[str, Any] | None]:
