@@ -13,6 +13,7 @@ train.py refuses to validate or test on them. See docs/pretraining.md.
 """
 
 import dataclasses
+import hashlib
 import logging
 import os
 import shlex
@@ -30,7 +31,7 @@ from torch import nn
 
 from checkpoint import check_resume, find_wrong_weight
 from clips.fingerprints import merge, pack
-from clips.manifest import ClipRow, clips_digest
+from clips.manifest import ClipRow
 from clips.manifest_formats import ManifestOptions
 from clips.splits import SPLITS
 from config import (
@@ -287,13 +288,15 @@ def _pretrain(
     warmup_steps = int(config.warmup_epochs * steps_per_epoch)
     scheduler = cosine_with_warmup(optimizer, config.epochs * steps_per_epoch, warmup_steps)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-    provenance = loaded.provenance | teacher_provenance(config.teacher, taught) if teacher else (
-        loaded.provenance
-    )  # fmt: skip
+    provenance = loaded.provenance
+    if teacher:
+        provenance = teacher_provenance(config.teacher, taught, provenance)
     licence = provenance.get("licence", "")
-    seen = pack(config.method, len(rows), licence, [*rows, *videos], usable.fingerprints,
-                [row.path for row in videos])  # fmt: skip
-    digest = {"train": clips_digest(rows, config.data_root or os.getcwd())}
+    cut = [row.path for row in videos]
+    seen = pack(config.method, len(rows), licence, [*rows, *videos], usable.fingerprints, cut)
+    # By their contents: windows may lie elsewhere when a run is resumed.
+    contents = " ".join(one.sha256 for one in usable.fingerprints)
+    digest = {"train": hashlib.sha256(contents.encode()).hexdigest()}
     parts = config, model, optimizer, scheduler, scaler, None, progress
     state = TrainState(*parts, (), digest, provenance, merge(loaded.pretraining, seen))
     if resume_from:
@@ -317,7 +320,7 @@ def _pretrain(
         record_settings(folder, config, device)
     writers = stack.enter_context(open_writers(config, folder if is_main else None))
     log.info(header(config, model, rows, device, dtype))
-    for warning in licence_warning(provenance):
+    for warning in licence_warning(state.pretrained):
         log.warning(format_warning(warning))
     log.info(resume_line(resume_from, config, progress) if resume_from else loaded.line)
 
@@ -356,12 +359,12 @@ def _pretrain(
     # results
     output = Path(config.output) if config.output else folder / "encoder.pt"
     if is_main:
+        settings = public_encoder_settings(config)
+        save_encoder(output, encoder, settings, state.pretrained, state.pretraining)
+        write_clips(output.with_suffix(".csv"), usable, videos)
         draw_loss(folder / "curves.png", state.history)
         if config.method == "mae" and (config.with_frames or is_demo(config)):
             draw_reconstruction(folder / "reconstruction.png", model, clips, device)
-        save_encoder(output, encoder, public_encoder_settings(config), state.pretrained,
-                     state.pretraining)  # fmt: skip
-        write_clips(output.with_suffix(".csv"), usable, videos)
         command = ["python", "train.py", "--model-name", config.model_name, "--weights", output]
         log.info(f"\nencoder: {output}\nto train from it: {shlex.join(map(str, command))} ...")
     distributed.broadcast_object()  # the other processes wait until it is written

@@ -6,6 +6,7 @@ With a frozen teacher nothing can collapse, and its features are computed once.
 
 import hashlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -190,7 +191,16 @@ def feature_width(teacher: CNNLSTM) -> int:
     return last_layer(teacher).in_features
 
 
-def teacher_provenance(name: str, loaded: LoadedWeights) -> dict[str, str]:
-    """What is known of the teacher, for checkpoints: its name, and the licence of its weights."""
-    known = ("encoder", "licence")
-    return {"teacher": name} | {k: v for k, v in loaded.provenance.items() if k in known}
+def teacher_provenance(
+    name: str, loaded: LoadedWeights, start: Mapping[str, str]
+) -> dict[str, str]:
+    """What is known of the weights that a model was made from, for checkpoints.
+
+    Args:
+        name, loaded: the teacher, see `load_teacher`.
+        start: of the weights that the model starts from; both licences hold.
+    """
+    taught = loaded.provenance
+    licences = dict.fromkeys(filter(None, (start.get("licence"), taught.get("licence"))))
+    licence = {"licence": " and ".join(licences)} if licences else {}
+    return {**start, "teacher": taught.get("encoder", name), **licence}

@@ -71,11 +71,15 @@ def draw_reconstruction(
     """Draw some clips, what the model sees of them and what it predicts."""
     from PIL import Image
 
-    numbers = range(0, len(clips), max(1, len(clips) // 4))[:4]
-    batch = torch.stack([clips[number, 0][0] for number in numbers]).to(device)
-    picture = Image.fromarray(reconstruction(model.eval(), batch).numpy())
-    with atomic(path) as unfinished:
-        picture.save(unfinished)
+    def write(path: Path) -> None:
+        numbers = range(0, len(clips), max(1, len(clips) // 4))[:4]
+        batch = torch.stack([clips[number, 0][0] for number in numbers]).to(device)
+        picture = Image.fromarray(reconstruction(model.eval(), batch).numpy())
+        with atomic(path) as unfinished:
+            picture.save(unfinished)
+
+    if problem := try_write(path, write):
+        log.warning(problem)
 
 
 def load_last(run: Path) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from clips.manifest import ClipRow, read_manifest
 from config import TrainConfig, from_dict
 from modeling.weights import load_weights
 from models import MODELS, build_model
-from pretrain import PretrainConfig, load_last, main, pretrain, resolve, shared_settings
+from pretrain import UNUSED, PretrainConfig, load_last, main, pretrain, resolve, shared_settings
 from training.leakage import pretraining_leaks
 from utils.errors import UserError
 from utils.interrupt import Interrupt
@@ -133,7 +133,7 @@ def test_a_damaged_provenance_is_refused_and_not_dropped(pretrained: Path, tmp_p
 @pytest.mark.parametrize(
     ("method", "model", "more"),
     [
-        ("mae", "timesformer", {"image_size": 16, "shuffle_frames": True}),
+        ("mae", "timesformer", {"image_size": 16, "shuffle_frames": True, "with_frames": True}),
         ("distil", "vivit", {"teacher": "random"}),
         ("distil", "tsm_resnet", {"teacher": "random", "views": 2}),
         ("order", "cnnlstm", {"n_frames": 6, "lstm_hidden": 16}),
@@ -149,6 +149,7 @@ def test_methods_train_and_their_encoders_load(method, model, more, data, tmp_pa
     assert row["train_loss"] > 0
     if method == "order":
         assert row["chance"] == pytest.approx(1 / 12, abs=1e-5)
+    assert (output.parent / "reconstruction.png").exists() == bool(more.get("with_frames"))
     fresh = build_model(resolve(config), 3)
     assert load_weights(fresh, str(output)).pretraining["method"] == method
 
@@ -187,10 +188,14 @@ def test_settings_that_cannot_work_are_refused(settings, message, data, tmp_path
     assert not list(tmp_path.rglob("*.pt"))
 
 
-def test_flags_without_effect_are_refused(data, tmp_path, mistake) -> None:
+def test_flags_without_effect_are_refused(data, tmp_path, mistake, run_main) -> None:
     code, stderr = mistake(main, *flags(data, "--loss", "focal"), cwd=tmp_path)
     assert code == 2
     assert "error: --loss has no effect in pretrain.py: leave it out" in stderr
+    done = run_main(main, "--help", cwd=tmp_path)
+    assert "--mask-ratio" in done.stdout
+    assert "--learning-rate" in done.stdout
+    assert not [name for name in UNUSED if f"--{name.replace('_', '-')} " in done.stdout]
 
 
 def test_an_interrupted_run_resumes_exactly(data, tmp_path, run_main, monkeypatch) -> None:
@@ -214,7 +219,7 @@ def test_an_interrupted_run_resumes_exactly(data, tmp_path, run_main, monkeypatc
     assert f"python pretrain.py --resume {run.relative_to(stopped)}" in done.stdout
     assert load_last(run)["step"] == 2
     assert not (run / "encoder.pt").exists()
-    done = run_main(main, "--resume", run, cwd=stopped)
+    done = run_main(main, "--resume", run, cwd=tmp_path)  # from wherever it is resumed
     assert "resumed at epoch 2, batch 3" in done.stdout
     first, second = load_last(only_run(whole)), load_last(run)
     assert same_tensors(first["model"], second["model"])

@@ -9,6 +9,7 @@ from torch.nn import functional as F
 
 from clips.manifest import ClipRow
 from cnn_lstm import CNNLSTM
+from modeling.weights import LoadedWeights
 from pretraining.clips import CropFlip, PretrainingClips
 from pretraining.distil import (
     Distillation,
@@ -18,6 +19,7 @@ from pretraining.distil import (
     random_features,
     target_width,
     teacher_features,
+    teacher_provenance,
 )
 from utils.errors import UserError
 
@@ -116,3 +118,11 @@ def test_random_targets_depend_on_the_seed_alone() -> None:
 def test_a_teacher_without_weights_is_refused() -> None:
     with pytest.raises(UserError, match="--teacher random"):
         load_teacher("resnet18", "none")
+
+
+def test_the_licences_of_teacher_and_start_both_hold() -> None:
+    taught = LoadedWeights("", {"file": "t.pth", "encoder": "EndoViT", "licence": "CC BY-NC 4.0"})
+    start = {"file": "s.pth", "licence": "MIT"}
+    expected = {"file": "s.pth", "teacher": "EndoViT", "licence": "MIT and CC BY-NC 4.0"}
+    assert teacher_provenance("timm:vit", taught, start) == expected
+    assert teacher_provenance("resnet18", LoadedWeights(""), {}) == {"teacher": "resnet18"}
