@@ -15,7 +15,13 @@ from torch import nn
 
 from config import TrainConfig, from_dict
 from modeling.features import last_layer
-from modeling.weights import find_weights, is_finite, is_ordinary
+from modeling.weights import (
+    PRETRAINING,
+    find_weights,
+    find_wrong_pretraining,
+    is_finite,
+    is_ordinary,
+)
 from models import build_model
 from utils.errors import UserError, first_line
 from utils.structure import find_mismatch, short_repr
@@ -42,6 +48,11 @@ def load_checkpoint(run_or_file: str | Path, name: str = "best.pt") -> dict[str,
         raise UserError(f"{path}: no such checkpoint (give a run folder or a .pt file)")
     state = load_safely(path, "give a run folder or a .pt file of this project")
     _check_version(state, path)
+    if not find_mismatch(state, {"config": {"method": str}}):
+        raise UserError(
+            f"{path}: is of a pretraining, which classifies nothing yet: python train.py --weights "
+            "and its encoder.pt train a classifier from it"
+        )
     if mismatch := find_mismatch(state, _SHAPE):
         raise UserError(f"{path}: not a checkpoint of this project ({mismatch})")
     config = from_dict(state["config"], source=str(path))
@@ -63,6 +74,7 @@ _SHAPE = {
     "class_counts?": [int],
     "clips?": {str: str},
     "pretrained?": {str: str},
+    "pretraining?": PRETRAINING,
     "calibration?": {
         "temperature": float,
         "target_error?": float | None,
@@ -85,7 +97,7 @@ _RESUME_SHAPE = {
     "epoch": int,
     "step": int,
     "best": dict,
-    "history": [_ROW],
+    "history": [{"epoch": int, "train_loss": _NUMBER}],
     "totals": [[float]],
     "rng": [{"python": [object], "torch": torch.Tensor, "cuda": [torch.Tensor]}],
     "unreadable": [str],
@@ -133,12 +145,14 @@ def _find_problem(state: dict[str, Any], config: TrainConfig) -> str:
             return "its calibration has not one `correct` per clip"
         if calibration["temperature"] <= 0:
             return "its calibration has a temperature that is not above 0"
+    if "pretraining" in state and (problem := find_wrong_pretraining(state["pretraining"])):
+        return problem
     try:
         with torch.device("meta"):  # takes no memory, whatever the settings claim
             model = build_model(config, len(config.classes))
     except Exception as error:  # the settings are a file's, and may be anything
         return f"its settings describe no model ({first_line(error)})"
-    if problem := _find_wrong_weight(state["model"], model.state_dict()):
+    if problem := find_wrong_weight(state["model"], model.state_dict()):
         return problem
     if "novelty" in state:
         return _find_wrong_means(state["novelty"]["means"], model, len(config.classes))
@@ -155,7 +169,7 @@ def _find_wrong_means(means: torch.Tensor, model: nn.Module, num_classes: int) -
     return ""
 
 
-def _find_wrong_weight(weights: dict[str, Any], own: dict[str, torch.Tensor]) -> str:
+def find_wrong_weight(weights: dict[str, Any], own: dict[str, torch.Tensor]) -> str:
     """The first tensor that is missing, or not as the model has it; empty if there is none."""
     if missing := own.keys() ^ weights.keys():
         return f"{len(missing)} weights are missing or unknown, e.g. {min(missing)}"
@@ -203,7 +217,7 @@ def _find_resume_problem(
             state, {"trained": {str: torch.Tensor}, "averaged_steps": int}
         ):
             return mismatch
-        if problem := _find_wrong_weight(state["trained"], fresh["trained"]):
+        if problem := find_wrong_weight(state["trained"], fresh["trained"]):
             return problem
     if state["step"] < 0:
         return "its step is below 0"

@@ -214,6 +214,9 @@ class TrainConfig:
     weights were trained with)"""
     pixel_std: tuple[float, ...] = ()
     """standard deviation of red, green and blue, by which they are then divided"""
+    allow_pretraining_leak: bool = setting(False, resumable=True)
+    """train although pretrain.py has seen patients or clips of validation or test; the results then
+    hold a warning"""
 
     # ---- Freezing ----
     head: Literal["adamw", "linear"] = setting("adamw", section="Freezing")

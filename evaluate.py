@@ -240,6 +240,7 @@ def evaluate_checkpoint(config: EvaluateConfig) -> None:
     from evaluation.robustness import measure_robustness
     from modeling.encoders import licence_warning
     from training.engine import evaluate
+    from training.leakage import pretraining_leaks
     from training.loaders import eval_loader, open_cache
     from training.losses import logit_adjustment, warn_double_adjustment
     from utils.device import autocast_dtype, describe_device, get_device
@@ -265,6 +266,9 @@ def evaluate_checkpoint(config: EvaluateConfig) -> None:
     warnings += licence_warning(state.get("pretrained", {}))
     cache = open_cache(settings)
     split = Path(config.csv).stem if config.csv else config.split
+    judged = {"the clips" if config.csv else split: rows}
+    allowing = dataclasses.replace(settings, allow_pretraining_leak=True)  # a warning will do
+    warnings += pretraining_leaks(state.get("pretraining", {}), judged, allowing)
     print(f"{settings.model_name} on {len(rows)} {split} clips, {describe_device(device)}, {dtype}")
     num_views = settings.test_views * settings.test_crops
     if num_views > 1:

@@ -30,6 +30,7 @@ from modeling.vit import (
     pretrained_image_vit,
     resize_frames,
     resize_positions,
+    select_patches,
 )
 
 if TYPE_CHECKING:
@@ -169,13 +170,44 @@ class TimeSformer(nn.Module):
         """`(B, T, C, H, W)` uint8 or float in [0, 1] to logits `(B, num_classes)`."""
         n_frames = clips.shape[1]
         x = self.patch_embed(self.normalize(clips).flatten(0, 1))  # (B * T, patches, dim)
-        x = x + self.pos_embed[:, 1:]
-        x = x.unflatten(0, (-1, n_frames)) + self.time_embed.unsqueeze(2)  # (B, T, patches, dim)
-        cls = (self.cls_token + self.pos_embed[:, :1]).expand(x.shape[0], -1, -1)
-        x = torch.cat((cls, x.flatten(1, 2)), dim=1)  # (B, 1 + T * patches, dim)
+        x = (x + self.pos_embed[:, 1:]).unflatten(0, (-1, n_frames))  # (B, T, patches, dim)
+        return self.head(self.dropout(self.norm(self._encode(x)[:, 0])))
+
+    def _encode(self, x: torch.Tensor) -> torch.Tensor:
+        """Embedded patches, `(B, T, patches, dim)`, to the output of the last block, `(B, 1 + T *
+        patches, dim)`."""
+        batch, n_frames = x.shape[:2]
+        x = x + self.time_embed.unsqueeze(2)
+        cls = (self.cls_token + self.pos_embed[:, :1]).expand(batch, -1, -1)
+        x = torch.cat((cls, x.flatten(1, 2)), dim=1)
         for block in self.blocks:
             x = checkpointed([block], block, x, n_frames)
-        return self.head(self.dropout(self.norm(x[:, 0])))
+        return x
+
+    def forward_tokens(
+        self, clips: torch.Tensor, visible: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The output tokens for masked autoencoding. Patches that are not visible are not computed.
+
+        A patch is visible in all frames or in none, so that divided attention keeps its grid.
+
+        Args:
+            clips: as in `forward`.
+            visible: `(B, K)` numbers of the visible patches, the same in all frames (None: all).
+
+        Returns:
+            The tokens of the patches, `(B, T, K, dim)`, and the class token, `(B, 1, dim)`.
+        """
+        shape, projection = clips.shape[:2], self.patch_embed.proj
+        frames, side = self.normalize(clips).flatten(0, 1), projection.kernel_size[0]
+        x = F.unfold(frames, side, stride=side).transpose(1, 2).unflatten(0, shape)
+        positions = self.pos_embed[:, None, 1:]  # (1, 1, patches, dim)
+        if visible is not None:
+            x, positions = select_patches(x, visible), select_patches(positions, visible)
+        # The convolution, of the visible patches alone: (B, T, K, dim).
+        x = F.linear(x, projection.weight.flatten(1), projection.bias)
+        tokens = self.norm(self._encode(x + positions))
+        return tokens[:, 1:].unflatten(1, (shape[1], -1)), tokens[:, :1]
 
     def pretrained_file(self) -> "Pretrained":
         """The image ViT that `--weights default` starts from."""

@@ -39,6 +39,7 @@ from training import checks
 from training.engine import evaluate, train_one_epoch
 from training.feature_cache import feature_loader, head_only
 from training.final_test import calibrate_best, final_test
+from training.leakage import pretraining_leaks
 from training.linear_head import train_linear_head
 from training.loaders import (
     DEMO_ROOT,
@@ -150,7 +151,7 @@ def _train(
     criterion = Criterion(config, class_counts, device)
     ema = ModelEma(model, config.ema_decay) if config.ema_decay else None
     parts = config, model, optimizer, scheduler, scaler, ema, progress
-    state = TrainState(*parts, class_counts, clips, loaded.provenance)
+    state = TrainState(*parts, class_counts, clips, loaded.provenance, loaded.pretraining)
     if resume_from:
         check_resume(resume_from, state.state_dict(), optimizer, config.resume or folder)
         state.load_state_dict(resume_from)
@@ -166,6 +167,7 @@ def _train(
     checks.require_some_readable(splits, config.classes)
     if config.check_clips and config.data_root and not resume_from:
         checks.check_clips({"validation": val_loader, "test": test_loader}, config.skip_unreadable)
+    leaks = pretraining_leaks(state.pretraining, rows, config)
 
     # run folder and log
     if is_main and not folder:
@@ -179,7 +181,7 @@ def _train(
         record_settings(folder, config, device)
     writers = stack.enter_context(open_writers(config, folder if is_main else None))
     warnings = patient_overlap(rows) + warn_double_balancing(config)
-    warnings += licence_warning(state.pretrained) + random_features
+    warnings += licence_warning(state.pretrained) + random_features + leaks
     log.info(run_header(config, model, rows, device, dtype))
     for warning in warnings:
         log.warning(format_warning(warning))

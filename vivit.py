@@ -28,6 +28,7 @@ from modeling.vit import (
     patches_per_side,
     pretrained_image_vit,
     resize_positions,
+    select_patches,
 )
 from utils.errors import UserError
 
@@ -109,16 +110,34 @@ class Embedding(nn.Module):
         for parameter in self.parameters(recurse=False):
             nn.init.trunc_normal_(parameter, std=0.02)
 
-    def forward(self, clips: torch.Tensor) -> torch.Tensor:
-        """`(B, T, C, H, W)` to `(B, T / tubelet_frames, [1 +] patches, dim)`."""
-        b, t, c, h, w = clips.shape
-        p, f = self.patch_size, self.tubelet_frames
-        x = clips.reshape(b, t // f, f, c, h // p, p, w // p, p)
-        x = x.permute(0, 1, 4, 6, 2, 5, 7, 3).flatten(4)  # (B, T/f, H/p, W/p, f * p * p * C)
-        x = self.patches(x.flatten(2, 3))  # (B, T/f, patches, dim)
+    def forward(self, clips: torch.Tensor, visible: torch.Tensor | None = None) -> torch.Tensor:
+        """`(B, T, C, H, W)` to `(B, T / tubelet_frames, [1 +] patches, dim)`.
+
+        Args:
+            visible: `(B, K)` numbers of the patches that become tokens (None: all).
+        """
+        b, t, _, _, _ = clips.shape
+        x = patchify(clips, self.patch_size, self.tubelet_frames)
+        positions = self.positions
+        if visible is not None:
+            x = select_patches(x, visible)
+            first = int(self.cls_token is not None)
+            patches = select_patches(positions[:, :, first:], visible)
+            cls = positions[:, :, :first].expand(b, -1, -1, -1)
+            positions = torch.cat((cls, patches), dim=2)  # (B, T/f, [1 +] K, dim)
+        x = self.patches(x)  # (B, T/f, patches, dim)
         if self.cls_token is not None:
-            x = torch.cat((self.cls_token.expand(b, t // f, -1, -1), x), dim=2)
-        return self.dropout(x + self.positions)
+            x = torch.cat((self.cls_token.expand(b, t // self.tubelet_frames, -1, -1), x), dim=2)
+        return self.dropout(x + positions)
+
+
+def patchify(clips: torch.Tensor, patch_size: int, tubelet_frames: int = 1) -> torch.Tensor:
+    """The pixels of tubelets: `(B, T, C, H, W)` to `(B, T / f, patches, f * p * p * C)`."""
+    b, t, c, h, w = clips.shape
+    p, f = patch_size, tubelet_frames
+    x = clips.reshape(b, t // f, f, c, h // p, p, w // p, p)
+    x = x.permute(0, 1, 4, 6, 2, 5, 7, 3).flatten(4)  # (B, T/f, H/p, W/p, f * p * p * C)
+    return x.flatten(2, 3)
 
 
 class ViViT(nn.Module):
@@ -199,20 +218,49 @@ class ViViT(nn.Module):
     def forward(self, clips: torch.Tensor) -> torch.Tensor:
         """`(B, T, C, H, W)` uint8 or float in [0, 1] to logits `(B, num_classes)`."""
         tokens = self.embedding(self.normalize(clips))  # (B, T', [1 +] patches, dim)
-        batch, times = tokens.shape[:2]
         if self.temporal_norm is None:
-            x = tokens.flatten(1, 2)  # (B, T' * patches, dim)
-            for block in self.spatial:
-                x = checkpointed([block], block, x)
+            x = self._spatial(tokens.flatten(1, 2))  # (B, T' * patches, dim)
             return self.head(self.spatial_norm(x).mean(dim=1))
-        x = tokens.flatten(0, 1)  # (B * T', 1 + patches, dim)
+        x = self._spatial(tokens.flatten(0, 1), tokens.shape[1])  # (B * T', 1 + patches, dim)
+        x = self._temporal(self.spatial_norm(x[:, 0]), tokens.shape[:2])  # (B, 1 + T', dim)
+        return self.head(self.temporal_norm(x[:, 0]))
+
+    def _spatial(self, x: torch.Tensor, rows_per_clip: int = 1) -> torch.Tensor:
         for block in self.spatial:
-            x = checkpointed([block], block, x, times)
-        x = self.spatial_norm(x[:, 0]).unflatten(0, (batch, times))  # (B, T', dim)
-        x = torch.cat((self.clip_token[0].expand(batch, -1, -1), x), dim=1)  # (B, 1 + T', dim)
+            x = checkpointed([block], block, x, rows_per_clip)
+        return x
+
+    def _temporal(self, frames: torch.Tensor, shape: torch.Size) -> torch.Tensor:
+        """The tokens of the frames, `(B * T', dim)`, to `(B, 1 + T', dim)`, the clip's before."""
+        x = frames.unflatten(0, shape)  # (B, T', dim)
+        x = torch.cat((self.clip_token[0].expand(shape[0], -1, -1), x), dim=1)
         for block in self.temporal:
             x = checkpointed([block], block, x)
-        return self.head(self.temporal_norm(x[:, 0]))
+        return x
+
+    def forward_tokens(
+        self, clips: torch.Tensor, visible: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The output tokens for masked autoencoding. Patches that are not visible are not computed.
+
+        Args:
+            clips: as in `forward`.
+            visible: `(B, K)` numbers of the visible patches, the same at all times (None: all).
+
+        Returns:
+            The tokens of the patches, `(B, T', K, dim)`, and those of no patch. Factorised, the
+            patches come from the spatial encoder, and the others, `(B, 1 + T', dim)`, are the clip
+            and its frames from the temporal one, so that both encoders are trained. With joint
+            attention there are no others: `(B, 0, dim)`.
+        """
+        tokens = self.embedding(self.normalize(clips), visible)  # (B, T', [1 +] K, dim)
+        shape = tokens.shape[:2]
+        if self.temporal_norm is None:
+            x = self.spatial_norm(self._spatial(tokens.flatten(1, 2)))
+            return x.unflatten(1, (shape[1], -1)), x[:, :0]
+        x = self.spatial_norm(self._spatial(tokens.flatten(0, 1), shape[1]))
+        others = self.temporal_norm(self._temporal(x[:, 0], shape))
+        return x[:, 1:].unflatten(0, shape), others
 
     def pretrained_file(self) -> "Pretrained":
         """The image ViT that `--weights default` starts from."""

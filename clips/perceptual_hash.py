@@ -40,18 +40,26 @@ def perceptual_hash(path: Path) -> np.ndarray | None:
     Raises:
         ClipError: the clip cannot be read.
     """
+    frames = read_clip(path, FrameSampler(N_FRAMES), 128).rgb  # (3, 128, 128, 3)
+    hashes = [hash_frame(frame) for frame in frames]
+    return None if any(bits is None for bits in hashes) else np.concatenate(hashes)
+
+
+def hash_frame(frame: np.ndarray) -> np.ndarray | None:
+    """The perceptual hash of a frame of 128 x 128 pixels, `(64,)` bool; see `perceptual_hash`.
+
+    Returns:
+        None if the frame is almost uniform.
+    """
     from PIL import Image  # these are not above: --help does without them
     from scipy.fft import dctn
 
-    frames = read_clip(path, FrameSampler(N_FRAMES), 128).rgb  # (3, 128, 128, 3)
-    hashes = []
-    for grey in (frames @ np.array(LUMA)).astype(np.uint8):
-        small = np.asarray(Image.fromarray(grey).resize((_SIDE, _SIDE)), float)
-        if small.std() < _MIN_DEVIATION:
-            return None
-        low = dctn(small, norm="ortho")[:9, :9].ravel()[1 : BITS + 1]
-        hashes.append(low > np.median(low))
-    return np.concatenate(hashes)
+    grey = (frame @ np.array(LUMA)).astype(np.uint8)
+    small = np.asarray(Image.fromarray(grey).resize((_SIDE, _SIDE)), float)
+    if small.std() < _MIN_DEVIATION:
+        return None
+    low = dctn(small, norm="ortho")[:9, :9].ravel()[1 : BITS + 1]
+    return low > np.median(low)
 
 
 def duplicate_groups(hashes: Sequence[np.ndarray | None], max_distance: int) -> np.ndarray:

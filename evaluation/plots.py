@@ -200,6 +200,24 @@ def plot_curves(history: Sequence[dict[str, Any]], best_epoch: int, path: str | 
     save_figure(figure, path)
 
 
+def plot_losses(history: Sequence[dict[str, Any]], path: str | Path) -> None:
+    """Draw the training loss and, where there is one, the accuracy and chance over the epochs."""
+    epochs = [row["epoch"] for row in history]
+    panels = {"loss": ("train_loss",), "accuracy": ("accuracy", "chance")}
+    shown = {name: columns for name, columns in panels.items() if columns[0] in history[0]}
+    figure = Figure(figsize=(4.6 * len(shown), 3.6), layout="constrained")
+    for axes, (name, columns) in zip(
+        figure.subplots(1, len(shown), squeeze=False)[0], shown.items(), strict=True
+    ):
+        for column in columns:
+            axes.plot(epochs, [row[column] for row in history], label=_series_name(column))
+        axes.set(xlabel="epoch", ylabel=name)
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize=8)
+    save_figure(figure, path)
+
+
 def plot_tradeoff(
     latency: np.ndarray,
     scores: np.ndarray,

@@ -104,6 +104,20 @@ def resize_frames(positions: torch.Tensor, n_frames: int) -> torch.Tensor:
     return F.interpolate(positions.transpose(1, 2), n_frames, mode="linear").transpose(1, 2)
 
 
+def select_patches(x: torch.Tensor, visible: torch.Tensor) -> torch.Tensor:
+    """The visible patches of each clip, the same ones at all times.
+
+    Args:
+        x: `(B, T, patches, D)`.
+        visible: `(B, K)` numbers of patches.
+
+    Returns:
+        `(B, T, K, D)`.
+    """
+    index = visible[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3])
+    return x.expand(len(visible), -1, -1, -1).gather(2, index)
+
+
 def is_image_vit(weights: Mapping[str, torch.Tensor]) -> bool:
     """Whether these are the weights of an image ViT, under timm's names."""
     image = {"cls_token", "pos_embed", "patch_embed.proj.weight", "blocks.0.attn.qkv.weight"}

@@ -29,8 +29,36 @@ class LoadedWeights:
     """file, encoder and licence, as far as they are known; it is kept in the checkpoints"""
     mean_std: MeanStd | None = None
     """normalisation that the weights were trained with, where the model's own is another"""
+    pretraining: dict[str, Any] = field(default_factory=dict)
+    """what pretrain.py has seen of which patients and files, see PRETRAINING; empty: nothing"""
     whole: bool = False
     """whether the file is a checkpoint of the same model, so that at most the classifier is new"""
+
+
+# What pretrain.py has seen, as its encoder.pt and later checkpoints hold it: see
+# clips/fingerprints.py. The digests are rows of uint8: `(N, 32)` of patients' names and of files,
+# `(N, 8)` of frames.
+PRETRAINING = {
+    "method": str,
+    "clips": int,
+    "licence": str,
+    "patients": torch.Tensor,
+    "files": torch.Tensor,
+    "frames": torch.Tensor,
+}
+_DIGEST_BYTES = {"patients": 32, "files": 32, "frames": 8}
+
+
+def find_wrong_pretraining(entry: Any) -> str:
+    """What is wrong with the entry `pretraining` of a file; empty if nothing is."""
+    if mismatch := find_mismatch(entry, PRETRAINING, "pretraining"):
+        return mismatch
+    for name, width in _DIGEST_BYTES.items():
+        value = entry[name]
+        is_plain = value.device.type == "cpu" and value.layout == torch.strided
+        if not is_plain or value.dtype != torch.uint8 or value.shape[1:] != (width,):
+            return f"pretraining.{name} is no table of digests"
+    return ""
 
 
 def load_weights(model: nn.Module, spec: str) -> LoadedWeights:
@@ -39,8 +67,8 @@ def load_weights(model: nn.Module, spec: str) -> LoadedWeights:
     Args:
         spec: `none` leaves the random ones; `default` or a name such as `IMAGENET1K_V1` takes
             torchvision's (or timm's) for the backbone; anything else is a file: an official one for
-            the backbone, a public encoder (modeling/encoders.py), or a checkpoint or run folder of
-            this project (its head too, if the number of classes is the same).
+            the backbone, a public encoder (modeling/encoders.py), or a checkpoint, encoder.pt or
+            run folder of this project (its head too, if the number of classes is the same).
 
     Raises:
         UserError: the weights cannot be found or downloaded, are damaged, or of another model. The
@@ -54,7 +82,9 @@ def load_weights(model: nn.Module, spec: str) -> LoadedWeights:
     from_timm = getattr(model if backbone is None else backbone, "pretrained_file", None)
     names = ["default"] if enum or packaged or from_timm else []
     names += [weights.name for weights in enum or ()]
-    path = Path(spec) / "best.pt" if Path(spec).is_dir() else Path(spec)
+    path = Path(spec)
+    if path.is_dir():  # of a training, or of a pretraining
+        path = next((p for n in ("best.pt", "encoder.pt") if (p := path / n).is_file()), path)
     source = None  # of timm
     if spec.lower() == "default" and packaged:
         path = package_file()
@@ -90,8 +120,11 @@ def load_weights(model: nn.Module, spec: str) -> LoadedWeights:
                 "another file"
             )
     if "format_version" in state:
+        seen = state.get("pretraining", {})
+        if "pretraining" in state and (problem := find_wrong_pretraining(seen)):
+            raise UserError(f"{path}: is damaged: {problem}")
         line = _load_checkpoint(model, weights, path)
-        return LoadedWeights(line, *_carried(state), whole=True)
+        return LoadedWeights(line, *_carried(state), seen, whole=True)
     encoder = recognise(weights)
     try:
         if weights.keys() == model.state_dict().keys():
@@ -252,6 +285,8 @@ def _load_checkpoint(model: nn.Module, state: dict[str, torch.Tensor], path: Pat
     own = model.state_dict()
     head = [key for key in own if key.startswith("head.")]
     other = [key for key in head if key in state and state[key].shape != own[key].shape]
+    if not any(key in state for key in head):  # of pretrain.py, whose encoders have none
+        other = head
     _load(model, fitted | {key: own[key] for key in other}, path)
     loaded = "all but the head, which is new" if other else "all of the model"
     return f"weights: {path}, {loaded}{resized}"

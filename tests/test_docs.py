@@ -23,6 +23,7 @@ PAGES = [ROOT / "README.md", ROOT / "RESULTS.md", *sorted((ROOT / "docs").rglob(
 # The settings of each script and module, by what stands after `python` or `python -m`.
 SETTINGS = {
     "train.py": "config.TrainConfig",
+    "pretrain.py": "pretrain.PretrainConfig",
     "cross_validate.py": "cross_validate.CrossValidateConfig",
     "ablate.py": "ablate.AblateConfig",
     "evaluate.py": "evaluate.EvaluateConfig",
@@ -39,6 +40,7 @@ SETTINGS = {
     "benchmarks.data": "benchmarks.data.BenchmarkConfig",
     "benchmarks.novelty": "benchmarks.novelty.NoveltyConfig",
     "benchmarks.models": "benchmarks.models.ModelsConfig",
+    "benchmarks.pretraining": "benchmarks.pretraining.PretrainingConfig",
     "benchmarks.intervals": "benchmarks.intervals.IntervalConfig",
     "demo.operation": "demo.operation.OperationConfig",
     "demo.figures": "demo.figures.FigureConfig",

@@ -24,7 +24,6 @@ from config import (
     differences,
     fitted_splits,
     manifest_paths,
-    names_with,
     wrong_values,
 )
 from dataset import ClipsDataset, require_readable
@@ -233,7 +232,8 @@ def refuse_changes(saved: TrainConfig, config: TrainConfig) -> None:
     Raises:
         UserError: such a setting differs; the message names it.
     """
-    resumable = set(names_with("resumable", True))
+    fields = dataclasses.fields(config)
+    resumable = {field.name for field in fields if field.metadata.get("resumable")}
     if not (saved.feature_cache and config.feature_cache):
         resumable.discard("feature_cache")  # without it, every epoch draws new augmentations
     for name, before, value in differences(saved, config, ignore=resumable):

@@ -133,7 +133,7 @@ def build_dataloaders(config: TrainConfig) -> tuple[DataLoader, DataLoader, Data
         distributed.world_size(),
     )
     return (
-        _loader(train, sampler, config, config.batch_size, persistent=True),
+        make_loader(train, sampler, config, config.batch_size, persistent=True),
         eval_loader(splits["val"], config, cache, persistent=not _forks()),
         eval_loader(splits["test"], config, cache, config.test_views, config.test_crops),
         get_num_classes(config.classes),
@@ -179,7 +179,7 @@ def eval_loader(
     )
     part = range(distributed.rank(), len(rows), distributed.world_size())
     batch_size = max(1, config.batch_size // clips.num_views)
-    return _loader(clips, part, config, batch_size, persistent)
+    return make_loader(clips, part, config, batch_size, persistent)
 
 
 def _forks() -> bool:
@@ -286,13 +286,14 @@ def _pre_transform(config: TrainConfig) -> RandAugmentErase | None:
     return RandAugmentErase(config.rand_augment, config.ra_magnitude, config.random_erase)
 
 
-def _loader(
+def make_loader(
     clips: ClipsDataset,
     sampler: Sampler | range,
     config: TrainConfig,
     batch_size: int,
     persistent: bool = False,
 ) -> DataLoader:
+    """A loader with the settings that all of them share; see `eval_loader` for `persistent`."""
     channels = 3 if clips.motion is None else 5
     clip_bytes = config.n_frames * channels * config.image_size**2 * clips.num_views
     has_room = _room_in_shared_memory(batch_size * clip_bytes, config.num_workers)

@@ -77,7 +77,8 @@ class TrainState:
     Args:
         class_counts: `(K,)` training clips of each class; evaluate.py can adjust logits by them.
         clips: `clips.manifest.clips_digest` of each split; a resumed run must have the same clips.
-        pretrained: where the weights come from; see `modeling.weights.LoadedWeights`.
+        pretrained, pretraining: where the weights come from, and what pretrain.py has seen of which
+            patients and files; see `modeling.weights.LoadedWeights`.
     """
 
     def __init__(
@@ -92,6 +93,7 @@ class TrainState:
         class_counts: Sequence[int],
         clips: Mapping[str, str] | None = None,
         pretrained: Mapping[str, str] | None = None,
+        pretraining: Mapping[str, Any] | None = None,
     ) -> None:
         self.config = config
         self.model = model
@@ -103,6 +105,7 @@ class TrainState:
         self.class_counts = list(class_counts)
         self.clips = dict(clips or {})
         self.pretrained = dict(pretrained or {})
+        self.pretraining = dict(pretraining or {})
         self.history: list[dict[str, Any]] = []
         """rows of metrics.csv"""
         self.best: dict[str, Any] = {}
@@ -165,6 +168,7 @@ class TrainState:
             "class_counts": self.class_counts,
             "clips": self.clips,
             "pretrained": self.pretrained,
+            **({"pretraining": self.pretraining} if self.pretraining else {}),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -186,6 +190,7 @@ class TrainState:
         self.progress.unreadable = set(state["unreadable"])
         self.history, self.best = state["history"], state["best"]
         self.pretrained = state.get("pretrained", {})
+        self.pretraining = state.get("pretraining", {})
         if state["scaler"]:  # empty if the run has not trained in fp16 before
             self.scaler.load_state_dict(state["scaler"])
         if len(state["rng"]) == distributed.world_size():

@@ -40,6 +40,7 @@ def parse(
     aliases: Container[str] = (),
     subcommand: str = "",
     recipes: Mapping[str, Mapping[str, Any]] | None = None,
+    hidden: Container[str] = (),
 ) -> Config:
     """The command line as a dataclass.
 
@@ -53,9 +54,10 @@ def parse(
         subcommand: the first word of the command line, where a script has several.
         recipes: settings by the name that `--recipe` takes; they are the values of what is not
             given.
+        hidden: fields of a `kind` with sections that are no flags of this script.
 
     Raises:
-        UserError: a flag has been renamed, or there is no such recipe.
+        UserError: a flag has been renamed, or is hidden, or there is no such recipe.
         SystemExit: the command line is wrong, or asks for help.
     """
     prog = f"{os.path.basename(sys.argv[0])} {subcommand}".strip()
@@ -66,10 +68,14 @@ def parse(
         default = dataclasses.replace(default or kind(), **recipe)
     if not any(field.metadata.get("section") for field in dataclasses.fields(kind)):
         return tyro.cli(kind, prog=prog, description=description, args=arguments)
-    kind_in_sections = _in_sections(kind, default)
+    for argument in arguments:
+        name = argument.partition("=")[0][2:].removeprefix("no-").replace("-", "_")
+        if argument.startswith("--") and name in hidden:
+            raise UserError(f"{argument.partition('=')[0]} has no effect in {prog}: leave it out")
+    kind_in_sections = _in_sections(kind, default, hidden)
     sections = tyro.cli(kind_in_sections, prog=prog, description=description, args=arguments)
     values = {k: v for section in vars(sections).values() for k, v in vars(section).items()}
-    return kind(**values)
+    return kind(**values) if default is None else dataclasses.replace(default, **values)
 
 
 def _take_recipe(
@@ -143,8 +149,8 @@ def _respell(
     return respelled
 
 
-def _in_sections(kind: type, default: Any) -> type:
-    """A dataclass of dataclasses, one per section, with the same flags as `kind`.
+def _in_sections(kind: type, default: Any, hidden: Container[str]) -> type:
+    """A dataclass of dataclasses, one per section, with the same flags as `kind` but the hidden.
 
     tyro shows nested dataclasses as groups of `--help`.
     """
@@ -153,6 +159,8 @@ def _in_sections(kind: type, default: Any) -> type:
     section = ""
     for field in dataclasses.fields(kind):
         section = field.metadata.get("section") or section
+        if field.name in hidden:
+            continue
         value = field.default if default is None else getattr(default, field.name)
         help_text = tyro.conf.arg(help=" ".join(texts[field.name].split()))
         typed = Annotated[hints[field.name], help_text]
