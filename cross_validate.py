@@ -16,7 +16,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from clips.manifest import classes_of, raise_problems
 from clips.manifest_formats import read_records
@@ -31,6 +31,8 @@ from utils.text_table import frame_table
 if TYPE_CHECKING:
     import pandas as pd
 
+    from pretrain import PretrainConfig
+
 COUNTS = ("clips", "patients", "epoch", "unreadable_clips")
 
 SCORES = ("accuracy", "balanced_accuracy", "macro_f1", "ece", "brier", "nll")
@@ -43,6 +45,11 @@ class CrossValidateConfig(TrainConfig):
     folds: str = setting("", section="Folds")
     """folder with fold1, fold2 ..., three manifests in each, as `prepare_data.py split --folds K`
     writes them"""
+    pretrain: Literal["", "mae", "distil", "order"] = ""
+    """pretrain the model of each fold with this method of pretrain.py, on the fold's training clips
+    alone: no patient that is validated or tested on is seen (empty: start from --weights)"""
+    pretrain_epochs: int | None = setting(None, low=1, needs="pretrain")
+    """epochs of the pretraining (None: those of pretrain.py)"""
 
 
 def cross_validate(config: CrossValidateConfig, folder: Path | None = None) -> Path:
@@ -79,7 +86,12 @@ def cross_validate(config: CrossValidateConfig, folder: Path | None = None) -> P
             run = folder / fold.name
             if not (run / "test_metrics.json").exists():  # written last
                 print(f"\n=== {fold.name} of {len(folds)}: {run}", flush=True)
-                _train_fold(_fold_config(config, fold), run, folder)
+                settings = _fold_config(config, fold)
+                if config.pretrain:
+                    pretraining = folder / f"{fold.name}_pretraining"
+                    encoder = _pretrain_fold(config, settings, pretraining, folder)
+                    settings = dataclasses.replace(settings, weights=str(encoder))
+                _train_fold(settings, run, folder)
         return pool_folds(folder, [folder / fold.name for fold in folds])
 
 
@@ -93,6 +105,10 @@ def check_folds(config: CrossValidateConfig, folds: Sequence[Path]) -> None:
     from training.checks import check_clips, check_model, require_some_readable, resolve
     from training.loaders import eval_loader, load_splits, open_cache
 
+    if config.pretrain and config.weights:
+        raise UserError(
+            "weights: with --pretrain each fold starts from its own: leave --weights out"
+        )
     loaders, times_tested = {}, Counter()
     for fold in folds:
         settings = resolve(_fold_config(config, fold))
@@ -105,6 +121,11 @@ def check_folds(config: CrossValidateConfig, folds: Sequence[Path]) -> None:
     repeated = [path for path, count in times_tested.items() if count > 1]
     if repeated:
         raise UserError(f"{config.folds}: {len(repeated)} clips are tested in more than one fold")
+    if config.pretrain:
+        import pretrain
+
+        pretrain.resolve(_pretrain_config(config, settings))
+        settings = dataclasses.replace(settings, weights="none")
     check_model(settings)
     if config.check_clips:  # each clip is a test clip of one fold
         require_some_readable(loaders, config.classes)
@@ -235,14 +256,38 @@ def _fold_config(config: CrossValidateConfig, fold: Path) -> TrainConfig:
     return TrainConfig(**{**fields, **manifests, "resume": "", "check_clips": False})
 
 
+def _pretrain_config(config: CrossValidateConfig, settings: TrainConfig) -> "PretrainConfig":
+    """The settings of the pretraining of one fold, whose training has these `settings`."""
+    from pretrain import shared_settings
+
+    return shared_settings(settings, method=config.pretrain, epochs=config.pretrain_epochs)
+
+
+def _pretrain_fold(
+    config: CrossValidateConfig, settings: TrainConfig, run: Path, folder: Path
+) -> Path:
+    """The encoder of one fold, whose training has these `settings`; from where it stopped."""
+    from pretrain import load_last, pretrain
+
+    encoder = run / "encoder.pt"  # written last
+    if not encoder.exists():
+        state = load_last(run) if (run / "last.pt").exists() else None
+        print(f"pretraining: {run}", flush=True)
+        pretrain(_pretrain_config(config, settings), state, run, _resume_command(folder))
+    return encoder
+
+
 def _train_fold(config: TrainConfig, run: Path, folder: Path) -> None:
     """Train and test one fold, from where it stopped."""
     from checkpoint import load_checkpoint
     from train import train
 
     state = load_checkpoint(run, "last.pt") if (run / "last.pt").exists() else None
-    command = shlex.join(["python", "cross_validate.py", "--resume", str(folder)])
-    train(config, state, run, command)
+    train(config, state, run, _resume_command(folder))
+
+
+def _resume_command(folder: Path) -> str:
+    return shlex.join(["python", "cross_validate.py", "--resume", str(folder)])
 
 
 def read_settings() -> CrossValidateConfig:

@@ -219,26 +219,34 @@ def shared_settings(config: TrainConfig, **own: Any) -> PretrainConfig:
 
 
 def pretrain(
-    config: PretrainConfig, resume_from: dict[str, Any] | None = None, folder: Path | None = None
+    config: PretrainConfig,
+    resume_from: dict[str, Any] | None = None,
+    folder: Path | None = None,
+    resume_command: str = "",
 ) -> Path:
     """Pretrain a model and write its encoder. Returns the encoder's file.
 
     Args:
         resume_from: the content of last.pt, to continue from it; see `load_last`.
         folder: the run folder (None: a new one below config.run_dir).
+        resume_command: what to run after an interruption, for the log (empty: this script).
 
     Raises:
         UserError: the settings cannot work, or no clip can be used.
         SystemExit: interrupted; the run is saved.
     """
     with ExitStack() as stack:  # however it ends, the run folder is released
-        return _pretrain(stack, config, resume_from, folder)
+        return _pretrain(stack, config, resume_from, folder, resume_command)
 
 
 def _pretrain(
-    stack: ExitStack, config: PretrainConfig, resume_from: dict | None, folder: Path | None
+    stack: ExitStack,
+    config: PretrainConfig,
+    resume_from: dict | None,
+    folder: Path | None,
+    again: str,
 ) -> Path:
-    """The same; the stack ends what begins here."""
+    """The same; the stack ends what begins here, and `again` is the `resume_command`."""
     config = resolve(config)
     stack.callback(distributed.cleanup)
     device = distributed.init(get_device(config.device))
@@ -350,7 +358,7 @@ def _pretrain(
     except Interrupted:
         state.save(folder)
         command = shlex.join(["python", "pretrain.py", "--resume", str(folder)])
-        log.info(f"\ninterrupted: to continue, run\n  {command}")
+        log.info(f"\ninterrupted: to continue, run\n  {again or command}")
         raise SystemExit(128 + (interrupt.signal or signal.SIGTERM)) from None
     if left_out := set().union(*distributed.all_gather(progress.unreadable)):
         heading = f"{len(left_out):,} clips were left out of the loss:"

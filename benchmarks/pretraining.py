@@ -7,9 +7,10 @@ Every model is pretrained once per method and seed on all training clips, and th
 labels of a part of the training patients; whole patients are drawn, so that every class occurs, and
 a smaller part lies within a larger one. All arms are fine-tuned with the same settings and the same
 number of steps; the last epoch counts, and the clips of as few validation patients as have all
-classes serve for the calibration alone. The controls are pretrained on clips with shuffled frames (mae_shuffled: is it time
-that is learned?) and on random targets (distil_random), or train from scratch for as many steps
-more as the pretraining took (scratch_longer). Arms that a model has no method for are left out.
+classes serve for the calibration alone. The controls are pretrained on clips with shuffled frames
+(mae_shuffled: is it time that is learned?) and on random targets (distil_random), or train from
+scratch for as many steps more as the pretraining took (scratch_longer). Arms that a model has no
+method for are left out.
 
 runs.csv has one row per run. Started again, only what is missing is trained. The table has the
 means over the seeds and the paired differences to scratch, with 95 % intervals over the test
@@ -101,6 +102,9 @@ class PretrainingConfig:
     """learning rate of the pretraining"""
     learning_rate: float = 1e-3
     """learning rate of the fine-tuning"""
+    cache: str = ""
+    """folder that `prepare_data.py cache` has filled for these frames and pixels: the fine-tuning
+    reads it much faster than videos"""
     num_workers: int = 2
     """processes that read clips"""
     output: str = "runs/pretraining"
@@ -201,7 +205,7 @@ def _finetune(
             flags = [*labels, *_shared(config, model, seed), "--weights", encoder]
             flags += ["--learning-rate", str(config.learning_rate), "--epochs", str(epochs)]
             flags += ["--rotation", "0", "--translate", "0", "--scale", "0", "--no-check-clips"]
-            flags += ["--run-dir", str(parent)]
+            flags += ["--run-dir", str(parent), f"--cache={config.cache}"]
         print(f"\n##### {model}, {arm}, {fraction:g} of the labels, seed {seed}", flush=True)
         _call("train.py", *flags)
     return next(parent.glob("*/test_metrics.json")).parent
