@@ -48,7 +48,7 @@ class CrossValidateConfig(TrainConfig):
     pretrain: Literal["", "mae", "distil", "order"] = ""
     """pretrain the model of each fold with this method of pretrain.py, on the fold's training clips
     alone: no patient that is validated or tested on is seen (empty: start from --weights)"""
-    pretrain_epochs: int | None = setting(None, low=1, needs="pretrain")
+    pretrain_epochs: int | None = setting(None, low=1)
     """epochs of the pretraining (None: those of pretrain.py)"""
 
 
@@ -108,6 +108,10 @@ def check_folds(config: CrossValidateConfig, folds: Sequence[Path]) -> None:
     if config.pretrain and config.weights:
         raise UserError(
             "weights: with --pretrain each fold starts from its own: leave --weights out"
+        )
+    if config.pretrain_epochs and not config.pretrain:
+        raise UserError(
+            "pretrain_epochs has no effect without pretrain: give --pretrain, or leave it out"
         )
     loaders, times_tested = {}, Counter()
     for fold in folds:

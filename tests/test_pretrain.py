@@ -15,9 +15,11 @@ import torch
 from helpers import make_clip, make_data, only_run, pan, same_tensors, start_script, train_flags
 from PIL import Image
 
+import cross_validate
 import evaluate
 import train
 from checkpoint import load_checkpoint
+from clips.fingerprints import pack
 from clips.manifest import ClipRow, read_manifest
 from config import TrainConfig, from_dict
 from modeling.weights import load_weights
@@ -419,3 +421,54 @@ def test_two_processes_pretrain_one_encoder(data: Path, tmp_path: Path) -> None:
     assert len(state["pretraining"]["files"]) == 18
     assert len(last["rng"]) == 2
     assert last["scheduler"]["last_epoch"] == 3
+
+
+def test_each_fold_starts_from_its_own_pretraining(data: Path, tmp_path: Path, run_main) -> None:
+    """Its encoder knows the patients of its training clips alone, so that train.py refuses none."""
+    for fold, (test, val, trained) in enumerate(
+        (("test", "val", "train"), ("train", "test", "val")), start=1
+    ):
+        folder = tmp_path / "folds" / f"fold{fold}"
+        folder.mkdir(parents=True)
+        for name, source in (("test", test), ("val", val), ("train", trained)):
+            shutil.copy(data / f"{source}.csv", folder / f"{name}.csv")
+    own = flags(data)[1:]
+    del own[own.index("--decoder-width") :]
+    arguments = ["--folds", tmp_path / "folds", "--data-root", data, "--model-name", "vivit", *own]
+    more = ["--pretrain", "mae", "--pretrain-epochs", 1]
+    run_main(cross_validate.main, *arguments, *more, cwd=tmp_path)
+    run = only_run(tmp_path)
+    assert len(pd.read_csv(run / "predictions.csv")) == 27
+    for fold, trained in (("fold1", "train"), ("fold2", "val")):
+        rows = read_manifest(data / f"{trained}.csv", data, CLASSES)
+        encoder = run / f"{fold}_pretraining" / "encoder.pt"
+        seen = load_checkpoint(run / fold)["pretraining"]
+        assert same_tensors(
+            {"patients": seen["patients"]},
+            {"patients": pack("mae", len(rows), "", rows, [], [])["patients"]},
+        )
+        assert json.loads((run / fold / "config.json").read_text())["weights"] == str(encoder)
+    # Finished pretrainings are not repeated.
+    before = {path: path.stat().st_mtime_ns for path in run.glob("*/encoder.pt")}
+    assert len(before) == 2
+    (run / "fold2" / "test_metrics.json").unlink()
+    run_main(cross_validate.main, "--resume", run, cwd=tmp_path)
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--pretrain", "mae", "--weights", "none"], "weights: with --pretrain each fold starts"),
+        (["--pretrain", "order"], "method order is for tsm_resnet, cnnlstm, r2plus1d, not vivit"),
+        (["--pretrain-epochs", "3"], "pretrain_epochs has no effect without pretrain"),
+    ],
+)
+def test_wrong_pretraining_of_folds(data: Path, tmp_path: Path, mistake, more, message) -> None:
+    (tmp_path / "folds" / "fold1").mkdir(parents=True)
+    for name in ("train", "val", "test"):
+        shutil.copy(data / f"{name}.csv", tmp_path / "folds" / "fold1")
+    arguments = ["--folds", tmp_path / "folds", "--data-root", data, "--model-name", "vivit"]
+    arguments += ["--n-frames", "4", "--image-size", "32", "--num-workers", "0"]
+    assert message in mistake(cross_validate.main, *arguments, *more, cwd=tmp_path).stderr
+    assert not (tmp_path / "runs").exists()
