@@ -30,7 +30,7 @@ import pandas as pd
 from benchmarks.timing import environment, report
 from clips.manifest import ClipRow, write_manifest
 from clips.split import draw_patients
-from config import TrainConfig
+from config import Precision, TrainConfig
 from demo.data import render_demo
 from evaluation.ablation import ablation_table
 from evaluation.predictions import read_predictions
@@ -102,6 +102,8 @@ class PretrainingConfig:
     """learning rate of the pretraining"""
     learning_rate: float = 1e-3
     """learning rate of the fine-tuning"""
+    precision: Precision = "auto"
+    """precision of the forward pass"""
     cache: str = ""
     """folder that `prepare_data.py cache` has filled for these frames and pixels: the fine-tuning
     reads it much faster than videos"""
@@ -213,7 +215,7 @@ def _finetune(
 
 def _shared(config: PretrainingConfig, model: str, seed: int) -> list[str]:
     """The flags that pretraining and fine-tuning have in common."""
-    names = ("n_frames", "image_size", "batch_size", "num_workers")
+    names = ("n_frames", "image_size", "batch_size", "num_workers", "precision")
     values = {"model_name": model, "seed": seed} | {name: getattr(config, name) for name in names}
     if model in MAE_MODELS:
         values["patch_size"] = config.patch_size
