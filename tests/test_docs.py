@@ -12,6 +12,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 import pytest
 from helpers import ROOT
 
+from config import RECIPES
 from evaluation.ablation import ABLATIONS, BASELINE, POST_HOC
 from evaluation.metrics import MORE_SCORES
 from models import MODELS
@@ -49,9 +50,9 @@ SETTINGS = {
 }
 
 
-WITHOUT_VALUE = {"help", "list_encoders"}  # flags that are no setting
+NO_SETTING = {"help", "list_encoders", "recipe"}  # flags that are no field
 # The values of flags that are no Literal.
-REGISTRIES = {"ablations": ABLATIONS, "model_name": MODELS, "loss": LOSSES}
+REGISTRIES = {"ablations": ABLATIONS, "model_name": MODELS, "loss": LOSSES, "recipe": RECIPES}
 
 
 def blocks(page: Path, language: str = "") -> list[str]:
@@ -111,7 +112,7 @@ def problems(words: list[str]) -> list[str]:
     for argument in arguments:
         if argument.startswith("--"):
             name = argument[2:].replace("-", "_")
-            if name not in WITHOUT_VALUE and name not in fields | {"no_" + n for n in fields}:
+            if name not in NO_SETTING and name not in fields | {"no_" + n for n in fields}:
                 wrong.append(f"{argument} is no flag")
         elif name and "..." not in argument:
             allowed = [str(value) for value in choices(hints.get(name))]
@@ -134,7 +135,7 @@ def test_commands_are_found() -> None:
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_flags_in_the_text_exist(page: Path) -> None:
     kinds = [settings_of([name])[0] for name in SETTINGS if SETTINGS[name]]
-    known = {field.name for kind in kinds for field in dataclasses.fields(kind)} | WITHOUT_VALUE
+    known = {field.name for kind in kinds for field in dataclasses.fields(kind)} | NO_SETTING
     inline = " ".join(re.findall(r"`([^`]*)`", prose(page)))
     flags = {flag.replace("-", "_") for flag in re.findall(r"--([a-z][a-z-]*)", inline)}
     assert not {flag for flag in flags - known if flag.removeprefix("no_") not in known}
