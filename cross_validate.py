@@ -31,7 +31,7 @@ from utils.text_table import frame_table
 if TYPE_CHECKING:
     import pandas as pd
 
-    from pretrain import PretrainConfig
+    from pretraining.settings import PretrainConfig
 
 COUNTS = ("clips", "patients", "epoch", "unreadable_clips")
 
@@ -126,9 +126,9 @@ def check_folds(config: CrossValidateConfig, folds: Sequence[Path]) -> None:
     if repeated:
         raise UserError(f"{config.folds}: {len(repeated)} clips are tested in more than one fold")
     if config.pretrain:
-        import pretrain
+        from pretraining.settings import resolve as resolve_pretraining
 
-        pretrain.resolve(_pretrain_config(config, settings))
+        resolve_pretraining(_pretrain_config(config, settings))
         settings = dataclasses.replace(settings, weights="none")
     check_model(settings)
     if config.check_clips:  # each clip is a test clip of one fold
@@ -262,7 +262,7 @@ def _fold_config(config: CrossValidateConfig, fold: Path) -> TrainConfig:
 
 def _pretrain_config(config: CrossValidateConfig, settings: TrainConfig) -> "PretrainConfig":
     """The settings of the pretraining of one fold, whose training has these `settings`."""
-    from pretrain import shared_settings
+    from pretraining.settings import shared_settings
 
     return shared_settings(settings, method=config.pretrain, epochs=config.pretrain_epochs)
 
@@ -271,7 +271,8 @@ def _pretrain_fold(
     config: CrossValidateConfig, settings: TrainConfig, run: Path, folder: Path
 ) -> Path:
     """The encoder of one fold, whose training has these `settings`; from where it stopped."""
-    from pretrain import load_last, pretrain
+    from pretrain import pretrain
+    from pretraining.results import load_last
 
     encoder = run / "encoder.pt"  # written last
     if not encoder.exists():

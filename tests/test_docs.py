@@ -24,7 +24,7 @@ PAGES = [ROOT / "README.md", ROOT / "RESULTS.md", *sorted((ROOT / "docs").rglob(
 # The settings of each script and module, by what stands after `python` or `python -m`.
 SETTINGS = {
     "train.py": "config.TrainConfig",
-    "pretrain.py": "pretrain.PretrainConfig",
+    "pretrain.py": "pretraining.settings.PretrainConfig",
     "cross_validate.py": "cross_validate.CrossValidateConfig",
     "ablate.py": "ablate.AblateConfig",
     "evaluate.py": "evaluate.EvaluateConfig",

@@ -24,7 +24,8 @@ FLOORS = [
     {"evaluation"},
     {"timeline"},
     {"web", "demo"},
-    {"training", "pretraining"},
+    {"training"},
+    {"pretraining"},
     {"benchmarks"},
     {
         *("train", "pretrain", "evaluate", "predict", "benchmark_latency", "prepare_data"),

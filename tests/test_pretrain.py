@@ -24,7 +24,9 @@ from clips.manifest import ClipRow, read_manifest
 from config import TrainConfig, from_dict
 from modeling.weights import load_weights
 from models import MODELS, build_model
-from pretrain import UNUSED, PretrainConfig, load_last, main, pretrain, resolve, shared_settings
+from pretrain import main, pretrain
+from pretraining.results import load_last
+from pretraining.settings import UNUSED, PretrainConfig, resolve, shared_settings
 from training.leakage import pretraining_leaks
 from utils.errors import UserError
 from utils.interrupt import Interrupt
