@@ -7,12 +7,13 @@ Every model is pretrained once per method and seed on all training clips, and th
 labels of a part of the training patients; whole patients are drawn, so that every class occurs, and
 a smaller part lies within a larger one. All arms are fine-tuned with the same settings and the same
 number of steps; the last epoch counts, and the clips of as few validation patients as have all
-classes serve for the calibration alone. The controls are pretrained on clips with shuffled frames
+classes serve for the calibration alone. With --head linear the encoder stays frozen, and a linear
+head is fitted to the same labels instead. The controls are pretrained on clips with shuffled frames
 (mae_shuffled: is it time that is learned?) and on random targets (distil_random), or train from
 scratch for as many steps more as the pretraining took (scratch_longer). Arms that a model has no
 method for are left out.
 
-runs.csv has one row per run. Started again, only what is missing is trained. The table has the
+runs_HEAD.csv has one row per run. Started again, only what is missing is trained. The table has the
 means over the seeds and the paired differences to scratch, with 95 % intervals over the test
 patients (evaluation/ablation.py).
 """
@@ -24,6 +25,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import pandas as pd
 
@@ -94,6 +96,8 @@ class PretrainingConfig:
     """pixels of a patch's side of vivit and timesformer"""
     pretraining_epochs: int = 40
     """passes over all training clips without labels"""
+    head: Literal["adamw", "linear"] = "adamw"
+    """fine-tune the whole model, or fit a linear head to the features of the frozen encoder"""
     steps: int = 200
     """optimizer steps of the fine-tuning, whatever the fraction"""
     batch_size: int = 8
@@ -128,14 +132,18 @@ def run_all(config: PretrainingConfig) -> pd.DataFrame:
     rows = splits["train"]
     for model in config.models:
         arms = [arm for arm in config.arms if is_possible(model, arm)]
+        if config.head == "linear":
+            arms = [arm for arm in arms if arm != "scratch_longer"]  # it takes no steps
         for fraction in config.fractions:
             runs: dict[str, list[Path]] = {arm: [] for arm in arms}
             for seed in config.seeds:
                 drawn = draw_patients(rows, fraction, seed)
-                few = draw_patients(splits["val"], 1e-6, seed)
-                labels = [f"--data-root={root}", "--monitor=last", "--classes", *settings.classes]
-                for split, clips in (("train", drawn), ("val", few)):
-                    manifest = folder / "labels" / f"{split}-{fraction:g}-{seed}.csv"
+                parts = {"train": drawn, "val": draw_patients(splits["val"], 1e-6, seed)}
+                if config.head == "linear":  # which is fitted to both: no label more
+                    parts = {"train": [r for r in drawn if r not in drawn[::5]], "val": drawn[::5]}
+                labels = [f"--data-root={root}", "--classes", *settings.classes]
+                for split, clips in parts.items():
+                    manifest = folder / "labels" / f"{split}-{config.head}-{fraction:g}-{seed}.csv"
                     manifest.parent.mkdir(parents=True, exist_ok=True)
                     write_manifest(manifest, clips, root, settings.classes)
                     labels = [f"--{split}-csv={manifest}", *labels]
@@ -144,7 +152,7 @@ def run_all(config: PretrainingConfig) -> pd.DataFrame:
                     key = model, arm, fraction, seed
                     encoder = _pretrain(config, folder, root, model, arm, seed)
                     run = _finetune(config, folder, labels, key, encoder, epochs)
-                    _append(folder / "runs.csv", key, drawn, epochs, run)
+                    _append(folder / f"runs_{config.head}.csv", key, drawn, epochs, run)
                     runs[arm].append(run)
             predictions = {
                 arm: [read_predictions(run / "predictions.csv")[0] for run in of_arm]
@@ -199,15 +207,27 @@ def _finetune(
 ) -> Path:
     """The finished training of a model, an arm, a fraction and a seed."""
     model, arm, fraction, seed = key
-    parent = folder / "finetuned" / f"{model}-{arm}-{fraction:g}-{seed}"
+    parent = folder / config.head / f"{model}-{arm}-{fraction:g}-{seed}"
     while not any(parent.glob("*/test_metrics.json")):
         if begun := sorted(parent.glob("*/last.pt")):
             flags = ["--resume", str(begun[0].parent)]
         else:
             flags = [*labels, *_shared(config, model, seed), "--weights", encoder]
-            flags += ["--learning-rate", str(config.learning_rate), "--epochs", str(epochs)]
-            flags += ["--rotation", "0", "--translate", "0", "--scale", "0", "--no-check-clips"]
-            flags += ["--run-dir", str(parent), f"--cache={config.cache}"]
+            flags += ["--no-check-clips", "--run-dir", str(parent), f"--cache={config.cache}"]
+            if config.head == "linear":
+                flags += ["--head", "linear"]
+            else:
+                flags += ["--learning-rate", str(config.learning_rate), "--epochs", str(epochs)]
+                flags += [
+                    "--rotation",
+                    "0",
+                    "--translate",
+                    "0",
+                    "--scale",
+                    "0",
+                    "--monitor",
+                    "last",
+                ]
         print(f"\n##### {model}, {arm}, {fraction:g} of the labels, seed {seed}", flush=True)
         _call("train.py", *flags)
     return next(parent.glob("*/test_metrics.json")).parent
@@ -265,7 +285,7 @@ def main() -> None:
     require_writable(config.output)
     table = run_all(config)
     conditions = environment(get_device("auto"), steps=config.steps, batch=config.batch_size)
-    report("pretraining", table, conditions, config.output, FORMATS)
+    report(f"pretraining_{config.head}", table, conditions, config.output, FORMATS)
 
 
 if __name__ == "__main__":

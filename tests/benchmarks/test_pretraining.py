@@ -53,7 +53,7 @@ def test_each_arm_is_trained_once_with_equal_steps(calls: list, tmp_path: Path) 
     scripts = [call[0] for call in calls]
     assert scripts.count("pretrain.py") == 1  # for both fractions, and vivit has no order
     assert scripts.count("train.py") == 6
-    runs = pd.read_csv(tmp_path / "out" / "runs.csv")
+    runs = pd.read_csv(tmp_path / "out" / "runs_adamw.csv")
     assert runs["arm"].tolist() == ["scratch", "mae", "scratch_longer"] * 2
     assert runs["clips"].tolist() == [6] * 3 + [12] * 3
     assert runs["patients"].tolist() == [1] * 3 + [2] * 3
@@ -71,7 +71,7 @@ def test_each_arm_is_trained_once_with_equal_steps(calls: list, tmp_path: Path) 
     again = run_all(config)
     assert calls == []
     assert again.equals(table)
-    assert len(pd.read_csv(tmp_path / "out" / "runs.csv")) == 6
+    assert len(pd.read_csv(tmp_path / "out" / "runs_adamw.csv")) == 6
 
 
 def test_arms_suit_their_models() -> None:
