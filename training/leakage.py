@@ -5,7 +5,7 @@ from typing import Any
 
 from clips.fingerprints import find_seen
 from clips.manifest import ClipRow
-from config import TrainConfig
+from config import TrainConfig, fitted_splits
 from utils import distributed
 from utils.errors import ResultWarning, UserError
 from utils.text_table import list_some
@@ -23,7 +23,7 @@ def pretraining_leaks(
 
     Args:
         pretraining: the entry of encoder.pt and of checkpoints (empty: not pretrained).
-        splits: the clips of each split; those of `train` may be pretrained on.
+        splits: the clips of each split; those that the model is fitted to may be pretrained on.
         config: with allow_pretraining_leak what was seen is a warning.
 
     Raises:
@@ -34,7 +34,7 @@ def pretraining_leaks(
     warnings: list[ResultWarning] = []
     names: list[str] = []
     for split, rows in splits.items():
-        if split == "train":
+        if split in fitted_splits(config):
             continue
         seen = find_seen(rows, pretraining, config.num_workers)
         found = {"patients": seen.patients, "clips": [str(path) for path in seen.clips]}
