@@ -61,7 +61,8 @@ def test_each_arm_is_trained_once_with_equal_steps(calls: list, tmp_path: Path) 
     assert runs["epochs"].tolist() == [6, 6, 14, 4, 4, 9]
     weights = [call[call.index("--weights") + 1] for call in calls if call[0] == "train.py"]
     assert [Path(w).name for w in weights] == ["none", "encoder.pt", "none"] * 2
-    drawn = read_manifest(tmp_path / "out" / "labels" / "train-adamw-0.5-0.csv", data, ("a", "b", "c"))
+    listed = tmp_path / "out" / "labels" / "train-adamw-0.5-0.csv"
+    drawn = read_manifest(listed, data, ("a", "b", "c"))
     assert {row.label for row in drawn} == {0, 1, 2}
     mae = table[table["arm"] == "mae"]
     assert mae["accuracy delta"].tolist() == pytest.approx([2 / 16] * 2)
