@@ -126,7 +126,7 @@ def _train(
     # Only process 0 loads weights: DistributedDataParallel sends them to the others.
     loaded = load_weights(model, config.weights if is_main and not resume_from else "none")
     loaded = distributed.broadcast_object(loaded)
-    random_features = [] if resume_from else checks.warn_random_features(config, model, loaded)
+    random_features = checks.warn_random_features(config, model, loaded, bool(resume_from))
     config = use_normalization(model, loaded.mean_std, config)
     if config.freeze_until:
         freeze(model, config.freeze_until)
@@ -207,7 +207,7 @@ def _train(
     try:
         loop = device, ddp_model, folder, interrupt, writers
         if config.head == "linear":
-            train_linear_head(state, train_loader, device, folder, interrupt)
+            warnings += train_linear_head(state, train_loader, device, folder, interrupt)
         else:
             train_epochs(state, criterion, train_loader, val_loader, *loop)
             calibrate_best(state, rows["train"], val_loader, device, folder, interrupt)

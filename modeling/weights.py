@@ -125,9 +125,9 @@ def load_weights(model: nn.Module, spec: str) -> LoadedWeights:
             raise UserError(f"{path}: is damaged: {problem}")
         line = _load_checkpoint(model, weights, path)
         return LoadedWeights(line, *_carried(state), seen, whole=True)
-    encoder = recognise(weights)
+    encoder, whole = recognise(weights), weights.keys() == model.state_dict().keys()
     try:
-        if weights.keys() == model.state_dict().keys():
+        if whole:
             line = _load_checkpoint(model, weights, path)
         else:
             line = f"weights: {path}, {_load_encoder(model, weights, path)}"
@@ -139,7 +139,7 @@ def load_weights(model: nn.Module, spec: str) -> LoadedWeights:
     if source:
         return LoadedWeights(line, source.provenance, source.mean_std)
     if not encoder:
-        return LoadedWeights(line, {"file": path.name})
+        return LoadedWeights(line, {"file": path.name}, whole=whole)
     line += f"; it looks like {encoder.name}, licence: {encoder.licence}"
     if encoder.mean_std is None:
         line += "; networks like it differ in their normalisation: see --pixel-mean, --pixel-std"

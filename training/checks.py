@@ -395,18 +395,23 @@ def check_model(config: TrainConfig) -> None:
 
 
 def warn_random_features(
-    config: TrainConfig, model: nn.Module, loaded: LoadedWeights
+    config: TrainConfig, model: nn.Module, loaded: LoadedWeights, resumed: bool = False
 ) -> list[ResultWarning]:
     """A warning if a linear head gets the features of a network that was never trained.
+
+    Args:
+        resumed: the weights are those of the run, and were checked when it began.
 
     Raises:
         UserError: pretrained features would pass through an LSTM or an attention that was not.
     """
-    if config.head != "linear" or loaded.whole:
+    if config.head != "linear":
         return []
     if config.weights == "none":
         text = "head linear: the features are those of random weights (--weights none)"
         return [{"kind": "other", "text": text}]
+    if loaded.whole or resumed:
+        return []
     new = {
         "lstm": "--lstm-layers 0",
         "attention": "another --temporal-pooling",
@@ -433,6 +438,8 @@ def check_smallest_batch(config: TrainConfig, num_clips: int) -> None:
     Raises:
         UserError: with the remedy.
     """
+    if config.head == "linear":  # nothing is trained in batches
+        return
     smallest = num_clips % config.batch_size or min(num_clips, config.batch_size)
     modality, size = Modality.parse(config.modality), config.image_size
     with torch.device("meta"), contextlib.suppress(NotImplementedError, RuntimeError):

@@ -90,7 +90,8 @@ def final_test(
         calibration = Calibration.from_state_dict(best["calibration"])
         rule = config.monitor
         chosen = "the last" if rule == "last" else f"the best by validation {rule}"
-        log.info(f"\ntest of epoch {best['epoch']}, {chosen}:")
+        title = f"test of epoch {best['epoch']}, {chosen}"
+        log.info(f"\n{'test of the linear head' if config.head == 'linear' else title}:")
         results = write_results(
             predictions, config.classes, folder, [calibration], metadata, show=log.info
         )

@@ -31,7 +31,7 @@ from training.log import unreadable_line, write_history
 from training.losses import class_weights
 from training.state import TrainState
 from utils import distributed
-from utils.errors import UserError
+from utils.errors import ResultWarning, UserError, format_warning
 from utils.interrupt import Interrupt
 from video.clip_reader import FrameSampler, effective_fps
 
@@ -145,33 +145,39 @@ def clip_importance(labels: np.ndarray, num_classes: int, config: TrainConfig) -
     return importance / importance.mean()
 
 
-def inner_folds(rows: Sequence[ClipRow], seed: int) -> np.ndarray:
-    """The inner fold of each clip, `(N,)`: no patient is in two of them.
+def inner_folds(rows: Sequence[ClipRow], seed: int) -> tuple[np.ndarray, str]:
+    """The inner fold of each clip, `(N,)`, and what the folds do not divide.
 
-    Where patients are unknown, or no class has clips of two of them, the source videos are not
-    divided, or else the clips, and the log says so.
+    That is the `patient`; where no patient is known, or the folds could evaluate too few clips, the
+    `video` or the single clip (`path`). A clip whose patient is unknown among known ones is kept
+    together with its video.
 
     Raises:
-        UserError: there are fewer than two clips of each class.
+        UserError: no class has two clips.
     """
     labels = np.array([row.label for row in rows])
     for kind in ("patient", "video", "path"):
-        groups = [getattr(row, kind) for row in rows]
-        folds = min(INNER_FOLDS, len(set(groups)))
-        if None in groups or folds < 2:
+        groups = [str(getattr(row, kind) or row.video or row.path) for row in rows]
+        count = min(INNER_FOLDS, len(set(groups)))
+        if count < 2 or not any(getattr(row, kind) for row in rows):
             continue
-        fractions = dict.fromkeys(range(folds), 1 / folds)
-        divided = stratified_group_split(
-            labels.astype(str), np.array(groups, str), fractions, seed
-        ).astype(int)
-        if any(len(set(divided[labels == label])) > 1 for label in set(labels)):
-            if kind != "patient":
-                log.info(
-                    "the inner folds may divide patients, because no class has clips of two known "
-                    "ones: the strength and the calibration are those for patients seen before"
-                )
-            return divided
+        fractions = dict.fromkeys(range(count), 1 / count)
+        divided = stratified_group_split(labels.astype(str), np.array(groups), fractions, seed)
+        folds = divided.astype(int)
+        evaluated = can_be_evaluated(labels, folds)
+        enough = evaluated.mean() >= 0.5 and len(set(labels[evaluated])) > 1
+        if enough or (kind == "path" and evaluated.any()):
+            return folds, kind
     raise UserError("head linear: no class has two clips: too few to train on")
+
+
+def can_be_evaluated(labels: np.ndarray, folds: np.ndarray) -> np.ndarray:
+    """Whether the other folds have clips of a clip's class, and of a second class, `(N,)` bool."""
+    evaluated = np.zeros(len(labels), bool)
+    for fold in np.unique(folds):
+        others = np.unique(labels[folds != fold])
+        evaluated[folds == fold] = np.isin(labels[folds == fold], others) & (len(others) > 1)
+    return evaluated
 
 
 @dataclass(frozen=True)
@@ -184,9 +190,8 @@ class FittedHead:
     probabilities: np.ndarray
     """`(N, num_classes)` of each clip, by a head of the same strength that has not seen its
     patient"""
-    judged: np.ndarray
-    """`(N,)` bool: False for clips of a class that has no clip outside their fold, about which the
-    inner folds can say nothing"""
+    evaluated: np.ndarray
+    """`(N,)` bool, see `can_be_evaluated`; about other clips the inner folds say nothing"""
 
 
 def choose_and_fit(
@@ -199,8 +204,9 @@ def choose_and_fit(
 ) -> FittedHead:
     """Choose the strength with the lowest loss in the inner folds, and fit all clips with it.
 
-    The loss is the mean negative log-likelihood over the judged clips, weighted by
-    `clip_importance`, as the fit is.
+    The loss is the mean negative log-likelihood of the clips that can be evaluated, weighted by
+    `clip_importance`, as the fit is. A class without clips in the other folds gets a probability as
+    if a single clip of it had been seen, by Laplace's rule, because 0 would spoil the calibration.
 
     Args:
         features: `(N, F)`.
@@ -210,25 +216,25 @@ def choose_and_fit(
         Interrupted: `interrupt` was asked to stop.
     """
     probabilities = np.zeros((len(STRENGTHS), len(labels), num_classes))
-    judged = np.zeros(len(labels), bool)
-    for fold in np.unique(folds):
+    evaluated = can_be_evaluated(labels, folds)
+    for fold in np.unique(folds[evaluated]):
         held_out = folds == fold
         others = labels[~held_out]
-        if len(np.unique(others)) < 2:
-            continue  # nothing to tell apart
         importance = clip_importance(others, num_classes, config)
         heads = fit_heads(features[~held_out], others, importance, STRENGTHS, num_classes)
+        unseen = np.setdiff1d(np.arange(num_classes), others)
         for index, head in enumerate(heads):
-            probabilities[index, held_out] = head.probabilities(features[held_out])
-        judged[held_out] = np.isin(labels[held_out], others)
+            predicted = head.probabilities(features[held_out])
+            predicted[:, unseen] = 1 / (len(others) + num_classes)
+            probabilities[index, held_out] = predicted / predicted.sum(axis=1, keepdims=True)
         if interrupt:
             interrupt.check()
     importance = clip_importance(labels, num_classes, config)
-    true = probabilities[:, np.arange(len(labels)), labels][:, judged]
-    losses = -np.log(np.maximum(true, 1e-12)) @ importance[judged]  # (strengths,)
+    true = probabilities[:, np.arange(len(labels)), labels][:, evaluated]
+    losses = -np.log(np.maximum(true, 1e-12)) @ importance[evaluated]  # (strengths,)
     best = int(losses.argmin())
     head = fit_heads(features, labels, importance, STRENGTHS[: best + 1], num_classes)[-1]
-    return FittedHead(head, STRENGTHS[best], probabilities[best], judged)
+    return FittedHead(head, STRENGTHS[best], probabilities[best], evaluated)
 
 
 def train_linear_head(
@@ -237,11 +243,14 @@ def train_linear_head(
     device: torch.device,
     folder: Path,
     interrupt: Interrupt | None = None,
-) -> None:
+) -> list[ResultWarning]:
     """Fit the model's head to a loader's clips, and write it with its calibration into best.pt.
 
     Args:
         loader: of the training and validation clips, or of their frozen features.
+
+    Returns:
+        What a reader of the results must know about the calibration.
 
     Raises:
         Interrupted: before the end.
@@ -261,12 +270,12 @@ def train_linear_head(
     features, labels = seen.features.astype(np.float64), seen.labels
     if missing := [c for i, c in enumerate(config.classes) if i not in labels]:
         raise UserError(f"none of the training clips of {', '.join(missing)} can be read")
-    folds = inner_folds(seen.rows, config.seed)
+    folds, kind = inner_folds(seen.rows, config.seed)
     fitted = choose_and_fit(features, labels, folds, config, num_classes, interrupt)
     fitted.head.write_into(model)
 
-    rows = [row for row, judged in zip(seen.rows, fitted.judged, strict=True) if judged]
-    out_of_fold = Predictions(rows, fitted.probabilities[fitted.judged])
+    evaluated = np.flatnonzero(fitted.evaluated)
+    out_of_fold = Predictions([seen.rows[i] for i in evaluated], fitted.probabilities[evaluated])
     trained = Predictions(seen.rows, fitted.head.probabilities(features))
     scores = out_of_fold.summary()
     state.progress.epoch = 1
@@ -307,9 +316,36 @@ def train_linear_head(
         save_checkpoint(folder / "best.pt", best)
     distributed.broadcast_object()  # the other processes wait until it is written
     log.info(
-        f"logistic regression on {len(labels)} clips, strength C = {fitted.strength:g} of "
-        f"{len(set(folds))} inner folds: out-of-fold loss {scores['loss']:.4f} accuracy "
+        f"logistic regression on {len(labels)} clips, strength C = {fitted.strength:g} by "
+        f"{len(set(folds))} inner folds, which evaluate {len(evaluated)} clips: "
+        f"loss {scores['loss']:.4f} accuracy "
         f"{scores['accuracy']:.3f} macro-F1 {scores['macro_f1']:.3f}  {state.best['seconds']} s"
     )
     if seen.unreadable:
         log.warning(unreadable_line(seen.unreadable))
+    state.save(folder)
+    return _calibration_warnings(state, kind)
+
+
+def _calibration_warnings(state: TrainState, kind: str) -> list[ResultWarning]:
+    """Warnings if the inner folds knew more of a clip than a test does of a new patient's.
+
+    Args:
+        kind: what the folds did not divide.
+    """
+    warnings: list[ResultWarning] = []
+    if kind != "patient":
+        text = (
+            "the inner folds may divide patients, who are unknown or too few: strength, "
+            "temperature and threshold may suit patients of the training only"
+        )
+        warnings.append({"kind": "other", "text": text})
+    if state.pretraining:
+        text = (
+            "temperature and threshold were fitted to clips that the model may have been "
+            "pretrained on: for new patients its confidence may be too high"
+        )
+        warnings.append({"kind": "other", "text": text})
+    for warning in warnings:
+        log.warning(format_warning(warning))
+    return warnings
