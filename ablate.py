@@ -198,6 +198,8 @@ def check_fractions(config: AblateConfig) -> None:
         raise UserError(f"label_fractions = {fractions}: each must be above 0 to 1, none twice")
     if config.ablations:
         raise UserError("label_fractions trains the baseline alone: leave --ablations out")
+    if config.pretrain:
+        raise UserError("pretrain is for --folds, which label_fractions has none of: leave it out")
     if config.folds:
         raise UserError("label_fractions draws from one training split: leave --folds out")
     check_seeds(config)
@@ -242,6 +244,8 @@ def select_ablations(config: AblateConfig) -> list[str]:
     if unknown:
         raise UserError(f"no ablation is called {unknown[0]!r}: choose from {', '.join(ABLATIONS)}")
     check_seeds(config)
+    if config.pretrain and not config.folds:
+        raise UserError("pretrain is for folds, each of which is pretrained: give --folds")
     if config.folds:
         check_folds(config, fold_folders(config.folds))
     names, problems, baseline = [], {}, None
@@ -355,6 +359,8 @@ def is_finished(run: Path, settings: CrossValidateConfig, ignore: Sequence[str] 
     first = run / fold_folders(settings.folds)[0].name if settings.folds else run
     saved = from_dict(read_json(first / "config.json"), source=str(first / "config.json"))
     may_differ = [*_may_differ(settings), *ignore]
+    if settings.pretrain:  # each fold starts from an encoder of its own
+        may_differ.append("weights")
     for name, before, value in differences(saved, resolve(settings), ignore=may_differ):
         raise UserError(f"{run}: was trained with {name} {before!r}, not {value!r}: delete it")
     return True

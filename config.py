@@ -75,7 +75,7 @@ class TrainConfig:
     train_csv: str = setting("train.csv", resumable=True)
     """manifest (or folder) of the training clips, below data_root or a path of its own"""
     val_csv: str = setting("val.csv", resumable=True)
-    """manifest of the validation clips, which choose the best epoch"""
+    """manifest of the validation clips, which choose the best epoch (head linear trains on them)"""
     test_csv: str = setting("test.csv", resumable=True)
     """manifest of the test clips, which are used once, at the end"""
     csv: str = setting("", resumable=True)
@@ -229,7 +229,8 @@ class TrainConfig:
     """keep the pretrained BatchNorm statistics; those of small batches are noisy"""
     feature_cache: str = setting("", neutral=True)
     """folder for the features of a frozen backbone: they are computed once, then an epoch takes a
-    second. Needs cnnlstm with everything frozen before the LSTM (--freeze-until layer4, or top)"""
+    second. Needs cnnlstm with everything frozen before the LSTM (--head linear, or --freeze-until
+    layer4, or top)"""
     feature_augmentations: int = setting(4, gradient=True, low=1, high=1000, needs="feature_cache")
     """number of random augmentations of each training clip whose features are kept"""
 

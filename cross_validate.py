@@ -103,6 +103,7 @@ def check_folds(config: CrossValidateConfig, folds: Sequence[Path]) -> None:
             clips cannot be read.
     """
     from training.checks import check_clips, check_model, require_some_readable, resolve
+    from training.leakage import pretraining_leaks
     from training.loaders import eval_loader, load_splits, open_cache
 
     if config.pretrain and config.weights:
@@ -130,7 +131,10 @@ def check_folds(config: CrossValidateConfig, folds: Sequence[Path]) -> None:
 
         resolve_pretraining(_pretrain_config(config, settings))
         settings = dataclasses.replace(settings, weights="none")
-    check_model(settings)
+    loaded = check_model(settings)
+    for name, loader in loaders.items():  # every patient is tested in one of the folds
+        rows = {name: loader.dataset.rows}
+        pretraining_leaks(loaded.pretraining, rows, settings)
     if config.check_clips:  # each clip is a test clip of one fold
         require_some_readable(loaders, config.classes)
         check_clips(loaders, config.skip_unreadable)

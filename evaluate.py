@@ -266,9 +266,9 @@ def evaluate_checkpoint(config: EvaluateConfig) -> None:
     warnings += licence_warning(state.get("pretrained", {}))
     cache = open_cache(settings)
     split = Path(config.csv).stem if config.csv else config.split
-    judged = {"the clips" if config.csv else split: rows}
+    compared = {Path(config.csv).name if config.csv else split: rows}
     allowing = dataclasses.replace(settings, allow_pretraining_leak=True)  # a warning will do
-    warnings += pretraining_leaks(state.get("pretraining", {}), judged, allowing)
+    warnings += pretraining_leaks(state.get("pretraining", {}), compared, allowing)
     print(f"{settings.model_name} on {len(rows)} {split} clips, {describe_device(device)}, {dtype}")
     num_views = settings.test_views * settings.test_crops
     if num_views > 1:

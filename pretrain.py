@@ -20,6 +20,7 @@ import signal
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,7 @@ from pretraining.clips import (
     Usable,
     cut_windows,
     exclude,
+    exclude_copies,
     find_clips,
     keep_usable,
 )
@@ -178,8 +180,11 @@ def _pretrain(
     if teacher:
         provenance = teacher_provenance(config.teacher, taught, provenance)
     licence = provenance.get("licence", "")
-    cut = [row.path for row in videos]
-    seen = pack(config.method, len(rows), licence, [*rows, *videos], usable.fingerprints, cut)
+    seen = {}  # a resumed run knows it
+    if not resume_from:
+        cut = [row.path for row in videos]
+        seen = (config.method, len(rows), licence, [*rows, *videos], usable.fingerprints, cut)
+        seen = distributed.broadcast_object(pack(*seen) if is_main else None)
     # By their contents: windows may lie elsewhere when a run is resumed.
     contents = " ".join(one.sha256 for one in usable.fingerprints)
     digest = {"train": hashlib.sha256(contents.encode()).hexdigest()}
@@ -228,7 +233,7 @@ def _pretrain(
             row["learning_rate"] = optimizer.param_groups[-1]["lr"]
             row["seconds"] = round(time.perf_counter() - start, 2)
             state.history.append(row)
-            log.info(epoch_line(row, config))
+            log.info(epoch_line(row, state.history, config))
             if is_main:
                 write_history(folder / "metrics.csv", state.history)
             state.save(folder)
@@ -247,7 +252,7 @@ def _pretrain(
     if is_main:
         settings = public_encoder_settings(config)
         save_encoder(output, encoder, settings, state.pretrained, state.pretraining)
-        write_clips(output.with_suffix(".csv"), usable, videos)
+        write_clips(folder / "clips.csv", usable, videos)
         draw_loss(folder / "curves.png", state.history)
         if config.method == "mae" and (config.with_frames or is_demo(config)):
             draw_reconstruction(folder / "reconstruction.png", model, clips, device)
@@ -273,13 +278,15 @@ def prepare_clips(config: PretrainConfig) -> tuple[Usable, list[ClipRow]]:
         found = manifest_paths(config)
         source = found if isinstance(found, Path) else found[SPLITS[0]]
         rows = find_clips([str(source)], root, options)
-    if config.exclude:
-        excluded = find_clips(config.exclude, "", options, whole=True)
+    excluded = find_clips(config.exclude, root, options, whole=True) if config.exclude else []
+    if excluded:
         rows = exclude(rows, excluded, log.info)
-    windows = Path(config.windows or Path(config.run_dir) / "windows")
     cutting = config.seconds, config.stride, config.longest, config.num_workers, log.info
-    clips, videos = cut_windows(rows, windows, *cutting)
-    return keep_usable(clips, config.num_workers, log.info), videos
+    clips, videos = cut_windows(rows, Path(config.windows), *cutting)
+    usable = keep_usable(clips, config.num_workers, log.info)
+    if excluded:
+        usable = exclude_copies(usable, excluded, config.num_workers, log.info)
+    return usable, videos
 
 
 def build_clips(config: PretrainConfig, rows: Sequence[ClipRow]) -> PretrainingClips:
@@ -368,12 +375,16 @@ def header(
     return "\n".join(lines)
 
 
-def epoch_line(row: dict[str, Any], config: PretrainConfig) -> str:
-    """A row of metrics.csv for people."""
+def epoch_line(
+    row: dict[str, Any], history: Sequence[dict[str, Any]], config: PretrainConfig
+) -> str:
+    """A row of metrics.csv for people, and the time that is left, as the epochs so far took it."""
     line = f"epoch {row['epoch']:3d}/{config.epochs}  loss {row['train_loss']:.4f}"
     if "accuracy" in row:
         line += f"  accuracy {row['accuracy']:.3f} (chance {row['chance']:.3f})"
-    return f"{line}  {row['seconds']:.1f} s"
+    mean = sum(earlier["seconds"] for earlier in history) / len(history)
+    left = round(mean * (config.epochs - row["epoch"]))
+    return f"{line}  {row['seconds']:.1f} s, {timedelta(seconds=left)} left"
 
 
 def public_encoder_settings(config: PretrainConfig) -> dict[str, Any]:

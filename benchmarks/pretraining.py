@@ -83,7 +83,7 @@ class PretrainingConfig:
     arms: tuple[str, ...] = tuple(ARMS)
     """arms to compare; scratch has to be one of them"""
     fractions: tuple[float, ...] = (0.05, 0.1, 0.25, 1.0)
-    """parts of the training patients whose labels are used"""
+    """parts of the training clips whose labels are used, whole patients"""
     seeds: tuple[int, ...] = (0, 1, 2)
     """seeds of pretraining, drawing and fine-tuning"""
     data_root: str = ""
@@ -140,7 +140,8 @@ def run_all(config: PretrainingConfig) -> pd.DataFrame:
                 drawn = draw_patients(rows, fraction, seed)
                 parts = {"train": drawn, "val": draw_patients(splits["val"], 1e-6, seed)}
                 if config.head == "linear":  # which is fitted to both: no label more
-                    parts = {"train": [r for r in drawn if r not in drawn[::5]], "val": drawn[::5]}
+                    others = [row for i, row in enumerate(drawn) if i % 5]
+                    parts = {"train": others, "val": drawn[::5]}
                 labels = [f"--data-root={root}", "--classes", *settings.classes]
                 for split, clips in parts.items():
                     manifest = folder / "labels" / f"{split}-{config.head}-{fraction:g}-{seed}.csv"

@@ -10,7 +10,14 @@ from typing import Any, NamedTuple
 import torch
 from torch.nn import functional as F
 
-from clips.fingerprints import HASHES_PER_SECOND, Fingerprint, fingerprints
+from clips.fingerprints import (
+    COMPARED_PER_SECOND,
+    HASHES_PER_SECOND,
+    Fingerprint,
+    find_seen,
+    fingerprints,
+    pack,
+)
 from clips.manifest import ClipRow, parse_manifest, raise_problems
 from clips.manifest_formats import ManifestOptions, parse_slam_filename, patient_finder
 from clips.splits import find_splits
@@ -48,7 +55,9 @@ def find_clips(
     rows: dict[str, ClipRow] = {}
     for source in map(Path, sources):
         for row in _clips_of(source, data_root or None, options, "" if whole else "train"):
-            rows.setdefault(os.path.realpath(row.path), row)
+            known = rows.setdefault(os.path.realpath(row.path), row)
+            if row.patient and not known.patient:  # another source says whose it is
+                rows[os.path.realpath(row.path)] = row
     return list(rows.values())
 
 
@@ -197,6 +206,29 @@ def keep_usable(rows: Sequence[ClipRow], num_workers: int, tell: Tell) -> Usable
     if not kept:
         raise UserError("none of the clips can be used: they cannot be read, or are black")
     return Usable([row for row, _ in kept], [one for _, one in kept], left_out)
+
+
+def exclude_copies(
+    usable: Usable, excluded: Sequence[ClipRow], num_workers: int, tell: Tell
+) -> Usable:
+    """The clips without those that show what excluded clips show, under whatever name.
+
+    Raises:
+        UserError: nothing is left.
+    """
+    # Densely, for these may be short, and their frames must lie near those of the others.
+    shown = fingerprints(excluded, COMPARED_PER_SECOND, num_workers)
+    packed = pack("", 0, "", [], [each for each in shown if not each.problem])
+    copies = set(find_seen(usable.rows, packed, num_workers).clips)
+    if not copies:
+        return usable
+    tell(f"excluded: {len(copies):,} clips that look like excluded ones")
+    pairs = zip(usable.rows, usable.fingerprints, strict=True)
+    kept = [pair for pair in pairs if pair[0].path not in copies]
+    if not kept:
+        raise UserError("--exclude leaves no clip to pretrain on")
+    left_out = usable.left_out | dict.fromkeys(copies, "looks like an excluded clip")
+    return Usable([row for row, _ in kept], [each for _, each in kept], left_out)
 
 
 class CropFlip:

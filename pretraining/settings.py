@@ -55,8 +55,7 @@ class PretrainConfig(TrainConfig):
     method: Literal["mae", "distil", "order"] = "mae"
     """predict hidden patches, the features of an image network, or the order of segments"""
     output: str = setting("", neutral=True)
-    """file for the encoder; a table of the clips with the same name is written beside it, for you
-    alone (empty: encoder.pt in the run folder)"""
+    """file for the encoder, .pt (empty: encoder.pt in the run folder)"""
     exclude: tuple[str, ...] = ()
     """manifests or folders whose patients and files are left out"""
     seconds: float = setting(2.0, low=0.1, high=3600)
@@ -66,7 +65,7 @@ class PretrainConfig(TrainConfig):
     longest: float = setting(10.0, low=0.1)
     """videos longer than this many seconds are cut into windows"""
     windows: str = setting("", neutral=True)
-    """folder in which the windows are kept (empty: windows/ in run_dir)"""
+    """folder in which the windows, frames of patients, are kept (empty: windows/ in run_dir)"""
     min_crop: float = setting(0.5, low=0.05, high=1)
     """smallest part of a frame's area that a random crop keeps (1: no crop)"""
     mask_ratio: float | None = setting(None, low=0.05, high=0.98, only_with={"method": ("mae",)})
@@ -143,18 +142,27 @@ def resolve(config: PretrainConfig) -> PretrainConfig:
     defaults |= {"epochs": (40 if mae else 12) if demo else (200 if mae else 60)}
     defaults |= {"learning_rate": 1e-3 if demo else 3e-4}
     changes |= {name: value for name, value in defaults.items() if getattr(config, name) is None}
-    paths = {
-        n: getattr(config, n) for n in ("data_root", "csv", "output", "teacher_cache", "windows")
-    }
+    paths = {n: getattr(config, n) for n in ("data_root", "csv", "output", "teacher_cache")}
+    # Absolute, because a run may be resumed from another folder.
+    paths["windows"] = config.windows or os.path.join(config.run_dir, "windows")
+    if os.path.exists(config.teacher_weights):
+        paths["teacher_weights"] = config.teacher_weights
     changes |= {name: os.path.abspath(path) for name, path in paths.items() if path}
     changes |= {n: tuple(map(os.path.abspath, getattr(config, n))) for n in ("data", "exclude")}
-    unused = [
+    problems = [
         f"{field.name} has no effect in pretraining: leave it out"
         for field in dataclasses.fields(config)
-        if field.name in UNUSED and getattr(config, field.name) not in (field.default, ())
+        if field.name in UNUSED - {"modality"}
+        and getattr(config, field.name) not in (field.default, ())
     ]
+    if config.modality != "rgb":
+        problems.append(f"modality = {config.modality}: pretraining is for rgb alone")
+    if config.output and (Path(config.output).suffix != ".pt" or Path(config.output).is_dir()):
+        problems.append(f"output = {config.output}: must be a file with a name that ends in .pt")
+    if config.seconds > config.longest:
+        problems.append(f"seconds = {config.seconds:g}: at most longest = {config.longest:g}")
     config = dataclasses.replace(config, **{**changes, "classes": None})
-    problems = unused + checks.find_problems(config)
+    problems += checks.find_problems(config)
     allowed = MODELS_OF.get(config.method, (config.model_name,))
     if config.model_name not in allowed:
         names = ", ".join(allowed)

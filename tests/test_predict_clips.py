@@ -95,11 +95,12 @@ def test_the_summary_counts_every_answer(
     assert "9 validation clips are too few to call a clip novel" in ended.stdout
     assert "answers: a.csv" in ended.stdout
 
-    # the validation clips themselves have all ranks from 0 to 8 of 10, or, where the batches of now
-    # round a distance up, one more
-    novelty = sorted(float(row["novelty"]) for row in rows[1:])
-    assert novelty == pytest.approx([rank / 10 for rank in range(9)], abs=0.1001)
-    assert novelty[-1] > novelty[0] + 0.69
+    # the validation clips themselves have all ranks from 0 to 8 of 10; batches of another size may
+    # round a distance to the other side of its own
+    novelty = np.array(sorted(float(row["novelty"]) for row in rows[1:]))
+    wrong = np.abs(novelty - np.arange(9) / 10)
+    assert wrong.max() < 0.1001
+    assert (wrong > 1e-6).sum() <= 3
 
     always = ("--clips", "b.csv", "--target-error", 1)
     run_main(main, run, folder, *always, *FLAGS, cwd=tmp_path)

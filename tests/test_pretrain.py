@@ -74,9 +74,9 @@ def test_the_run_folder_is_complete(pretrained: Path, data: Path) -> None:
     names = {path.name for path in run.iterdir()}
     assert names == {
         *("config.json", "environment.json", "train.log", "metrics.csv", "curves.png"),
-        *("last.pt", "encoder.pt", "encoder.csv"),
+        *("last.pt", "encoder.pt", "clips.csv"),
     }  # no frames of somebody's own clips
-    table = pd.read_csv(run / "encoder.csv")
+    table = pd.read_csv(run / "clips.csv")
     assert len(table) == 18
     assert set(table["patient"]) == {"train0", "train1"}
     log = (run / "train.log").read_text()
@@ -339,7 +339,7 @@ def test_a_clip_that_was_cut_out_of_a_pretrained_video_is_found(tmp_path: Path) 
     write_video(video, pan(1, 1, 300))
     config = tiny(video, tmp_path, epochs=1, seconds=1.0, stride=1.0, batch_size=4)
     output = pretrain(config)
-    table = pd.read_csv(output.with_suffix(".csv"))
+    table = pd.read_csv(output.with_name("clips.csv"))
     assert table["used"].value_counts().to_dict() == {"yes": 12, "cut into windows": 1}
     clip, other = tmp_path / "clip.mp4", make_clip(tmp_path / "other.mp4", 200, 30)
     assert write_excerpts(video, [Excerpt(3.3, 4.7, clip)]) == [""]
@@ -359,7 +359,7 @@ def test_excluded_patients_are_not_seen(data, tmp_path) -> None:
     output = tmp_path / "a new folder" / "mine.pt"
     settings = {"epochs": 1, "exclude": (str(manifest),), "output": str(output)}
     assert pretrain(tiny(data, tmp_path, **settings)) == output
-    assert output.with_suffix(".csv").is_file()
+    assert [path.name for path in output.parent.iterdir()] == ["mine.pt"]  # and no names
     seen = torch.load(output, weights_only=True)["pretraining"]
     train_rows = read_manifest(data / "train.csv", None, CLASSES)
     named = {r.patient for r in train_rows}
@@ -386,7 +386,7 @@ def test_the_pretraining_of_a_training_shares_its_data_and_model(data: Path) -> 
     assert (config.model_name, config.n_frames, config.epochs) == ("timesformer", 4, 3)
     assert config.data_root == str(data)
     assert config.loss == "cross_entropy"
-    with pytest.raises(UserError, match="modality has no effect"):
+    with pytest.raises(UserError, match="pretraining is for rgb alone"):
         resolve(shared_settings(TrainConfig(model_name="tsm_resnet", modality="rgbdiff")))
 
 
@@ -475,3 +475,18 @@ def test_wrong_pretraining_of_folds(data: Path, tmp_path: Path, mistake, more, m
     arguments += ["--n-frames", "4", "--image-size", "32", "--num-workers", "0"]
     assert message in mistake(cross_validate.main, *arguments, *more, cwd=tmp_path).stderr
     assert not (tmp_path / "runs").exists()
+
+
+def test_copies_of_excluded_clips_are_not_seen(data: Path, tmp_path: Path) -> None:
+    """Under another name and in another folder, without patients; encoded again."""
+    clips, excluded = tmp_path / "clips", tmp_path / "excluded"
+    clips.mkdir()
+    excluded.mkdir()
+    for number, path in enumerate(sorted((data / "clips" / "train").glob("*.mp4"))[:4]):
+        shutil.copy(path, clips / f"{number}.mp4")
+    assert write_excerpts(clips / "2.mp4", [Excerpt(0.0, 0.7, excluded / "a.mp4")]) == [""]
+    config = tiny(clips, tmp_path, epochs=1, batch_size=3, exclude=(str(excluded),))
+    table = pd.read_csv(pretrain(config).with_name("clips.csv"))
+    used = {Path(row.path).name: row.used for row in table.itertuples()}
+    assert used.pop("2.mp4") == "no: looks like an excluded clip"
+    assert used == dict.fromkeys(("0.mp4", "1.mp4", "3.mp4"), "yes")

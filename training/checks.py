@@ -378,20 +378,25 @@ def check_clips(loaders: dict[str, DataLoader], skip_unreadable: bool) -> None:
         log.warning(f"{len(unreadable)} validation and test clips are left out:\n  {listing}")
 
 
-def check_model(config: TrainConfig) -> None:
+def check_model(config: TrainConfig) -> LoadedWeights:
     """Build the model of a resolved config, with its weights and frozen stages, as training will.
+
+    Returns:
+        What was loaded.
 
     Raises:
         UserError: something about them would stop the training.
     """
     model = build_model(config, len(config.classes))
-    warn_random_features(config, model, load_weights(model, config.weights))
+    loaded = load_weights(model, config.weights)
+    warn_random_features(config, model, loaded)
     if config.freeze_until:
         freeze(model, config.freeze_until)
     if config.head == "linear":
         freeze_all_but_head(model)
     if config.feature_cache:
         require_frozen(model)
+    return loaded
 
 
 def warn_random_features(
