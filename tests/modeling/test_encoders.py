@@ -361,7 +361,7 @@ def test_a_licence_travels_with_the_weights(tmp_path: Path) -> None:
         path = save({**state, "config": odd}, tmp_path / "odd.pt")
         assert load_weights(model, path).mean_std is None
     plain = load_weights(model, save({**state, "config": {}, "pretrained": 3}, tmp_path / "b.pt"))
-    assert plain == LoadedWeights(plain.line)
+    assert plain == LoadedWeights(plain.line, whole=True)
 
 
 def test_training_from_an_encoder_tells_its_licence_and_keeps_it(
