@@ -103,7 +103,8 @@ def _train(
     stack.callback(distributed.cleanup)
     device = distributed.init(get_device(config.device))
     config = checks.keep_clips_per_step(config, resume_from) if resume_from else config
-    dtype = autocast_dtype(config.precision, device)
+    linear = config.head == "linear"  # on features in fp32
+    dtype = torch.float32 if linear else autocast_dtype(config.precision, device)
     is_main = distributed.rank() == 0
     start_log(None)
     if not is_main:
@@ -130,7 +131,7 @@ def _train(
     config = use_normalization(model, loaded.mean_std, config)
     if config.freeze_until:
         freeze(model, config.freeze_until)
-    if config.head == "linear":
+    if linear:
         freeze_all_but_head(model)
     if config.gradient_checkpointing:
         enable_gradient_checkpointing(model)
@@ -190,7 +191,7 @@ def _train(
     else:
         log.info(loaded.line + small_data_hint(config, len(fitted)))
 
-    if config.head == "linear":
+    if linear:
         train_loader = eval_loader(fitted, config, open_cache(config))
     if config.feature_cache:
         train_loader, val_loader, test_loader = (
@@ -206,7 +207,7 @@ def _train(
     state.save(folder)  # from here on there is a checkpoint to resume from, whatever happens
     try:
         loop = device, ddp_model, folder, interrupt, writers
-        if config.head == "linear":
+        if linear:
             warnings += train_linear_head(state, train_loader, device, folder, interrupt)
         else:
             train_epochs(state, criterion, train_loader, val_loader, *loop)
