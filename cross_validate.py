@@ -47,7 +47,8 @@ class CrossValidateConfig(TrainConfig):
     writes them"""
     pretrain: Literal["", "mae", "distil", "order"] = ""
     """pretrain the model of each fold with this method of pretrain.py, on the fold's training clips
-    alone: no patient that is validated or tested on is seen (empty: start from --weights)"""
+    alone: no patient that is validated or tested on is seen; it starts from --weights (empty: the
+    training does)"""
     pretrain_epochs: int | None = setting(None, low=1)
     """epochs of the pretraining (None: those of pretrain.py)"""
 
@@ -106,10 +107,6 @@ def check_folds(config: CrossValidateConfig, folds: Sequence[Path]) -> None:
     from training.leakage import pretraining_leaks
     from training.loaders import eval_loader, load_splits, open_cache
 
-    if config.pretrain and config.weights:
-        raise UserError(
-            "weights: with --pretrain each fold starts from its own: leave --weights out"
-        )
     if config.pretrain_epochs and not config.pretrain:
         raise UserError(
             "pretrain_epochs has no effect without pretrain: give --pretrain, or leave it out"
@@ -129,8 +126,8 @@ def check_folds(config: CrossValidateConfig, folds: Sequence[Path]) -> None:
     if config.pretrain:
         from pretraining.settings import resolve as resolve_pretraining
 
-        resolve_pretraining(_pretrain_config(config, settings))
-        settings = dataclasses.replace(settings, weights="none")
+        pretraining = resolve_pretraining(_pretrain_config(config, _fold_config(config, fold)))
+        settings = dataclasses.replace(settings, weights=pretraining.weights)
     loaded = check_model(settings)
     for name, loader in loaders.items():  # every patient is tested in one of the folds
         rows = {name: loader.dataset.rows}
@@ -268,7 +265,8 @@ def _pretrain_config(config: CrossValidateConfig, settings: TrainConfig) -> "Pre
     """The settings of the pretraining of one fold, whose training has these `settings`."""
     from pretraining.settings import shared_settings
 
-    return shared_settings(settings, method=config.pretrain, epochs=config.pretrain_epochs)
+    own = {"method": config.pretrain, "epochs": config.pretrain_epochs}
+    return shared_settings(settings, weights=config.weights, **own)
 
 
 def _pretrain_fold(

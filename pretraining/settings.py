@@ -117,7 +117,7 @@ def shared_settings(config: TrainConfig, **own: Any) -> PretrainConfig:
         # Another modality than RGB is not left out, but refused: its encoder would be another.
         if is_shared and field.name not in UNUSED - {"modality"}:
             values[field.name] = getattr(config, field.name)
-    values["weights"] = None  # those of the training come from here
+    values["weights"] = None  # those of the training are what the pretraining gives
     return PretrainConfig(**{**values, **own})
 
 

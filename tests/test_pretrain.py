@@ -462,7 +462,7 @@ def test_each_fold_starts_from_its_own_pretraining(data: Path, tmp_path: Path, r
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (["--pretrain", "mae", "--weights", "none"], "weights: with --pretrain each fold starts"),
+        (["--pretrain", "mae", "--weights", "no.pt"], "weights 'no.pt': neither a file nor one of"),
         (["--pretrain", "order"], "method order is for tsm_resnet, cnnlstm, r2plus1d, not vivit"),
         (["--pretrain-epochs", "3"], "pretrain_epochs has no effect without pretrain"),
     ],
