@@ -104,10 +104,18 @@ def freeze(model: nn.Module, until: str) -> None:
             return
 
 
-def freeze_all_but_head(model: nn.Module) -> None:
-    """Freeze everything except the layer that gives the logits."""
-    model.requires_grad_(False)
-    last_layer(model).requires_grad_(True)
+def apply_freezing(model: nn.Module, config: TrainConfig) -> None:
+    """Freeze what a config says: the stages up to freeze_until; with head linear everything except
+    the layer that gives the logits.
+
+    Raises:
+        UserError: see `freeze`.
+    """
+    if config.freeze_until:
+        freeze(model, config.freeze_until)
+    if config.head == "linear":
+        model.requires_grad_(False)
+        last_layer(model).requires_grad_(True)
 
 
 def keep_frozen_in_eval(model: nn.Module, batchnorms: bool = False) -> None:

@@ -16,7 +16,6 @@ import dataclasses
 import hashlib
 import logging
 import shlex
-import signal
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -239,10 +238,8 @@ def _pretrain(
             state.save(folder)
             writers.write_epoch(row)
     except Interrupted:
-        state.save(folder)
-        command = shlex.join(["python", "pretrain.py", "--resume", str(folder)])
-        log.info(f"\ninterrupted: to continue, run\n  {again or command}")
-        raise SystemExit(128 + (interrupt.signal or signal.SIGTERM)) from None
+        command = again or shlex.join(["python", "pretrain.py", "--resume", str(folder)])
+        raise state.save_interrupted(folder, interrupt, command) from None
     if left_out := set().union(*distributed.all_gather(progress.unreadable)):
         heading = f"{len(left_out):,} clips were left out of the loss:"
         log.warning("\n  ".join([heading, *sorted(left_out)]))

@@ -15,7 +15,6 @@ import dataclasses
 import logging
 import math
 import shlex
-import signal
 import sys
 import time
 from collections import Counter
@@ -34,7 +33,7 @@ from config import OLD_NAMES, OLD_VALUES, RECIPES, TrainConfig, fitted_splits, f
 from modeling.encoders import licence_warning, list_encoders
 from modeling.layers import enable_gradient_checkpointing
 from modeling.weights import load_weights
-from models import build_model, freeze, freeze_all_but_head, use_normalization
+from models import apply_freezing, build_model, use_normalization
 from training import checks
 from training.engine import evaluate, train_one_epoch
 from training.feature_cache import feature_loader, head_only
@@ -129,10 +128,7 @@ def _train(
     loaded = distributed.broadcast_object(loaded)
     random_features = checks.warn_random_features(config, model, loaded, bool(resume_from))
     config = use_normalization(model, loaded.mean_std, config)
-    if config.freeze_until:
-        freeze(model, config.freeze_until)
-    if linear:
-        freeze_all_but_head(model)
+    apply_freezing(model, config)
     if config.gradient_checkpointing:
         enable_gradient_checkpointing(model)
     prepare_model(model, device, dtype)
@@ -214,10 +210,8 @@ def _train(
             calibrate_best(state, rows["train"], val_loader, device, folder, interrupt)
         final_test(state, test_loader, device, folder, interrupt, writers, warnings)
     except Interrupted:
-        state.save(folder)
-        command = shlex.join(["python", "train.py", "--resume", str(folder)])
-        log.info(f"\ninterrupted: to continue, run\n  {again or command}")
-        raise SystemExit(128 + (interrupt.signal or signal.SIGTERM)) from None
+        command = again or shlex.join(["python", "train.py", "--resume", str(folder)])
+        raise state.save_interrupted(folder, interrupt, command) from None
     return folder
 
 

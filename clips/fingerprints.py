@@ -74,9 +74,13 @@ def name_digest(patient: str) -> str:
 
 
 def pack(
-    method: str, clips: int, licence: str, rows: Iterable[ClipRow], found: Iterable[Fingerprint],
+    method: str,
+    clips: int,
+    licence: str,
+    rows: Iterable[ClipRow],
+    found: Iterable[Fingerprint],
     files: Iterable[Path] = (),
-) -> dict[str, Any]:  # fmt: skip
+) -> dict[str, Any]:
     """The entry `pretraining` of encoder.pt and of checkpoints; see `modeling.weights`.
 
     Args:

@@ -14,9 +14,6 @@ from evaluation.predictions import Predictions
 from utils.tables import write_csv
 from utils.text_table import text_table
 
-COLUMNS = ("path", "answer", "likeliest", "confidence", "novelty")
-"""the first columns of the table of answers; the probabilities of the classes follow"""
-
 NOVEL = 0.95
 """novelty above which a clip is said to look novel: one in twenty ordinary clips does by chance"""
 
@@ -35,6 +32,10 @@ class ClipAnswer(NamedTuple):
     """see `NoveltyReference.novelty`; None: the checkpoint has nothing to compare with"""
     probabilities: tuple[float, ...] = ()
     """one per class"""
+
+
+COLUMNS = ClipAnswer._fields[:-1]
+"""the first columns of the table of answers; the probabilities of the classes follow"""
 
 
 def clip_answers(

@@ -32,9 +32,8 @@ from modeling.weights import LoadedWeights, load_weights
 from models import (
     BATCHNORMS,
     MODELS,
+    apply_freezing,
     build_model,
-    freeze,
-    freeze_all_but_head,
     keep_frozen_in_eval,
     model_options,
 )
@@ -390,10 +389,7 @@ def check_model(config: TrainConfig) -> LoadedWeights:
     model = build_model(config, len(config.classes))
     loaded = load_weights(model, config.weights)
     warn_random_features(config, model, loaded)
-    if config.freeze_until:
-        freeze(model, config.freeze_until)
-    if config.head == "linear":
-        freeze_all_but_head(model)
+    apply_freezing(model, config)
     if config.feature_cache:
         require_frozen(model)
     return loaded
@@ -449,8 +445,7 @@ def check_smallest_batch(config: TrainConfig, num_clips: int) -> None:
     modality, size = Modality.parse(config.modality), config.image_size
     with torch.device("meta"), contextlib.suppress(NotImplementedError, RuntimeError):
         model = build_model(config, len(config.classes)).train()
-        if config.freeze_until:
-            freeze(model, config.freeze_until)
+        apply_freezing(model, config)
         keep_frozen_in_eval(model, config.freeze_batchnorm)
         try:
             model(torch.zeros(smallest, config.n_frames, modality.channels, size, size))

@@ -2,7 +2,7 @@
 
 import dataclasses
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -48,15 +48,36 @@ def calibrate_best(
     predictions = _evaluate_best(best, loader, device, "validation", config, interrupt, means)
     # Uncalibrated, because a run that is resumed after this point has been calibrated already.
     fitted = calibrate(predictions.labels, predictions.uncalibrated, config.target_error)
+    novelty = NoveltyReference(means, tuple(predictions.distance.tolist()))
+    best["config"] = dataclasses.asdict(config)  # the data may have moved since that epoch
+    best["class_counts"] = state.class_counts  # runs of earlier versions have none yet
+    save_calibrated(folder, best, fitted, novelty, loader.dataset.rows, config)
+
+
+def save_calibrated(
+    folder: Path,
+    best: Mapping[str, Any],
+    calibration: Calibration,
+    novelty: NoveltyReference,
+    rows: Sequence[ClipRow],
+    config: TrainConfig,
+) -> None:
+    """Write best.pt with its calibration, what novelty is measured by, and the clips' frame rate.
+
+    Args:
+        best: everything else that it holds.
+        rows: the clips whose frame rate it is.
+    """
     if distributed.rank() == 0:
-        paths, fps = zip(*((row.path, row.fps) for row in loader.dataset.rows), strict=True)
+        paths, fps = zip(*((row.path, row.fps) for row in rows), strict=True)
         sampler = FrameSampler(config.n_frames, config.eval_sampling)
-        best["calibration"] = fitted.state_dict()
-        best["novelty"] = NoveltyReference(means, tuple(predictions.distance.tolist())).state_dict()
-        best["frame_rate"] = effective_fps(paths, sampler, known=fps)
-        best["config"] = dataclasses.asdict(config)  # the data may have moved since that epoch
-        best["class_counts"] = state.class_counts  # runs of earlier versions have none yet
-        save_checkpoint(folder / "best.pt", best)
+        calibrated = {
+            **best,
+            "calibration": calibration.state_dict(),
+            "novelty": novelty.state_dict(),
+            "frame_rate": effective_fps(paths, sampler, known=fps),
+        }
+        save_checkpoint(folder / "best.pt", calibrated)
     distributed.broadcast_object()  # the other processes wait until it is written
 
 

@@ -18,7 +18,6 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
-from checkpoint import save_checkpoint
 from clips.manifest import ClipRow
 from clips.stratified_groups import stratified_group_split
 from config import TrainConfig
@@ -27,13 +26,13 @@ from evaluation.novelty import NoveltyReference, class_means, distance_to_means
 from evaluation.predictions import Predictions
 from modeling.features import last_layer
 from training.engine import evaluate
+from training.final_test import save_calibrated
 from training.log import unreadable_line, write_history
 from training.losses import class_weights
 from training.state import TrainState
 from utils import distributed
 from utils.errors import ResultWarning, UserError, format_warning
 from utils.interrupt import Interrupt
-from video.clip_reader import FrameSampler, effective_fps
 
 log = logging.getLogger(__name__)
 
@@ -261,10 +260,9 @@ def train_linear_head(
     standardise = getattr(model, "standardise", None)
     if standardise is not None:  # for now it is to change nothing
         standardise.set_statistics(torch.tensor(0.0), torch.tensor(1 - standardise.eps))
-    seen = evaluate(
-        model, loader, device, description="features of the training", skip_unreadable=True,
-        interrupt=interrupt, with_features=True,
-    )  # fmt: skip
+    description = "features of the training"
+    options = {"skip_unreadable": True, "interrupt": interrupt, "with_features": True}
+    seen = evaluate(model, loader, device, description=description, **options)
     state.progress.unreadable = set(seen.unreadable)
     log.info(f"features of {len(seen)} clips: {time.perf_counter() - start:.1f} s")
     features, labels = seen.features.astype(np.float64), seen.labels
@@ -303,18 +301,11 @@ def train_linear_head(
         for fold in np.unique(folds)
     ]
     means = class_means(inputs, torch.from_numpy(labels))
+    novelty = NoveltyReference(means, tuple(torch.cat(distances).tolist()))
     if distributed.rank() == 0:
         write_history(folder / "metrics.csv", state.history)
-        paths, fps = zip(*((row.path, row.fps) for row in loader.dataset.rows), strict=True)
-        sampler = FrameSampler(config.n_frames, config.eval_sampling)
-        best = {
-            **state.model_state_dict(),
-            "calibration": calibration.state_dict(),
-            "novelty": NoveltyReference(means, tuple(torch.cat(distances).tolist())).state_dict(),
-            "frame_rate": effective_fps(paths, sampler, known=fps),
-        }
-        save_checkpoint(folder / "best.pt", best)
-    distributed.broadcast_object()  # the other processes wait until it is written
+    best, clips = state.model_state_dict(), loader.dataset.rows
+    save_calibrated(folder, best, calibration, novelty, clips, config)
     log.info(
         f"logistic regression on {len(labels)} clips, strength C = {fitted.strength:g} by "
         f"{len(set(folds))} inner folds, which evaluate {len(evaluated)} clips: "

@@ -1,7 +1,9 @@
 """The state of a training run: everything that a checkpoint must hold to continue exactly."""
 
 import dataclasses
+import logging
 import math
+import signal
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,6 +19,9 @@ from config import TrainConfig
 from training.optim import ModelEma
 from utils import distributed
 from utils.errors import UserError
+from utils.interrupt import Interrupt
+
+log = logging.getLogger(__name__)
 
 
 class Progress:
@@ -244,6 +249,12 @@ class TrainState:
             group["lr"] = rate
         words = [self.config.seed, progress.epoch, progress.step, distributed.rank()]
         torch.manual_seed(int(np.random.SeedSequence(words).generate_state(1)[0]))
+
+    def save_interrupted(self, folder: Path, interrupt: Interrupt, command: str) -> SystemExit:
+        """Write last.pt and tell the command that continues; returns what ends the program."""
+        self.save(folder)
+        log.info(f"\ninterrupted: to continue, run\n  {command}")
+        return SystemExit(128 + (interrupt.signal or signal.SIGTERM))
 
     def save(self, folder: Path) -> None:
         """Write last.pt."""
