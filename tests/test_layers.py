@@ -22,6 +22,7 @@ FLOORS = [
     {"models"},
     {"checkpoint"},
     {"evaluation"},
+    {"explanation"},
     {"timeline"},
     {"web", "demo"},
     {"training"},
