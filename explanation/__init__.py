@@ -1,1 +1,0 @@
-"""Why a model answers as it does: relevance in space and time, and checks of it."""
