@@ -2,7 +2,7 @@
 
 Zeiler and Fergus, "Visualizing and Understanding Convolutional Networks", ECCV 2014,
 arXiv:1311.2901. Nothing is painted black: a black frame is a thing that no model has seen, and its
-answer to it says little. Frames are replaced by the frames beside them, parts of the picture by a
+answer to it says little. A frame is replaced by neighbours in time, a part of the picture by a
 blurred still picture of the clip.
 """
 
@@ -25,10 +25,8 @@ BATCH = 16
 def occlusion(model: nn.Module, clip: torch.Tensor, score: Score) -> torch.Tensor:
     """The fall of the score, for frames times for parts of the picture, `(T, h, w)`.
 
-    A quarter of the clip at a time is replaced in time; the relevance of a frame is the mean fall
-    over all such stretches that it lies in. A part of the picture is replaced in all frames. The
-    map of a frame is the frame's relevance, divided among the parts as their own positive relevance
-    is.
+    A frame at a time is replaced, and a part of the picture in all frames. The map of a frame is
+    the frame's relevance, divided among the parts as their own positive relevance is.
 
     Args:
         model: in eval mode.
@@ -41,39 +39,33 @@ def occlusion(model: nn.Module, clip: torch.Tensor, score: Score) -> torch.Tenso
     return frames[:, None, None] * division
 
 
-def temporal_occlusion(
-    model: nn.Module, clip: torch.Tensor, score: Score, length: int | None = None
-) -> torch.Tensor:
+def temporal_occlusion(model: nn.Module, clip: torch.Tensor, score: Score) -> torch.Tensor:
     """The relevance of the frames of one clip, `(T,)`.
+
+    A frame is replaced by the one a quarter of the clip earlier, and by the one as much later; its
+    relevance is the mean of both falls, or the one there is. The frames next to it would not do:
+    they show the same. Only one frame at a time is replaced: what a model cannot see, such as the
+    frames after the answer of a causal one, has a relevance of exactly 0.
 
     Args:
         clip: `(T, C, H, W)`.
-        length: frames that are replaced at once (None: a quarter of the clip).
     """
     t = len(clip)
-    length = length or max(1, t // 4)
-    stretches = [(max(0, i), min(t, i + length)) for i in range(1 - length, t)]
-    falls = _falls(model, clip, (without_frames(clip, *s) for s in stretches), score)
-    sums, counts = torch.zeros(t), torch.zeros(t)
-    for (start, end), fall in zip(stretches, falls, strict=True):
-        sums[start:end] += fall
-        counts[start:end] += 1
-    return sums / counts
+    distance = max(1, t // 4)
+    pairs = [(i, j) for i in range(t) for j in (i - distance, i + distance) if 0 <= j < t]
+    if not pairs:  # a single frame
+        still = as_dtype(blurred_still(clip[None])[0], clip.dtype)
+        return _falls(model, clip, [still], score)
+    falls = _falls(model, clip, (_with_frame(clip, *pair) for pair in pairs), score)
+    frames = torch.tensor([i for i, _ in pairs])
+    sums = torch.zeros(t).index_add(0, frames, falls)
+    return sums / frames.bincount(minlength=t).clamp(min=1)
 
 
-def without_frames(clip: torch.Tensor, start: int, end: int) -> torch.Tensor:
-    """The clip with the frames from `start` to before `end` blended from the frame before them to
-    the frame after them; at an end of the clip there is only one of these, in a clip of which
-    nothing would stay the mean of all frames."""
-    t, changed = len(clip), clip.clone()
-    if start == 0 and end == t:
-        changed[:] = clip.float().mean(dim=0).to(clip.dtype)
-        return changed
-    before = clip[start - 1] if start > 0 else clip[end]
-    after = clip[end] if end < t else clip[start - 1]
-    for i in range(start, end):
-        weight = (i - start + 1) / (end - start + 1)
-        changed[i] = torch.lerp(before.float(), after.float(), weight).to(clip.dtype)
+def _with_frame(clip: torch.Tensor, number: int, other: int) -> torch.Tensor:
+    """The clip with another of its frames in the place of one."""
+    changed = clip.clone()
+    changed[number] = clip[other]
     return changed
 
 
