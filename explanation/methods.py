@@ -23,10 +23,31 @@ DEFAULT_METHODS: dict[str, Method] = {
 }
 """the method of each model that does best in docs/results/explanations.md"""
 
+PASSED: dict[str, tuple[Method, ...]] = {}
+"""the methods of each model that passed all checks there, see docs/results/explanations.md"""
+
 
 def default_method(model_name: str) -> Method:
     """The method for a model, by its `model_name`; occlusion needs nothing of a model."""
     return DEFAULT_METHODS.get(model_name, "occlusion")
+
+
+def advice(model_name: str, method: Method) -> list[str]:
+    """Warnings that a method did not pass the checks for this kind of model, a line each."""
+    passed = PASSED.get(model_name)
+    if passed is None:
+        return [f"warning: no method was checked for {model_name}: look at the maps with doubt"]
+    if not passed:
+        return [
+            f"warning: no method passed all checks for {model_name} (docs/explanations.md): its "
+            "maps may not show what the answer depended on"
+        ]
+    if method not in passed:
+        return [
+            f"warning: {method} did not pass all checks for {model_name} (docs/explanations.md), "
+            f"but {' and '.join(passed)} did"
+        ]
+    return []
 
 
 def require_method(model: nn.Module, method: Method) -> None:
