@@ -23,18 +23,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import ROOT, link, start_script, touch, write_stamped
+from helpers import ROOT, link, start_script, touch, write_images, write_stamped
 from torch import nn
 
 from checkpoint import load_checkpoint, rebuild_model, save_checkpoint
 from clips.manifest import OUT_OF_BODY, UNCERTAIN, UNREADABLE
 from config import TrainConfig
 from evaluation.calibration import Calibration
+from explanation.methods import default_method, explain
 from models import build_model
 from predict import PredictConfig, build_predictor, find_sources, main, write_outputs
 from timeline.output import NO_PREDICTION, output_folders, probability_curves
 from timeline.overlay import Band
 from timeline.predictor import FrameFilter, VideoPredictor, load_frame_filter
+from timeline.relevance import WindowExplainer
 from timeline.segments import Segment, Snapshot, Timeline, read_timeline
 from timeline.smoothing import SmoothingConfig
 from timeline.sources import FileSource, Frame
@@ -827,3 +829,99 @@ def test_an_interrupt_while_the_overlay_is_written_leaves_none(
     assert "interrupted: the results so far are written" in ended.stderr
     names = {path.name for path in (tmp_path / "a.mp4.timeline").iterdir()}
     assert "timeline.html" in names and not any("overlay" in name for name in names)
+
+
+def test_explained_segments_are_those_of_the_model(
+    runs, video: Path, run_main, tmp_path: Path
+) -> None:
+    """relevance.csv holds what the method says about windows of the video, at their times."""
+    shutil.copy(video, tmp_path / "a.mp4")
+    run, folder = runs("tsm_resnet"), tmp_path / "a.mp4.timeline"
+    flags = ("--smoothing", "none", "--explain")
+    run_main(main, run, "a.mp4", *flags, cwd=tmp_path)
+    segments = read_timeline(folder / "timeline.csv")[""]
+    header, *rows = rows_of(folder / "relevance.csv")
+    assert header == ["segment", "start", "end", "label", "time", "relevance"]
+    explained = {int(row[0]) for row in rows}
+    assert explained == {n for n, s in enumerate(segments, 1) if s.label in CLASSES}
+
+    frames = {round(frame.time, 3): frame.image for frame in frames_of(video)}
+    model = model_of(run)
+    for number in explained:
+        segment, own = segments[number - 1], [row for row in rows if int(row[0]) == number]
+        assert own[0][1:4] == [f"{segment.start:.3f}", f"{segment.end:.3f}", segment.label]
+        times = [float(row[4]) for row in own]
+        assert len(times) % 4 == 0 and len(times) <= 4 * 8
+        if segment.end - segment.start > 0.8:
+            assert segment.start <= times[0] and times[-1] <= segment.end
+        windows = np.stack([frames[time] for time in times]).reshape(-1, 4, 32, 32, 3)
+        clips = torch.from_numpy(windows).permute(0, 1, 4, 2, 3).contiguous()
+        targets = torch.full((len(clips),), CLASSES.index(segment.label))
+        expected = explain(model, clips, targets, default_method("tsm_resnet")).frames.flatten()
+        values = [float(row[5]) for row in own]
+        np.testing.assert_allclose(values, expected, rtol=1e-3, atol=1e-5)
+    page = (folder / "timeline.html").read_text()
+    data = json.loads(re.search(r'id="data">(.*?)</script>', page, re.DOTALL)[1])
+    assert {int(key) + 1 for key in data["relevance"]} == explained
+    assert "<dt>relevance</dt><dd>gradcam++</dd>" in page
+
+    run_main(main, run, "a.mp4", *flags[:-1], cwd=tmp_path)
+    assert not (folder / "relevance.csv").exists()  # it would not fit the new timeline
+    assert 'id="relevance"' not in (folder / "timeline.html").read_text()
+
+
+def test_a_folder_of_images_is_explained_and_what_is_outside_is_not(
+    runs, run_main, tmp_path: Path
+) -> None:
+    plan = [("grey", 2.0), ("dark", 1.0), ("light", 2.0)]
+    write_images(tmp_path / "frames", painted(plan, 10))
+    detector = tmp_path / "detector.py"
+    detector.write_text("def outside(frame):\n    return frame.mean() < 80\n")
+    flags = ("--frame-rate", 10, "--explain")
+    outside = ("--out-of-body", f"{detector}:outside")
+    run_main(main, runs("vivit"), "frames", *flags, *outside, cwd=tmp_path)
+    rows = rows_of(tmp_path / "frames.timeline" / "relevance.csv")[1:]
+    times = np.array([row[4] for row in rows], float)
+    assert len(times) and not ((times >= 2) & (times < 3)).any()
+    assert (times < 2).any() and (times >= 3).any()
+
+
+@pytest.mark.parametrize("source", ["-", "0", "rtsp://anna:secret@10.255.255.1/stream"])
+def test_a_live_source_is_not_explained(source: str, runs, mistake, tmp_path: Path) -> None:
+    ended = mistake(main, runs("vivit"), source, "--explain", cwd=tmp_path)
+    assert ended.stderr.startswith("error: --explain reads the video twice: for a file or a folder")
+    assert ended.stderr.count("\n") == 1
+    assert "secret" not in ended.stderr
+
+
+def test_an_interrupt_while_it_is_explained_leaves_the_timeline(
+    runs, run_main, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_video(tmp_path / "a.mp4", painted([("grey", 60.0)], 5), 5)
+
+    def interrupting(*arguments: object) -> np.ndarray:
+        os.kill(os.getpid(), signal.SIGINT)
+        return WindowExplainer.explain(*arguments)
+
+    kind = type("Interrupting", (WindowExplainer,), {"explain": interrupting})
+    monkeypatch.setattr("timeline.relevance.WindowExplainer", kind)
+    flags = ("--explain", "--smoothing", "none")
+    ended = run_main(main, runs("vivit"), "a.mp4", *flags, cwd=tmp_path, code=130)
+    assert "interrupted: the results so far are written" in ended.stderr
+    folder = tmp_path / "a.mp4.timeline"
+    assert not (folder / "relevance.csv").exists()
+    assert 'id="relevance"' not in (folder / "timeline.html").read_text()
+
+
+def test_relevance_that_cannot_be_computed_leaves_the_timeline(
+    runs, run_main, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_video(tmp_path / "a.mp4", painted([("grey", 2.0)]), 25)
+
+    def fails(*_: object) -> np.ndarray:
+        raise UserError("the relevance is not finite")
+
+    monkeypatch.setattr("timeline.relevance.WindowExplainer.explain", fails)
+    ended = run_main(main, runs("vivit"), "a.mp4", "--explain", cwd=tmp_path, code=2)
+    assert "error: no relevance: the relevance is not finite" in ended.stderr
+    assert (tmp_path / "a.mp4.timeline" / "timeline.csv").exists()

@@ -39,14 +39,17 @@ BATCH = 4
 CHUNK = 16
 """frames that are taken from the decoder at once"""
 
+MOST = 0.6
+"""the part of the positive relevance that counts as most of it"""
+
 STANDS_OUT = 1 / 3
-"""the largest part of the frames that half of the relevance may come from, to be worth naming"""
+"""the largest part of the frames that most of the relevance may come from, to be worth naming"""
 
 _BAR = "relevance: {percentage:3.0f}%|{bar}| left {remaining}"
 
 
 class Stretch(NamedTuple):
-    """The shortest stretch of frames that at least half of the positive relevance comes from."""
+    """The shortest stretch of frames that MOST of the positive relevance comes from."""
 
     start: float
     """seconds of the video"""
@@ -54,8 +57,8 @@ class Stretch(NamedTuple):
     fraction: float
     """of the positive relevance of the segment"""
     stands_out: bool
-    """whether it is at most a third of the frames that were looked at: of relevance that is spread
-    evenly, half would come from half of the frames"""
+    """whether it is at most a third of the frames that were looked at: relevance that is spread
+    evenly would need 60 % of them"""
 
 
 @dataclass(frozen=True)
@@ -76,16 +79,16 @@ class SegmentRelevance:
         """Where most of the positive relevance comes from; None: no frame speaks for the label."""
         positive = np.clip(self.values, 0, None)
         sums = np.concatenate(([0.0], np.cumsum(positive)))
-        half, count = sums[-1] / 2, len(positive)
+        most, count = MOST * sums[-1] * (1 - 1e-9), len(positive)
         if not sums[-1] > 0:
             return None
         best = (count + 1, 0.0, 0, 0)  # frames, -sum, first, last + 1
         last = 0
         for first in range(count):
-            while last < count and sums[last] - sums[first] < half * (1 - 1e-9):
+            while last < count and sums[last] - sums[first] < most:
                 last += 1
             amount = sums[last] - sums[first]
-            if amount < half * (1 - 1e-9):
+            if amount < most:
                 break
             best = min(best, (last - first, -amount, first, last))
         frames, amount, first, last = best

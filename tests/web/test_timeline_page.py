@@ -14,6 +14,7 @@ from helpers import CUT_TEXTS, LONG_NAMES, PALE_TEXTS, UNNAMED, WIDTHS
 
 from clips.manifest import CLASSES, NON_CLASS_LABELS, OUT_OF_BODY, UNCERTAIN, UNREADABLE
 from timeline.output import MAX_BINS, NO_PREDICTION, bin_probabilities
+from timeline.relevance import SegmentRelevance
 from timeline.segments import (
     Segment,
     Timeline,
@@ -606,3 +607,141 @@ def test_the_video_stays_in_sight_of_the_list(visit, page: Path, width: int) -> 
         box = tab.locator(selector).bounding_box()
         assert box["y"] >= 0
         assert box["y"] + box["height"] <= 900
+
+
+# With --explain.
+
+
+def make_relevance() -> list[SegmentRelevance]:
+    """Of the four segments of PARTS with a class: a peak, spread, nothing for it, too short."""
+    peak = np.where(np.arange(20) // 2 == 3, 3.0, -0.5)  # frames 6 and 7: from 0.6 to 0.8 s
+    return [
+        SegmentRelevance(0, np.arange(20) / 10, peak, 0.1),
+        SegmentRelevance(2, 3 + np.arange(8) / 10, np.ones(8), 0.1),
+        SegmentRelevance(4, 6 + np.arange(15) / 10, np.full(15, -0.5), 0.1),
+        SegmentRelevance(5, 7.3 + np.arange(30) / 10, np.linspace(0, 1, 30), 0.1),
+    ]
+
+
+@pytest.fixture(scope="module")
+def explained(page: Path) -> Path:
+    path = page.with_name("explained.html")
+    write_timeline_page(path, make_timeline(), page.parent.parent / VIDEO, {}, make_relevance())
+    return path
+
+
+SENTENCES = [
+    "cut from 0:00.0 to 0:02.0: most of the relevance comes from 0:00.6 to 0:00.8 (100\u00a0%).",
+    "uncertain from 0:02.0 to 0:03.0: there is no label to explain.",
+    "sew from 0:03.0 to 0:05.0: the relevance is spread, no part of it stands out.",
+    "unreadable from 0:05.0 to 0:06.0: the model was not shown this.",
+    "cut from 0:06.0 to 0:07.5: no frame speaks for this label.",
+]
+
+
+def test_the_relevance_of_the_current_segment_is_told(visit, explained: Path) -> None:
+    tab = visit(explained)
+    ready(tab)
+    for number, sentence in enumerate(SENTENCES):
+        assert tab.inner_text("#relevance-text") == sentence
+        assert tab.get_attribute("#relevance", "aria-label") == sentence
+        more = "Looked at: 0.8\u00a0s of its 2.0\u00a0s, evenly spread." if number == 2 else ""
+        assert tab.inner_text("#relevance-more") == more
+        press(tab, "n")
+    # Its window begins before the segment, and reaches beyond it.
+    assert tab.inner_text("#relevance-more") == (
+        "The model sees 3.0\u00a0s at once, more than this segment."
+    )
+    tab.select_option("[data-number='5'] select", label="cut")
+    assert tab.inner_text("#relevance-text").startswith("look from 0:07.5 to 0:10.0: ")
+    assert tab.inner_text("#relevance-more").endswith("model’s label, not about yours.")
+    legend = tab.inner_text("#relevance-note")
+    assert "It does not show where an action is, it is not a cause" in legend
+    assert "does not mean that the label is right" in legend
+
+
+INK = """share => {  // the heights of a column of the lane that have one of the colours
+  const canvas = document.querySelector('#relevance');
+  const ctx = document.createElement('canvas').getContext('2d');
+  ctx.drawImage(canvas, -Math.round(share * canvas.width), 0);
+  const { data } = ctx.getImageData(0, 0, 1, canvas.height);
+  const colours = ['--a', '--b', '--ink'].map(name => {
+    const hex = getComputedStyle(document.body).getPropertyValue(name).trim();
+    return [1, 3, 5].map(at => parseInt(hex.slice(at, at + 2), 16));
+  });
+  return colours.map(colour => {
+    let count = 0;
+    for (let y = 0; y < canvas.height; y++) {
+      count += colour.every((value, i) => Math.abs(data[4 * y + i] - value) < 3);
+    }
+    return count;
+  });
+}"""
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_bars_stand_at_the_times_of_the_frames(visit, explained: Path, scheme: str) -> None:
+    tab = visit(explained, color_scheme=scheme)
+    wait_until(tab, f"({INK})(0.075)[0] > 40")  # 0.75 s of 10 s: the highest bar
+    up, down, bracket = tab.evaluate(INK, 0.075)
+    assert up > 40 and down == 0 and bracket in (3, 4, 5)
+    up, down, bracket = tab.evaluate(INK, 0.155)  # at 1.55 s a frame speaks against it
+    assert up == bracket == 0 and 1 <= down <= 12
+    assert tab.evaluate(INK, 0.5) == [0, 0, 0]  # another segment
+    press(tab, "n", "n", "n", "n")
+    wait_until(tab, f"({INK})(0.07)[0] === 0 && ({INK})(0.655)[1] > 0")
+
+
+def test_the_segment_can_be_zoomed_to_by_key_and_button(visit, explained: Path) -> None:
+    tab = visit(explained)
+    ready(tab)
+    shown = "document.querySelector('#range').textContent"
+    press(tab, "n", "n", "Z")
+    wait_until(tab, f"{shown} === 'Shown: 0:02 to 0:05'")
+    tab.click("#zoom-whole")
+    wait_until(tab, f"{shown} === ''")
+    tab.click("#zoom-segment")
+    wait_until(tab, f"{shown} === 'Shown: 0:02 to 0:05'")
+    click_at(tab, "#relevance", 0.5)
+    assert time_of(tab) == pytest.approx(4, abs=0.05)
+    tab.click("#help summary")
+    assert "zoom to the current segment" in tab.inner_text("#help")
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_an_explained_page_is_readable(visit, explained: Path, scheme: str) -> None:
+    tab = visit(explained, color_scheme=scheme)
+    for width in (390, *WIDTHS):
+        tab.set_viewport_size({"width": width, "height": 900})
+        tab.evaluate("new Promise(done => requestAnimationFrame(() => setTimeout(done, 50)))")
+        assert tab.evaluate("document.documentElement.scrollWidth <= innerWidth")
+        assert tab.evaluate(CUT_TEXTS, None) == []
+        assert tab.evaluate(PALE_TEXTS)[1] == []
+    assert tab.evaluate(UNNAMED) == []
+
+
+def test_without_relevance_the_page_has_no_lane(visit, page: Path, tmp_path: Path) -> None:
+    tab = visit(page)
+    ready(tab)
+    assert tab.locator("[id*=relevance], #zoom-segment").count() == 0
+    press(tab, "z")
+    assert tab.inner_text("#range") == ""
+    assert "Relevance" not in tab.inner_text("body")
+    # Asked for, but there is nothing to explain.
+    empty = Timeline("nothing", ("a", "b"), 0.0, [], np.empty(0), np.empty((0, 2)))
+    write_timeline_page(tmp_path / "x.html", empty, None, None, [])
+    tab = visit(tmp_path / "x.html")
+    assert tab.inner_text("#relevance-text") == "There is no segment here."
+    assert tab.locator("#zoom-segment").is_disabled()
+
+
+def test_the_data_of_the_lane_is_small_and_exact() -> None:
+    times = np.cumsum(np.random.default_rng(0).uniform(0.04, 0.1, 400))
+    values = np.random.default_rng(1).normal(0, 1, 400)
+    part = SegmentRelevance(0, times, values, 0.07)
+    text = build_timeline_page(make_timeline(), None, None, [part])
+    data = json.loads(re.search(r'id="data">(.*?)</script>', text, re.DOTALL)[1])["relevance"]["0"]
+    np.testing.assert_allclose(np.cumsum(data["steps"]) / 1000, times, atol=5.1e-4)
+    relative = np.array(data["values"]) / 1000
+    np.testing.assert_allclose(relative, values / np.abs(values).max(), atol=5.1e-4)
+    assert len(json.dumps(data, separators=(",", ":"))) < 9 * 400
