@@ -1,4 +1,4 @@
-"""The picture that replaces what is deleted: by a slow reference, its borders and its dtypes."""
+"""The picture that replaces what is deleted: by scipy's filter, its light and its dtypes."""
 
 import numpy as np
 import pytest
@@ -12,15 +12,15 @@ from explanation.baseline import blurred_still
 def test_it_is_the_mean_over_time_blurred_with_an_eighth_of_the_side(
     height: int, width: int
 ) -> None:
-    clips = torch.rand(2, 3, 3, height, width, dtype=torch.float64)
+    clips = torch.rand(2, 3, 3, height, width)
     still = blurred_still(clips)
     assert still.shape == clips.shape
-    sigma = min(height, width) / 8
+    radius = round(3 * height / 8), round(3 * width / 8)
     for clip, picture in zip(clips, still[:, 0], strict=True):
         for channel in range(3):
-            mean = clip[:, channel].mean(0).numpy()
-            expected = gaussian_filter(mean, sigma, mode="mirror", radius=int(np.ceil(3 * sigma)))
-            assert np.allclose(picture[channel], expected, rtol=0, atol=1e-12)
+            mean = clip[:, channel].double().mean(0).numpy()
+            expected = gaussian_filter(mean, (height / 8, width / 8), mode="mirror", radius=radius)
+            assert np.allclose(picture[channel], expected, rtol=0, atol=1e-6)
     assert torch.equal(still, still[:, :1].expand_as(still))
 
 
@@ -37,18 +37,14 @@ def test_motion_and_details_are_gone_but_not_the_light() -> None:
     assert still[-1] > 0.24
 
 
-def test_dtypes_and_range() -> None:
+def test_bytes_are_scaled() -> None:
     clips = torch.randint(0, 256, (2, 3, 3, 16, 16), dtype=torch.uint8)
     still = blurred_still(clips)
     assert still.dtype == torch.float32
-    assert torch.allclose(still.double(), blurred_still(clips.double() / 255), rtol=0, atol=1e-6)
-    white = blurred_still(torch.full((1, 2, 3, 56, 56), 255, dtype=torch.uint8))
-    assert white.max() <= 1
-    assert torch.allclose(white, torch.ones(()))
+    torch.testing.assert_close(still, blurred_still(clips.float() / 255), rtol=0, atol=1e-6)
 
 
 def test_tiny_pictures_are_blurred_as_far_as_they_can_be_reflected() -> None:
-    assert torch.equal(
-        blurred_still(torch.full((1, 2, 3, 1, 1), 0.5)).unique(), torch.tensor([0.5])
-    )
+    single = blurred_still(torch.full((1, 2, 3, 1, 1), 0.5))
+    assert torch.equal(single.unique(), torch.tensor([0.5]))
     assert blurred_still(torch.rand(1, 2, 3, 2, 5)).shape == (1, 2, 3, 2, 5)
