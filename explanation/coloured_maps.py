@@ -21,14 +21,17 @@ METHOD_NAMES: dict[Method, str] = {
     "integrated-gradients": "integrated gradients",
 }
 
-LEGEND = (
-    "Blue: what spoke for the answer, as a share of the highest relevance in the whole clip, so "
-    "that frames can be compared. Yellow outline: half of it. Without colour: it spoke for the "
-    "answer hardly or not at all, or against it."
+BLUE = (
+    "Blue: speaks for the explained class; the stronger, the more, as a share of the highest "
+    "relevance in the whole clip. No colour: speaks for it hardly or not at all, or against it."
 )
 
+YELLOW = "Yellow outline: at least half of the highest relevance."
+
+BARS = "Bars: the relevance of each frame; a bar below the axis speaks against the explained class."
+
 CAUTION = (
-    "The map shows what the model's answer depended on, as far as this method can tell. It does "
+    "This shows what the model's answer depended on, as far as this method can tell. It does "
     "not show where an action is, it is not a cause, and it does not mean that the answer is right."
 )
 
@@ -41,12 +44,24 @@ OUTLINE = np.array([240, 228, 66])
 OPACITY = 0.75
 """of the highest relevance"""
 
-_FINE = 64  # cells along a side: around the specks of such a map an outline would hide them
+_FINE = 64  # cells along a side
 
 
 def has_positive(clip: ExplainedClip) -> bool:
     """Whether a cell of a map has positive relevance: otherwise there is nothing to colour."""
     return bool((clip.maps > 0).any())
+
+
+def has_outline(clip: ExplainedClip) -> bool:
+    """Whether the maps are coarse enough to be outlined: an outline would hide small specks."""
+    return max(clip.maps.shape[1:]) < _FINE
+
+
+def legend(clip: ExplainedClip) -> str:
+    """What the colours over the frames mean."""
+    if not has_positive(clip):
+        return NOTHING
+    return f"{BLUE} {YELLOW}" if has_outline(clip) else BLUE
 
 
 def positive_shares(maps: np.ndarray) -> np.ndarray:
@@ -60,7 +75,7 @@ def positive_shares(maps: np.ndarray) -> np.ndarray:
 
 
 def paint(frame: np.ndarray, shares: np.ndarray) -> np.ndarray:
-    """A frame `(H, W, 3)` with the map over it, uint8 RGB.
+    """A frame `(H, W, 3)` with the map over it, uint8 RGB; a coarse map is outlined too.
 
     Args:
         shares: `(h, w)` of `positive_shares`, enlarged bilinearly.
@@ -102,13 +117,13 @@ def chosen_frames(count: int, most: int) -> np.ndarray:
     return np.unique(np.linspace(0, count - 1, min(count, most)).round().astype(int))
 
 
-def question(clip: ExplainedClip, longest: int = 80) -> str:
+def question(clip: ExplainedClip, longest: int = 40) -> str:
     """What the relevance answers: `why X`, or `why X and not Y`; longer names are shortened."""
     against = f" and not {shorten(clip.against, longest)}" if clip.against else ""
     return f"why {shorten(clip.explained, longest)}{against}"
 
 
-def answer(clip: ExplainedClip, longest: int = 80) -> str:
+def answer(clip: ExplainedClip, longest: int = 40) -> str:
     """What the model predicted and whether that is right, and the probability of the explained
     class if it is another one."""
     text = f"predicted: {shorten(clip.predicted, longest)}, confidence {clip.confidence:.0%}, "

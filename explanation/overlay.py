@@ -74,10 +74,10 @@ class Band:
         """height of the text in pixels"""
         self.strip_height = 4 * self.text_size
         self.strip = self._draw_strip()
-        texts = question(clip, 60), answer(clip, 60)
-        self._above = self._text([line for text in texts for line in self._wrap(text)])
+        texts = question(clip), answer(clip)
+        self._above = self._text(self._wrap(*texts))
         below = CAUTION if has_positive(clip) else f"{NOTHING} {CAUTION}"
-        self._below = self._text(self._wrap(below, 0.8), 0.8)
+        self._below = self._text(self._wrap(below, scale=0.8), 0.8)
 
     @property
     def strip_top(self) -> int:
@@ -123,30 +123,38 @@ class Band:
         strip[axis] = INK
         return strip
 
-    def _font(self, scale: float = 1.0) -> ImageFont.FreeTypeFont:
-        return ImageFont.truetype(findfont(FontProperties()), round(scale * self.text_size))
-
-    def _wrap(self, text: str, scale: float = 1.0) -> list[str]:
-        """The lines of a text that fit beside the margins; a word that does not fit is broken."""
-        room, font, lines = self.width - self.text_size, self._font(scale), [""]
-        for word in drawable_text(text).split():
-            joined = f"{lines[-1]} {word}".strip()
-            if font.getlength(joined) <= room:
-                lines[-1] = joined
-                continue
-            lines += [""] * bool(lines[-1])
-            for letter in word:
-                if font.getlength(lines[-1] + letter) > room:
-                    lines.append("")
-                lines[-1] += letter
-        return lines
+    def _wrap(self, *texts: str, scale: float = 1.0) -> list[str]:
+        room, used = self.width - self.text_size, font(round(scale * self.text_size))
+        return [line for text in texts for line in wrap(text, room, used)]
 
     def _text(self, lines: Sequence[str], scale: float = 1.0) -> np.ndarray:
         """Lines of text as a picture of the whole width."""
         step, margin = round(1.3 * scale * self.text_size), round(0.25 * self.text_size)
         image = Image.new("RGB", (self.width, step * len(lines) + 2 * margin), BACKGROUND)
-        draw, font = ImageDraw.Draw(image), self._font(scale)
+        draw, used = ImageDraw.Draw(image), font(round(scale * self.text_size))
         for number, line in enumerate(lines):
             middle = margin + step * number + step // 2
-            draw.text((self.text_size // 2, middle), line, INK, font, "lm")
+            draw.text((self.text_size // 2, middle), line, INK, used, "lm")
         return np.asarray(image)
+
+
+def font(size: float, weight: str = "normal") -> ImageFont.FreeTypeFont:
+    """The font of all pictures, of this size in pixels."""
+    return ImageFont.truetype(findfont(FontProperties(weight=weight)), size)
+
+
+def wrap(text: str, room: float, used: ImageFont.FreeTypeFont) -> list[str]:
+    """The lines of a text, as it can be drawn, that fit into a width; a word that does not fit is
+    broken."""
+    lines = [""]
+    for word in drawable_text(text).split():
+        joined = f"{lines[-1]} {word}".strip()
+        if used.getlength(joined) <= room:
+            lines[-1] = joined
+            continue
+        lines += [""] * bool(lines[-1])
+        for letter in word:
+            if used.getlength(lines[-1] + letter) > room:
+                lines.append("")
+            lines[-1] += letter
+    return lines

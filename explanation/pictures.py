@@ -1,7 +1,6 @@
 """An explained clip as a film strip, and the relevance of frames as a table."""
 
 import math
-import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -11,22 +10,24 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from evaluation import plots
-from evaluation.plots import COLOURS, plain_text
+from evaluation.plots import COLOURS
 from explanation.coloured_maps import (
+    BARS,
     CAUTION,
-    LEGEND,
     METHOD_NAMES,
-    NOTHING,
     OUTLINE,
     answer,
     blend,
     chosen_frames,
+    has_outline,
     has_positive,
+    legend,
     paint,
     positive_shares,
     question,
     time_text,
 )
+from explanation.overlay import font, wrap
 from explanation.relevance import ExplainedClip
 from utils.tables import write_csv
 
@@ -58,8 +59,10 @@ def write_filmstrip(path: str | Path, clip: ExplainedClip) -> None:
     ratio = clip.frames.shape[1] / clip.frames.shape[2]
     tall = cell * min(3.0, max(1 / 3, ratio))
     width = max(8.0, cell * columns + 2.2)
-    above = [line for text in _texts_above(clip) for line in _wrap(text, 10.5 * width)]
-    below = [line for text in _texts_below(clip, len(shown)) for line in _wrap(text, 14 * width)]
+    texts = [(question(clip), "bold"), (answer(clip), "normal")]
+    texts.append((f"method: {METHOD_NAMES[clip.method]}", "normal"))
+    above = [(line, weight) for text, weight in texts for line in _wrap(text, width, 11, weight)]
+    below = [line for text in _notes(clip, len(shown)) for line in _wrap(text, width, 9)]
     head, foot = 0.3 + 0.21 * len(above), 0.2 + 0.19 * len(below)
     bars, per_row = 0.9, 2 * tall + 1.75
     height = head + rows * per_row + foot
@@ -70,9 +73,9 @@ def write_filmstrip(path: str | Path, clip: ExplainedClip) -> None:
         left, lower = x / width, 1 - (y + down) / height
         return figure.add_axes((left, lower, across / width, down / height))
 
-    for number, text in enumerate(above):
+    for number, (text, weight) in enumerate(above):
         y = 1 - (0.12 + 0.21 * number) / height
-        figure.text(0.15 / width, y, text, va="top", size=11, weight="normal" if number else "bold")
+        figure.text(0.15 / width, y, text, va="top", size=11, weight=weight)
     for number, text in enumerate(below):
         y = (foot - 0.05 - 0.19 * number) / height
         figure.text(0.15 / width, y, text, va="top", size=9)
@@ -93,29 +96,25 @@ def write_filmstrip(path: str | Path, clip: ExplainedClip) -> None:
         curve = panel(0.85, y + 2 * tall + 0.08, cell * len(in_row), bars)
         _draw_bars(curve, clip, shown, in_row)
     if has_positive(clip):
-        _draw_colour_bar(panel(width - 1.05, head + 0.25 + tall, 0.18, tall - 0.04), clip)
+        _draw_colour_bar(panel(1.1 + cell * columns, head + 0.25 + tall, 0.18, tall - 0.04), clip)
     plots.save_figure(figure, path)
 
 
-def _wrap(text: str, letters: float) -> list[str]:
-    return textwrap.wrap(plain_text(text), int(letters))
+def _wrap(text: str, width: float, points: float, weight: str = "normal") -> list[str]:
+    """The lines of a text that fit into a figure of this width in inches."""
+    room = 720 * (width - 0.4)  # 720 pixels per inch: the lengths of letters are not rounded
+    return [line.replace("$", r"\$") for line in wrap(text, room, font(10 * points, weight))]
 
 
-def _texts_above(clip: ExplainedClip) -> list[str]:
-    return [question(clip), answer(clip), f"method: {METHOD_NAMES[clip.method]}"]
-
-
-def _texts_below(clip: ExplainedClip, shown: int) -> list[str]:
-    texts = [LEGEND if has_positive(clip) else NOTHING]
-    bars = "Bars: the relevance of each frame; those below the axis speak against the answer."
-    if not clip.relevance.any():
-        bars = "The relevance of every frame is 0."
+def _notes(clip: ExplainedClip, shown: int) -> list[str]:
+    """The texts below the frames, of which so many are shown."""
+    bars = BARS if clip.relevance.any() else "The relevance of every frame is 0."
     if shown < len(clip.frames):
         bars += (
             f" {shown} of the {len(clip.frames)} frames are shown, evenly chosen; the bars are of "
             "all frames."
         )
-    return [*texts, bars, CAUTION]
+    return [legend(clip), bars, CAUTION]
 
 
 def _draw_bars(axes: Axes, clip: ExplainedClip, shown: np.ndarray, in_row: range) -> None:
@@ -128,9 +127,8 @@ def _draw_bars(axes: Axes, clip: ExplainedClip, shown: np.ndarray, in_row: range
     values = clip.relevance
     # A frame that is not shown stands between its neighbours that are.
     x = np.interp(np.arange(len(values)), shown, np.arange(len(shown)))
-    distance = (len(shown) - 1) / (len(values) - 1) if len(values) > 1 else 1
     colours = np.where(values >= 0, FOR, AGAINST)
-    axes.bar(x, values, width=0.7 * distance, color=colours)
+    axes.bar(x, values, width=0.7 * np.diff(x).min(initial=1), color=colours)
     axes.axhline(0, color="0.2", lw=0.9)
     low, high = min(0.0, values.min()), max(0.0, values.max())
     room = 0.06 * (high - low) or 1.0
@@ -153,7 +151,8 @@ def _draw_colour_bar(axes: Axes, clip: ExplainedClip) -> None:
     background = np.broadcast_to(clip.frames.mean(axis=(0, 1, 2)), (256, 1, 3))
     image = blend(background, np.linspace(0, 1, 256)[:, None])
     axes.imshow(image, origin="lower", aspect="auto", extent=(0, 1, 0, 1))
-    axes.axhline(0.5, color=OUTLINE / 255, lw=2)
+    if has_outline(clip):
+        axes.axhline(0.5, color=OUTLINE / 255, lw=2)
     axes.yaxis.tick_right()
     axes.set_xticks([])
     axes.set_yticks([0, 0.5, 1], ["none", "half", "highest\nin clip"], size=8)
