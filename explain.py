@@ -72,7 +72,7 @@ class ExplainConfig(ManifestOptions):
     html: bool = False
     """also write explanations.html, one page of all clips, sortable"""
     with_names: bool = False
-    """show the names of the clips on the page and in the pictures; they may name patients"""
+    """show the names of the clips on the page; they may name patients"""
     shortcut: bool = False
     """instead of pictures: how much relevance lies on borders, texts and logos, per class"""
     num_workers: int = 2
@@ -273,14 +273,14 @@ def write_explanations(
     folder: Path, explained: "Iterator[ExplainedClip]", config: ExplainConfig, model_name: str
 ) -> None:
     """Write the filmstrip and the video of each clip, relevance.csv, and the page if wanted."""
-    from explanation.pictures import write_filmstrip, write_overlay, write_relevance
+    from explanation.overlay import write_overlay
+    from explanation.pictures import write_filmstrip, write_relevance
 
     kept = []
     for number, clip in enumerate(explained, 1):
-        shown = clip if config.with_names else dataclasses.replace(clip, name=f"clip {number}")
         # Numbers, because the names of clips may name patients.
-        write_filmstrip(folder / f"clip{number:03d}.png", shown)
-        write_overlay(folder / f"clip{number:03d}.mp4", shown, playback_rate(clip.times))
+        write_filmstrip(folder / f"clip{number:03d}.png", clip)
+        write_overlay(folder / f"clip{number:03d}.mp4", clip, playback_rate(clip.times))
         empty = clip.frames[:0], clip.maps[:0]  # only the page needs the pictures again
         kept.append(
             clip if config.html else dataclasses.replace(clip, frames=empty[0], maps=empty[1])

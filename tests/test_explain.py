@@ -46,7 +46,7 @@ def test_the_most_confident_mistakes_and_right_answers(
     right = [i for i in order if predictions.correct[i]]
     expected = [*wrong[:10], *right[:10]]
     assert f"{len(wrong)} of 9 test clips are classified wrongly" in done.stdout
-    assert list(clips["path"]) == [str(rows[i].path) for i in expected]
+    assert list(clips["name"]) == [str(rows[i].path) for i in expected]
     np.testing.assert_allclose(clips["confidence"], predictions.confidence[expected], atol=1e-4)
     assert list(clips["predicted"]) == [CLASSES[predictions.y_pred[i]] for i in expected]
     assert list(clips["label"]) == [CLASSES[rows[i].label] for i in expected]
@@ -78,7 +78,7 @@ def test_named_clips_have_no_label(
     run_main(main, run, clip, *more, cwd=tmp_path)
     (folder,) = run.glob("explain_clips_*")
     table = pd.read_csv(folder / "relevance.csv", keep_default_na=False)
-    assert len(table) == 4 and set(table["path"]) == {str(clip)}
+    assert len(table) == 4 and set(table["name"]) == {str(clip)}
     assert set(table["explained"]) == {"light"} and set(table["against"]) == {"dark"}
     assert set(table["label"]) == {""}
     # 4 frames of 20 at 25 per second: the middles of four stretches of five
