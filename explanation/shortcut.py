@@ -34,7 +34,8 @@ RATIO, RATIO_LOW = 2.0, 1.5
 """the ratio above which the bell rings, and what its interval must lie above"""
 
 MIN_LIMIT = 1.5
-"""a grid that cannot show a larger ratio is too coarse to tell"""
+"""a region in more than two thirds of the cells, because it is large or they are, cannot be told
+from the rest"""
 
 
 def border_mask(height: int, width: int, fraction: float = BORDER) -> np.ndarray:
@@ -125,7 +126,7 @@ class ShortcutShare:
         if self.area == 0:
             return "no such pixels"
         if self.limit < MIN_LIMIT:
-            return "not measured: the map is too coarse"
+            return "not measured: in most of the cells"
         if self.interval is None:
             return "not measured: fewer than 2 patients"
         ratio, low = self.thresholds
