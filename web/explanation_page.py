@@ -62,15 +62,16 @@ def build_explanation_page(
     """The page as HTML.
 
     Args:
-        with_names: show the names of the clips. Otherwise they are numbered, and their names, the
-            names of their files and of the folders around them are hidden in the metadata too.
+        with_names: show the names of the clips. Otherwise they are only numbered, and their names,
+            the names of their files and of the folders around them are hidden in the metadata too.
         metadata: how the explanations were made (command, model, device), for the foot of the page.
     """
     environment = page_environment()
     script = template_text("explanation.js")
     digest = hashlib.sha256(script.encode()).digest()
     numbered = [f"clip {number}" for number in range(1, len(clips) + 1)]
-    titles = [clip.name for clip in clips] if with_names else numbered
+    titles = [f"{number}: {clip.name}" for number, clip in zip(numbered, clips, strict=True)]
+    titles = titles if with_names else numbered
     names = Pseudonyms({}, titles, [] if with_names else _identifiers(clips))
     most = min(MAX_FRAMES, max(MIN_FRAMES, FRAMES_ON_PAGE // max(1, len(clips))))
     page = environment.get_template("explanation.html.j2").render(
