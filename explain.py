@@ -27,6 +27,7 @@ import tyro
 from clips.manifest_formats import ManifestOptions
 from utils.cli import cli_main, parse
 from utils.errors import UserError
+from utils.text_table import list_some
 
 if TYPE_CHECKING:
     import torch
@@ -71,7 +72,7 @@ class ExplainConfig(ManifestOptions):
     html: bool = False
     """also write explanations.html, one page of all clips, sortable"""
     with_names: bool = False
-    """show the names of the clips on the page and in the pictures; they may name patients"""
+    """show the names of the clips on the page; they may name patients"""
     shortcut: bool = False
     """instead of pictures: how much relevance lies on borders, texts and logos, per class"""
     num_workers: int = 2
@@ -211,6 +212,8 @@ def explain_clips(config: ExplainConfig) -> None:
             f"{len(chosen)} clips are explained"
         )
         rows = [predictions.rows[i] for i in chosen]
+        if not rows:
+            raise UserError("there is no such clip: choose other numbers of --mistakes and --right")
 
     # explanation
     model = prepare_for_inference(model, device)
@@ -226,52 +229,58 @@ def explain_clips(config: ExplainConfig) -> None:
         against=against,
         labelled=not config.clips,
     )
-    explained = explain_loader(loader, device, explain)
+    unreadable: list[str] = []
+    explained = explain_loader(loader, device, explain, unreadable)
     make_folder(folder)
     if config.shortcut:
         write_shortcuts(folder, explained, classes)
     else:
         write_explanations(folder, explained, config, training.model_name)
     print(f"results: {folder}")
+    if unreadable:
+        print(list_some(unreadable, 20, "\n"), file=sys.stderr)
+        raise UserError(f"{len(unreadable)} of {len(rows)} clips could not be read (see above)")
 
 
 def explain_loader(
     loader: "DataLoader",
     device: "torch.device",
     explain: "Callable[[torch.Tensor, Sequence[ClipRow]], list[ExplainedClip]]",
+    unreadable: list[str],
 ) -> "Iterator[ExplainedClip]":
-    """The explained clips, one after another; clips that cannot be read are told and left out.
+    """The explained clips, one after another.
+
+    Args:
+        unreadable: gets an error message for each clip that cannot be read.
 
     Raises:
         UserError: none of the clips can be read.
     """
-    from utils.interrupt import show_batches
+    from utils.workers import show_batches
 
-    count, unreadable = 0, []
+    count = 0
     for batch in show_batches(loader, "explaining"):
-        unreadable += batch.unreadable
+        unreadable += [f"error: {line}" for line in batch.unreadable]
         if batch.indices:
             rows = [loader.dataset.rows[index] for index in batch.indices]
             yield from explain(batch.clips.to(device), rows)
             count += len(rows)
-    for line in unreadable:
-        print(f"error: {line}", file=sys.stderr)
     if not count:
-        raise UserError("no clip was explained: none can be read, or none was chosen")
+        raise UserError("\n  ".join(["none of the clips can be read:", *unreadable]))
 
 
 def write_explanations(
     folder: Path, explained: "Iterator[ExplainedClip]", config: ExplainConfig, model_name: str
 ) -> None:
     """Write the filmstrip and the video of each clip, relevance.csv, and the page if wanted."""
-    from explanation.pictures import write_filmstrip, write_overlay, write_relevance
+    from explanation.overlay import write_overlay
+    from explanation.pictures import write_filmstrip, write_relevance
 
     kept = []
     for number, clip in enumerate(explained, 1):
-        shown = clip if config.with_names else dataclasses.replace(clip, name=f"clip {number}")
         # Numbers, because the names of clips may name patients.
-        write_filmstrip(folder / f"clip{number:03d}.png", shown)
-        write_overlay(folder / f"clip{number:03d}.mp4", shown, playback_rate(clip.times))
+        write_filmstrip(folder / f"clip{number:03d}.png", clip)
+        write_overlay(folder / f"clip{number:03d}.mp4", clip, playback_rate(clip.times))
         empty = clip.frames[:0], clip.maps[:0]  # only the page needs the pictures again
         kept.append(
             clip if config.html else dataclasses.replace(clip, frames=empty[0], maps=empty[1])
