@@ -241,9 +241,10 @@ def build_explainer(config: PredictConfig, predictor: "OnlinePredictor") -> "Win
     state = load_checkpoint(config.run)
     name = from_dict(state["config"]).model_name
     method = default_method(name)
-    for line in advice(name, method):
-        print(line)
-    return WindowExplainer(rebuild_model(state), method, predictor.n_frames, predictor.device)
+    warnings = advice(name, method)
+    print("".join(f"{line}\n" for line in warnings), end="", flush=True)
+    options = predictor.n_frames, predictor.device, warnings
+    return WindowExplainer(rebuild_model(state), method, *options)
 
 
 def describe_window(predictor: "OnlinePredictor") -> str:
@@ -324,6 +325,8 @@ def predict(
         if explainer and not interrupt.signal:
             options = predictor.fps, predictor.image_size, False, config.frame_rate, 0.0
             frames = open_source(source, *options)
+            notes = [f"relevance: {line.removeprefix('warning: ')}" for line in explainer.warnings]
+            timeline.notes += notes
             about = {**metadata, **rate, "relevance": explainer.method}
             problems += write_explanation(
                 folder, timeline, path, about, frames, explainer, interrupt

@@ -5,7 +5,7 @@ from torch import nn
 
 from explanation.gradcam import gradcam_plus_plus, last_layers
 from explanation.integrated_gradients import integrated_gradients
-from explanation.occlusion import occlusion
+from explanation.occlusion import occlusion, temporal_occlusion
 from explanation.relevance import Method, Relevance, Score
 from explanation.rollout import rollout
 from timesformer import TimeSformer
@@ -102,6 +102,32 @@ def explain(
         maps.append(explain_clip(model, clip, class_score(targets[i : i + 1], other)))
     maps = torch.stack(maps)
     return Relevance(maps, maps.sum((2, 3)))
+
+
+def explain_frames(
+    model: nn.Module,
+    clips: torch.Tensor,
+    targets: torch.Tensor,
+    method: Method,
+    against: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """The relevance of the frames alone, `(B, T)` float32 on the CPU: that of `explain`, which
+    occlusion spends most of its time on the parts of the picture for.
+
+    Args:
+        model, clips, targets, method, against: see `explain`.
+
+    Raises:
+        UserError: see `explain`.
+    """
+    if method != "occlusion":
+        return explain(model, clips, targets, method, against).frames
+    others = [None] * len(clips) if against is None else against[:, None]
+    frames = [
+        temporal_occlusion(model, clip, class_score(target, other))
+        for clip, target, other in zip(clips, targets[:, None], others, strict=True)
+    ]
+    return torch.stack(frames)
 
 
 def class_score(targets: torch.Tensor, against: torch.Tensor | None = None) -> Score:

@@ -30,6 +30,10 @@ class RelevanceCurve:
     class: positive where a frame speaks for the predicted one"""
     in_seconds: bool = True
     """whether `times` are seconds; False: they are numbers, because the frame rate is unknown"""
+    method: str = ""
+    """by which it was computed"""
+    warnings: Sequence[str] = ()
+    """what a reader must know of the method, a line each"""
     missing: str = ""
     """why there is no curve, in a few words that name no clip; empty: there is one"""
 
@@ -115,7 +119,7 @@ def _explain_clip(
     """
     import torch
 
-    from explanation.methods import explain
+    from explanation.methods import advice, explain_frames
     from modeling.inference import require_finite
 
     clips, clip = _read(run, index, config)
@@ -126,12 +130,12 @@ def _explain_clip(
     if answer != predicted:
         return _without(_other_answer(run, run.classes[answer]))
     true = torch.tensor([run.predictions.labels[index]])
-    relevance = explain(model, clip, torch.tensor([predicted]), method, true)
-    values = relevance.frames[0].double().numpy()  # (T,)
+    frames = explain_frames(model, clip, torch.tensor([predicted]), method, true)
+    values = frames[0].double().numpy()  # (T,)
     if not np.isfinite(values).all():
         return _without("the relevance is not finite")
     times, in_seconds = _frame_times(clips)
-    return RelevanceCurve(times, values, in_seconds)
+    return RelevanceCurve(times, values, in_seconds, method, advice(config.model_name, method))
 
 
 def _other_answer(run: Run, name: str) -> str:

@@ -39,6 +39,7 @@ def occlusion(model: nn.Module, clip: torch.Tensor, score: Score) -> torch.Tenso
     return frames[:, None, None] * division
 
 
+@torch.no_grad()
 def temporal_occlusion(model: nn.Module, clip: torch.Tensor, score: Score) -> torch.Tensor:
     """The relevance of the frames of one clip, `(T,)`.
 

@@ -36,7 +36,7 @@ from evaluation.calibration import Calibration, apply_temperature
 from evaluation.predictions import Predictions, write_predictions
 from evaluation.results import write_results
 from evaluation.runs import read_run
-from explanation.methods import default_method, explain
+from explanation.methods import advice, default_method, explain
 from explanation.mistakes import RelevanceCurve, explain_mistakes
 from report import main
 from training.log import write_history
@@ -472,17 +472,22 @@ def test_the_script_writes_the_page_or_one_line(run: Path, tmp_path: Path, mista
     assert f"train.py --resume {folder}" in stderr
 
 
-def test_a_report_is_written_without_heavy_libraries(run: Path, tmp_path: Path) -> None:
+def test_a_report_is_written_without_heavy_libraries(
+    run: Path, mistaken: Path, tmp_path: Path
+) -> None:
+    """Neither where there is nothing to explain, nor where no mistake is asked for."""
     code = "import runpy, sys\ntry: runpy.run_path(sys.argv[1], run_name='__main__')\n"
     code += "except SystemExit: pass\nprint(*sys.modules)"
     script = Path(__file__).parents[1] / "report.py"
     heavy = {"torch", "torchvision", "matplotlib", "PIL", "av", "sklearn", "aiohttp"}
-    for argument, unwanted in (
-        ("--help", heavy | {"pandas", "scipy", "jinja2"}),
-        (shutil.copytree(run, tmp_path / "run"), heavy),
+    evaluation = shutil.copytree(mistaken.parent, tmp_path / "trained") / mistaken.name
+    for arguments, unwanted in (
+        (["--help"], heavy | {"pandas", "scipy", "jinja2"}),
+        ([shutil.copytree(run, tmp_path / "run")], heavy),
+        ([evaluation, "--mistakes", "0"], heavy),
     ):
         done = subprocess.run(
-            [sys.executable, "-c", code, script, argument],
+            [sys.executable, "-c", code, script, *arguments],
             capture_output=True,
             text=True,
             check=True,
@@ -665,6 +670,9 @@ def test_the_page_shows_the_curves_without_names(mistaken: Path) -> None:
     assert "why the model chose the predicted class and not the labelled one" in text
     assert "it is not the cause" in text.lower()
     assert "No curve" not in text
+    assert f"Method: {default_method(run.config.model_name)}." in text
+    warnings = advice(run.config.model_name, curves[0].method)
+    assert all(text.count(f"About the curves: {line[9:]}.") == 1 for line in warnings)
     shown = page + html.unescape(page)
     assert not [name for name in names_in(mistaken) if name and name in shown]
     assert "data:image" not in page.split('id="mistakes"')[1]
@@ -761,8 +769,30 @@ def test_the_chart_is_relative_to_the_largest_relevance() -> None:
     values = np.array([0.5, -2.0, 1.0])
     chart = relevance(RelevanceCurve(np.array([0.1, 0.2, 0.3]), values), 3, "cut", "sew")
     assert [y for _, y in chart.lines[1].points] == [0.25, -1.0, 0.5]
-    assert [mark.style for mark in chart.marks] == ["a", "b", "a"]  # also told by their shape
+    assert [mark.style for mark in chart.marks] == ["b", "a", "b"]  # also told by their shape
     assert chart.label == "Mistake 3: relevance of 3 frames for cut and not sew, largest at 0.30 s"
     nothing = relevance(RelevanceCurve(np.zeros(1), np.zeros(1)), 1, "cut", "sew")
     assert nothing.label.endswith("0 in all of them")
-    assert nothing.marks[0].y == 0
+    assert nothing.marks == []  # it speaks for neither
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_curves_in_a_browser(browser, mistaken: Path, tmp_path: Path, scheme: str) -> None:
+    (tmp_path / "report.html").write_text(make_page(mistaken), encoding="utf-8")
+    tab = browser.new_page(color_scheme=scheme)
+    tab.goto((tmp_path / "report.html").as_uri())
+    for width in (390, 1280):
+        tab.set_viewport_size({"width": width, "height": 900})
+        assert tab.evaluate("document.documentElement.scrollWidth <= innerWidth")
+        assert tab.evaluate(CUT_TEXTS, ".scroll:has(.confusion)") == []
+        assert tab.evaluate(PALE_TEXTS)[1] == []
+        assert tab.evaluate(NAMELESS) == 0
+        charts = tab.locator(".mistakes svg.chart")
+        assert charts.count() == 9
+        box, card = charts.first.bounding_box(), tab.locator(".mistakes li").first.bounding_box()
+        assert card["x"] <= box["x"] and box["x"] + box["width"] <= card["x"] + card["width"]
+        assert 80 < box["height"] < 320
+    tab.emulate_media(media="print")
+    tab.set_viewport_size({"width": 690, "height": 1000})
+    assert tab.evaluate(CUT_TEXTS, None) == []
+    tab.close()

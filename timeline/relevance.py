@@ -19,7 +19,7 @@ from torch import nn
 from tqdm import tqdm
 
 from clips.manifest import OUT_OF_BODY, UNREADABLE
-from explanation.methods import explain, require_method
+from explanation.methods import explain_frames, require_method
 from explanation.relevance import Method
 from modeling.inference import prepare_for_inference
 from timeline.prefetch import Prefetcher
@@ -107,17 +107,24 @@ class WindowExplainer:
         model: trained model; it is copied and prepared for inference.
         n_frames: T, frames of a window.
         device: device to compute on, in fp32.
+        warnings: what a reader must know of the method, a line each.
 
     Raises:
         UserError: the method is not defined for the model.
     """
 
     def __init__(
-        self, model: nn.Module, method: Method, n_frames: int, device: torch.device | str = "cpu"
+        self,
+        model: nn.Module,
+        method: Method,
+        n_frames: int,
+        device: torch.device | str = "cpu",
+        warnings: Sequence[str] = (),
     ) -> None:
         self.method = method
         self.n_frames = n_frames
         self.device = torch.device(device)
+        self.warnings = warnings
         require_method(model, method)
         self._model = prepare_for_inference(model, self.device)
 
@@ -132,8 +139,10 @@ class WindowExplainer:
         """
         images = np.stack([[frame.image for frame in window] for window in windows])
         clips = torch.from_numpy(images).permute(0, 1, 4, 2, 3).contiguous()  # (B, T, C, H, W)
-        relevance = explain(self._model, clips.to(self.device), torch.tensor(targets), self.method)
-        values = relevance.frames.double().numpy()
+        values = explain_frames(
+            self._model, clips.to(self.device), torch.tensor(targets), self.method
+        )
+        values = values.double().numpy()
         if not np.isfinite(values).all():
             raise UserError("the relevance is not finite")
         return values

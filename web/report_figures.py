@@ -1,5 +1,6 @@
 """The charts of a report, from the numbers of a run."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -170,14 +171,17 @@ def relevance(curve: RelevanceCurve, number: int, predicted: str, true: str) -> 
     points = list(zip(curve.times.tolist(), values.tolist(), strict=True))
     when = "{:.2f} s" if curve.in_seconds else "frame {:.0f}"
     marks = [
-        Mark(x, y, "a" if y >= 0 else "b", f"{when.format(x)}: {y:+.2f}", 3.0) for x, y in points
+        # In the colours of the two classes in the list above the chart.
+        Mark(x, y, "b" if y > 0 else "a", f"{when.format(x)}: {y:+.2f}", 3.0)
+        for x, y in points
+        if y
     ]
     first, last = float(curve.times[0]), float(curve.times[-1])
     label = "time in the clip (s)" if curve.in_seconds else "frame of the clip"
-    axis = charts.nice_axis(label, first, last, intervals=5, integer=not curve.in_seconds)
+    axis = charts.nice_axis(label, first, last, intervals=8, integer=not curve.in_seconds)
     axis = replace(axis, low=min(axis.low, first), high=max(axis.high, last))
-    low = -1.0 if values.min() < 0 else 0.0
-    ticks = (-1, -0.5, 0, 0.5, 1) if low else (0, 0.5, 1)
+    low = math.floor(2 * values.min(initial=0)) / 2  # 0, -0.5 or -1
+    ticks = [tick for tick in (-1, -0.5, 0, 0.5, 1) if tick >= low]
     zero = Line("neither", "guide", ((axis.low, 0.0), (axis.high, 0.0)))
     peak = when.format(curve.times[values.argmax()])
     text = f"Mistake {number}: relevance of {len(points)} frames for {predicted} and not {true}, "
@@ -186,9 +190,9 @@ def relevance(curve: RelevanceCurve, number: int, predicted: str, true: str) -> 
         text,
         axis,
         Axis("relevance", low, 1.0, ticks),
-        [zero, Line(predicted, "a", points)],
+        [zero, Line(predicted, "plain", points)],
         marks,
-        height=190 if low else 150,
+        height=int(150 - 40 * low),
     )
 
 

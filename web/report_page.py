@@ -116,6 +116,8 @@ def _mistakes(
         classes = mistake["predicted"], mistake["true"]
         mistake["relevance"] = report_figures.relevance(curve, number, *classes)
         mistake["no_relevance"] = curve.missing
+        mistake["method"] = curve.method
+        mistake["warnings"] = [line.removeprefix("warning: ") for line in curve.warnings]
         path = mistake["path"]
         mistake["path"] = str(path) if with_patients else ""
         mistake["frames"], mistake["problem"] = filmstrip(path) if with_frames else ([], "")

@@ -8,7 +8,13 @@ from torch import nn
 
 from explanation import integrated_gradients as ig
 from explanation.baseline import blur, blurred_still
-from explanation.methods import DEFAULT_METHODS, class_score, explain, require_method
+from explanation.methods import (
+    DEFAULT_METHODS,
+    class_score,
+    explain,
+    explain_frames,
+    require_method,
+)
 from explanation.occlusion import spatial_occlusion, temporal_occlusion
 from models import MODELS
 from utils.errors import UserError
@@ -124,6 +130,19 @@ def test_one_class_and_not_another(model: nn.Module, method: str) -> None:
         torch.testing.assert_close(forward, -backward, rtol=1e-3, atol=1e-5)
     plain = explain(model, clips, one, method).frames
     assert not torch.allclose(forward, plain)
+
+
+@pytest.mark.parametrize("method", ["gradcam++", "occlusion", "integrated-gradients"])
+@pytest.mark.parametrize("against", [None, torch.tensor([2, 0])])
+def test_frames_alone_are_those_of_the_whole_explanation(
+    model: nn.Module, method: str, against: torch.Tensor | None
+) -> None:
+    clips = torch.stack([random_clip(4, 32), 1 - random_clip(4, 32)])
+    targets = torch.tensor([1, 2])
+    expected = explain(model, clips, targets, method, against).frames
+    found = explain_frames(model, clips, targets, method, against)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
+    assert not found.requires_grad
 
 
 def test_pixels_as_bytes_and_as_fractions_are_the_same(model: nn.Module) -> None:

@@ -223,10 +223,8 @@ def test_no_relevance_that_is_not_finite(monkeypatch: pytest.MonkeyPatch) -> Non
     explainer = WindowExplainer(model, "occlusion", T)
     frames = [Frame(0.0, np.zeros((32, 32, 3), np.uint8))] * T
 
-    class Infinite:
-        frames = torch.full((1, T), math.inf)
-
-    monkeypatch.setattr("timeline.relevance.explain", lambda *_: Infinite)
+    infinite = torch.full((1, T), math.inf)
+    monkeypatch.setattr("timeline.relevance.explain_frames", lambda *_: infinite)
     with pytest.raises(UserError, match="the relevance is not finite"):
         explainer.explain([frames], [0])
 
