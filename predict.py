@@ -360,6 +360,7 @@ def write_explanation(
     from timeline.relevance import explain_timeline, write_relevance
     from utils.files import write_all
     from utils.interrupt import Interrupted
+    from utils.run_dir import sanitize
     from web.timeline_page import write_timeline_page
 
     try:
@@ -372,6 +373,7 @@ def write_explanation(
                 ),
             }
         )
+        print(f"relevance: {sanitize(str(folder / 'relevance.csv'))}")
     except Interrupted:
         pass  # the caller sees the interrupt too
     except UserError as error:

@@ -838,7 +838,8 @@ def test_explained_segments_are_those_of_the_model(
     shutil.copy(video, tmp_path / "a.mp4")
     run, folder = runs("tsm_resnet"), tmp_path / "a.mp4.timeline"
     flags = ("--smoothing", "none", "--explain")
-    run_main(main, run, "a.mp4", *flags, cwd=tmp_path)
+    ended = run_main(main, run, "a.mp4", *flags, cwd=tmp_path)
+    assert ended.stdout.splitlines()[-1] == "relevance: a.mp4.timeline/relevance.csv"
     segments = read_timeline(folder / "timeline.csv")[""]
     header, *rows = rows_of(folder / "relevance.csv")
     assert header == ["segment", "start", "end", "label", "time", "relevance"]
