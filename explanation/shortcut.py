@@ -9,6 +9,7 @@ proof. Instruments come in from the border, and a class may truly be recognised 
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -16,6 +17,7 @@ import torch
 
 from evaluation.bootstrap import Interval, format_interval
 from explanation.checks import mean_interval
+from utils.tables import write_csv
 from utils.text_table import text_table
 
 Region = Literal["border", "static"]
@@ -230,6 +232,18 @@ def find_shortcuts(shares: Sequence[ShortcutShare]) -> list[ShortcutShare]:
     ratio keeps many clips with a small effect from it.
     """
     return [share for share in shares if share.verdict == "look"]
+
+
+def write_shares(path: str | Path, shares: Sequence[ShortcutShare]) -> None:
+    """Write the shares as a CSV, a row for each class and region."""
+    rows: list[list[object]] = [
+        ["class", "region", "clips", "share", "area", "ratio", "low", "high", "verdict"]
+    ]
+    for share in shares:
+        numbers = [share.share, share.area, share.ratio, *(share.interval or (np.nan, np.nan))]
+        cells = ["" if np.isnan(number) else f"{number:.6g}" for number in numbers]
+        rows.append([share.label, share.region, len(share.shares), *cells, share.verdict])
+    write_csv(path, rows)
 
 
 def shortcut_table(shares: Sequence[ShortcutShare]) -> str:
