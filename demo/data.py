@@ -76,6 +76,10 @@ class Clip:
             f"_C{self.action_number}_{name}_part{self.part}.mp4"
         )
 
+    def render(self, seed: int) -> np.ndarray:
+        """The frames, `(T, 96, 128, 3)` uint8; the same on every call."""
+        return render(self, seed)
+
 
 def render_demo(
     root: Path,
@@ -86,38 +90,67 @@ def render_demo(
 ) -> Path:
     """Render the demo data into `root`, unless it is there already. Returns the absolute path.
 
-    The clips are written to a hidden folder beside `root`, which is renamed to `root` when it is
-    complete: whatever interrupts the rendering, a `root` that exists is complete. If several
-    processes render the same `root` at the same time, each does all of the work, and the folder of
-    the first one stays.
-
     Args:
         patients: number of patients in train, val and test.
         clips_per_patient: number of clips of each class per patient.
         num_workers: number of processes that render (None: one per core, at most 8).
 
     Raises:
-        UserError: `root` holds something else, which is left as it is; or a process was killed.
+        UserError: see `render_folder`.
     """
-    root = Path(root).resolve()  # "." has no name, and beside a link there may be no space
     settings = {
         "version": VERSION,
         "seed": seed,
         "patients": patients or PATIENTS,
         "clips_per_patient": clips_per_patient or CLIPS_PER_PATIENT,
     }
-    if _read_settings(root) == settings:
-        return root
-    _refuse_foreign(root)
     clips = list(plan_clips(settings["patients"], settings["clips_per_patient"]))
+    return render_folder(root, MARKER, settings, clips, {}, num_workers)
+
+
+def render_folder(
+    root: Path,
+    marker: str,
+    settings: dict,
+    clips: Sequence[Clip],
+    tables: dict[str, Sequence[Sequence]],
+    num_workers: int | None,
+) -> Path:
+    """Render clips into `root` and write their manifests, unless it is there already.
+
+    The clips are written to a hidden folder beside `root`, which is renamed to `root` when it is
+    complete: whatever interrupts the rendering, a `root` that exists is complete. If several
+    processes render the same `root` at the same time, each does all of the work, and the folder of
+    the first one stays.
+
+    Args:
+        marker: name of the file that holds `settings` when the folder is complete. A folder with
+            this file and other settings is replaced.
+        settings: what the clips depend on: `version`, `seed`, `patients` per split, and more.
+        clips: the parts of a source action follow one another.
+        tables: the rows of further CSV files by their names.
+        num_workers: number of processes that render (None: one per core, at most 8).
+
+    Returns:
+        The absolute path.
+
+    Raises:
+        UserError: `root` holds something else, which is left as it is; or a process was killed.
+    """
+    root = Path(root).resolve()  # "." has no name, and beside a link there may be no space
+    if _read_settings(root / marker) == settings:
+        return root
+    _refuse_foreign(root, marker)
     remove_unfinished(root.parent)
     unfinished = unfinished_path(root)
     try:
-        _render_all(clips, unfinished / "clips", seed, num_workers)
+        _render_all(clips, unfinished / "clips", settings["seed"], num_workers)
         for split in settings["patients"]:
             _write_csv(unfinished / f"{split}.csv", [c for c in clips if c.split == split])
-        write_text(unfinished / MARKER, json.dumps(settings))
-        _replace(root, unfinished, settings)
+        for name, rows in tables.items():
+            write_csv(unfinished / name, rows)
+        write_text(unfinished / marker, json.dumps(settings))
+        _replace(root, unfinished, marker, settings)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
     return root
@@ -155,18 +188,17 @@ def _patient_and_tissue(
     return patient, make_tissue(patient, rng)
 
 
-def _read_settings(root: Path) -> dict | None:
-    """The settings that the demo data in a folder was rendered with; None if it holds none."""
+def _read_settings(marker: Path) -> dict | None:
+    """The settings that the demo data beside a marker was rendered with; None if there is none."""
     try:
         # A folder with the demo.json of another program must not be replaced.
-        shape = {"version": int, "seed": int, "clips_per_patient": dict}
-        return read_json(root / MARKER, shape) or None
+        return read_json(marker, {"version": int, "seed": int, "patients": dict}) or None
     except (OSError, UserError):
         return None
 
 
-def _refuse_foreign(root: Path) -> None:
-    if not root.exists() or _read_settings(root) is not None:
+def _refuse_foreign(root: Path, marker: str) -> None:
+    if not root.exists() or _read_settings(root / marker) is not None:
         return
     if not root.is_dir() or any(root.iterdir()):
         raise UserError(
@@ -175,11 +207,11 @@ def _refuse_foreign(root: Path) -> None:
         )
 
 
-def _replace(root: Path, finished: Path, settings: dict) -> None:
+def _replace(root: Path, finished: Path, marker: str, settings: dict) -> None:
     """Rename the finished folder to `root`, unless another process was faster."""
-    if _read_settings(root) == settings:
+    if _read_settings(root / marker) == settings:
         return
-    _refuse_foreign(root)
+    _refuse_foreign(root, marker)
     if root.exists():  # demo data of other settings, or an empty folder
         # It is renamed first: a folder that is half deleted would still hold the marker.
         old = unfinished_path(root.with_name(f"{root.name}.old"))
@@ -215,7 +247,7 @@ def _render_files(clips: Sequence[Clip], folder: Path, seed: int) -> int:
     for clip in clips:
         path = folder / clip.path
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_video(path, render(clip, seed))
+        write_video(path, clip.render(seed))
     return len(clips)
 
 

@@ -61,7 +61,7 @@ def make_tissue(patient: Patient, rng: np.random.Generator) -> np.ndarray:
     folds = np.zeros((TEXTURE_SIZE, TEXTURE_SIZE), np.float32)
     for cells, weight in ((5, 0.5), (11, 0.35), (27, 0.3), (60, 0.22)):
         folds += weight * _enlarge(rng.normal(0, 1, (cells + 2, cells + 2)))
-    texture = _colour(*patient.tissue) * (1 + 0.22 * patient.roughness * folds)
+    texture = colour(*patient.tissue) * (1 + 0.22 * patient.roughness * folds)
     pixels = texture.reshape(3, -1)  # a view of the texture
     y, x = np.mgrid[0:TEXTURE_SIZE, 0:TEXTURE_SIZE].astype(np.float32)
     for _ in range(7):  # vessels
@@ -73,10 +73,10 @@ def make_tissue(patient: Patient, rng: np.random.Generator) -> np.ndarray:
         cover = (np.clip(1.6 * rng.uniform(0.8, 2.2) - distance, 0, 1) * 0.55).ravel()
         covered = np.flatnonzero(cover)  # few pixels
         part = pixels[:, covered]
-        _blend(part, cover[covered], _colour(125, 25, 30)[..., 0])
+        blend(part, cover[covered], colour(125, 25, 30)[..., 0])
         pixels[:, covered] = part
     wet = np.clip((_enlarge(rng.normal(0, 1, (62, 62))) - 1.3) * 2, 0, 1)
-    _blend(texture, wet, 245)
+    blend(texture, wet, 245)
     return texture.astype(np.float64)
 
 
@@ -91,19 +91,25 @@ def render_clip(
         rng: draws everything that moves.
     """
     tracks = _movement(action, patient, rng)
-    view = _View(patient)
+    view = View(patient)
     frames = np.zeros((FRAMES, 3, HEIGHT, WIDTH), np.float32)
     for t in range(FRAMES):
-        frames[t, ..., view.columns] = _frame(
+        frames[t, ..., view.columns] = draw_frame(
             patient, view, tissue, *(track[t] for track in tracks)
         )
-    noise = rng.normal(0, 3, (FRAMES, HEIGHT, WIDTH, 1)).astype(np.float32)
+    return add_noise(frames, rng)
+
+
+def add_noise(frames: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Add a camera's noise to `(T, 3, H, W)` float32 frames, in place. Returns `(T, H, W, 3)`
+    uint8."""
+    noise = rng.normal(0, 3, (len(frames), HEIGHT, WIDTH, 1)).astype(np.float32)
     frames += noise.transpose(0, 3, 1, 2)
     clip = np.clip(frames, 0, 255, out=frames).astype(np.uint8)  # (T, 3, H, W)
     return np.ascontiguousarray(clip.transpose(0, 2, 3, 1))  # (T, H, W, 3)
 
 
-class _View:
+class View:
     """What all frames of a patient's clips share. W is the width of the endoscope's round view.
 
     Attributes:
@@ -186,9 +192,9 @@ def _movement(action: str, patient: Patient, rng: np.random.Generator) -> tuple[
     return camera, rim, tip, root, jaws, blood, smoke
 
 
-def _frame(
+def draw_frame(
     patient: Patient,
-    view: _View,
+    view: View,
     tissue: np.ndarray,
     camera: np.ndarray,
     rim: float,
@@ -212,47 +218,47 @@ def _frame(
     top = max(0, int(blood + HEIGHT / 2) - 4)  # the first row of the gleam, which is 9 rows high
     if top < HEIGHT:
         surface = y[top:] - blood - view.waves[top:]
-        _blend(image[:, top:], np.clip(surface, 0, 1) * 0.8, _colour(96, 12, 16))
+        blend(image[:, top:], np.clip(surface, 0, 1) * 0.8, colour(96, 12, 16))
         gleam = np.clip(1.6 - np.abs(surface[:9]), 0, 1) * 0.6
-        _blend(image[:, top : top + 9], gleam, _colour(215, 120, 115))
+        blend(image[:, top : top + 9], gleam, colour(215, 120, 115))
 
     along = (tip - root) / np.hypot(*(tip - root))
-    box, cover, offset = _stroke(view, root, tip, 7.0)
+    box, cover, offset = stroke(view, root, tip, 7.0)
     shine = float(patient.steel) * (0.55 + 0.6 * np.exp(-(((offset + 2) / 3) ** 2)))
-    _blend(image[box], cover, shine)
+    blend(image[box], cover, shine)
     for turn in (-jaws, jaws):
         c, s = np.cos(turn), np.sin(turn)
         end = tip + 28 * np.array([c * along[0] - s * along[1], s * along[0] + c * along[1]])
-        box, cover, _ = _stroke(view, tip, end, 3.5)
-        _blend(image[box], cover, patient.steel + 45)
+        box, cover, _ = stroke(view, tip, end, 3.5)
+        blend(image[box], cover, patient.steel + 45)
 
     if smoke:
         away = np.hypot(x - float(tip[0]), y - float(tip[1]) + 12 * smoke)
         puff = 0.85 * smoke * np.exp(-((away / (10 + 30 * smoke)) ** 2))
-        _blend(image, puff, _colour(205, 205, 210))
+        blend(image, puff, colour(205, 205, 210))
 
     if rim - 3 < patient.view_radius:
-        _blend(image, np.clip((distance - rim) / 2, 0, 1) * 0.85, _colour(52, 40, 38))
+        blend(image, np.clip((distance - rim) / 2, 0, 1) * 0.85, colour(52, 40, 38))
         ring = np.clip(3 - np.abs(distance - rim), 0, 1) * 0.7
-        _blend(image, ring, _colour(150, 140, 135))
+        blend(image, ring, colour(150, 140, 135))
 
     image *= view.light
     return image
 
 
-def _colour(red: float, green: float, blue: float) -> np.ndarray:
+def colour(red: float, green: float, blue: float) -> np.ndarray:
     """A colour as `(3, 1, 1)` float32."""
     return np.array([red, green, blue], np.float32)[:, None, None]
 
 
-def _blend(image: np.ndarray, cover: np.ndarray, colour: np.ndarray | float) -> None:
+def blend(image: np.ndarray, cover: np.ndarray, colour: np.ndarray | float) -> None:
     """Paint a colour over the planes of an image, in place, where `cover` is above 0."""
     image *= 1 - cover
     image += colour * cover
 
 
-def _stroke(
-    view: _View, start: np.ndarray, end: np.ndarray, half_width: float
+def stroke(
+    view: View, start: np.ndarray, end: np.ndarray, half_width: float
 ) -> tuple[tuple[slice, ...], np.ndarray, np.ndarray]:
     """A thick line: the box of an image that holds it, its cover in the box, and the signed
     distance of the box's pixels from its axis."""
