@@ -120,6 +120,12 @@ def test_a_fine_map_has_no_outline() -> None:
     assert not (picture == OUTLINE).all(axis=2).any()
 
 
+def test_a_frame_that_is_relevant_everywhere_is_outlined() -> None:
+    picture = paint(np.full((20, 30, 3), RED, np.uint8), np.ones((1, 1), np.float32))
+    yellow = (picture == OUTLINE).all(axis=2)
+    assert yellow.sum() == 2 * 20 + 2 * 30 - 4 and not yellow[1:-1, 1:-1].any()
+
+
 def test_chosen_frames_are_even_and_hold_both_ends() -> None:
     assert chosen_frames(1, 32).tolist() == [0]
     assert chosen_frames(32, 32).tolist() == list(range(32))
@@ -138,6 +144,7 @@ def figures(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Figure]]:
     monkeypatch.setattr("evaluation.plots.save_figure", lambda figure, _: drawn.append(figure))
     yield drawn
     for figure in drawn:  # all texts and panels are inside, whatever is drawn
+        figure.set_dpi(120)  # as it is saved
         canvas = FigureCanvasAgg(figure)
         canvas.draw()
         edges = figure.bbox.padded(1)
@@ -181,6 +188,7 @@ def test_frames_maps_and_bars_are_aligned(figures: list[Figure]) -> None:
     assert "why cut and not sew" in texts and "Grad-CAM++" in texts and "P058" not in texts
     assert "predicted: cut, confidence 83%, which is wrong, true class: sew" in texts
     assert CAUTION in texts and YELLOW in texts and NOTHING not in texts
+    assert "7 x 7 cells per frame" in texts
 
 
 def test_the_written_picture_holds_the_map(tmp_path: Path) -> None:
