@@ -41,6 +41,9 @@ if TYPE_CHECKING:
 SELECTED = 10
 """mistakes, and right answers, that are explained where no number is given"""
 
+SHORTCUT_CLIPS = 10
+"""clips of each class that --shortcut looks at, spread evenly over the split"""
+
 SLOW = 8.0
 """frames per second that can be looked at one by one"""
 
@@ -179,7 +182,11 @@ def explain_clips(config: ExplainConfig) -> None:
     classes = tuple(state["classes"])
     target = class_number(config.target, classes, "--target")
     against = class_number(config.against, classes, "--against")
-    method = default_method(training.model_name) if config.method == "auto" else config.method
+    method = config.method
+    if method == "auto":
+        # Only these maps have cells that are smaller than a border.
+        fine = "integrated-gradients"
+        method = fine if config.shortcut else default_method(training.model_name)
     model = rebuild_model(state)
     require_method(model, method)
     if method == "rollout" and (config.target or config.against):
@@ -214,6 +221,8 @@ def explain_clips(config: ExplainConfig) -> None:
         rows = [predictions.rows[i] for i in chosen]
         if not rows:
             raise UserError("there is no such clip: choose other numbers of --mistakes and --right")
+    elif config.shortcut:
+        rows = spread(rows, SHORTCUT_CLIPS)
 
     # explanation
     model = prepare_for_inference(model, device)
@@ -233,7 +242,7 @@ def explain_clips(config: ExplainConfig) -> None:
     explained = explain_loader(loader, device, explain, unreadable)
     make_folder(folder)
     if config.shortcut:
-        write_shortcuts(folder, explained, classes)
+        write_shortcuts(folder, explained, classes, rows)
     else:
         write_explanations(folder, explained, config, training.model_name)
     print(f"results: {folder}")
@@ -287,13 +296,58 @@ def write_explanations(
         )
     write_relevance(folder / "relevance.csv", kept)
     if config.html:
-        from web.explanation_page import write_explanation_page
-
         from utils.run_dir import command
+        from web.explanation_page import write_explanation_page
 
         page, metadata = folder / "explanations.html", {"command": command(), "model": model_name}
         write_explanation_page(page, kept, config.with_names, metadata)
         print(f"page: {page} (contains images of patients)")
+
+
+def spread(rows: "Sequence[ClipRow]", most: int) -> "list[ClipRow]":
+    """At most so many clips of each class, spread evenly over the rows."""
+    chosen: set[int] = set()
+    for label in {row.label for row in rows}:
+        mine = [i for i, row in enumerate(rows) if row.label == label]
+        chosen |= (
+            {mine[i * len(mine) // most] for i in range(most)} if len(mine) > most else {*mine}
+        )
+    return [rows[i] for i in sorted(chosen)]
+
+
+def write_shortcuts(
+    folder: Path,
+    explained: "Iterator[ExplainedClip]",
+    classes: Sequence[str],
+    rows: "Sequence[ClipRow]",
+) -> None:
+    """Print and write how much relevance lies on borders and static pixels, for each predicted
+    class."""
+    import torch
+
+    from explanation.shortcut import find_shortcuts, shortcut_shares, shortcut_table, write_shares
+
+    patients = {str(row.path): row.patient for row in rows}
+    clips = list(explained)
+    shares = shortcut_shares(
+        torch.from_numpy(np.stack([clip.maps for clip in clips])),
+        [torch.from_numpy(clip.frames).permute(0, 3, 1, 2) for clip in clips],
+        np.array([classes.index(clip.predicted) for clip in clips]),
+        classes,
+        np.array([patients[clip.name] for clip in clips], object),
+    )
+    write_shares(folder / "shortcut.csv", shares)
+    print(shortcut_table(shares))
+    if not (found := find_shortcuts(shares)):
+        print("no sign of a shortcut on borders or static pixels, where they could be measured")
+        return
+    for share in found:
+        where = "the border" if share.region == "border" else "pixels that stand still"
+        print(
+            f"warning: {share.label}: {share.share:.0%} of the relevance lies on {where}, "
+            f"{share.ratio:.1f} times as much as an even map has there: look at such clips "
+            f"(logos, time stamps, the edge of the endoscope) before you trust this class"
+        )
 
 
 def playback_rate(times: "np.ndarray") -> float:

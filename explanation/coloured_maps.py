@@ -26,7 +26,7 @@ BLUE = (
     "relevance in the whole clip. No colour: speaks for it hardly or not at all, or against it."
 )
 
-YELLOW = "Yellow outline: at least half of the highest relevance."
+YELLOW = "Inside the yellow outline: at least half of the highest relevance."
 
 BARS = "Bars: the relevance of each frame; a bar below the axis speaks against the explained class."
 
@@ -41,7 +41,7 @@ WEAK, STRONG = np.array([0, 114, 178]), np.array([86, 180, 233])
 """RGB of little and of the highest relevance"""
 OUTLINE = np.array([240, 228, 66])
 """RGB of the outline at half of the maximum"""
-OPACITY = 0.75
+OPACITY = 0.65
 """of the highest relevance"""
 
 _FINE = 64  # cells along a side
@@ -57,11 +57,18 @@ def has_outline(clip: ExplainedClip) -> bool:
     return max(clip.maps.shape[1:]) < _FINE
 
 
+def cells_text(clip: ExplainedClip) -> str:
+    """How fine the maps are, e.g. `7 x 7 cells`: a coarse one cannot show small things."""
+    height, width = clip.maps.shape[1:]
+    return "1 cell" if height * width == 1 else f"{height} x {width} cells"
+
+
 def legend(clip: ExplainedClip) -> str:
     """What the colours over the frames mean."""
     if not has_positive(clip):
         return NOTHING
-    return f"{BLUE} {YELLOW}" if has_outline(clip) else BLUE
+    outline = f" {YELLOW}" if has_outline(clip) else ""
+    return f"{BLUE}{outline} The map has {cells_text(clip)} per frame and is smoothed."
 
 
 def positive_shares(maps: np.ndarray) -> np.ndarray:
@@ -106,7 +113,7 @@ def _edge(inside: np.ndarray, thickness: int) -> np.ndarray:
     """The pixels of an area `(H, W)` bool that are within `thickness` of what is outside of it."""
     core = inside
     for _ in range(thickness):
-        padded = np.pad(core, 1, "edge")  # the edge of the picture is no edge of the area
+        padded = np.pad(core, 1)  # also along the sides of the picture, so that it is closed
         core = core & padded[:-2, 1:-1] & padded[2:, 1:-1] & padded[1:-1, :-2] & padded[1:-1, 2:]
     return inside & ~core
 

@@ -9,6 +9,7 @@ proof. Instruments come in from the border, and a class may truly be recognised 
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -16,6 +17,7 @@ import torch
 
 from evaluation.bootstrap import Interval, format_interval
 from explanation.checks import mean_interval
+from utils.tables import write_csv
 from utils.text_table import text_table
 
 Region = Literal["border", "static"]
@@ -24,11 +26,12 @@ BORDER = 0.08
 """width of the border as a fraction of each side"""
 
 STILL = 0.1
-"""a pixel stands still if it changes less than this fraction of what the moving parts do"""
+"""a pixel stands still if it changes less than this fraction of what the changing parts do"""
 
-_MOVING = 0.95  # quantile of the deviations: half of an endoscope's picture may be black
-_MOST_CLIPS = 0.9  # of the clips in which a static pixel stands still; the others may be cuts
-_LEAST_MOTION = 2 / 255  # of the moving parts; noise of compression alone is about as strong
+_CHANGING = 0.95  # quantile over the pixels: half of an endoscope's picture may be black
+_MOST_CLIPS = 0.9  # of those in which a static pixel stands still; the others may show a cut
+_LEAST_CLIPS = 3  # that can be compared with each other
+_LEAST_CHANGE = 2 / 255  # of the changing parts; noise of compression alone is about as strong
 
 RATIO, RATIO_LOW = 2.0, 1.5
 """the ratio above which the bell rings, and what its interval must lie above"""
@@ -47,39 +50,54 @@ def border_mask(height: int, width: int, fraction: float = BORDER) -> np.ndarray
 
 
 def static_mask(clips: Sequence[torch.Tensor] | torch.Tensor) -> np.ndarray | None:
-    """The pixels that stand still within nearly all clips, while other pixels move.
+    """The pixels that stand still while others move, in nearly all clips.
 
-    Within a clip a pixel stands still if its standard deviation over time is below a tenth of that
-    of the moving parts of the picture (the 95th percentile over the pixels, so that clips of little
-    and of much motion are judged alike). It is static if that holds in at least 90 % of the clips:
-    tissue may stand still in one clip, but hardly at the same place in all. Between clips a static
-    pixel may change: text that names the hospital or the day is the most dangerous of all. Digits
-    that count seconds change within clips and are not found.
+    Either is enough, in at least 90 % of the clips:
 
-    Clips without motion (still pictures, or less than the noise of compression) tell nothing and
-    are left out.
+    - The pixel hardly changes within the clip: its standard deviation over time is below a tenth of
+      that of the moving parts (the 95th percentile over the pixels, so that clips of little and of
+      much motion are judged alike). Tissue may rest in one clip, but hardly at the same place in
+      all. From clip to clip such a pixel may change: text that names the hospital or the day is the
+      most dangerous of all. Clips without motion tell nothing here and are left out.
+    - The pixel looks alike in the clip and in the others: from its median over the clips it
+      deviates less than a tenth as far as the changing parts. So logos are found in clips without
+      motion. Two clips may be alike by accident: it takes three.
+
+    Digits that count seconds change within clips and between them, and are not found.
 
     Args:
         clips: `(N, T, C, H, W)`, or N clips `(T, C, H, W)` of one size; uint8, or float in [0, 1].
             Of more than three channels the first three count, the colours.
 
     Returns:
-        `(H, W)` bool; None if no clip moves, so that nothing can be told.
+        `(H, W)` bool; None where nothing can be told: fewer than three clips, and none moves.
     """
-    changes = [change for clip in clips if (change := _change(clip)) is not None]
-    if not changes:
-        return None
-    still = np.stack(changes) < STILL  # (N, H, W)
+    means, variances = [], []
+    for clip in clips:
+        pixels = clip[:, :3].float() / (255 if clip.dtype == torch.uint8 else 1)
+        variance, mean = torch.var_mean(pixels, dim=0, correction=0)
+        means.append(mean.cpu().numpy())
+        variances.append(variance.cpu().numpy())
+    deviations = np.sqrt(np.stack(variances)).max(
+        axis=1
+    )  # (N, H, W), the channel that changes most
+    moving = np.quantile(deviations, _CHANGING, axis=(1, 2))  # (N,)
+    informative = moving >= _LEAST_CHANGE
+    masks = []
+    if informative.any():
+        masks.append(_mostly(deviations[informative] < STILL * moving[informative, None, None]))
+    if len(means) >= _LEAST_CLIPS:
+        differences = np.stack(means) - np.median(means, axis=0)  # (N, C, H, W)
+        distances = np.sqrt(differences**2 + variances).max(axis=1)  # (N, H, W)
+        changing = np.quantile(np.median(distances, axis=0), _CHANGING)
+        if changing >= _LEAST_CHANGE:
+            masks.append(_mostly(distances < STILL * changing))
+    return np.any(masks, axis=0) if masks else None
+
+
+def _mostly(still: np.ndarray) -> np.ndarray:
+    """`(N, H, W)` bool to `(H, W)`: what is true in nearly all clips."""
     return still.mean(axis=0) >= _MOST_CLIPS
-
-
-def _change(clip: torch.Tensor) -> np.ndarray | None:
-    """`(H, W)` deviation over time of the channel that changes most, as a fraction of that of the
-    moving parts; None without motion."""
-    pixels = clip[:, :3].float() / (255 if clip.dtype == torch.uint8 else 1)
-    deviation = pixels.std(dim=0, correction=0).amax(dim=0).cpu().numpy()
-    moving = np.quantile(deviation, _MOVING)
-    return deviation / moving if moving >= _LEAST_MOTION else None
 
 
 @dataclass(frozen=True)
@@ -91,8 +109,8 @@ class ShortcutShare:
     shares: np.ndarray
     """`(clips,)` of the clips that have positive relevance"""
     area: float
-    """of the picture; NaN for static pixels if no clip moves. A map that is even has this share:
-    each cell counts with the part of it that the region covers"""
+    """of the picture; NaN for static pixels if they cannot be told. A map that is even has this
+    share: each cell counts with the part of it that the region covers"""
     limit: float
     """the ratio if all relevance lay evenly in the cells that the region touches: the grid of the
     maps cannot show much more; NaN without an area"""
@@ -122,7 +140,7 @@ class ShortcutShare:
         if not len(self.shares):
             return "no positive relevance"
         if np.isnan(self.area):
-            return "not measured: no clip moves"
+            return "not measured: nothing changes"
         if self.area == 0:
             return "no such pixels"
         if self.limit < MIN_LIMIT:
@@ -230,6 +248,18 @@ def find_shortcuts(shares: Sequence[ShortcutShare]) -> list[ShortcutShare]:
     ratio keeps many clips with a small effect from it.
     """
     return [share for share in shares if share.verdict == "look"]
+
+
+def write_shares(path: str | Path, shares: Sequence[ShortcutShare]) -> None:
+    """Write the shares as a CSV, a row for each class and region."""
+    rows: list[list[object]] = [
+        ["class", "region", "clips", "share", "area", "ratio", "low", "high", "verdict"]
+    ]
+    for share in shares:
+        numbers = [share.share, share.area, share.ratio, *(share.interval or (np.nan, np.nan))]
+        cells = ["" if np.isnan(number) else f"{number:.6g}" for number in numbers]
+        rows.append([share.label, share.region, len(share.shares), *cells, share.verdict])
+    write_csv(path, rows)
 
 
 def shortcut_table(shares: Sequence[ShortcutShare]) -> str:

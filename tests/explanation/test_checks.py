@@ -340,6 +340,22 @@ def test_a_real_method_on_a_real_model() -> None:
     assert result.means[-1] < 0.9
 
 
+def test_statistics_follow_the_random_weights() -> None:
+    """Those of the trained weights would fit nothing: here they are far off from the beginning."""
+    model, clips, scales = Layers().eval(), make_clips(8, 2, 16), []
+    model.norm.running_mean.fill_(100)
+
+    def explain(model: nn.Module, clips: torch.Tensor, *_: object) -> Relevance:
+        with torch.no_grad():
+            normed = model.norm(model.stem(clips.flatten(1)))
+        scales.append((normed.mean().abs().item(), normed.std(0).mean().item()))
+        return Relevance(torch.rand(8, 2, 4, 4), torch.rand(8, 2))
+
+    randomisation(model, clips, torch.zeros(8, dtype=torch.long), "gradcam++", explain)
+    assert [mean > 50 for mean, _ in scales] == [True, True, True, False]  # the stem comes last
+    assert scales[-1] == pytest.approx((0, 1), abs=0.02)
+
+
 def test_statistics_are_those_of_what_reaches_them() -> None:
     torch.manual_seed(0)
     first, second = nn.BatchNorm2d(3), nn.BatchNorm2d(4)
