@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from explanation.baseline import blurred_still
-from explanation.relevance import Score, differentiable
+from explanation.relevance import Relevance, Score, differentiable
 
 log = logging.getLogger(__name__)
 
@@ -27,8 +27,8 @@ TOLERANCE = 0.01
 """how far the sum of the relevance may be from the difference of the scores"""
 
 
-def integrated_gradients(model: nn.Module, clip: torch.Tensor, score: Score) -> torch.Tensor:
-    """The relevance of all values of the pixels, summed over the cells of a grid, `(T, h, w)`.
+def integrated_gradients(model: nn.Module, clip: torch.Tensor, score: Score) -> Relevance:
+    """The relevance of all values of the pixels of one clip, summed over the cells of a grid.
 
     Completeness (proposition 1 of the paper): it adds up to the score of the clip minus that of the
     still picture. The points on the way are doubled until it does, within 1 %, and a warning tells
@@ -54,7 +54,8 @@ def integrated_gradients(model: nn.Module, clip: torch.Tensor, score: Score) -> 
             f"instead of {after - before:.3g} at {steps} points"
         )
     grid = cells_per_side(clip.shape[-2]), cells_per_side(clip.shape[-1])
-    return _sum_cells(attributions.sum(dim=1), grid).cpu()
+    maps = _sum_cells(attributions.sum(dim=1), grid).cpu()[None]  # (1, T, h, w)
+    return Relevance(maps, maps.sum((2, 3)))
 
 
 def attribute(

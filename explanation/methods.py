@@ -96,12 +96,14 @@ def explain(
     if method == "gradcam++":
         return gradcam_plus_plus(model, clips, class_score(targets, against))
     explain_clip = occlusion if method == "occlusion" else integrated_gradients
-    maps = []
-    for i, clip in enumerate(clips):
-        other = None if against is None else against[i : i + 1]
-        maps.append(explain_clip(model, clip, class_score(targets[i : i + 1], other)))
-    maps = torch.stack(maps)
-    return Relevance(maps, maps.sum((2, 3)))
+    others = [None] * len(clips) if against is None else against[:, None]
+    parts = [
+        explain_clip(model, clip, class_score(target, other))
+        for clip, target, other in zip(clips, targets[:, None], others, strict=True)
+    ]
+    return Relevance(
+        torch.cat([part.maps for part in parts]), torch.cat([part.frames for part in parts])
+    )
 
 
 def explain_frames(

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from explanation.baseline import blurred_still
-from explanation.relevance import Score
+from explanation.relevance import Relevance, Score
 
 GRID = 7
 """parts of the picture along each side"""
@@ -22,11 +22,12 @@ BATCH = 16
 
 
 @torch.no_grad()
-def occlusion(model: nn.Module, clip: torch.Tensor, score: Score) -> torch.Tensor:
-    """The fall of the score, for frames times for parts of the picture, `(T, h, w)`.
+def occlusion(model: nn.Module, clip: torch.Tensor, score: Score) -> Relevance:
+    """The fall of the score for each frame, and for each part of the picture, of one clip.
 
-    A frame at a time is replaced, and a part of the picture in all frames. The map of a frame is
-    the frame's relevance, divided among the parts as their own positive relevance is.
+    A frame at a time is replaced, and a part of the picture in all frames. The maps divide the fall
+    of each part among the frames as their own positive relevance is, so that over time they add up
+    to the falls of the parts.
 
     Args:
         model: in eval mode.
@@ -34,9 +35,10 @@ def occlusion(model: nn.Module, clip: torch.Tensor, score: Score) -> torch.Tenso
         score: what is explained.
     """
     frames = temporal_occlusion(model, clip, score)  # (T,)
-    parts = spatial_occlusion(model, clip, score).clamp(min=0)  # (h, w)
-    division = parts / parts.sum() if parts.any() else torch.full_like(parts, 1 / parts.numel())
-    return frames[:, None, None] * division
+    parts = spatial_occlusion(model, clip, score)  # (h, w)
+    positive = frames.clamp(min=0)
+    division = positive / positive.sum() if positive.any() else torch.ones_like(frames) / len(clip)
+    return Relevance((division[:, None, None] * parts)[None], frames[None])
 
 
 @torch.no_grad()

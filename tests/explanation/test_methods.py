@@ -15,7 +15,7 @@ from explanation.methods import (
     explain_frames,
     require_method,
 )
-from explanation.occlusion import spatial_occlusion, temporal_occlusion
+from explanation.occlusion import occlusion, spatial_occlusion, temporal_occlusion
 from models import MODELS
 from utils.errors import UserError
 
@@ -48,6 +48,16 @@ def test_occlusion_in_time_equals_captum(model: nn.Module) -> None:
     assert relevance.abs().max() > 1e-3
 
 
+def test_the_maps_of_occlusion_add_up_to_the_parts(model: nn.Module) -> None:
+    """Also where frames speak against the class in sum."""
+    clip, score = random_clip(), class_score(torch.tensor([2]))
+    relevance = occlusion(model, clip, score)
+    frames, parts = temporal_occlusion(model, clip, score), spatial_occlusion(model, clip, score)
+    torch.testing.assert_close(relevance.frames[0], frames)
+    torch.testing.assert_close(relevance.maps[0].sum(0), parts)
+    assert (frames < 0).any() and (relevance.maps[0, frames <= 0] == 0).all()
+
+
 def test_a_single_frame_is_compared_with_the_still_picture(model: nn.Module) -> None:
     clip, score = random_clip(t=1), class_score(torch.tensor([2]))
     with torch.no_grad():
@@ -75,7 +85,7 @@ def test_integrated_gradients_equal_captum_and_are_complete(model: nn.Module) ->
     )
     attributions = ig.attribute(model, clip, still[0], score, 32)
     torch.testing.assert_close(attributions, expected[0].float(), rtol=0, atol=1e-5)
-    maps = ig.integrated_gradients(model, clip, score)
+    maps = ig.integrated_gradients(model, clip, score).maps
     with torch.no_grad():
         difference = (model(clip[None]) - model(still))[0, 2]
     assert abs(maps.sum() - difference) <= 0.01 * abs(difference)
@@ -90,7 +100,7 @@ def test_incomplete_gradients_are_told(caplog: pytest.LogCaptureFixture) -> None
 
     clip = torch.zeros(2, 3, 8, 8)
     clip[:, :, :2] = 1
-    maps = ig.integrated_gradients(Steps(), clip, class_score(torch.tensor([0])))
+    maps = ig.integrated_gradients(Steps(), clip, class_score(torch.tensor([0]))).maps
     assert not maps.any()
     assert "add up to 0 instead of" in caplog.text
 
