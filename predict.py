@@ -8,6 +8,7 @@
     python predict.py RUN https://host/operation.mp4                  a file on a web server
     cat operation.ts | python predict.py RUN -                        a pipe
     python predict.py RUN operation.mp4 --overlay                     also a video with the answers
+    python predict.py RUN operation.mp4 --explain                     which seconds decided
     python predict.py RUN /data/clips --clips answers.csv             one answer per clip
 
 The results of operation.mp4 are written into the folder operation.mp4.timeline beside it:
@@ -37,9 +38,12 @@ if TYPE_CHECKING:
     import numpy as np
 
     from evaluation.calibration import Calibration
+    from timeline.relevance import WindowExplainer
     from timeline.segments import Timeline
     from timeline.smoothing import SmoothingConfig
+    from timeline.sources import FrameSource
     from timeline.streaming import OnlinePredictor
+    from utils.interrupt import Interrupt
 
 # What imports torch and other large libraries is imported where it is needed: --help is fast.
 
@@ -106,6 +110,9 @@ class PredictConfig:
 
     overlay: bool = False
     """also write overlay.mp4, the video with its predictions and the timeline below the picture"""
+    explain: bool = False
+    """also read the video again and show in timeline.html, and in relevance.csv, which seconds
+    decided for the label of each segment"""
     serve: bool = False
     """show the newest frame and prediction on a live page in the browser"""
     host: str = "127.0.0.1"
@@ -220,6 +227,25 @@ def build_predictor(
     return predictor, smoothing, calibration, metadata
 
 
+def build_explainer(config: PredictConfig, predictor: "OnlinePredictor") -> "WindowExplainer":
+    """What explains the labels of segments, by the method that does best for the model.
+
+    Raises:
+        UserError: the checkpoint cannot be read, or the method is not defined for the model.
+    """
+    from checkpoint import load_checkpoint, rebuild_model
+    from config import from_dict
+    from explanation.methods import advice, default_method
+    from timeline.relevance import WindowExplainer
+
+    state = load_checkpoint(config.run)
+    name = from_dict(state["config"]).model_name
+    method = default_method(name)
+    for line in advice(name, method):
+        print(line)
+    return WindowExplainer(rebuild_model(state), method, predictor.n_frames, predictor.device)
+
+
 def describe_window(predictor: "OnlinePredictor") -> str:
     """What the model sees at once, in frames and in seconds."""
     frames, fps = predictor.n_frames, predictor.fps
@@ -235,6 +261,7 @@ def predict(
     calibration: "Calibration",
     frame_filter: "Callable[[np.ndarray], bool] | None",
     metadata: dict[str, str],
+    explainer: "WindowExplainer | None" = None,
 ) -> list[str]:
     """Predict the timeline of each source, and write its results into its folder.
 
@@ -294,12 +321,59 @@ def predict(
             problems += failed
             if not failed:
                 print(f"overlay: {sanitize(str(overlay))}")
+        if explainer and not interrupt.signal:
+            options = predictor.fps, predictor.image_size, False, config.frame_rate, 0.0
+            frames = open_source(source, *options)
+            about = {**metadata, **rate, "relevance": explainer.method}
+            problems += write_explanation(
+                folder, timeline, path, about, frames, explainer, interrupt
+            )
         if problems:
             failures.append("; ".join(problems))
             print(f"error: {failures[-1]}", file=sys.stderr)
         interrupt.check()
     interrupt.restore()
     return failures
+
+
+def write_explanation(
+    folder: Path,
+    timeline: "Timeline",
+    video: Path | None,
+    metadata: dict[str, str],
+    source: "FrameSource",
+    explainer: "WindowExplainer",
+    interrupt: "Interrupt",
+) -> list[str]:
+    """Explain the segments of a timeline, write relevance.csv, and timeline.html anew.
+
+    Args:
+        source: the video again.
+        interrupt: request to stop; nothing is written then.
+
+    Returns:
+        Why it could not be done, as a list of one line; an empty list if it could.
+    """
+    from timeline.relevance import explain_timeline, write_relevance
+    from utils.files import write_all
+    from utils.interrupt import Interrupted
+    from web.timeline_page import write_timeline_page
+
+    try:
+        relevance = explain_timeline(source, timeline, explainer, interrupt)
+        write_all(
+            {
+                folder / "relevance.csv": lambda p: write_relevance(p, timeline, relevance),
+                folder / "timeline.html": lambda p: write_timeline_page(
+                    p, timeline, video, metadata, relevance
+                ),
+            }
+        )
+    except Interrupted:
+        pass  # the caller sees the interrupt too
+    except UserError as error:
+        return [f"no relevance: {error}"]
+    return []
 
 
 def write_outputs(
@@ -343,6 +417,11 @@ def main() -> None:
     if config.overlay and (other := [s for s in sources if not Path(s).is_file()]):
         source = strip_credentials(str(other[0]))
         raise UserError(f"--overlay reads the video twice: for a file, not for {source}")
+    if config.explain and (other := [s for s in sources if not isinstance(s, Path)]):
+        source = strip_credentials(other[0])
+        raise UserError(
+            f"--explain reads the video twice: for a file or a folder of images, not for {source}"
+        )
 
     from timeline.output import output_folders
     from timeline.predictor import load_frame_filter
@@ -355,8 +434,9 @@ def main() -> None:
     frame_filter = load_frame_filter(config.out_of_body) if config.out_of_body else None
     predictor, smoothing, calibration, metadata = build_predictor(config)
     print(f"the model sees {describe_window(predictor)}", flush=True)
+    explainer = build_explainer(config, predictor) if config.explain else None
     try:
-        options = predictor, smoothing, calibration, frame_filter, metadata
+        options = predictor, smoothing, calibration, frame_filter, metadata, explainer
         failures = predict(config, sources, folders, *options)
     except Interrupted:
         print("interrupted: the results so far are written", file=sys.stderr)

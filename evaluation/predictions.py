@@ -33,6 +33,8 @@ class Predictions:
     features: np.ndarray | None = None
     """`(N, num_features)` float32, the input of the classifier averaged over frames and views, if
     it was recorded"""
+    folds: Sequence[str] = ()
+    """`(N,)` the fold whose model predicted each clip, in a cross-validation; else empty"""
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -176,4 +178,5 @@ def read_predictions(path: Path) -> tuple[Predictions, list[str], np.ndarray]:
     valid = ((probabilities >= 0) & (probabilities <= 1)).all()  # NaN is not
     if not rows or not classes or not valid:
         raise UserError(f"{path}: holds no predictions, or impossible ones: evaluate again")
-    return Predictions(rows, probabilities), classes, np.array(decided, bool)
+    folds = [row["fold"] for row in table] if "fold" in header else ()
+    return Predictions(rows, probabilities, folds=folds), classes, np.array(decided, bool)

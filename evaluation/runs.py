@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -51,18 +52,29 @@ class Run:
         """What identifies each clip: its absolute path and its label."""
         return [_clip_key(row) for row in self.predictions.rows]
 
-    def load_state(self) -> dict[str, Any]:
-        """The best checkpoint of the run, of a cross-validation that of fold 1.
+    def checkpoint(self, fold: str = "") -> Path | None:
+        """The checkpoint file that the results come from; None: it is not there any more.
+
+        Args:
+            fold: a fold of a cross-validation, see `Predictions.folds`; empty: its first one.
+        """
+        tested = Path(self.results.get("checkpoint") or self.folder)
+        name = tested.name if tested.suffix == ".pt" else "best.pt"
+        folders = (self.home, self.home / "fold1", tested, tested.parent)
+        if fold:  # a cell of predictions.csv may hold anything
+            folders = (self.home / fold,) if re.fullmatch(r"fold[0-9]+", fold) else ()
+        return next((path / name for path in folders if (path / name).is_file()), None)
+
+    def load_state(self, fold: str = "") -> dict[str, Any]:
+        """The checkpoint that the results come from, see `checkpoint`.
 
         Raises:
-            UserError: there is none.
+            UserError: there is none, or it is damaged.
         """
         from checkpoint import load_checkpoint  # imports torch
 
-        checkpoint = Path(self.results.get("checkpoint") or self.folder)
-        for path in (self.home, self.home / "fold1", checkpoint, checkpoint.parent):
-            if (path / "best.pt").is_file():
-                return load_checkpoint(path)
+        if path := self.checkpoint(fold):
+            return load_checkpoint(path)
         raise UserError(
             f"{self.folder}: no best.pt in it, in its fold1 or in the folder above: give a run "
             "folder, a folder of evaluate.py in one, or a folder of a cross-validation"
@@ -159,7 +171,8 @@ def _sorted_by_clip(run: Run) -> Run:
     keys = run.clip_keys
     order = sorted(range(len(keys)), key=lambda i: keys[i])
     rows = [run.predictions.rows[i] for i in order]
-    predictions = Predictions(rows, run.predictions.probabilities[order])
+    folds = [run.predictions.folds[i] for i in order] if run.predictions.folds else ()
+    predictions = Predictions(rows, run.predictions.probabilities[order], folds=folds)
     return dataclasses.replace(run, predictions=predictions, decided=run.decided[order])
 
 

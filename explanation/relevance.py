@@ -1,12 +1,18 @@
 """What an explanation is: the relevance of every frame, and of every part of it."""
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 import torch
+from torch import nn
 
 Method = Literal["gradcam++", "rollout", "occlusion", "integrated-gradients"]
+
+Score = Callable[[torch.Tensor], torch.Tensor]
+"""from logits `(B, num_classes)` to what is explained, `(B,)`"""
 
 
 @dataclass(frozen=True)
@@ -55,3 +61,17 @@ class ExplainedClip:
     def correct(self) -> bool | None:
         """Whether the prediction is right; None: unknown."""
         return self.predicted == self.label if self.label else None
+
+
+@contextmanager
+def differentiable(model: nn.Module) -> Iterator[None]:
+    """cuDNN differentiates an LSTM in training mode only; without dropout that changes nothing."""
+    lstms = [module for module in model.modules() if isinstance(module, nn.RNNBase)]
+    before = [(lstm.training, lstm.dropout) for lstm in lstms]
+    for lstm in lstms:
+        lstm.training, lstm.dropout = True, 0.0
+    try:
+        yield
+    finally:
+        for lstm, (training, dropout) in zip(lstms, before, strict=True):
+            lstm.training, lstm.dropout = training, dropout

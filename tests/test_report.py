@@ -1,6 +1,7 @@
 """report.py: the numbers, whom the page names, and what a browser makes of it."""
 
 import base64
+import dataclasses
 import html
 import json
 import os
@@ -8,11 +9,13 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from helpers import (
     CUT_TEXTS,
     HOSTILE,
@@ -22,20 +25,29 @@ from helpers import (
     WIDTHS,
     make_clip,
     run_script,
+    write_images,
 )
 
+from checkpoint import load_checkpoint, rebuild_model, save_checkpoint
 from clips.manifest import CLASSES, ClipRow
+from dataset import ClipsDataset, get_val_transform
 from evaluation import bootstrap, metrics
 from evaluation.calibration import Calibration, apply_temperature
-from evaluation.predictions import Predictions
+from evaluation.predictions import Predictions, write_predictions
 from evaluation.results import write_results
+from evaluation.runs import read_run
+from explanation.methods import default_method, explain
+from explanation.mistakes import RelevanceCurve, explain_mistakes
 from report import main
 from training.log import write_history
 from utils.errors import UserError
 from utils.files import write_json
-from web.anonymize import HIDDEN, redact
+from video.clip_reader import FrameSampler, read_clip
+from web.anonymize import HIDDEN, pseudonymize, redact
 from web.report_data import load_report_data, more_intervals
+from web.report_figures import relevance
 from web.report_page import build_page
+from web.report_sections import mistakes
 
 PATIENTS = [f"Kovacs-{number:03d}" for number in range(31, 43)]
 LEAKAGE = "4 of 12 patients of test are also in train (97 of 371 test clips): memory"
@@ -596,3 +608,161 @@ def test_all_texts_are_whole(browser, tmp_path: Path, classes: tuple[str, ...]) 
     tab.set_viewport_size({"width": 690, "height": 1000})  # A4 with its margins
     assert tab.evaluate(CUT_TEXTS, None) == []
     tab.close()
+
+
+@pytest.fixture(scope="module")
+def mistaken(trained: tuple[Path, str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of a tiny trained run, with an evaluation of clips all of whose labels are wrong."""
+    folder = shutil.copytree(trained[0], tmp_path_factory.mktemp("mistaken") / "run")
+    write_mistakes(folder, folder / "evaluate_wrong")
+    return folder / "evaluate_wrong"
+
+
+def write_mistakes(run: Path, folder: Path, folds: Sequence[str] = (), **metadata: object) -> Path:
+    """The results of a run as if every answer of it were wrong."""
+    known = load_report_data(run)
+    predictions, count = known.predictions, len(known.classes)
+    rows = [
+        row._replace(label=(int(answer) + 1) % count)
+        for row, answer in zip(predictions.rows, predictions.y_pred, strict=True)
+    ]
+    wrong = Predictions(rows, predictions.probabilities)
+    facts = {"checkpoint": str(run / "best.pt"), "split": "test", "warnings": []} | metadata
+    write_results(wrong, known.classes, folder, [Calibration()], facts)
+    if folds:
+        write_predictions(folder / "predictions.csv", wrong, known.classes, 0.0, folds)
+    return folder
+
+
+def test_the_curves_of_mistakes_are_those_of_the_model(mistaken: Path) -> None:
+    run = load_report_data(mistaken).run
+    config, state = run.config, run.load_state()
+    curves = explain_mistakes(run, [4, 0])
+    clips = ClipsDataset(run.predictions.rows, config.n_frames, 32, transform=get_val_transform(32))
+    model = rebuild_model(state)
+    for index, curve in zip([4, 0], curves, strict=True):
+        clip, label = clips[index]
+        pair = torch.tensor([run.predictions.y_pred[index]]), torch.tensor([label])
+        method = default_method(config.model_name)
+        expected = explain(model, clip[None], pair[0], method, pair[1]).frames[0]
+        assert curve.missing == ""
+        np.testing.assert_allclose(curve.values, expected, rtol=1e-3, atol=1e-5)
+        # 4 of 20 frames at 25 frames per second: the middles of four equal parts
+        assert curve.in_seconds
+        np.testing.assert_allclose(curve.times, np.array([2, 7, 12, 17]) / 25)
+
+
+def test_the_page_shows_the_curves_without_names(mistaken: Path) -> None:
+    page = make_page(mistaken)
+    run = load_report_data(mistaken).run
+    curves = explain_mistakes(run, [m["index"] for m in mistakes_of(mistaken)])
+    labels = re.findall(r'aria-label="(Mistake \d+: relevance of 4 frames for [^"]+)"', page)
+    assert len(labels) == len(curves) == 9
+    for number, (label, curve) in enumerate(zip(labels, curves, strict=True), 1):
+        peak = f"largest at {curve.times[curve.values.argmax()]:.2f} s"
+        assert label.startswith(f"Mistake {number}: ") and label.endswith(peak)
+    text = Page(page).text
+    assert "why the model chose the predicted class and not the labelled one" in text
+    assert "it is not the cause" in text.lower()
+    assert "No curve" not in text
+    shown = page + html.unescape(page)
+    assert not [name for name in names_in(mistaken) if name and name in shown]
+    assert "data:image" not in page.split('id="mistakes"')[1]
+
+
+def mistakes_of(folder: Path) -> list[dict]:
+    data = load_report_data(folder)
+    return mistakes(data, pseudonymize(data.predictions, False), 12)
+
+
+def test_there_is_a_reason_where_there_is_no_curve(mistaken: Path, tmp_path: Path) -> None:
+    def reasons(**metadata: object) -> list[str]:
+        folder = write_mistakes(mistaken.parent, tmp_path / "results", **metadata)
+        return [curve.missing for curve in explain_mistakes(read_run(folder), range(9))]
+
+    assert (
+        reasons(shuffle_frames=True)
+        == ["the model saw its frames in another order (--shuffle-frames)"] * 9
+    )
+    gone = str(tmp_path / "nowhere" / "last.pt")  # not the best.pt that is beside the settings
+    assert reasons(checkpoint=gone) == ["there is no checkpoint here"] * 9
+    (tmp_path / "damaged.pt").write_bytes(b"not a checkpoint")
+    damaged = str(tmp_path / "damaged.pt")
+    assert reasons(checkpoint=damaged) == ["the checkpoint here cannot be read"] * 9
+
+    # A model with another answer is not explained instead of the one of the test.
+    state = load_checkpoint(mistaken.parent)
+    for name, tensor in state["model"].items():
+        if tensor.dim() and len(tensor) == 3:  # of the classifier: there are three classes
+            state["model"][name] = tensor.roll(1, 0)
+    save_checkpoint(tmp_path / "other.pt", state)
+    other = str(tmp_path / "other.pt")
+    assert all("answers otherwise: " in r for r in reasons(checkpoint=other))
+    assert all("without --logit-adjust-tau it is " in r
+               for r in reasons(checkpoint=other, logit_adjust_tau=1.0))  # fmt: skip
+    assert all("the mean of 6 views; in the middle one it is " in r
+               for r in reasons(checkpoint=other, views=2, crops=3))  # fmt: skip
+
+
+def test_a_clip_that_is_gone_has_a_reason_and_the_others_a_curve(
+    mistaken: Path, tmp_path: Path
+) -> None:
+    run = load_report_data(mistaken).run
+    rows = list(run.predictions.rows)
+    rows[0] = rows[0]._replace(path=tmp_path / "Kovacs.mp4")
+    (tmp_path / "Nagy.mp4").write_bytes(b"no video")
+    rows[1] = rows[1]._replace(path=tmp_path / "Nagy.mp4")
+    changed = dataclasses.replace(run, predictions=Predictions(rows, run.predictions.probabilities))
+    missing = [curve.missing for curve in explain_mistakes(changed, [0, 1, 2])]
+    assert missing == ["this clip is no longer there", "this clip cannot be read", ""]
+
+
+def scale_last_layer(weights: dict[str, torch.Tensor], factor: int) -> dict[str, torch.Tensor]:
+    last = [name for name, tensor in weights.items() if tensor.dim() and len(tensor) == 3]
+    assert len(last) == 2  # weight and bias of the classifier: three classes
+    return {name: value * (factor if name in last else 1) for name, value in weights.items()}
+
+
+def test_each_fold_explains_its_own_clips(mistaken: Path, tmp_path: Path) -> None:
+    """Two folds with different models; a cell of predictions.csv leads to no other folder."""
+    run, folder = mistaken.parent, tmp_path / "cv"
+    state = load_checkpoint(run)
+    for number in (1, 2):
+        (folder / f"fold{number}").mkdir(parents=True)
+        scaled = scale_last_layer(state["model"], number)
+        save_checkpoint(folder / f"fold{number}" / "best.pt", {**state, "model": scaled})
+    shutil.copy(run / "config.json", folder)
+    folds = ["fold1", "fold2", "fold2", "../run", "fold3", *["fold1"] * 4]
+    write_mistakes(run, folder, folds, checkpoint="")
+    read = read_run(folder)
+    assert list(read.predictions.folds) == folds
+    curves = explain_mistakes(read, range(5))
+    alone = explain_mistakes(load_report_data(mistaken).run, range(5))
+    np.testing.assert_allclose(curves[0].values, alone[0].values, rtol=1e-4, atol=1e-6)
+    for n in (1, 2):  # twice the weights of the last layer: twice the difference of two logits
+        np.testing.assert_allclose(curves[n].values, 2 * alone[n].values, rtol=1e-3, atol=1e-5)
+    assert [c.missing for c in curves[3:]] == ["there is no checkpoint here"] * 2
+
+
+def test_images_without_a_rate_have_numbers(mistaken: Path, tmp_path: Path) -> None:
+    run = load_report_data(mistaken).run
+    row = run.predictions.rows[0]
+    images = write_images(tmp_path / "frames", read_clip(row.path, FrameSampler(8), None).rgb)
+    rows = [row._replace(path=images), *run.predictions.rows[1:]]
+    changed = dataclasses.replace(run, predictions=Predictions(rows, run.predictions.probabilities))
+    (curve,) = explain_mistakes(changed, [0])
+    assert not curve.in_seconds
+    assert curve.times.tolist() == [2, 4, 6, 8]
+    chart = relevance(curve, 1, "a", "b")
+    assert (chart.x.label, chart.x.low, chart.x.high) == ("frame of the clip", 2, 8)
+
+
+def test_the_chart_is_relative_to_the_largest_relevance() -> None:
+    values = np.array([0.5, -2.0, 1.0])
+    chart = relevance(RelevanceCurve(np.array([0.1, 0.2, 0.3]), values), 3, "cut", "sew")
+    assert [y for _, y in chart.lines[1].points] == [0.25, -1.0, 0.5]
+    assert [mark.style for mark in chart.marks] == ["a", "b", "a"]  # also told by their shape
+    assert chart.label == "Mistake 3: relevance of 3 frames for cut and not sew, largest at 0.30 s"
+    nothing = relevance(RelevanceCurve(np.zeros(1), np.zeros(1)), 1, "cut", "sew")
+    assert nothing.label.endswith("0 in all of them")
+    assert nothing.marks[0].y == 0

@@ -178,7 +178,8 @@ class VideoPredictor:
             return self._writer
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            for earlier in (*self.folder.glob("timeline.*"), self.folder / "overlay.mp4"):
+            others = (self.folder / name for name in ("overlay.mp4", "relevance.csv"))
+            for earlier in (*self.folder.glob("timeline.*"), *others):
                 earlier.unlink(missing_ok=True)  # it would not fit the new frames.csv
             self._writer = FramesWriter(self.folder / "frames.csv", self.predictor.classes)
         except OSError as error:

@@ -8,6 +8,7 @@ import numpy as np
 
 from evaluation import metrics
 from evaluation.calibration import apply_temperature
+from explanation.mistakes import RelevanceCurve
 from web import svg_charts as charts
 from web.anonymize import Pseudonyms
 from web.report_data import History, ReportData
@@ -152,6 +153,42 @@ def risk_coverage(data: ReportData) -> Chart:
         marks,
         horizontal=target,
         keys=keys,
+    )
+
+
+def relevance(curve: RelevanceCurve, number: int, predicted: str, true: str) -> Chart | None:
+    """The relevance of the frames of a mistake, relative to the largest; None: there is none.
+
+    Args:
+        number: of the mistake on the page.
+        predicted, true: names of the classes.
+    """
+    if curve.missing:
+        return None
+    largest = float(np.abs(curve.values).max())
+    values = curve.values / (largest or 1.0)
+    points = list(zip(curve.times.tolist(), values.tolist(), strict=True))
+    when = "{:.2f} s" if curve.in_seconds else "frame {:.0f}"
+    marks = [
+        Mark(x, y, "a" if y >= 0 else "b", f"{when.format(x)}: {y:+.2f}", 3.0) for x, y in points
+    ]
+    first, last = float(curve.times[0]), float(curve.times[-1])
+    label = "time in the clip (s)" if curve.in_seconds else "frame of the clip"
+    axis = charts.nice_axis(label, first, last, intervals=5, integer=not curve.in_seconds)
+    axis = replace(axis, low=min(axis.low, first), high=max(axis.high, last))
+    low = -1.0 if values.min() < 0 else 0.0
+    ticks = (-1, -0.5, 0, 0.5, 1) if low else (0, 0.5, 1)
+    zero = Line("neither", "guide", ((axis.low, 0.0), (axis.high, 0.0)))
+    peak = when.format(curve.times[values.argmax()])
+    text = f"Mistake {number}: relevance of {len(points)} frames for {predicted} and not {true}, "
+    text += f"largest at {peak}" if largest else "0 in all of them"
+    return Chart(
+        text,
+        axis,
+        Axis("relevance", low, 1.0, ticks),
+        [zero, Line(predicted, "a", points)],
+        marks,
+        height=190 if low else 150,
     )
 
 

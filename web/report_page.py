@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from evaluation.calibration import describe_alternative
+from explanation.mistakes import explain_mistakes
 from utils.errors import first_line
 from web import report_figures, report_sections
 from web.anonymize import Pseudonyms, pseudonymize
@@ -110,7 +111,11 @@ def _mistakes(
 ) -> list[dict[str, Any]]:
     """The worst mistakes; the template gets only what may be shown."""
     mistakes = report_sections.mistakes(data, names, max_count)
-    for mistake in mistakes:
+    curves = explain_mistakes(data.run, [mistake["index"] for mistake in mistakes])
+    for number, (mistake, curve) in enumerate(zip(mistakes, curves, strict=True), 1):
+        classes = mistake["predicted"], mistake["true"]
+        mistake["relevance"] = report_figures.relevance(curve, number, *classes)
+        mistake["no_relevance"] = curve.missing
         path = mistake["path"]
         mistake["path"] = str(path) if with_patients else ""
         mistake["frames"], mistake["problem"] = filmstrip(path) if with_frames else ([], "")

@@ -186,6 +186,7 @@ def mistakes(data: ReportData, names: Pseudonyms, max_count: int) -> list[dict[s
     order = np.argsort(-predictions.confidence[wrong], kind="stable")
     return [
         {
+            "index": int(i),
             "clip": names.clips[i],
             "path": predictions.rows[i].path,
             "true": data.classes[predictions.labels[i]],

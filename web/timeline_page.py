@@ -8,14 +8,17 @@ import hashlib
 import json
 import math
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote, unquote
 
+import numpy as np
 from markupsafe import Markup
 
 from clips.manifest import NON_CLASS_LABELS
 from timeline.output import probability_curves
+from timeline.relevance import SegmentRelevance
 from timeline.segments import Timeline
 from utils.files import write_text
 from web.templating import has_long_words, page_environment, template_text
@@ -25,13 +28,17 @@ _SCRIPTS = (
     "timeline_data.js",
     "timeline_styles.js",
     "timeline_plot.js",
+    "timeline_relevance.js",
     "timeline_list.js",
     "timeline.js",
 )
 
 
 def build_timeline_page(
-    timeline: Timeline, video: str | None, metadata: dict[str, str] | None = None
+    timeline: Timeline,
+    video: str | None,
+    metadata: dict[str, str] | None = None,
+    relevance: Sequence[SegmentRelevance] | None = None,
 ) -> str:
     """The page as HTML.
 
@@ -41,6 +48,7 @@ def build_timeline_page(
         video: URL of the video, relative to the page and percent-quoted; None: there is no video to
             show (a live stream), and the page works without it.
         metadata: how the timeline was made (command, model, device), for the foot of the page.
+        relevance: which frames decided for the labels (None: that was not asked for).
     """
     environment = page_environment()
     script = "\n".join(template_text(name) for name in _SCRIPTS)
@@ -54,7 +62,8 @@ def build_timeline_page(
         video_name=unquote(video or ""),
         metadata=metadata or {},
         length=_format_duration(timeline.duration),
-        data=Markup(_json(_data(timeline, unquote(video or "").rpartition("/")[2]))),
+        explained=relevance is not None,
+        data=Markup(_json(_data(timeline, unquote(video or "").rpartition("/")[2], relevance))),
         script=Markup(script),
         script_hash=base64.b64encode(digest).decode(),
     )
@@ -66,13 +75,16 @@ def write_timeline_page(
     timeline: Timeline,
     video_path: Path | None,
     metadata: dict[str, str] | None = None,
+    relevance: Sequence[SegmentRelevance] | None = None,
 ) -> None:
     """Write the page. It finds the video as long as the two are moved only together."""
     video = None if video_path is None else _relative_url(Path(video_path), Path(path).parent)
-    write_text(path, build_timeline_page(timeline, video, metadata))
+    write_text(path, build_timeline_page(timeline, video, metadata, relevance))
 
 
-def _data(timeline: Timeline, video: str) -> dict[str, Any]:
+def _data(
+    timeline: Timeline, video: str, relevance: Sequence[SegmentRelevance] | None
+) -> dict[str, Any]:
     """The data that the script of the page reads; see templates/timeline_data.js.
 
     Args:
@@ -82,7 +94,9 @@ def _data(timeline: Timeline, video: str) -> dict[str, Any]:
     labels = list(dict.fromkeys([*timeline.classes, *NON_CLASS_LABELS, *in_segments]))
     index = {label: i for i, label in enumerate(labels)}
     curves = probability_curves(timeline)
+    explained = {} if relevance is None else {"relevance": dict(map(_relevance, relevance))}
     return {
+        **explained,
         "duration": timeline.duration,
         "video": video,
         "labels": labels,
@@ -99,6 +113,26 @@ def _data(timeline: Timeline, video: str) -> dict[str, Any]:
         ],
         "bins": len(curves),
         "curves": base64.b64encode(curves.T.tobytes()).decode(),  # one class after the other
+    }
+
+
+def _relevance(part: SegmentRelevance) -> tuple[int, dict[str, Any]]:
+    """The number of a segment, and the relevance of its frames; see
+    templates/timeline_relevance.js."""
+    largest = float(np.abs(part.values).max()) or 1.0
+    stretch = part.main_stretch()
+    steps = np.diff(np.round(1000 * part.times).astype(int), prepend=0)  # small numbers
+    return part.number, {
+        "steps": steps.tolist(),
+        "values": np.round(1000 * part.values / largest).astype(int).tolist(),
+        "interval": round(part.interval, 4),
+        "stretch": stretch
+        and [
+            round(stretch.start, 3),
+            round(stretch.end, 3),
+            round(stretch.fraction, 4),
+            stretch.stands_out,
+        ],
     }
 
 

@@ -44,6 +44,7 @@ function follow(moved) {
 
 function showCurrent(number, label) {
   current = { number, label };
+  showRelevance(number);
   $("now-chip").hidden = number < 0;
   $("now").textContent = number < 0 ? "No prediction" : nameOf(label);
   if (number < 0) return;
@@ -116,6 +117,7 @@ const on = () => step(1);
 const KEYS = {
   p: back, "[": back, ArrowLeft: back, n: on, "]": on, ArrowRight: on, " ": play,
   "+": zoomIn, "=": zoomIn, "-": zoomOut, _: zoomOut, 0: zoomWhole,
+  ...(data.relevance && { z: zoomToSegment }),
 };
 
 function onKey(event) {
@@ -142,6 +144,7 @@ function onKey(event) {
   event.preventDefault();
 }
 
+$("zoom-segment")?.addEventListener("click", zoomToSegment);
 makeCurves();
 makeTotals(changed);
 listenToPlot(seek);

@@ -59,6 +59,7 @@ function draw() {
   drawing = 0;
   drawSegments($("overview"), 0, duration, false);
   drawSegments($("actions"), view.from, view.to, true);
+  drawRelevance();
   drawAxis();
   for (const [label, row] of laneOf) {
     row.hidden = !shownLabels.has(label);

@@ -1,0 +1,39 @@
+"""What stands for "no content" where a part of a clip is taken away."""
+
+import torch
+from torch.nn import functional as F
+
+SIGMA = 1 / 8
+"""standard deviation of the blur as a fraction of the side"""
+
+
+def blurred_still(clips: torch.Tensor) -> torch.Tensor:
+    """The mean of a clip's frames, blurred: its light and colours without details or motion.
+
+    Args:
+        clips: `(B, T, C, H, W)` uint8, or float in [0, 1].
+
+    Returns:
+        The same shape, float in [0, 1], all frames of a clip alike.
+    """
+    pixels = clips / 255 if clips.dtype == torch.uint8 else clips.float()
+    mean = pixels.mean(dim=1)  # (B, C, H, W)
+    return blur(mean, SIGMA).unsqueeze(1).expand_as(pixels).contiguous()
+
+
+def blur(images: torch.Tensor, sigma: float) -> torch.Tensor:
+    """Images `(N, C, H, W)`, blurred by a Gaussian, with reflected borders.
+
+    Args:
+        sigma: standard deviation as a fraction of each side.
+    """
+    for axis in (2, 3):
+        size = images.shape[axis]
+        radius = min(size - 1, round(3 * sigma * size))  # a reflection is shorter than the side
+        offsets = torch.arange(-radius, radius + 1, device=images.device, dtype=images.dtype)
+        kernel = torch.exp(-0.5 * (offsets / max(sigma * size, 1e-6)) ** 2)
+        kernel = (kernel / kernel.sum()).view(1, 1, -1)
+        lines = images.movedim(axis, 3)
+        padded = F.pad(lines.flatten(0, 2).unsqueeze(1), (radius, radius), mode="reflect")
+        images = F.conv1d(padded, kernel).view(lines.shape).movedim(3, axis)
+    return images

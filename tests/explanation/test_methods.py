@@ -1,0 +1,151 @@
+"""Occlusion and integrated gradients against captum, causality, and the choice of a method."""
+
+import captum.attr
+import pytest
+import torch
+from helpers import make_model
+from torch import nn
+
+from explanation import integrated_gradients as ig
+from explanation.baseline import blur, blurred_still
+from explanation.methods import DEFAULT_METHODS, class_score, explain, require_method
+from explanation.occlusion import spatial_occlusion, temporal_occlusion
+from models import MODELS
+from utils.errors import UserError
+
+
+def random_clip(t: int = 8, size: int = 28) -> torch.Tensor:
+    """Smooth frames `(T, 3, H, W)` in [0, 1]."""
+    generator = torch.Generator().manual_seed(0)
+    return blur(torch.rand(t, 3, size, size, generator=generator), 0.05).contiguous()
+
+
+@pytest.fixture(scope="module")
+def model() -> nn.Module:
+    torch.manual_seed(0)
+    return make_model("tsm_resnet").eval()
+
+
+def test_occlusion_in_time_equals_captum(model: nn.Module) -> None:
+    clip = random_clip()  # of 8 frames, which are replaced by those two earlier and two later
+    frame = (1, *clip.shape[1:])
+    earlier, later = (
+        captum.attr.Occlusion(model).attribute(
+            clip[None], frame, frame, clip.roll(shift, 0)[None], target=2
+        )[0, :, 0, 0, 0]
+        for shift in (2, -2)
+    )
+    expected = (earlier + later) / 2
+    expected[:2], expected[6:] = later[:2], earlier[6:]
+    relevance = temporal_occlusion(model, clip, class_score(torch.tensor([2])))
+    torch.testing.assert_close(relevance, expected.float(), rtol=0, atol=1e-5)
+    assert relevance.abs().max() > 1e-3
+
+
+def test_a_single_frame_is_compared_with_the_still_picture(model: nn.Module) -> None:
+    clip, score = random_clip(t=1), class_score(torch.tensor([2]))
+    with torch.no_grad():
+        expected = score(model(clip[None])) - score(model(blurred_still(clip[None])))
+    torch.testing.assert_close(temporal_occlusion(model, clip, score), expected)
+
+
+def test_occlusion_in_space_equals_captum(model: nn.Module) -> None:
+    clip = random_clip()
+    part = (8, 3, 4, 4)  # 7 x 7 parts of 28 pixels
+    still = blurred_still(clip[None])
+    attributions = captum.attr.Occlusion(model).attribute(clip[None], part, part, still, target=2)
+    relevance = spatial_occlusion(model, clip, class_score(torch.tensor([2])))
+    torch.testing.assert_close(
+        relevance, attributions[0, 0, 0, ::4, ::4].float(), rtol=0, atol=1e-5
+    )
+    assert relevance.abs().max() > 1e-3
+
+
+def test_integrated_gradients_equal_captum_and_are_complete(model: nn.Module) -> None:
+    clip, score = random_clip(), class_score(torch.tensor([2]))
+    still = blurred_still(clip[None])
+    expected = captum.attr.IntegratedGradients(model, multiply_by_inputs=True).attribute(
+        clip[None], still, target=2, n_steps=32, method="gausslegendre"
+    )
+    attributions = ig.attribute(model, clip, still[0], score, 32)
+    torch.testing.assert_close(attributions, expected[0].float(), rtol=0, atol=1e-5)
+    maps = ig.integrated_gradients(model, clip, score)
+    with torch.no_grad():
+        difference = (model(clip[None]) - model(still))[0, 2]
+    assert abs(maps.sum() - difference) <= 0.01 * abs(difference)
+    assert abs(difference) > 1e-3
+
+
+def test_incomplete_gradients_are_told(caplog: pytest.LogCaptureFixture) -> None:
+    class Steps(nn.Module):
+        def forward(self, clips: torch.Tensor) -> torch.Tensor:  # flat between its steps
+            top = clips[:, :, :, :2].mean((1, 2, 3, 4))[:, None]
+            return (top * 10).round() + 0 * top
+
+    clip = torch.zeros(2, 3, 8, 8)
+    clip[:, :, :2] = 1
+    maps = ig.integrated_gradients(Steps(), clip, class_score(torch.tensor([0])))
+    assert not maps.any()
+    assert "add up to 0 instead of" in caplog.text
+
+
+def test_the_still_picture() -> None:
+    clips = (random_clip() * 255).byte()[None]
+    still = blurred_still(clips)
+    assert still.shape == clips.shape and still.dtype == torch.float32
+    assert torch.equal(still[:, 0], still[:, 5])
+    torch.testing.assert_close(still.mean(), clips.float().mean() / 255, rtol=0, atol=5e-3)
+    assert still.std((3, 4)).max() < 0.5 * (clips / 255).mean(1).std((2, 3)).max()
+    even = torch.full((1, 3, 3, 5, 7), 0.25)
+    torch.testing.assert_close(blurred_still(even), even)
+
+
+@pytest.mark.parametrize("method", ["gradcam++", "occlusion", "integrated-gradients"])
+def test_later_frames_have_no_relevance_in_a_causal_model(method: str) -> None:
+    torch.manual_seed(0)
+    model = make_model("tsm_resnet", shift_mode="causal").eval()
+    model.forward = lambda clips: model.frame_logits(clips)[0][:, 3]  # the answer at frame 3
+    clip = random_clip(t=8, size=32)[None]
+    relevance = explain(model, clip, torch.tensor([1]), method)
+    assert (relevance.frames[0, 4:] == 0).all() and (relevance.maps[0, 4:] == 0).all()
+    assert (relevance.frames[0, :4] != 0).any()
+
+
+@pytest.mark.parametrize("method", ["gradcam++", "occlusion", "integrated-gradients"])
+def test_one_class_and_not_another(model: nn.Module, method: str) -> None:
+    """What speaks for 1 against 2 speaks against 2 compared with 1."""
+    clips = random_clip(size=32)[None]
+    one, other = torch.tensor([1]), torch.tensor([2])
+    forward = explain(model, clips, one, method, other).frames
+    backward = explain(model, clips, other, method, one).frames
+    if method == "gradcam++":  # it shows what speaks for a class alone
+        assert not torch.equal(forward, backward)
+    else:
+        torch.testing.assert_close(forward, -backward, rtol=1e-3, atol=1e-5)
+    plain = explain(model, clips, one, method).frames
+    assert not torch.allclose(forward, plain)
+
+
+def test_pixels_as_bytes_and_as_fractions_are_the_same(model: nn.Module) -> None:
+    clips = (random_clip(size=32)[None] * 255).byte()
+    for method in ("gradcam++", "occlusion", "integrated-gradients"):
+        as_bytes = explain(model, clips, torch.tensor([1]), method).frames
+        as_fractions = explain(model, clips / 255, torch.tensor([1]), method).frames
+        # bytes are rounded where pixels are replaced
+        torch.testing.assert_close(as_bytes, as_fractions, rtol=0.1, atol=2e-3)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_methods_of_each_model(name: str) -> None:
+    model = make_model(name, n_frames=4, image_size=32)
+    require_method(model, DEFAULT_METHODS[name])
+    for method in ("gradcam++", "occlusion", "integrated-gradients"):
+        require_method(model, method)
+    if name in ("vivit", "timesformer"):
+        require_method(model, "rollout")
+        with pytest.raises(UserError, match="same for all classes"):
+            clips = torch.zeros(1, 4, 3, 32, 32, dtype=torch.uint8)
+            explain(model, clips, torch.tensor([0]), "rollout", torch.tensor([1]))
+    else:
+        with pytest.raises(UserError, match="--method gradcam"):
+            require_method(model, "rollout")

@@ -1,0 +1,132 @@
+"""explain.py on a tiny run: which clips, which class, and what it writes."""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from checkpoint import load_checkpoint, rebuild_model
+from config import from_dict
+from explain import main, playback_rate
+from explanation.methods import explain
+from training.engine import evaluate
+from training.loaders import eval_loader, load_splits
+
+CLASSES = ("dark", "grey", "light")
+FLAGS = ("--num-workers", 0, "--device", "cpu")
+
+
+@pytest.fixture(scope="module")
+def run(trained: tuple[Path, str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run folder of this file's own."""
+    return Path(shutil.copytree(trained[0], tmp_path_factory.mktemp("explained") / "run"))
+
+
+def test_the_most_confident_mistakes_and_right_answers(
+    run: Path, run_main: Callable, tmp_path: Path
+) -> None:
+    done = run_main(main, run, "--method", "occlusion", *FLAGS, "--output", "out", cwd=tmp_path)
+    table = pd.read_csv(tmp_path / "out" / "relevance.csv", keep_default_na=False)
+    clips = table.groupby("clip", sort=False).first()
+
+    state = load_checkpoint(run)
+    config = from_dict(state["config"])
+    rows = load_splits(config)["test"]
+    loader = eval_loader(rows, config)
+    temperature = state["calibration"]["temperature"]
+    predictions = evaluate(
+        rebuild_model(state), loader, torch.device("cpu"), temperature=temperature
+    )
+    order = np.argsort(-predictions.confidence, kind="stable")
+    wrong = [i for i in order if not predictions.correct[i]]
+    right = [i for i in order if predictions.correct[i]]
+    expected = [*wrong[:10], *right[:10]]
+    assert f"{len(wrong)} of 9 test clips are classified wrongly" in done.stdout
+    assert list(clips["name"]) == [str(rows[i].path) for i in expected]
+    np.testing.assert_allclose(clips["confidence"], predictions.confidence[expected], atol=1e-4)
+    assert list(clips["predicted"]) == [CLASSES[predictions.y_pred[i]] for i in expected]
+    assert list(clips["label"]) == [CLASSES[rows[i].label] for i in expected]
+
+    # The relevance is that of the function, frame by frame.
+    clip = torch.stack([loader.dataset[i][0] for i in expected[:2]])
+    targets = torch.from_numpy(predictions.y_pred[expected[:2]])
+    relevance = explain(rebuild_model(state), clip, targets, "occlusion").frames
+    written = table["relevance"].to_numpy(float)[:8].reshape(2, 4)
+    np.testing.assert_allclose(written, relevance, atol=1e-4)
+    for number in range(1, len(expected) + 1):
+        assert (tmp_path / "out" / f"clip{number:03d}.png").stat().st_size > 5000
+        assert (tmp_path / "out" / f"clip{number:03d}.mp4").stat().st_size > 500
+
+
+def test_only_mistakes(run: Path, run_main: Callable, mistake: Callable, tmp_path: Path) -> None:
+    done = run_main(main, run, "--right", 2, *FLAGS, "--output", "out", cwd=tmp_path)
+    assert "2 clips are explained" in done.stdout
+    assert len(list((tmp_path / "out").glob("*.png"))) == 2
+    done = mistake(main, run, "--mistakes", 0, *FLAGS, cwd=tmp_path)
+    assert "choose other numbers of --mistakes and --right" in done.stderr
+
+
+def test_named_clips_have_no_label(
+    run: Path, tiny_data: Path, run_main: Callable, tmp_path: Path
+) -> None:
+    clip = tiny_data / "clips" / "test" / "1_0.mp4"
+    more = ("--target", "light", "--against", "dark", "--html", *FLAGS)
+    run_main(main, run, clip, *more, cwd=tmp_path)
+    (folder,) = run.glob("explain_clips_*")
+    table = pd.read_csv(folder / "relevance.csv", keep_default_na=False)
+    assert len(table) == 4 and set(table["name"]) == {str(clip)}
+    assert set(table["explained"]) == {"light"} and set(table["against"]) == {"dark"}
+    assert set(table["label"]) == {""}
+    # 4 frames of 20 at 25 per second: the middles of four stretches of five
+    np.testing.assert_allclose(table["time"].astype(float), np.array([2, 7, 12, 17]) / 25)
+    page = (folder / "explanations.html").read_text(encoding="utf-8")
+    assert "1_0" not in page and "light" in page
+
+
+def test_unreadable_clips_are_told_at_the_end(
+    run: Path, tiny_data: Path, run_main: Callable, mistake: Callable, tmp_path: Path
+) -> None:
+    shutil.copy(tiny_data / "clips" / "test" / "1_0.mp4", tmp_path / "a.mp4")
+    (tmp_path / "b.mp4").write_bytes(b"no video")
+    more = ("--method", "rollout", "--output", "out", *FLAGS)
+    done = run_main(main, run, "a.mp4", "b.mp4", *more, cwd=tmp_path, code=2)
+    assert "1 of 2 clips could not be read" in done.stderr
+    assert (tmp_path / "out" / "clip001.png").exists()
+    done = mistake(main, run, "b.mp4", *more, cwd=tmp_path)
+    assert "none of the clips can be read" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            ("--target", "red"),
+            "--target red: no class of this model: choose from dark, grey, light",
+        ),
+        (("--method", "rollout", "--target", "dark"), "rollout is the same for all classes"),
+        (("a.mp4", "--csv", "a.csv"), "not both"),
+        (("a.mp4", "--mistakes", 3), "choose among labelled clips"),
+        (("a.mp4",), "no such file"),
+        (("--target", "dark", "--against", "dark"), "is the target itself"),
+        (("--shortcut", "--html"), "leave out"),
+        (("--batch-size", 0), "at least 1"),
+        (("--mistakes", -1), "at least 0"),
+    ],
+)
+def test_wrong_arguments_are_one_line(
+    arguments: tuple, message: str, run: Path, mistake: Callable, tmp_path: Path
+) -> None:
+    done = mistake(main, run, *arguments, *FLAGS, cwd=tmp_path)
+    assert message in done.stderr
+    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+
+
+def test_rate_of_the_videos() -> None:
+    assert playback_rate(np.arange(4) / 2) == 2
+    assert playback_rate(np.arange(4) / 25) == 8
+    assert playback_rate(np.full(4, np.nan)) == playback_rate(np.zeros(1)) == 8
+    assert playback_rate(np.zeros(4)) == 8
