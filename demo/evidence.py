@@ -59,7 +59,7 @@ SAMPLED_FRAMES = 3
 FRAMES_PER_SAMPLE = 2
 """frames of the clip per sampled frame"""
 
-RADIUS = 15.0
+RADIUS = 17.0
 """largest distance of the evidence from its centre, in pixels"""
 
 # The corner that the mark fills, less than 8 % of the height and of the width, and its colours.
@@ -242,13 +242,13 @@ def _draw_evidence(
     elif action == "Suction":  # a pool of dark blood
         blend(image, np.clip(RADIUS - away, 0, 1), colour(45, 0, 5) * view.light)
     elif action == "UseClipper":  # open jaws of steel
-        joint = np.array([x, y]) - 9 * np.array([math.cos(angle), math.sin(angle)])
+        joint = np.array([x, y]) - 11 * np.array([math.cos(angle), math.sin(angle)])
         for turn in (angle - 0.5, angle + 0.5):
-            end = joint + 17 * np.array([math.cos(turn), math.sin(turn)])
-            box, cover, _ = stroke(view, joint, end, 4.5)
+            end = joint + 19 * np.array([math.cos(turn), math.sin(turn)])
+            box, cover, _ = stroke(view, joint, end, 5.5)
             blend(image[box], cover, colour(130, 185, 245) * view.light[box[1:]])
     elif action == "Suturing":  # a ring of thread
-        cover = np.clip(4 - np.abs(away - (RADIUS - 4)), 0, 1)
+        cover = np.clip(4.5 - np.abs(away - (RADIUS - 4.5)), 0, 1)
         blend(image, cover, colour(40, 245, 60) * view.light)
     else:
         raise ValueError(f"no evidence of this action: {action}")
