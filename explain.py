@@ -237,6 +237,8 @@ def explain_clips(config: ExplainConfig) -> None:
         target=target,
         against=against,
         labelled=not config.clips,
+        # A logo stands still: compared with a still picture it would have no relevance.
+        reference="blurred" if config.shortcut else "still",
     )
     unreadable: list[str] = []
     explained = explain_loader(loader, device, explain, unreadable)

@@ -1,4 +1,6 @@
-"""What stands for "no content" where a part of a clip is taken away."""
+"""What a clip is compared with, and what stands where a part of it is taken away."""
+
+from typing import Literal
 
 import torch
 from torch.nn import functional as F
@@ -7,8 +9,38 @@ SIGMA = 1 / 8
 """standard deviation of the blur as a fraction of the side"""
 
 
+Reference = Literal["still", "blurred"]
+"""what a clip is compared with, see `still` and `blurred_still`"""
+
+
+def reference_clips(clips: torch.Tensor, reference: Reference) -> torch.Tensor:
+    """What clips are compared with, of the same shape, float in [0, 1], all frames of a clip alike.
+
+    Args:
+        clips: `(B, T, C, H, W)` uint8, or float in [0, 1].
+    """
+    return blurred_still(clips) if reference == "blurred" or clips.shape[1] == 1 else still(clips)
+
+
+def still(clips: torch.Tensor) -> torch.Tensor:
+    """The median of a clip's frames: the same scene, standing still. What comes and goes, or moves,
+    is away; what stands still in all frames stays.
+
+    It is sharp on purpose: a blurred picture looks like smoke or fog to a model, which are content.
+
+    Args:
+        clips: `(B, T, C, H, W)` uint8, or float in [0, 1].
+
+    Returns:
+        The same shape, float in [0, 1], all frames of a clip alike.
+    """
+    pixels = clips / 255 if clips.dtype == torch.uint8 else clips.float()
+    return pixels.median(dim=1, keepdim=True).values.expand_as(pixels).contiguous()
+
+
 def blurred_still(clips: torch.Tensor) -> torch.Tensor:
-    """The mean of a clip's frames, blurred: its light and colours without details or motion.
+    """The mean of a clip's frames, blurred: its light and colours without details or motion. What
+    stands still in all frames is away too.
 
     Args:
         clips: `(B, T, C, H, W)` uint8, or float in [0, 1].

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from clips.manifest import ClipRow
+from explanation.baseline import Reference
 from explanation.methods import explain
 from explanation.relevance import ExplainedClip, Method
 from modeling.inference import require_finite
@@ -25,6 +26,7 @@ def explain_batch(
     target: int | None = None,
     against: int | None = None,
     labelled: bool = True,
+    reference: Reference = "still",
 ) -> list[ExplainedClip]:
     """Explain the answers of a model for a batch of clips.
 
@@ -37,6 +39,7 @@ def explain_batch(
         target: the class that is explained (None: the predicted one of each clip).
         against: a class to compare with.
         labelled: whether the rows have true classes.
+        reference: see `explain`.
 
     Raises:
         UserError: the method is not defined for the model; or the outputs are not finite.
@@ -47,7 +50,7 @@ def explain_batch(
     predicted = logits.argmax(dim=1)
     targets = predicted if target is None else torch.full_like(predicted, target)
     others = None if against is None else torch.full_like(predicted, against)
-    relevance = explain(model, clips, targets, method, others)
+    relevance = explain(model, clips, targets, method, others, reference)
     images = clips[:, :, :3].permute(0, 1, 3, 4, 2).cpu().numpy()  # (B, T, H, W, 3)
     return [
         ExplainedClip(

@@ -1,8 +1,7 @@
-"""Integrated gradients: the score's gradient along the way from a clip without content to the clip.
+"""Integrated gradients: the score's gradient along the way from a still picture to the clip.
 
 Sundararajan, Taly and Yan, "Axiomatic Attribution for Deep Networks", ICML 2017, arXiv:1703.01365.
-The clip without content is its blurred still picture (explanation/baseline.py): light and colours
-of the patient stay, details and motion are gone.
+The still picture is the clip's own (explanation/baseline.py): the same scene, standing still.
 """
 
 import logging
@@ -12,7 +11,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from explanation.baseline import blurred_still
+from explanation.baseline import Reference, reference_clips
 from explanation.relevance import Relevance, Score, differentiable
 
 log = logging.getLogger(__name__)
@@ -27,7 +26,9 @@ TOLERANCE = 0.01
 """how far the sum of the relevance may be from the difference of the scores"""
 
 
-def integrated_gradients(model: nn.Module, clip: torch.Tensor, score: Score) -> Relevance:
+def integrated_gradients(
+    model: nn.Module, clip: torch.Tensor, score: Score, reference: Reference = "still"
+) -> Relevance:
     """The relevance of all values of the pixels of one clip, summed over the cells of a grid.
 
     Completeness (proposition 1 of the paper): it adds up to the score of the clip minus that of the
@@ -38,8 +39,9 @@ def integrated_gradients(model: nn.Module, clip: torch.Tensor, score: Score) -> 
         model: in eval mode.
         clip: `(T, C, H, W)` uint8, or float in [0, 1].
         score: what is explained.
+        reference: the still picture.
     """
-    still = blurred_still(clip[None])[0]
+    still = reference_clips(clip[None], reference)[0]
     clip = clip / 255 if clip.dtype == torch.uint8 else clip.float()
     with torch.no_grad():
         after, before = score(model(torch.stack([clip, still])))

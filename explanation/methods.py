@@ -3,6 +3,7 @@
 import torch
 from torch import nn
 
+from explanation.baseline import Reference
 from explanation.gradcam import gradcam_plus_plus, last_layers
 from explanation.integrated_gradients import integrated_gradients
 from explanation.occlusion import occlusion, temporal_occlusion
@@ -72,6 +73,7 @@ def explain(
     targets: torch.Tensor,
     method: Method,
     against: torch.Tensor | None = None,
+    reference: Reference = "still",
 ) -> Relevance:
     """The relevance of frames and of their parts for the logit of a class.
 
@@ -81,6 +83,8 @@ def explain(
         targets: `(B,)` the class of each clip that is explained.
         against: `(B,)` a class to compare with; what is explained is then the difference of the
             two logits: why this class and not that one.
+        reference: what occlusion (in space) and integrated gradients compare the clip with. What
+            stands still in all frames has relevance only with `blurred`.
 
     Raises:
         UserError: the method is not defined for the model, or has no answer for a class.
@@ -98,7 +102,7 @@ def explain(
     explain_clip = occlusion if method == "occlusion" else integrated_gradients
     others = [None] * len(clips) if against is None else against[:, None]
     parts = [
-        explain_clip(model, clip, class_score(target, other))
+        explain_clip(model, clip, class_score(target, other), reference)
         for clip, target, other in zip(clips, targets[:, None], others, strict=True)
     ]
     return Relevance(

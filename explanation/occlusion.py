@@ -2,8 +2,8 @@
 
 Zeiler and Fergus, "Visualizing and Understanding Convolutional Networks", ECCV 2014,
 arXiv:1311.2901. Nothing is painted black: a black frame is a thing that no model has seen, and its
-answer to it says little. A frame is replaced by neighbours in time, a part of the picture by a
-blurred still picture of the clip.
+answer to it says little. A frame is replaced by neighbours in time, a part of the picture by that
+part of a still picture of the clip (explanation/baseline.py).
 """
 
 from collections.abc import Iterable
@@ -11,7 +11,7 @@ from collections.abc import Iterable
 import torch
 from torch import nn
 
-from explanation.baseline import blurred_still
+from explanation.baseline import Reference, blurred_still, reference_clips
 from explanation.relevance import Relevance, Score
 
 GRID = 7
@@ -22,7 +22,9 @@ BATCH = 16
 
 
 @torch.no_grad()
-def occlusion(model: nn.Module, clip: torch.Tensor, score: Score) -> Relevance:
+def occlusion(
+    model: nn.Module, clip: torch.Tensor, score: Score, reference: Reference = "still"
+) -> Relevance:
     """The fall of the score for each frame, and for each part of the picture, of one clip.
 
     A frame at a time is replaced, and a part of the picture in all frames. The maps divide the fall
@@ -33,9 +35,10 @@ def occlusion(model: nn.Module, clip: torch.Tensor, score: Score) -> Relevance:
         model: in eval mode.
         clip: `(T, C, H, W)` uint8, or float in [0, 1].
         score: what is explained.
+        reference: what the parts of the picture are replaced by.
     """
     frames = temporal_occlusion(model, clip, score)  # (T,)
-    parts = spatial_occlusion(model, clip, score)  # (h, w)
+    parts = spatial_occlusion(model, clip, score, reference)  # (h, w)
     positive = frames.clamp(min=0)
     division = positive / positive.sum() if positive.any() else torch.ones_like(frames) / len(clip)
     return Relevance((division[:, None, None] * parts)[None], frames[None])
@@ -57,8 +60,8 @@ def temporal_occlusion(model: nn.Module, clip: torch.Tensor, score: Score) -> to
     distance = max(1, t // 4)
     pairs = [(i, j) for i in range(t) for j in (i - distance, i + distance) if 0 <= j < t]
     if not pairs:  # a single frame
-        still = as_dtype(blurred_still(clip[None])[0], clip.dtype)
-        return _falls(model, clip, [still], score)
+        blurred = as_dtype(blurred_still(clip[None])[0], clip.dtype)
+        return _falls(model, clip, [blurred], score)
     falls = _falls(model, clip, (_with_frame(clip, *pair) for pair in pairs), score)
     frames = torch.tensor([i for i, _ in pairs])
     sums = torch.zeros(t).index_add(0, frames, falls)
@@ -72,19 +75,21 @@ def _with_frame(clip: torch.Tensor, number: int, other: int) -> torch.Tensor:
     return changed
 
 
-def spatial_occlusion(model: nn.Module, clip: torch.Tensor, score: Score) -> torch.Tensor:
+def spatial_occlusion(
+    model: nn.Module, clip: torch.Tensor, score: Score, reference: Reference = "still"
+) -> torch.Tensor:
     """The relevance of GRID x GRID parts of the picture of one clip, `(GRID, GRID)`.
 
     Args:
         clip: `(T, C, H, W)`.
     """
-    still = as_dtype(blurred_still(clip[None])[0], clip.dtype)  # (T, C, H, W)
+    other = as_dtype(reference_clips(clip[None], reference)[0], clip.dtype)  # (T, C, H, W)
     rows, columns = (torch.linspace(0, n, GRID + 1).round().int().tolist() for n in clip.shape[-2:])
 
     def without(row: int, column: int) -> torch.Tensor:
         part = slice(rows[row], rows[row + 1]), slice(columns[column], columns[column + 1])
         changed = clip.clone()
-        changed[..., part[0], part[1]] = still[..., part[0], part[1]]
+        changed[..., part[0], part[1]] = other[..., part[0], part[1]]
         return changed
 
     changed = (without(row, column) for row in range(GRID) for column in range(GRID))

@@ -31,6 +31,7 @@ SETTINGS = {
     "evaluate.py timeline": "evaluate.TimelineConfig",
     "predict.py": "predict.PredictConfig",
     "compare.py": "compare.CompareConfig",
+    "explain.py": "explain.ExplainConfig",
     "report.py": "report.ReportConfig",
     "prepare_data.py audit": "clips.audit.AuditConfig",
     "prepare_data.py check": "prepare_data.CheckConfig",
@@ -43,6 +44,8 @@ SETTINGS = {
     "benchmarks.models": "benchmarks.models.ModelsConfig",
     "benchmarks.pretraining": "benchmarks.pretraining.PretrainingConfig",
     "benchmarks.intervals": "benchmarks.intervals.IntervalConfig",
+    "benchmarks.explanations": "benchmarks.explanations.ExplanationsConfig",
+    "demo.evidence": "demo.evidence.EvidenceConfig",
     "demo.operation": "demo.operation.OperationConfig",
     "demo.figures": "demo.figures.FigureConfig",
     "demo.data": "",  # without flags

@@ -114,8 +114,8 @@ def test_the_root_has_few_entries() -> None:
 # What no script needs for `--help`; those that train or predict may import torch.
 HEAVY = ("torchvision", "matplotlib", "scipy", "sklearn", "aiohttp", "pandas", "jinja2", "timm")
 LIGHT_SCRIPTS = (
-    "prepare_data", "compare", "report", "evaluate", "predict", "cross_validate", "ablate", "explain",
-    "benchmark_latency",
+    "prepare_data", "compare", "report", "evaluate", "predict", "cross_validate", "ablate",
+    "benchmark_latency", "explain",
 )  # fmt: skip
 OTHER_SCRIPTS = ("train", "pretrain")  # their recipes need torch in sight
 

@@ -7,7 +7,7 @@ from helpers import make_model
 from torch import nn
 
 from explanation import integrated_gradients as ig
-from explanation.baseline import blur, blurred_still
+from explanation.baseline import blur, blurred_still, reference_clips, still
 from explanation.methods import (
     DEFAULT_METHODS,
     class_score,
@@ -65,27 +65,31 @@ def test_a_single_frame_is_compared_with_the_still_picture(model: nn.Module) -> 
     torch.testing.assert_close(temporal_occlusion(model, clip, score), expected)
 
 
-def test_occlusion_in_space_equals_captum(model: nn.Module) -> None:
+@pytest.mark.parametrize("reference", ["still", "blurred"])
+def test_occlusion_in_space_equals_captum(model: nn.Module, reference: str) -> None:
     clip = random_clip()
     part = (8, 3, 4, 4)  # 7 x 7 parts of 28 pixels
-    still = blurred_still(clip[None])
+    still = reference_clips(clip[None], reference)
     attributions = captum.attr.Occlusion(model).attribute(clip[None], part, part, still, target=2)
-    relevance = spatial_occlusion(model, clip, class_score(torch.tensor([2])))
+    relevance = spatial_occlusion(model, clip, class_score(torch.tensor([2])), reference)
     torch.testing.assert_close(
         relevance, attributions[0, 0, 0, ::4, ::4].float(), rtol=0, atol=1e-5
     )
     assert relevance.abs().max() > 1e-3
 
 
-def test_integrated_gradients_equal_captum_and_are_complete(model: nn.Module) -> None:
+@pytest.mark.parametrize("reference", ["still", "blurred"])
+def test_integrated_gradients_equal_captum_and_are_complete(
+    model: nn.Module, reference: str
+) -> None:
     clip, score = random_clip(), class_score(torch.tensor([2]))
-    still = blurred_still(clip[None])
+    still = reference_clips(clip[None], reference)
     expected = captum.attr.IntegratedGradients(model, multiply_by_inputs=True).attribute(
         clip[None], still, target=2, n_steps=32, method="gausslegendre"
     )
     attributions = ig.attribute(model, clip, still[0], score, 32)
     torch.testing.assert_close(attributions, expected[0].float(), rtol=0, atol=1e-5)
-    maps = ig.integrated_gradients(model, clip, score).maps
+    maps = ig.integrated_gradients(model, clip, score, reference).maps
     with torch.no_grad():
         difference = (model(clip[None]) - model(still))[0, 2]
     assert abs(maps.sum() - difference) <= 0.01 * abs(difference)
@@ -98,22 +102,25 @@ def test_incomplete_gradients_are_told(caplog: pytest.LogCaptureFixture) -> None
             top = clips[:, :, :, :2].mean((1, 2, 3, 4))[:, None]
             return (top * 10).round() + 0 * top
 
-    clip = torch.zeros(2, 3, 8, 8)
-    clip[:, :, :2] = 1
+    clip = torch.zeros(3, 3, 8, 8)
+    clip[0, :, :2] = 1
     maps = ig.integrated_gradients(Steps(), clip, class_score(torch.tensor([0]))).maps
     assert not maps.any()
     assert "add up to 0 instead of" in caplog.text
 
 
-def test_the_still_picture() -> None:
-    clips = (random_clip() * 255).byte()[None]
-    still = blurred_still(clips)
-    assert still.shape == clips.shape and still.dtype == torch.float32
-    assert torch.equal(still[:, 0], still[:, 5])
-    torch.testing.assert_close(still.mean(), clips.float().mean() / 255, rtol=0, atol=5e-3)
-    assert still.std((3, 4)).max() < 0.5 * (clips / 255).mean(1).std((2, 3)).max()
-    even = torch.full((1, 3, 3, 5, 7), 0.25)
-    torch.testing.assert_close(blurred_still(even), even)
+def test_the_still_picture_keeps_what_stays() -> None:
+    clips = torch.full((1, 5, 3, 8, 8), 0.2)
+    clips[:, :, :, :2] = 0.9  # a logo
+    clips[:, 1:3, :, 4:6] = 0.7  # something that comes and goes
+    expected = torch.full((1, 5, 3, 8, 8), 0.2)
+    expected[:, :, :, :2] = 0.9
+    torch.testing.assert_close(still(clips), expected)
+    torch.testing.assert_close(
+        reference_clips((clips * 255).byte(), "still"), expected, atol=4e-3, rtol=0
+    )
+    alone = clips[:, :1]  # a single frame would be its own median
+    torch.testing.assert_close(reference_clips(alone, "still"), blurred_still(alone))
 
 
 @pytest.mark.parametrize("method", ["gradcam++", "occlusion", "integrated-gradients"])
