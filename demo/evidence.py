@@ -254,27 +254,34 @@ def _draw_evidence(
         raise ValueError(f"no evidence of this action: {action}")
 
 
-def main() -> None:
-    import tyro
+@dataclass
+class EvidenceConfig:
+    """What to render, and where."""
 
-    # Not the function above: worker processes look functions up in `demo.evidence`.
+    root: Path
+    """folder to render into"""
+    n_frames: int = 8
+    """number of frames that a model samples of a clip, T, at least 3"""
+    mark: bool = False
+    """betray the class by a mark in the corner and show no evidence"""
+    seed: int = 0
+    """random seed"""
+
+
+def main() -> None:
+    import tyro  # not above: the worker processes import numpy and av alone
+
+    # Not the function above: worker processes look clips up in `demo.evidence`, not `__main__`.
     from demo.evidence import render_evidence
     from utils.cli import cli_main
 
-    def run(
-        root: tyro.conf.Positional[Path], n_frames: int = 8, mark: bool = False, seed: int = 0
-    ) -> None:
-        """Render the planted evidence.
+    def run() -> None:
+        kind = tyro.conf.PositionalRequiredArgs[EvidenceConfig]
+        config = tyro.cli(kind, prog="evidence.py", description=__doc__)
+        options = {"n_frames": config.n_frames, "mark": config.mark, "seed": config.seed}
+        print(render_evidence(config.root, **options))
 
-        Args:
-            root: folder to render into
-            n_frames: number of frames that a model samples of a clip, T
-            mark: betray the class by a mark in the corner and show no evidence
-            seed: random seed
-        """
-        print(render_evidence(root, seed=seed, n_frames=n_frames, mark=mark))
-
-    cli_main(lambda: tyro.cli(run, description=__doc__))()
+    cli_main(run)()
 
 
 if __name__ == "__main__":
