@@ -256,12 +256,12 @@ def _draw_evidence(
 
 @dataclass
 class EvidenceConfig:
-    """What to render."""
+    """What to render, and where."""
 
     root: Path
     """folder to render into"""
     n_frames: int = 8
-    """number of frames that a model samples of a clip, T"""
+    """number of frames that a model samples of a clip, T, at least 3"""
     mark: bool = False
     """betray the class by a mark in the corner and show no evidence"""
     seed: int = 0
@@ -271,17 +271,15 @@ class EvidenceConfig:
 def main() -> None:
     import tyro  # not above: the worker processes import numpy and av alone
 
-    # Not the function above: worker processes look functions up in `demo.evidence`.
+    # Not the function above: worker processes look clips up in `demo.evidence`, not `__main__`.
     from demo.evidence import render_evidence
     from utils.cli import cli_main
 
     def run() -> None:
-        config = tyro.cli(tyro.conf.PositionalRequiredArgs[EvidenceConfig], description=__doc__)
-        print(
-            render_evidence(
-                config.root, seed=config.seed, n_frames=config.n_frames, mark=config.mark
-            )
-        )
+        kind = tyro.conf.PositionalRequiredArgs[EvidenceConfig]
+        config = tyro.cli(kind, prog="evidence.py", description=__doc__)
+        options = {"n_frames": config.n_frames, "mark": config.mark, "seed": config.seed}
+        print(render_evidence(config.root, **options))
 
     cli_main(run)()
 
