@@ -9,6 +9,8 @@ import numpy as np
 import torch
 from torch import nn
 
+from modeling.inference import NotFiniteError
+
 Method = Literal["gradcam++", "rollout", "occlusion", "integrated-gradients"]
 
 Score = Callable[[torch.Tensor], torch.Tensor]
@@ -27,6 +29,15 @@ class Relevance:
     """`(B, T, h, w)` of each cell of a grid over each frame; h and w depend on method and model"""
     frames: torch.Tensor
     """`(B, T)` of each frame"""
+
+    def __post_init__(self) -> None:
+        """Refuse numbers that no picture may be drawn from.
+
+        Raises:
+            NotFiniteError: some are not finite.
+        """
+        if not (self.maps.isfinite().all() and self.frames.isfinite().all()):
+            raise NotFiniteError("the relevance is not finite: choose another --method")
 
 
 @dataclass(frozen=True)

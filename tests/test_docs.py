@@ -49,7 +49,6 @@ SETTINGS = {
     "demo.operation": "demo.operation.OperationConfig",
     "demo.figures": "demo.figures.FigureConfig",
     "demo.data": "",  # without flags
-    "demo.evidence": "demo.evidence.EvidenceConfig",
     "folds.py": "",  # printed in docs/results/ablation.md
 }
 
