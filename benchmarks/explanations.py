@@ -62,6 +62,8 @@ class ExplanationsConfig:
     """most clips that are explained, spread evenly over the right answers"""
     randomised_clips: int = 12
     """most clips that are explained again after each stage of random weights"""
+    steps: int = checks.STEPS
+    """steps of the curves of deletion and insertion"""
     num_workers: int = 0
     """processes that read clips"""
     device: str = "auto"
@@ -154,7 +156,7 @@ def in_batches(
 
 
 def check_method(
-    model: nn.Module, planted: Planted, method: Method, randomised_clips: int
+    model: nn.Module, planted: Planted, method: Method, randomised_clips: int, steps: int
 ) -> dict[str, Any]:
     """The results of all checks of one method, as a row of the table."""
     prepared = prepare_for_inference(model, planted.clips.device)
@@ -174,13 +176,13 @@ def check_method(
         "places chance": in_space.chance,
     }
     clips, targets, shape = planted.clips, planted.targets, tuple(relevance.maps.shape)
-    curves = checks.deletion_insertion(prepared, clips, targets, relevance.maps)
+    curves = checks.deletion_insertion(prepared, clips, targets, relevance.maps, steps)
     faithful = True
     for name, maps in (
         ("random", checks.random_maps(shape)),
         ("centre", checks.centre_maps(shape)),
     ):
-        baseline = checks.deletion_insertion(prepared, clips, targets, maps)
+        baseline = checks.deletion_insertion(prepared, clips, targets, maps, steps)
         gain = checks.gain(curves, baseline, planted.patients)
         for kind, (mean, interval) in gain._asdict().items():
             row |= {f"{kind} vs {name}": mean, f"{kind} vs {name} interval": interval}
@@ -213,7 +215,7 @@ def check_runs(config: ExplanationsConfig) -> Iterator[dict[str, Any]]:
                 require_method(model, method)
             except UserError:
                 continue  # rollout of a network without such attention
-            row = check_method(model, planted, method, config.randomised_clips)
+            row = check_method(model, planted, method, config.randomised_clips, config.steps)
             print(f"{name} {method}: {'passes' if row['passes'] else 'does not pass'}", flush=True)
             yield {"model": name, "accuracy": accuracy, **row}
 
@@ -221,8 +223,8 @@ def check_runs(config: ExplanationsConfig) -> Iterator[dict[str, Any]]:
 @cli_main
 def main() -> None:
     config = parse(ExplanationsConfig, __doc__)
-    if min(config.clips, config.randomised_clips) < 1:
-        raise UserError("clips and randomised_clips must be at least 1")
+    if min(config.clips, config.randomised_clips, config.steps) < 1:
+        raise UserError("clips, randomised_clips and steps must be at least 1")
     table = pd.DataFrame(check_runs(config))
     for column in [name for name in table.columns if name.endswith("interval")]:
         table[column] = [format_interval(interval) for interval in table[column]]
