@@ -61,17 +61,34 @@ def last_layers(model: nn.Module) -> list[Layer]:
             to_maps = lambda x, *_: _grid(x.unflatten(1, (times, -1)))  # noqa: E731
             return [Layer(block, to_maps, of_input=True)]
         return [Layer(block, lambda x, *_: _grid(x[:, 1:]), of_input=True)]  # (B * T', ...)
-    for modules in reversed(model.stages().values()):  # a model of the user's own
-        if convs := [m for part in modules for m in part.modules() if _is_conv(m)]:
-            return [Layer(convs[-1], lambda x: x)]
+    if layer := _last_maps(model):
+        return [Layer(layer, lambda x: x)]
     raise UserError(
         f"gradcam++ is not defined for {type(model).__name__}, which has no convolution: choose "
         "--method occlusion"
     )
 
 
-def _is_conv(module: nn.Module) -> bool:
-    return isinstance(module, nn.Conv2d | nn.Conv3d)
+def _last_maps(model: nn.Module) -> nn.Module | None:
+    """The last convolution of a model of one's own, or the normalisation and activation after it;
+    None: it has no convolution."""
+    leaves = [
+        module
+        for modules in model.stages().values()
+        for part in modules
+        for module in part.modules()
+        if not any(module.children())
+    ]
+    convs = [i for i, leaf in enumerate(leaves) if isinstance(leaf, nn.Conv2d | nn.Conv3d)]
+    if not convs:
+        return None
+    last = convs[-1]
+    while last + 1 < len(leaves) and type(leaves[last + 1]).__module__.startswith(_SAME_SHAPE):
+        last += 1
+    return leaves[last]
+
+
+_SAME_SHAPE = ("torch.nn.modules.activation", "torch.nn.modules.batchnorm")
 
 
 def _of_backbone(backbone: nn.Module) -> Layer:
