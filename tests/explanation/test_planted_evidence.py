@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from benchmarks.explanations import Planted, in_batches
 from demo.evidence import CLASSES, plan_clips, render
 from explanation import checks
+from explanation.baseline import still
 from explanation.relevance import Relevance
 from modeling.layers import IMAGENET_MEAN_STD, Normalize
 
@@ -124,3 +125,18 @@ def test_with_random_weights_the_maps_are_others(
     result = checks.randomisation(model, planted.clips[:2], planted.targets[:2], method)
     assert result.stages == ("head", "stem")
     assert abs(result.means[-1]) < 0.5
+
+
+def test_integrated_gradients_are_complete(
+    explained: tuple[str, Relevance], trained_net: tuple[nn.Module, Planted]
+) -> None:
+    """The relevance adds up to the difference of the logits, within 1 %."""
+    (method, relevance), (model, planted) = explained, trained_net
+    if method != "integrated-gradients":
+        return
+    with torch.no_grad():
+        logits = model(planted.clips) - model(still(planted.clips))
+    differences = logits.gather(1, planted.targets[:, None])[:, 0]
+    gaps = (relevance.frames.sum(dim=1) - differences).abs()
+    assert (gaps <= 0.01 * differences.abs().clamp(min=1)).all()
+    assert (differences.abs() > 1).float().mean() > 0.5
