@@ -30,7 +30,7 @@ from benchmarks.timing import environment, report
 from checkpoint import load_checkpoint, rebuild_model
 from clips.manifest import ClipRow
 from config import from_dict
-from evaluation.bootstrap import format_interval
+from evaluation.bootstrap import interval_columns
 from explanation import checks
 from explanation.methods import explain, require_method
 from explanation.relevance import Method, Relevance
@@ -168,11 +168,11 @@ def check_method(
         "method": method,
         "clips": len(planted.clips),
         "frames": in_time.score,
-        "frames interval": checks.mean_interval(in_time.scores, planted.patients)[1],
+        **interval_columns("frames", checks.mean_interval(in_time.scores, planted.patients)[1]),
         "frames chance": in_time.chance,
         "frames AP": precision.score,
         "places": in_space.score,
-        "places interval": checks.mean_interval(in_space.scores, planted.patients)[1],
+        **interval_columns("places", checks.mean_interval(in_space.scores, planted.patients)[1]),
         "places chance": in_space.chance,
     }
     clips, targets, shape = planted.clips, planted.targets, tuple(relevance.maps.shape)
@@ -185,7 +185,7 @@ def check_method(
         baseline = checks.deletion_insertion(prepared, clips, targets, maps, steps)
         gain = checks.gain(curves, baseline, planted.patients)
         for kind, (mean, interval) in gain._asdict().items():
-            row |= {f"{kind} vs {name}": mean, f"{kind} vs {name} interval": interval}
+            row |= {f"{kind} vs {name}": mean, **interval_columns(f"{kind} vs {name}", interval)}
             if name == "random":
                 faithful &= interval is not None and interval[0] > 0
     some = slice(0, randomised_clips)
@@ -226,8 +226,6 @@ def main() -> None:
     if min(config.clips, config.randomised_clips, config.steps) < 1:
         raise UserError("clips, randomised_clips and steps must be at least 1")
     table = pd.DataFrame(check_runs(config))
-    for column in [name for name in table.columns if name.endswith("interval")]:
-        table[column] = [format_interval(interval) for interval in table[column]]
     device = get_device(config.device)
     report("explanations", table, environment(device, ("scipy",)), config.output)
 
