@@ -207,7 +207,7 @@ def explain_clips(config: ExplainConfig) -> None:
     rows = load_rows(config, settings)
     cache = open_cache(settings)
     print(f"{training.model_name} by {method}, {describe_device(device)}")
-    for line in advice(training.model_name, method):
+    for line in advice(training.model_name, method) if not config.shortcut else []:
         print(line)
     if not config.clips and not config.shortcut:
         loader = eval_loader(rows, settings, cache)

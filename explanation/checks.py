@@ -431,6 +431,7 @@ def randomisation(
     method: Method,
     explain: Callable[[nn.Module, torch.Tensor, torch.Tensor, Method], Relevance] = methods.explain,
     seed: int = 0,
+    ends_only: bool = False,
 ) -> Randomisation:
     """Randomise a model's weights stage by stage, from the head downward, and compare the maps.
 
@@ -448,20 +449,26 @@ def randomisation(
         clips: `(N, T, C, H, W)` uint8, or float in [0, 1], on the model's device.
         targets: `(N,)`.
         explain: `methods.explain`, or a function like it.
+        ends_only: compare the maps after the head and after all stages alone, which saves time.
     """
     model = copy.deepcopy(model)
     original = explain(model, clips, targets, method).maps
     names, correlations, changed = [], [], []
     devices = [clips.device] if clips.device.type == "cuda" else []
-    for number, (name, modules) in enumerate(reversed(model.stages().items())):
-        if not any(True for module in modules for _ in module.parameters()):
-            continue
+    stages = [
+        (name, modules)
+        for name, modules in reversed(model.stages().items())
+        if any(True for module in modules for _ in module.parameters())
+    ]
+    for number, (name, modules) in enumerate(stages):
         with torch.random.fork_rng(devices):  # the caller's random numbers stay as they are
             torch.manual_seed(seed + number)
             for module in modules:
                 randomise(module)
         changed += modules
         fit_statistics(model, changed, clips[:BATCH])
+        if ends_only and 0 < number < len(stages) - 1:
+            continue
         maps = explain(model, clips, targets, method).maps
         names.append(name)
         correlations.append([rank_correlation(*pair) for pair in zip(original, maps, strict=True)])
