@@ -286,6 +286,9 @@ def test_random_weights_change_gradients_but_not_an_edge_detector() -> None:
     assert torch.equal(torch.get_rng_state(), state)
     again = randomisation(model, clips, targets, "gradcam++", gradients)
     assert np.array_equal(again.correlations, result.correlations)
+    ends = randomisation(model, clips, targets, "gradcam++", gradients, ends_only=True)
+    assert ends.stages == ("head", "stem")
+    assert np.array_equal(ends.correlations, result.correlations[[0, 2]])
 
 
 @pytest.mark.parametrize("name", ["tsm_resnet", "cnnlstm", "vivit", "timesformer"])
