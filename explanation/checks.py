@@ -23,7 +23,7 @@ from evaluation.bootstrap import (
     patient_clips,
 )
 from explanation import methods
-from explanation.baseline import blurred_still
+from explanation.baseline import Reference, reference_clips
 from explanation.occlusion import as_dtype
 from explanation.relevance import Method, Relevance
 from modeling.inference import PackedConv2d, require_finite
@@ -258,13 +258,14 @@ def deletion_insertion(
     maps: torch.Tensor,
     steps: int = STEPS,
     seed: int = 0,
+    reference: Reference = "still",
 ) -> Curves:
     """The curves over the cells in space and time, the most relevant ones first.
 
     Petsiuk, Das and Saenko, "RISE: Randomized Input Sampling for Explanation of Black-box Models",
     BMVC 2018, arXiv:1806.07421, section 4. Other than there, a deleted cell is never grey or black
-    but shows the blurred still picture of the clip (explanation/baseline.py), in both curves: each
-    curve ends where the other begins.
+    but shows a still picture of the clip (explanation/baseline.py), in both curves: each curve ends
+    where the other begins.
 
     Args:
         model: in eval mode.
@@ -273,6 +274,7 @@ def deletion_insertion(
         maps: `(N, T, h, w)`; cells of equal relevance come in random order.
         steps: how many times cells are deleted, about as many each time.
         seed: of the order of equal cells.
+        reference: the still picture.
 
     Raises:
         NotFiniteError: the model's logits are not finite.
@@ -289,7 +291,7 @@ def deletion_insertion(
     )
     deletion, insertion = [], []
     for clip, target, order in zip(clips, targets, _descending(maps, seed), strict=True):
-        still = as_dtype(blurred_still(clip[None])[0], clip.dtype)
+        still = as_dtype(reference_clips(clip[None], reference)[0], clip.dtype)
         ranks = order.argsort().view(t, h, w)[:, cell_rows][:, :, cell_columns]  # (T, H, W)
         ranks = ranks.unsqueeze(1).to(clip.device)
         variants = _deleted_and_inserted(clip, still, ranks, counts)

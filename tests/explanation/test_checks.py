@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from explanation import checks
-from explanation.baseline import blurred_still
+from explanation.baseline import still as still_of
 from explanation.checks import (
     centre_maps,
     deletion_insertion,
@@ -127,7 +127,7 @@ def make_clips(n: int = 2, t: int = 3, size: int = 8) -> torch.Tensor:
 def contributions(model: LinearModel, clips: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     """The fall of the target's score for each cell of a 4 x 4 grid, `(N, T, 4, 4)`: exact, because
     the model is linear."""
-    values = ((clips - blurred_still(clips)) * model.weight).sum(dim=2)
+    values = ((clips - still_of(clips)) * model.weight).sum(dim=2)
     sign = torch.where(targets == 0, 1.0, -1.0).view(-1, 1, 1, 1)
     return sign * F.avg_pool2d(values, 2) * 4
 
@@ -136,7 +136,7 @@ def test_curves_equal_a_slow_loop() -> None:
     clips, targets, model = make_clips(), torch.tensor([0, 1]), LinearModel(3, 8)
     maps = contributions(model, clips, targets)
     curves = deletion_insertion(model, clips, targets, maps, steps=48)
-    still = blurred_still(clips)
+    still = still_of(clips)
     for i in range(2):
         for inserted, values in ((False, curves.deletion[i]), (True, curves.insertion[i])):
             clip, new = (still[i], clips[i]) if inserted else (clips[i], still[i])
