@@ -15,6 +15,7 @@ model was measured: docs/explanations.md.
 # What imports torch is imported where it is used: --help does without.
 import dataclasses
 import functools
+import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -224,6 +225,9 @@ def explain_clips(config: ExplainConfig) -> None:
     elif config.shortcut:
         rows = spread(rows, SHORTCUT_CLIPS)
 
+    if folder.resolve() in {Path(row.path).resolve().parent for row in rows}:
+        raise UserError(f"--output {folder}: holds clips that are explained: give another folder")
+
     # explanation
     model = prepare_for_inference(model, device)
     loader = eval_loader(rows, settings, cache)
@@ -246,7 +250,7 @@ def explain_clips(config: ExplainConfig) -> None:
     if config.shortcut:
         write_shortcuts(folder, explained, classes, rows)
     else:
-        write_explanations(folder, explained, config, training.model_name)
+        write_explanations(folder, explained, config, training.model_name, rows)
     print(f"results: {folder}")
     if unreadable:
         print(list_some(unreadable, 20, "\n"), file=sys.stderr)
@@ -281,29 +285,47 @@ def explain_loader(
 
 
 def write_explanations(
-    folder: Path, explained: "Iterator[ExplainedClip]", config: ExplainConfig, model_name: str
+    folder: Path,
+    explained: "Iterator[ExplainedClip]",
+    config: ExplainConfig,
+    model_name: str,
+    rows: "Sequence[ClipRow]",
 ) -> None:
-    """Write the filmstrip and the video of each clip, relevance.csv, and the page if wanted."""
+    """Write the filmstrip and the video of each clip, relevance.csv, and the page if wanted.
+
+    Args:
+        rows: the clips; the page names neither them nor their patients, unless it is to.
+    """
     from explanation.overlay import write_overlay
     from explanation.pictures import write_filmstrip, write_relevance
 
     kept = []
     for number, clip in enumerate(explained, 1):
+        if number == 1:
+            remove_earlier(folder)
         # Numbers, because the names of clips may name patients.
         write_filmstrip(folder / f"clip{number:03d}.png", clip)
         write_overlay(folder / f"clip{number:03d}.mp4", clip, playback_rate(clip.times))
-        empty = clip.frames[:0], clip.maps[:0]  # only the page needs the pictures again
-        kept.append(
-            clip if config.html else dataclasses.replace(clip, frames=empty[0], maps=empty[1])
-        )
+        # Only the page needs the pictures again. A view of them would keep the whole batch.
+        empty = {"frames": clip.frames[:0].copy(), "maps": clip.maps[:0].copy()}
+        kept.append(clip if config.html else dataclasses.replace(clip, **empty))
     write_relevance(folder / "relevance.csv", kept)
     if config.html:
         from utils.run_dir import command
+        from web.anonymize import identifiers
         from web.explanation_page import write_explanation_page
 
         page, metadata = folder / "explanations.html", {"command": command(), "model": model_name}
-        write_explanation_page(page, kept, config.with_names, metadata)
+        write_explanation_page(page, kept, config.with_names, metadata, identifiers(rows))
         print(f"page: {page} (contains images of patients)")
+
+
+def remove_earlier(folder: Path) -> None:
+    """Remove the results of an earlier call from its folder: pictures of other clips, beside those
+    of this one, would be taken for its own."""
+    for path in folder.iterdir():
+        if re.fullmatch(r"clip[0-9]{3,}\.(png|mp4)|relevance\.csv|explanations\.html", path.name):
+            path.unlink()
 
 
 def spread(rows: "Sequence[ClipRow]", most: int) -> "list[ClipRow]":

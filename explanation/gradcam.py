@@ -134,7 +134,7 @@ def _recorded(layers: Sequence[Layer]) -> Iterator[list[_Recorded]]:
     def leaf(layer: Layer, x: torch.Tensor, others: tuple) -> torch.Tensor:
         x = x.detach().requires_grad_()
         recorded.append(_Recorded(x, lambda x: layer.to_maps(x, *others)))
-        return x
+        return x.clone()  # what follows may work in place, which a leaf does not allow
 
     def before(layer: Layer, _: nn.Module, inputs: tuple) -> tuple:
         return leaf(layer, inputs[0], inputs[1:]), *inputs[1:]

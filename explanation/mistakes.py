@@ -95,8 +95,12 @@ def _explain(run: Run, fold: str, indices: Sequence[int]) -> Iterator[RelevanceC
     if list(state["classes"]) != list(run.classes):
         yield from [_without("the checkpoint here is of a model with other classes")] * len(indices)
         return
-    config = from_dict(state["config"])
-    model = prepare_for_inference(rebuild_model(state), get_device())
+    try:
+        config = from_dict(state["config"])
+        model = prepare_for_inference(rebuild_model(state), get_device())
+    except UserError as error:  # a package is missing, or a model of the user's own
+        yield from [_without(f"the model cannot be built here: {first_line(error)}")] * len(indices)
+        return
     method = default_method(config.model_name)
     method = "occlusion" if method == "rollout" else method  # rollout compares no classes
     for index in indices:

@@ -12,6 +12,7 @@ import torch
 from checkpoint import load_checkpoint, rebuild_model
 from config import from_dict
 from explain import main, playback_rate
+from explanation import pictures
 from explanation.methods import explain
 from training.engine import evaluate
 from training.loaders import eval_loader, load_splits
@@ -98,6 +99,39 @@ def test_unreadable_clips_are_told_at_the_end(
     assert (tmp_path / "out" / "clip001.png").exists()
     done = mistake(main, run, "b.mp4", *more, cwd=tmp_path)
     assert "none of the clips can be read" in done.stderr
+
+
+def test_pictures_of_an_earlier_call_do_not_stay(
+    run: Path, run_main: Callable, tmp_path: Path
+) -> None:
+    more = (*FLAGS, "--output", "out")
+    run_main(main, run, "--right", 2, "--html", *more, cwd=tmp_path)
+    (tmp_path / "out" / "notes.txt").write_text("of a person")
+    run_main(main, run, "--right", 1, *more, cwd=tmp_path)
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    assert names == {"clip001.png", "clip001.mp4", "relevance.csv", "notes.txt"}
+
+
+def test_clips_are_never_written_over(
+    run: Path, tiny_data: Path, mistake: Callable, tmp_path: Path
+) -> None:
+    clip = shutil.copy(tiny_data / "clips" / "test" / "1_0.mp4", tmp_path / "clip001.mp4")
+    before = clip.read_bytes()
+    done = mistake(main, run, "clip001.mp4", "--output", ".", *FLAGS, cwd=tmp_path)
+    assert "give another folder" in done.stderr
+    assert clip.read_bytes() == before and len(list(tmp_path.iterdir())) == 1
+
+
+def test_the_frames_of_clips_are_not_kept(
+    run: Path, run_main: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept = []
+    monkeypatch.setattr(pictures, "write_relevance", lambda _, clips: kept.extend(clips))
+    run_main(main, run, "--right", 2, *FLAGS, "--output", "out", cwd=tmp_path)
+    assert len(kept) == 2
+    for clip in kept:  # an empty view would keep the array that it is a view of
+        assert clip.frames.size == clip.maps.size == 0
+        assert clip.frames.base is None and clip.maps.base is None
 
 
 @pytest.mark.parametrize(

@@ -725,6 +725,20 @@ def test_a_clip_that_is_gone_has_a_reason_and_the_others_a_curve(
     assert missing == ["this clip is no longer there", "this clip cannot be read", ""]
 
 
+def test_a_model_that_cannot_be_built_here_is_a_reason(
+    mistaken: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A report does not need the optional packages of the model's backbone."""
+
+    def fail(_: dict) -> None:
+        raise UserError("timm is not installed: pip install timm")
+
+    monkeypatch.setattr("checkpoint.rebuild_model", fail)
+    curves = explain_mistakes(load_report_data(mistaken).run, [0, 1])
+    reason = "the model cannot be built here: timm is not installed: pip install timm"
+    assert [curve.missing for curve in curves] == [reason] * 2
+
+
 def scale_last_layer(weights: dict[str, torch.Tensor], factor: int) -> dict[str, torch.Tensor]:
     last = [name for name, tensor in weights.items() if tensor.dim() and len(tensor) == 3]
     assert len(last) == 2  # weight and bias of the classifier: three classes

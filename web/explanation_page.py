@@ -6,7 +6,7 @@ The page is one file that loads nothing, and it works without JavaScript, in the
 import base64
 import hashlib
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -50,15 +50,17 @@ def write_explanation_page(
     clips: Sequence[ExplainedClip],
     with_names: bool = False,
     metadata: Mapping[str, str] | None = None,
+    other_names: Iterable[str] = (),
 ) -> None:
     """Write the page; see `build_explanation_page`."""
-    write_text(path, build_explanation_page(clips, with_names, metadata))
+    write_text(path, build_explanation_page(clips, with_names, metadata, other_names))
 
 
 def build_explanation_page(
     clips: Sequence[ExplainedClip],
     with_names: bool = False,
     metadata: Mapping[str, str] | None = None,
+    other_names: Iterable[str] = (),
 ) -> str:
     """The page as HTML.
 
@@ -66,6 +68,7 @@ def build_explanation_page(
         with_names: show the names of the clips. Otherwise they are only numbered, and their names,
             the names of their files and of the folders around them are hidden in the metadata too.
         metadata: how the explanations were made (command, model, device), for the foot of the page.
+        other_names: more that is hidden in the metadata without `with_names`, such as patients.
     """
     environment = page_environment()
     script = template_text("explanation.js")
@@ -73,7 +76,8 @@ def build_explanation_page(
     numbered = [f"clip {number}" for number in range(1, len(clips) + 1)]
     titles = [f"{number}: {clip.name}" for number, clip in zip(numbered, clips, strict=True)]
     titles = titles if with_names else numbered
-    names = Pseudonyms({}, titles, [] if with_names else _identifiers(clips))
+    hidden = [] if with_names else sorted(_identifiers(clips) | {*other_names})
+    names = Pseudonyms({}, titles, hidden)
     most = min(MAX_FRAMES, max(MIN_FRAMES, FRAMES_ON_PAGE // max(1, len(clips))))
     page = environment.get_template("explanation.html.j2").render(
         clips=[_shown(clip, title, most) for clip, title in zip(clips, titles, strict=True)],
@@ -97,13 +101,14 @@ def build_explanation_page(
     return page.encode("utf-8", "replace").decode()  # the name of a file may hold invalid bytes
 
 
-def _identifiers(clips: Sequence[ExplainedClip]) -> list[str]:
-    """What must not be on a page without names: paths, files, and the folders around them."""
+def _identifiers(clips: Sequence[ExplainedClip]) -> set[str]:
+    """What must not be on a page without names: paths, files, and all folders around them, any of
+    which may be named after a patient."""
     names = set()
     for clip in clips:
         path = Path(clip.name)
-        names |= {clip.name, path.name, path.stem, path.parent.name}
-    return sorted(names - {""})
+        names |= {clip.name, path.stem, *path.parts} - {path.anchor}
+    return names - {"", ".", ".."}
 
 
 def _shown(clip: ExplainedClip, title: str, most: int) -> dict[str, Any]:

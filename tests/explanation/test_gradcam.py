@@ -142,14 +142,17 @@ def test_a_model_prepared_for_inference_has_the_same_maps(name: str) -> None:
     torch.testing.assert_close(maps[1], maps[0], rtol=1e-3, atol=1e-4)
 
 
-def test_two_networks_add_their_maps() -> None:
+def test_two_networks_add_their_maps(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
     model = make_model("tsm_resnet", modality="rgb+rgbdiff").eval()
-    assert len(last_layers(model)) == 2
-    score = class_score(torch.tensor([2]))
+    layers, score = last_layers(model), class_score(torch.tensor([2]))
     both = gradcam_plus_plus(model, random_clips(n=1), score).maps
-    still = random_clips(n=1)[:, :1].expand(-1, 8, -1, -1, -1)
-    assert not torch.equal(both, gradcam_plus_plus(model, still, score).maps)
+    alone = []
+    for layer in layers:
+        monkeypatch.setattr("explanation.gradcam.last_layers", lambda _, layer=layer: [layer])
+        alone.append(gradcam_plus_plus(model, random_clips(n=1), score).maps)
+    assert len(alone) == 2 and all(maps.max() > 0 for maps in alone)
+    torch.testing.assert_close(both, alone[0] + alone[1])
 
 
 def test_a_model_of_one_s_own() -> None:
@@ -170,6 +173,9 @@ def test_a_model_of_one_s_own() -> None:
     model = Own(nn.Sequential(nn.Conv2d(3, 4, 8, 8), nn.ReLU()))
     relevance = gradcam_plus_plus(model, random_clips(), class_score(torch.tensor([1])))
     assert relevance.maps.shape == (2, 8, 8, 8)
+    model.stem[1].inplace = True  # as in the networks of torchvision
+    in_place = gradcam_plus_plus(model, random_clips(), class_score(torch.tensor([1])))
+    torch.testing.assert_close(in_place.maps, relevance.maps)
     with pytest.raises(UserError, match="--method occlusion"):
         last_layers(Own(nn.Sequential(nn.Flatten(), nn.Linear(3 * 64 * 64, 4))))
 

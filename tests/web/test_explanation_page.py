@@ -87,6 +87,16 @@ def test_names_are_shown_only_if_asked_for() -> None:
     assert "--x P058" in re.sub("<[^>]+>", "", page)
 
 
+def test_patients_and_folders_far_above_the_clips_are_hidden() -> None:
+    clip = explained(name="/mnt/Kovacs-031/left/videos/VID12_0003.mp4")
+    command = "explain.py runs/a /mnt/Kovacs-031/left/videos --csv Nagy.csv --html"
+    page = build_explanation_page([clip], False, {"command": command}, ["Nagy"])
+    assert "Kovacs" not in page and "Nagy" not in page
+    assert "explain.py runs/a" in page and "--html" in page
+    page = build_explanation_page([clip], True, {"command": command}, ["Nagy"])
+    assert "Kovacs" in page and "Nagy" in page
+
+
 def test_a_page_of_a_hundred_clips_is_small() -> None:
     """With frames of as much detail as those of a camera, and some noise."""
     noise = np.random.default_rng(0).normal(0, 3, (32, 224, 224, 3))
