@@ -88,6 +88,22 @@ def test_named_clips_have_no_label(
     assert "1_0" not in page and "light" in page
 
 
+def test_a_class_is_not_compared_with_itself(run: Path, run_main: Callable, tmp_path: Path) -> None:
+    """Among the chosen clips are some that are predicted as the class to compare with."""
+    more = ("--method", "occlusion", "--right", 9, "--mistakes", 9, *FLAGS)
+    run_main(main, run, *more, "--output", "alone", cwd=tmp_path)
+    read = {"index_col": ["clip", "frame"], "keep_default_na": False}
+    alone = pd.read_csv(tmp_path / "alone" / "relevance.csv", **read)
+    name = alone["predicted"].iloc[0]
+    run_main(main, run, *more, "--against", name, "--output", "compared", cwd=tmp_path)
+    compared = pd.read_csv(tmp_path / "compared" / "relevance.csv", **read)
+    same = compared["predicted"] == name
+    assert same.any() and set(compared["against"][same]) == {""}
+    assert set(compared["against"][~same]) <= {name}
+    np.testing.assert_allclose(compared["relevance"][same], alone["relevance"][same], atol=1e-5)
+    assert alone["relevance"][same].abs().max() > 1e-3
+
+
 def test_unreadable_clips_are_told_at_the_end(
     run: Path, tiny_data: Path, run_main: Callable, mistake: Callable, tmp_path: Path
 ) -> None:
