@@ -104,6 +104,19 @@ def test_a_class_is_not_compared_with_itself(run: Path, run_main: Callable, tmp_
     assert alone["relevance"][same].abs().max() > 1e-3
 
 
+def test_short_cuts_are_a_table(run: Path, run_main: Callable, tmp_path: Path) -> None:
+    more = ("--method", "occlusion", *FLAGS, "--output", "out")
+    done = run_main(main, run, "--shortcut", *more, cwd=tmp_path)
+    assert "9 of 9 clips are looked at" in done.stdout
+    table = pd.read_csv(tmp_path / "out" / "shortcut.csv", keep_default_na=False)
+    assert set(table["class"]) <= set(CLASSES)
+    assert list(table["region"]) == ["border", "static"] * (len(table) // 2)
+    border = table[table["region"] == "border"]
+    # The border is 3 of 32 pixels on each side.
+    np.testing.assert_allclose(border["area"].astype(float), 1 - (26 / 32) ** 2, atol=1e-4)
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"shortcut.csv"}
+
+
 def test_unreadable_clips_are_told_at_the_end(
     run: Path, tiny_data: Path, run_main: Callable, mistake: Callable, tmp_path: Path
 ) -> None:
@@ -163,6 +176,7 @@ def test_the_frames_of_clips_are_not_kept(
         (("a.mp4",), "no such file"),
         (("--target", "dark", "--against", "dark"), "is the target itself"),
         (("--shortcut", "--html"), "leave out"),
+        (("--shortcut", "--mistakes", 5), "leave out --mistakes and --right"),
         (("--batch-size", 0), "at least 1"),
         (("--mistakes", -1), "at least 0"),
     ],
