@@ -367,6 +367,9 @@ def write_shortcuts(
     )
     write_shares(folder / "shortcut.csv", shares)
     print(shortcut_table(shares))
+    if not any(share.verdict in ("look", "no sign") for share in shares):
+        print("warning: neither borders nor static pixels could be measured: see the last column")
+        return
     if not (found := find_shortcuts(shares)):
         print("no sign of a shortcut on borders or static pixels, where they could be measured")
         return

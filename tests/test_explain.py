@@ -10,10 +10,12 @@ import pytest
 import torch
 
 from checkpoint import load_checkpoint, rebuild_model
+from clips.manifest import ClipRow
 from config import from_dict
-from explain import main, playback_rate
+from explain import main, playback_rate, write_shortcuts
 from explanation import pictures
 from explanation.methods import explain
+from explanation.relevance import ExplainedClip
 from training.engine import evaluate
 from training.loaders import eval_loader, load_splits
 
@@ -115,6 +117,26 @@ def test_short_cuts_are_a_table(run: Path, run_main: Callable, tmp_path: Path) -
     # The border is 3 of 32 pixels on each side.
     np.testing.assert_allclose(border["area"].astype(float), 1 - (26 / 32) ** 2, atol=1e-4)
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"shortcut.csv"}
+
+
+@pytest.mark.parametrize("cells", [1, 16])
+def test_what_was_not_measured_is_no_good_news(
+    cells: int, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    """Maps of a single cell cannot tell a border from the rest."""
+    rng = np.random.default_rng(0)
+    rows = [ClipRow(Path(f"{number}.mp4"), 0, f"patient {number}") for number in range(4)]
+    clips = [
+        ExplainedClip(
+            str(row.path), rng.integers(0, 256, (4, 32, 32, 3), np.uint8), np.arange(4.0),
+            np.ones((4, cells, cells)), np.ones(4), "occlusion", "dark", 0.9, "dark", 0.9,
+        )
+        for row in rows
+    ]  # fmt: skip
+    write_shortcuts(tmp_path, iter(clips), CLASSES, rows)
+    output = capsys.readouterr().out
+    assert ("no sign of a shortcut" in output) == (cells == 16)
+    assert ("could be measured: see the last column" in output) == (cells == 1)
 
 
 def test_unreadable_clips_are_told_at_the_end(
