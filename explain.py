@@ -104,6 +104,9 @@ class ExplainConfig(ManifestOptions):
         if self.shortcut and (self.target or self.against or self.html):
             raise UserError("--shortcut explains predicted classes in a table: leave out --target, "
                             "--against and --html")  # fmt: skip
+        if self.shortcut and not (self.mistakes is self.right is None):
+            raise UserError(f"--shortcut looks at {SHORTCUT_CLIPS} clips of each class, whatever "
+                            "their answers: leave out --mistakes and --right")  # fmt: skip
 
     @property
     def counts(self) -> tuple[int, int]:
@@ -223,7 +226,9 @@ def explain_clips(config: ExplainConfig) -> None:
         if not rows:
             raise UserError("there is no such clip: choose other numbers of --mistakes and --right")
     elif config.shortcut:
+        count = len(rows)
         rows = spread(rows, SHORTCUT_CLIPS)
+        print(f"{len(rows)} of {count} clips are looked at, spread evenly")
 
     if folder.resolve() in {Path(row.path).resolve().parent for row in rows}:
         raise UserError(f"--output {folder}: holds clips that are explained: give another folder")
@@ -362,6 +367,9 @@ def write_shortcuts(
     )
     write_shares(folder / "shortcut.csv", shares)
     print(shortcut_table(shares))
+    if not any(share.verdict in ("look", "no sign") for share in shares):
+        print("warning: neither borders nor static pixels could be measured: see the last column")
+        return
     if not (found := find_shortcuts(shares)):
         print("no sign of a shortcut on borders or static pixels, where they could be measured")
         return

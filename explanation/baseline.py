@@ -1,9 +1,15 @@
-"""What a clip is compared with, and what stands where a part of it is taken away."""
+"""What a clip is compared with, and what stands where a part of it is taken away.
+
+A picture that stands still has no motion: channels that hold measured motion (video/motion.py) hold
+none in it.
+"""
 
 from typing import Literal
 
 import torch
 from torch.nn import functional as F
+
+from video.motion import ZERO
 
 SIGMA = 1 / 8
 """standard deviation of the blur as a fraction of the side"""
@@ -35,7 +41,8 @@ def still(clips: torch.Tensor) -> torch.Tensor:
         The same shape, float in [0, 1], all frames of a clip alike.
     """
     pixels = clips / 255 if clips.dtype == torch.uint8 else clips.float()
-    return pixels.median(dim=1, keepdim=True).values.expand_as(pixels).contiguous()
+    median = pixels.median(dim=1).values  # (B, C, H, W)
+    return _standing(median).unsqueeze(1).expand_as(pixels).contiguous()
 
 
 def blurred_still(clips: torch.Tensor) -> torch.Tensor:
@@ -50,7 +57,13 @@ def blurred_still(clips: torch.Tensor) -> torch.Tensor:
     """
     pixels = clips / 255 if clips.dtype == torch.uint8 else clips.float()
     mean = pixels.mean(dim=1)  # (B, C, H, W)
-    return blur(mean, SIGMA).unsqueeze(1).expand_as(pixels).contiguous()
+    return _standing(blur(mean, SIGMA)).unsqueeze(1).expand_as(pixels).contiguous()
+
+
+def _standing(images: torch.Tensor) -> torch.Tensor:
+    """Images `(B, C, H, W)` in [0, 1] without motion in the channels after the colours."""
+    motion = torch.full_like(images[:, 3:], ZERO / 255)
+    return torch.cat((images[:, :3], motion), dim=1)
 
 
 def blur(images: torch.Tensor, sigma: float) -> torch.Tensor:

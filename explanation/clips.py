@@ -37,7 +37,7 @@ def explain_batch(
         sampler: how the frames were chosen, for their times.
         temperature: the logits are divided by it for the probabilities.
         target: the class that is explained (None: the predicted one of each clip).
-        against: a class to compare with.
+        against: a class to compare with; clips for which it is the target are explained alone.
         labelled: whether the rows have true classes.
         reference: see `explain`.
 
@@ -64,7 +64,7 @@ def explain_batch(
             confidence=float(probabilities[i].max()),
             explained=classes[targets[i]],
             probability=float(probabilities[i, targets[i]]),
-            against="" if against is None else classes[against],
+            against="" if against in (None, int(targets[i])) else classes[against],
             label=classes[row.label] if labelled else "",
         )
         for i, row in enumerate(rows)

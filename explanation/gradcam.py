@@ -35,6 +35,9 @@ class Layer:
     of_input: bool = False
     """whether the input of the module is taken: the class token alone leaves the last block of a
     transformer, so that the output of the patches has no gradient"""
+    stride: int = 0
+    """frames from the centre of one time to that of the next, where that of the first is the first
+    frame, as behind padded convolutions; 0: the times divide the clip evenly"""
 
 
 def last_layers(model: nn.Module) -> list[Layer]:
@@ -46,7 +49,8 @@ def last_layers(model: nn.Module) -> list[Layer]:
     if isinstance(model, FrameEncoder):
         return [_of_backbone(backbone) for backbone in model.backbones()]
     if isinstance(model, R2Plus1DResNet18):
-        return [Layer(model.backbone.layer4, lambda x: x)]  # (B, C, T', h, w)
+        # (B, C, T', h, w); three convolutions halve the time
+        return [Layer(model.backbone.layer4, lambda x: x, stride=8)]
     if isinstance(model, VideoSwin):
         # (B, T', h, w, C)
         return [Layer(model.stages()["layer4"][-1], lambda x: x.permute(0, 4, 1, 2, 3))]
@@ -168,7 +172,8 @@ def gradcam_plus_plus(model: nn.Module, clips: torch.Tensor, score: Score) -> Re
     Raises:
         UserError: the model has no maps that are known here.
     """
-    with torch.enable_grad(), differentiable(model), _recorded(last_layers(model)) as recorded:
+    layers = last_layers(model)
+    with torch.enable_grad(), differentiable(model), _recorded(layers) as recorded:
         scores = score(model(clips)).sum()  # clips do not depend on each other
         gradients = torch.autograd.grad(scores, [layer.x for layer in recorded])
     b, t = clips.shape[:2]
@@ -176,8 +181,23 @@ def gradcam_plus_plus(model: nn.Module, clips: torch.Tensor, score: Score) -> Re
         weighted_maps(_of_clips(layer.to_maps(layer.x), b), _of_clips(layer.to_maps(gradient), b))
         for layer, gradient in zip(recorded, gradients, strict=True)
     )  # (B, T', h, w)
-    maps = F.interpolate(maps.unsqueeze(1), (t, *maps.shape[2:]), mode="trilinear").squeeze(1)
+    maps = _at_frames(maps, t, layers[0].stride)
     return Relevance(maps.cpu(), maps.sum((2, 3)).cpu())
+
+
+def _at_frames(maps: torch.Tensor, n_frames: int, stride: int) -> torch.Tensor:
+    """Maps `(B, T', h, w)`, interpolated linearly at the frames, `(B, T, h, w)`; frames beyond the
+    first and the last centre have the map of that one.
+
+    Args:
+        stride: see `Layer`.
+    """
+    if not stride:
+        size = n_frames, *maps.shape[2:]
+        return F.interpolate(maps.unsqueeze(1), size, mode="trilinear").squeeze(1)
+    at = (torch.arange(n_frames, device=maps.device) / stride).clamp(max=maps.shape[1] - 1)
+    before, after = at.floor().long(), at.ceil().long()
+    return torch.lerp(maps[:, before], maps[:, after], (at - before)[:, None, None])
 
 
 def _of_clips(maps: torch.Tensor, clips: int) -> torch.Tensor:

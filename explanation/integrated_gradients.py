@@ -16,8 +16,9 @@ from explanation.relevance import Relevance, Score, differentiable
 
 log = logging.getLogger(__name__)
 
-BATCH = 16
-"""clips that go through the model at once"""
+BATCH = 4
+"""clips that go through the model at once: all its activations are kept for the gradients, 0.4 GB
+for 16 frames of 224 pixels in a ResNet-18, and larger batches are not faster on a CPU"""
 
 STEPS = (32, 64, 128, 256, 512)
 """points on the way: as many as completeness needs"""

@@ -139,6 +139,8 @@ def explain_frames(
 def class_score(targets: torch.Tensor, against: torch.Tensor | None = None) -> Score:
     """The logits of classes, minus those of others if there are any.
 
+    A class is not compared with itself: where both are the same, the logit alone is the score.
+
     Args:
         targets, against: `(B,)`, or `(1,)` for one class in all rows.
     """
@@ -148,4 +150,8 @@ def class_score(targets: torch.Tensor, against: torch.Tensor | None = None) -> S
 
     if against is None:
         return lambda logits: of_class(logits, targets)
-    return lambda logits: of_class(logits, targets) - of_class(logits, against)
+    others = targets != against
+    return lambda logits: (
+        of_class(logits, targets)
+        - of_class(logits, against) * others.to(logits).expand(len(logits))
+    )

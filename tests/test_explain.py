@@ -10,10 +10,12 @@ import pytest
 import torch
 
 from checkpoint import load_checkpoint, rebuild_model
+from clips.manifest import ClipRow
 from config import from_dict
-from explain import main, playback_rate
+from explain import main, playback_rate, write_shortcuts
 from explanation import pictures
 from explanation.methods import explain
+from explanation.relevance import ExplainedClip
 from training.engine import evaluate
 from training.loaders import eval_loader, load_splits
 
@@ -88,6 +90,55 @@ def test_named_clips_have_no_label(
     assert "1_0" not in page and "light" in page
 
 
+def test_a_class_is_not_compared_with_itself(run: Path, run_main: Callable, tmp_path: Path) -> None:
+    """Among the chosen clips are some that are predicted as the class to compare with."""
+    more = ("--method", "occlusion", "--right", 9, "--mistakes", 9, *FLAGS)
+    run_main(main, run, *more, "--output", "alone", cwd=tmp_path)
+    read = {"index_col": ["clip", "frame"], "keep_default_na": False}
+    alone = pd.read_csv(tmp_path / "alone" / "relevance.csv", **read)
+    name = alone["predicted"].iloc[0]
+    run_main(main, run, *more, "--against", name, "--output", "compared", cwd=tmp_path)
+    compared = pd.read_csv(tmp_path / "compared" / "relevance.csv", **read)
+    same = compared["predicted"] == name
+    assert same.any() and set(compared["against"][same]) == {""}
+    assert set(compared["against"][~same]) <= {name}
+    np.testing.assert_allclose(compared["relevance"][same], alone["relevance"][same], atol=1e-5)
+    assert alone["relevance"][same].abs().max() > 1e-3
+
+
+def test_short_cuts_are_a_table(run: Path, run_main: Callable, tmp_path: Path) -> None:
+    more = ("--method", "occlusion", *FLAGS, "--output", "out")
+    done = run_main(main, run, "--shortcut", *more, cwd=tmp_path)
+    assert "9 of 9 clips are looked at" in done.stdout
+    table = pd.read_csv(tmp_path / "out" / "shortcut.csv", keep_default_na=False)
+    assert set(table["class"]) <= set(CLASSES)
+    assert list(table["region"]) == ["border", "static"] * (len(table) // 2)
+    border = table[table["region"] == "border"]
+    # The border is 3 of 32 pixels on each side.
+    np.testing.assert_allclose(border["area"].astype(float), 1 - (26 / 32) ** 2, atol=1e-4)
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"shortcut.csv"}
+
+
+@pytest.mark.parametrize("cells", [1, 16])
+def test_what_was_not_measured_is_no_good_news(
+    cells: int, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    """Maps of a single cell cannot tell a border from the rest."""
+    rng = np.random.default_rng(0)
+    rows = [ClipRow(Path(f"{number}.mp4"), 0, f"patient {number}") for number in range(4)]
+    clips = [
+        ExplainedClip(
+            str(row.path), rng.integers(0, 256, (4, 32, 32, 3), np.uint8), np.arange(4.0),
+            np.ones((4, cells, cells)), np.ones(4), "occlusion", "dark", 0.9, "dark", 0.9,
+        )
+        for row in rows
+    ]  # fmt: skip
+    write_shortcuts(tmp_path, iter(clips), CLASSES, rows)
+    output = capsys.readouterr().out
+    assert ("no sign of a shortcut" in output) == (cells == 16)
+    assert ("could be measured: see the last column" in output) == (cells == 1)
+
+
 def test_unreadable_clips_are_told_at_the_end(
     run: Path, tiny_data: Path, run_main: Callable, mistake: Callable, tmp_path: Path
 ) -> None:
@@ -147,6 +198,7 @@ def test_the_frames_of_clips_are_not_kept(
         (("a.mp4",), "no such file"),
         (("--target", "dark", "--against", "dark"), "is the target itself"),
         (("--shortcut", "--html"), "leave out"),
+        (("--shortcut", "--mistakes", 5), "leave out --mistakes and --right"),
         (("--batch-size", 0), "at least 1"),
         (("--mistakes", -1), "at least 0"),
     ],

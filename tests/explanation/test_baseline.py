@@ -5,7 +5,9 @@ import pytest
 import torch
 from scipy.ndimage import gaussian_filter
 
-from explanation.baseline import blurred_still
+from explanation.baseline import Reference, blurred_still, reference_clips
+from explanation.occlusion import as_dtype
+from modeling.frame_encoder import decode_motion
 
 
 @pytest.mark.parametrize(("height", "width"), [(16, 16), (24, 40), (33, 20)])
@@ -35,6 +37,23 @@ def test_motion_and_details_are_gone_but_not_the_light() -> None:
     still = blurred_still(clips)[0, 0, 0].mean(dim=1)
     assert still[0] < 0.01
     assert still[-1] > 0.24
+
+
+@pytest.mark.parametrize("reference", ["still", "blurred"])
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float32])
+def test_measured_motion_is_none_in_a_still_picture(
+    reference: Reference, dtype: torch.dtype
+) -> None:
+    """Also where the camera moves all the time, and in what occlusion gives to the model."""
+    clips = torch.randint(0, 256, (2, 4, 5, 16, 16), dtype=torch.uint8)
+    clips[:, :, 3:] = 200
+    clips = clips if dtype == torch.uint8 else clips / 255
+    picture = reference_clips(clips, reference)
+    assert (decode_motion(picture[:, :, 3:]).abs() < 1e-6).all()
+    assert (decode_motion(as_dtype(picture, dtype)[:, :, 3:]).abs() < 1e-6).all()
+    colours = reference_clips(clips[:, :, :3], reference)
+    torch.testing.assert_close(picture[:, :, :3], colours)
+    assert colours.std() > 0
 
 
 def test_bytes_are_scaled() -> None:

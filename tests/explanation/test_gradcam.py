@@ -8,7 +8,7 @@ from helpers import make_model
 from torch import nn
 from torchcam.methods import GradCAMpp
 
-from explanation.gradcam import gradcam_plus_plus, last_layers, weighted_maps
+from explanation.gradcam import _at_frames, gradcam_plus_plus, last_layers, weighted_maps
 from explanation.methods import class_score
 from modeling.inference import prepare_for_inference
 from models import MODELS
@@ -130,6 +130,31 @@ def test_maps_of_each_model(name: str) -> None:
     torch.testing.assert_close(alone.maps, relevance.maps[1:], rtol=1e-3, atol=1e-5)
     assert all(parameter.grad is None for parameter in model.parameters())
     assert hooks == [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules()]
+
+
+@torch.no_grad()
+def test_the_times_of_r2plus1d_lie_at_the_frames_that_they_see() -> None:
+    """Of its two times for 16 frames the second one is centred on frame 8, not on 11.5."""
+    torch.manual_seed(0)
+    model = make_model("r2plus1d").eval()
+    clips = torch.rand(1, 16, 3, 32, 32)
+    outputs = []
+    model.backbone.layer4.register_forward_hook(lambda *args: outputs.append(args[-1]))
+    model(clips)
+    for frame in range(16):
+        changed = clips.clone()
+        changed[:, frame] = torch.rand(3, 32, 32)
+        model(changed)
+    changes = torch.stack([(x - outputs[0]).square().sum((0, 1, 3, 4)) for x in outputs[1:]])
+    assert changes.shape == (16, 2)
+    sees_second_better = changes[:, 1] > changes[:, 0]
+    assert not sees_second_better[:3].any() and sees_second_better[5:].all()
+
+    (layer,) = last_layers(model)
+    maps = torch.tensor([1.0, 3.0]).view(1, 2, 1, 1)
+    frames = _at_frames(maps, 16, layer.stride).flatten().tolist()
+    assert frames == [1, 1.25, 1.5, 1.75, 2, 2.25, 2.5, 2.75, *[3] * 8]
+    assert _at_frames(maps[:, :1], 7, layer.stride).flatten().tolist() == [1] * 7
 
 
 @pytest.mark.parametrize("name", ["tsm_resnet", "r2plus1d", "mvit"])

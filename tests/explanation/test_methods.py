@@ -148,6 +148,14 @@ def test_one_class_and_not_another(model: nn.Module, method: str) -> None:
     assert not torch.allclose(forward, plain)
 
 
+def test_a_class_compared_with_itself_is_explained_alone() -> None:
+    logits = torch.tensor([[1.0, 2.0, 4.0], [1.0, 2.0, 4.0]])
+    score = class_score(torch.tensor([1, 2]), torch.tensor([2, 2]))
+    assert score(logits).tolist() == [-2, 4]
+    one = class_score(torch.tensor([2]), torch.tensor([2]))  # one class for all rows
+    assert one(logits).tolist() == [4, 4]
+
+
 @pytest.mark.parametrize("method", ["gradcam++", "occlusion", "integrated-gradients"])
 @pytest.mark.parametrize("against", [None, torch.tensor([2, 0])])
 def test_frames_alone_are_those_of_the_whole_explanation(

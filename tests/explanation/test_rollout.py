@@ -93,9 +93,17 @@ def test_vivit_multiplies_the_frame_and_the_patch() -> None:
     torch.testing.assert_close(rollout(model, clips).maps.flatten(2)[0], expected)
 
 
-def test_joint_attention_sums_to_one() -> None:
+def test_joint_attention_is_the_mean_row_of_the_product() -> None:
     model = strong("vivit", attention="joint", tubelet_frames=2)
     relevance = rollout(model, random_clips())
+    with recorded_attention([(block.qkv, block.heads) for block in model.spatial]) as attention:
+        model(random_clips())
+    product = torch.eye(8)  # 2 tubelets of 4 patches
+    for matrix in attention:
+        product = (matrix + torch.eye(8)) / 2 @ product
+    expected = product.mean(1).view(2, 2, 2, 2).repeat_interleave(2, 1) / 2  # (B, T, h, w)
+    torch.testing.assert_close(relevance.maps, expected)
+    assert expected.max() > 1.2 * expected.mean()
     assert relevance.maps.shape == (2, 4, 2, 2)
     torch.testing.assert_close(relevance.frames.sum(1), torch.ones(2))
     torch.testing.assert_close(relevance.frames[:, 0], relevance.frames[:, 1])  # of one tubelet
