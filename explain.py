@@ -99,6 +99,8 @@ class ExplainConfig(ManifestOptions):
             raise UserError(
                 "--mistakes and --right choose among labelled clips: give --csv, or leave them out"
             )
+        if self.with_names and not self.html:
+            raise UserError("--with-names is for the page: give --html too, or leave it out")
         if self.against and self.against == self.target:
             raise UserError(f"--against {self.against}: is the target itself")
         if self.shortcut and (self.target or self.against or self.html):
@@ -210,17 +212,22 @@ def explain_clips(config: ExplainConfig) -> None:
     )
     rows = load_rows(config, settings)
     cache = open_cache(settings)
+    unreadable: list[str] = []
     print(f"{training.model_name} by {method}, {describe_device(device)}")
     for line in advice(training.model_name, method) if not config.shortcut else []:
         print(line)
     if not config.clips and not config.shortcut:
         loader = eval_loader(rows, settings, cache)
         split = Path(config.csv).stem if config.csv else config.split
-        predictions = evaluate(model, loader, device, description=split, temperature=temperature)
+        predictions = evaluate(model, loader, device, description=split, skip_unreadable=True,
+                               temperature=temperature)  # fmt: skip
+        unreadable += [f"error: {line}" for line in predictions.unreadable]
         chosen = choose(predictions, *config.counts)
+        if settings.test_views * settings.test_crops > 1:
+            print("one view of each clip is looked at; evaluate.py averages several")
         print(
-            f"{sum(~predictions.correct)} of {len(rows)} {split} clips are classified wrongly; "
-            f"{len(chosen)} clips are explained"
+            f"{sum(~predictions.correct)} of {len(predictions)} {split} clips are classified "
+            f"wrongly; explained: {len(chosen)}"
         )
         rows = [predictions.rows[i] for i in chosen]
         if not rows:
@@ -249,7 +256,6 @@ def explain_clips(config: ExplainConfig) -> None:
         # A logo stands still: compared with a still picture it would have no relevance.
         reference="blurred" if config.shortcut else "still",
     )
-    unreadable: list[str] = []
     explained = explain_loader(loader, device, explain, unreadable)
     make_folder(folder)
     if config.shortcut:
@@ -259,7 +265,9 @@ def explain_clips(config: ExplainConfig) -> None:
     print(f"results: {folder}")
     if unreadable:
         print(list_some(unreadable, 20, "\n"), file=sys.stderr)
-        raise UserError(f"{len(unreadable)} of {len(rows)} clips could not be read (see above)")
+        raise UserError(
+            f"{len(unreadable)} clips could not be read (see above); the others are done"
+        )
 
 
 def explain_loader(

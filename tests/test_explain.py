@@ -67,7 +67,7 @@ def test_the_most_confident_mistakes_and_right_answers(
 
 def test_only_mistakes(run: Path, run_main: Callable, mistake: Callable, tmp_path: Path) -> None:
     done = run_main(main, run, "--right", 2, *FLAGS, "--output", "out", cwd=tmp_path)
-    assert "2 clips are explained" in done.stdout
+    assert "explained: 2" in done.stdout
     assert len(list((tmp_path / "out").glob("*.png"))) == 2
     done = mistake(main, run, "--mistakes", 0, *FLAGS, cwd=tmp_path)
     assert "choose other numbers of --mistakes and --right" in done.stderr
@@ -146,7 +146,7 @@ def test_unreadable_clips_are_told_at_the_end(
     (tmp_path / "b.mp4").write_bytes(b"no video")
     more = ("--method", "rollout", "--output", "out", *FLAGS)
     done = run_main(main, run, "a.mp4", "b.mp4", *more, cwd=tmp_path, code=2)
-    assert "1 of 2 clips could not be read" in done.stderr
+    assert "1 clips could not be read (see above); the others are done" in done.stderr
     assert (tmp_path / "out" / "clip001.png").exists()
     done = mistake(main, run, "b.mp4", *more, cwd=tmp_path)
     assert "none of the clips can be read" in done.stderr
@@ -185,6 +185,21 @@ def test_the_frames_of_clips_are_not_kept(
         assert clip.frames.base is None and clip.maps.base is None
 
 
+def test_an_unreadable_clip_of_a_manifest_does_not_stop_the_others(
+    run: Path, tiny_data: Path, run_main: Callable, tmp_path: Path
+) -> None:
+    data = tmp_path / "data"
+    shutil.copytree(tiny_data / "clips" / "test", data / "test")
+    shutil.copy(tiny_data / "test.csv", data)
+    (data / "test" / "1_1.mp4").write_bytes(b"no video")
+    more = ("--csv", data / "test.csv", "--data-root", data, "--output", "out", "--mistakes", 1)
+    done = run_main(main, run, *more, "--right", 1, *FLAGS, cwd=tmp_path, code=2)
+    assert "of 8 test clips are classified wrongly" in done.stdout
+    assert f"error: {data}/test/1_1.mp4: cannot be read" in done.stderr
+    assert "1 clips could not be read (see above); the others are done" in done.stderr
+    assert (tmp_path / "out" / "relevance.csv").exists()
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -200,6 +215,7 @@ def test_the_frames_of_clips_are_not_kept(
         (("--shortcut", "--html"), "leave out"),
         (("--shortcut", "--mistakes", 5), "leave out --mistakes and --right"),
         (("--batch-size", 0), "at least 1"),
+        (("--with-names",), "give --html too"),
         (("--mistakes", -1), "at least 0"),
     ],
 )
