@@ -190,9 +190,9 @@ def explain_clips(config: ExplainConfig) -> None:
     against = class_number(config.against, classes, "--against")
     method = config.method
     if method == "auto":
-        # Only these maps have cells that are smaller than a border.
-        fine = "integrated-gradients"
-        method = fine if config.shortcut else default_method(training.model_name)
+        method = default_method(training.model_name, bool(config.target or config.against))
+        if config.shortcut:  # only these maps have cells that are smaller than a border
+            method = "integrated-gradients"
     model = rebuild_model(state)
     require_method(model, method)
     if method == "rollout" and (config.target or config.against):

@@ -240,7 +240,7 @@ def build_explainer(config: PredictConfig, predictor: "OnlinePredictor") -> "Win
 
     state = load_checkpoint(config.run)
     name = from_dict(state["config"]).model_name
-    method = default_method(name)
+    method = default_method(name, of_class=True)
     warnings = advice(name, method)
     print("".join(f"{line}\n" for line in warnings), end="", flush=True)
     options = predictor.n_frames, predictor.device, warnings

@@ -18,7 +18,7 @@ DEFAULT_METHODS: dict[str, Method] = {
     "r2plus1d": "occlusion",
     "cnnlstm": "occlusion",
     "vivit": "occlusion",
-    "timesformer": "occlusion",
+    "timesformer": "rollout",
     "video_swin": "occlusion",
     "mvit": "occlusion",
 }
@@ -36,9 +36,14 @@ PASSED: dict[str, tuple[Method, ...]] = {
 checked"""
 
 
-def default_method(model_name: str) -> Method:
-    """The method for a model, by its `model_name`; occlusion needs nothing of a model."""
-    return DEFAULT_METHODS.get(model_name, "occlusion")
+def default_method(model_name: str, of_class: bool = False) -> Method:
+    """The method for a model, by its `model_name`; occlusion needs nothing of a model.
+
+    Args:
+        of_class: whether a certain class is explained: rollout knows none.
+    """
+    method = DEFAULT_METHODS.get(model_name, "occlusion")
+    return "occlusion" if of_class and method == "rollout" else method
 
 
 def advice(model_name: str, method: Method) -> list[str]:

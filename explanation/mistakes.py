@@ -101,8 +101,7 @@ def _explain(run: Run, fold: str, indices: Sequence[int]) -> Iterator[RelevanceC
     except UserError as error:  # a package is missing, or a model of the user's own
         yield from [_without(f"the model cannot be built here: {first_line(error)}")] * len(indices)
         return
-    method = default_method(config.model_name)
-    method = "occlusion" if method == "rollout" else method  # rollout compares no classes
+    method = default_method(config.model_name, of_class=True)
     for index in indices:
         try:
             yield _explain_clip(run, index, config, model, method)

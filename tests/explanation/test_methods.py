@@ -1,16 +1,20 @@
 """Occlusion and integrated gradients against captum, causality, and the choice of a method."""
 
+import re
+
 import captum.attr
 import pytest
 import torch
-from helpers import make_model
+from helpers import ROOT, make_model
 from torch import nn
 
 from explanation import integrated_gradients as ig
 from explanation.baseline import blur, blurred_still, reference_clips, still
 from explanation.methods import (
-    DEFAULT_METHODS,
+    PASSED,
+    advice,
     class_score,
+    default_method,
     explain,
     explain_frames,
     require_method,
@@ -181,7 +185,13 @@ def test_pixels_as_bytes_and_as_fractions_are_the_same(model: nn.Module) -> None
 @pytest.mark.parametrize("name", MODELS)
 def test_methods_of_each_model(name: str) -> None:
     model = make_model(name, n_frames=4, image_size=32)
-    require_method(model, DEFAULT_METHODS[name])
+    require_method(model, default_method(name))
+    assert default_method(name, of_class=True) != "rollout"
+    for method in PASSED.get(name, ()):
+        require_method(model, method)
+        assert advice(name, method) == []
+    (line,) = advice(name, "integrated-gradients")  # passed nowhere
+    assert line.startswith("warning: ")
     for method in ("gradcam++", "occlusion", "integrated-gradients"):
         require_method(model, method)
     if name in ("vivit", "timesformer"):
@@ -192,3 +202,13 @@ def test_methods_of_each_model(name: str) -> None:
     else:
         with pytest.raises(UserError, match="--method gradcam"):
             require_method(model, "rollout")
+
+
+def test_what_passed_is_what_the_results_say() -> None:
+    page = (ROOT / "docs" / "results" / "explanations.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| `(\w+)` \|[^|]*\| `([\w+-]+)` \|.*\| (yes|no) \|$", page, re.M)
+    assert len(rows) >= 14
+    passed: dict[str, list[str]] = {name: [] for name, _, _ in rows}
+    for name, method, answer in rows:
+        passed[name] += [method] * (answer == "yes")
+    assert {name: list(methods) for name, methods in PASSED.items()} == passed
