@@ -28,6 +28,7 @@ import tyro
 from clips.manifest_formats import ManifestOptions
 from utils.cli import cli_main, parse
 from utils.errors import UserError
+from utils.tables import require_own_table
 from utils.text_table import list_some
 
 if TYPE_CHECKING:
@@ -239,6 +240,8 @@ def explain_clips(config: ExplainConfig) -> None:
 
     if folder.resolve() in {Path(row.path).resolve().parent for row in rows}:
         raise UserError(f"--output {folder}: holds clips that are explained: give another folder")
+    if not config.shortcut:
+        earlier_results(folder)
 
     # explanation
     model = prepare_for_inference(model, device)
@@ -315,7 +318,9 @@ def write_explanations(
     kept = []
     for number, clip in enumerate(explained, 1):
         if number == 1:
-            remove_earlier(folder)
+            for path in earlier_results(folder):
+                path.unlink()
+            write_relevance(folder / "relevance.csv", [])  # this folder is ours from here on
         # Numbers, because the names of clips may name patients.
         write_filmstrip(folder / f"clip{number:03d}.png", clip)
         write_overlay(folder / f"clip{number:03d}.mp4", clip, playback_rate(clip.times))
@@ -333,12 +338,26 @@ def write_explanations(
         print(f"page: {page} (contains images of patients)")
 
 
-def remove_earlier(folder: Path) -> None:
-    """Remove the results of an earlier call from its folder: pictures of other clips, beside those
-    of this one, would be taken for its own."""
-    for path in folder.iterdir():
-        if re.fullmatch(r"clip[0-9]{3,}\.(png|mp4)|relevance\.csv|explanations\.html", path.name):
-            path.unlink()
+def earlier_results(folder: Path) -> list[Path]:
+    """The results of an earlier call in its folder, which go: pictures of other clips, beside those
+    of this one, would be taken for its own.
+
+    Raises:
+        UserError: they are not of an earlier call; nobody's clip001.mp4 is to be lost.
+    """
+    from explanation.pictures import HEADER
+
+    pattern = r"clip[0-9]{3,}\.(png|mp4)|relevance\.csv|explanations\.html"
+    paths = folder.iterdir() if folder.is_dir() else []
+    earlier = [path for path in paths if re.fullmatch(pattern, path.name)]
+    table = folder / "relevance.csv"
+    require_own_table(table, HEADER)
+    if earlier and table not in earlier:
+        raise UserError(
+            f"--output {folder}: holds {earlier[0].name}, and no relevance.csv of an earlier call: "
+            "give another folder"
+        )
+    return earlier
 
 
 def spread(rows: "Sequence[ClipRow]", most: int) -> "list[ClipRow]":

@@ -232,3 +232,19 @@ def test_rate_of_the_videos() -> None:
     assert playback_rate(np.arange(4) / 25) == 8
     assert playback_rate(np.full(4, np.nan)) == playback_rate(np.zeros(1)) == 8
     assert playback_rate(np.zeros(4)) == 8
+
+
+def test_files_of_others_are_not_lost(
+    run: Path, tiny_data: Path, mistake: Callable, run_main: Callable, tmp_path: Path
+) -> None:
+    clip, more = tiny_data / "clips" / "test" / "1_0.mp4", ("--method", "rollout", *FLAGS)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "clip001.mp4").write_bytes(b"mine")
+    done = mistake(main, run, clip, *more, "--output", "out", cwd=tmp_path)
+    assert "holds clip001.mp4, and no relevance.csv of an earlier call" in done.stderr
+    (tmp_path / "out" / "relevance.csv").write_text("mine,too\n")
+    done = mistake(main, run, clip, *more, "--output", "out", cwd=tmp_path)
+    assert "is not a table that this command wrote" in done.stderr
+    assert (tmp_path / "out" / "clip001.mp4").read_bytes() == b"mine"
+    for _ in range(2):  # into a folder of its own as often as one likes
+        run_main(main, run, clip, *more, "--output", "own", cwd=tmp_path)
