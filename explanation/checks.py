@@ -24,12 +24,9 @@ from evaluation.bootstrap import (
 )
 from explanation import methods
 from explanation.baseline import Reference, reference_clips
-from explanation.occlusion import as_dtype
+from explanation.occlusion import BATCH, as_dtype, logits_in_batches
 from explanation.relevance import Method, Relevance
 from modeling.inference import PackedConv2d, require_finite
-
-BATCH = 16
-"""clips that go through the model at once"""
 
 STEPS = 14
 """steps of the curves from nothing deleted to all"""
@@ -376,20 +373,8 @@ def _probabilities(
     model: nn.Module, variants: Iterable[torch.Tensor], target: torch.Tensor
 ) -> np.ndarray:
     """The probability of a class for each clip `(T, C, H, W)`, in batches of bounded size."""
-    values, batch = [], []
-
-    def predict() -> None:
-        logits = require_finite(model(torch.stack(batch)).float())
-        values.append(logits.softmax(dim=1)[:, int(target)].cpu().numpy())
-        batch.clear()
-
-    for variant in variants:
-        batch.append(variant)
-        if len(batch) == BATCH:
-            predict()
-    if batch:
-        predict()
-    return np.concatenate(values).astype(np.float64)
+    logits = require_finite(logits_in_batches(model, variants))
+    return logits.softmax(dim=1)[:, int(target)].double().numpy()
 
 
 def _areas(fractions: np.ndarray, curves: np.ndarray) -> np.ndarray:

@@ -6,6 +6,7 @@ answer to it says little. A frame is replaced by neighbours in time, a part of t
 part of a still picture of the clip (explanation/baseline.py).
 """
 
+import itertools
 from collections.abc import Iterable
 
 import torch
@@ -106,14 +107,14 @@ def _falls(
 ) -> torch.Tensor:
     """How much lower the score of each changed clip is than that of the clip, float32 on the
     CPU."""
-    scores = []
-    batch = [clip]
-    for variant in changed:
-        batch.append(variant)
-        if len(batch) == BATCH:
-            scores.append(score(model(torch.stack(batch))).float().cpu())
-            batch = []
-    if batch:
-        scores.append(score(model(torch.stack(batch))).float().cpu())
-    values = torch.cat(scores)
+    values = score(logits_in_batches(model, itertools.chain([clip], changed)))
     return values[0] - values[1:]
+
+
+def logits_in_batches(model: nn.Module, clips: Iterable[torch.Tensor]) -> torch.Tensor:
+    """The logits of clips `(T, C, H, W)`, computed BATCH at a time, `(N, num_classes)` float32 on
+    the CPU."""
+    clips, logits = iter(clips), []
+    while batch := list(itertools.islice(clips, BATCH)):
+        logits.append(model(torch.stack(batch)).float().cpu())
+    return torch.cat(logits)
