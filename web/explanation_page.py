@@ -5,7 +5,6 @@ The page is one file that loads nothing, and it works without JavaScript, in the
 
 import base64
 import hashlib
-import io
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -32,7 +31,7 @@ from explanation.relevance import ExplainedClip
 from utils.files import write_text
 from web.anonymize import Pseudonyms
 from web.svg_charts import Chart, Line, Mark, nice_axis
-from web.templating import page_environment, template_text
+from web.templating import jpeg_data_uri, page_environment, template_text
 
 MAX_FRAMES, MIN_FRAMES = 16, 4
 """of a clip"""
@@ -147,9 +146,7 @@ def _fit(frame: np.ndarray) -> np.ndarray:
 
 def _data_uri(image: np.ndarray) -> str:
     """A picture, `(H, W, 3)` uint8 RGB, as a JPEG."""
-    file = io.BytesIO()
-    Image.fromarray(image).save(file, "JPEG", quality=80)
-    return "data:image/jpeg;base64," + base64.b64encode(file.getvalue()).decode()
+    return jpeg_data_uri(Image.fromarray(image), quality=80)
 
 
 def _curve(clip: ExplainedClip) -> Chart:

@@ -1,7 +1,6 @@
 """The HTML page of a report: its sections and charts, put into the template."""
 
 import base64
-import io
 import time
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from utils.errors import first_line
 from web import report_figures, report_sections
 from web.anonymize import Pseudonyms, pseudonymize
 from web.report_data import ReportData, more_intervals
-from web.templating import page_environment
+from web.templating import jpeg_data_uri, page_environment
 
 FRAMES = 8
 
@@ -90,9 +89,7 @@ def _data_uri(frame: np.ndarray) -> str:
 
     height, width = frame.shape[:2]
     size = max(1, round(width * FRAME_HEIGHT / height)), FRAME_HEIGHT
-    file = io.BytesIO()
-    Image.fromarray(frame).resize(size, Image.Resampling.LANCZOS).save(file, "JPEG", quality=85)
-    return "data:image/jpeg;base64," + base64.b64encode(file.getvalue()).decode()
+    return jpeg_data_uri(Image.fromarray(frame).resize(size, Image.Resampling.LANCZOS), quality=85)
 
 
 def _embedding(folder: Path) -> str:

@@ -1,14 +1,20 @@
 """The templates of all HTML pages, and how numbers look on them."""
 
+import base64
+import io
 import re
 from collections.abc import Iterable
 from itertools import pairwise
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from evaluation.bootstrap import Interval, format_interval
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 TEMPLATES = Path(__file__).parent / "templates"
 
@@ -32,6 +38,13 @@ def page_environment() -> Environment:
 def template_text(name: str) -> str:
     """The text of a style sheet or script in the folder of the templates."""
     return (TEMPLATES / name).read_text(encoding="utf-8")
+
+
+def jpeg_data_uri(image: "Image", quality: int) -> str:
+    """A picture as the URI of a JPEG, for the source of an `<img>`."""
+    file = io.BytesIO()
+    image.save(file, "JPEG", quality=quality)
+    return "data:image/jpeg;base64," + base64.b64encode(file.getvalue()).decode()
 
 
 def percent(value: float | None, digits: int = 1) -> str:
