@@ -29,6 +29,7 @@ from torch.utils.data import DataLoader
 from torchvision.transforms.v2 import functional as tv
 
 from config import TrainConfig
+from explanation.relevance import ExplainedClip
 from modeling.frame_encoder import decode_motion
 from models import MODELS, model_options
 from training.checks import resolve
@@ -41,6 +42,28 @@ from utils.cli import cli_main, end_workers
 from video.encoder import write_video
 
 ROOT = Path(__file__).parent.parent
+
+
+def explained_clip(maps: np.ndarray, size: tuple[int, int], **fields: object) -> ExplainedClip:
+    """A red clip with these maps `(T, h, w)`, whose frames' relevance rises from -1 to 1.
+
+    Args:
+        size: height and width of the frames in pixels.
+    """
+    count = len(maps)
+    values = {
+        "name": "data/P058/VID12_0003.mp4",
+        "frames": np.full((count, *size, 3), (150, 40, 40), np.uint8),
+        "times": np.arange(count) * 0.4,
+        "maps": maps,
+        "relevance": np.linspace(-1, 1, count, dtype=np.float32),
+        "method": "gradcam++",
+        "predicted": "cut",
+        "confidence": 0.83,
+        "explained": "cut",
+        "probability": 0.83,
+    }
+    return ExplainedClip(**(values | fields))
 
 
 def touch(root: Path, *names: str) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 import av
 import numpy as np
 import pytest
-from helpers import HOSTILE, LONG_NAMES
+from helpers import HOSTILE, LONG_NAMES, explained_clip
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from PIL import Image
@@ -53,19 +53,7 @@ def explained(
     maps = np.full((count, *grid), -0.5, np.float32)
     maps[2 % count, 2 % grid[0], 4 % grid[1]] = 4
     maps[-1, 0, 0] = 1 if count > 1 else maps[-1, 0, 0]
-    values = {
-        "name": "P058/clip.mp4",
-        "frames": np.full((count, *size, 3), RED, np.uint8),
-        "times": np.arange(count) * 0.4,
-        "maps": maps,
-        "relevance": np.linspace(-1, 1, count, dtype=np.float32),
-        "method": "gradcam++",
-        "predicted": "cut",
-        "confidence": 0.83,
-        "explained": "cut",
-        "probability": 0.83,
-    }
-    return ExplainedClip(**(values | fields))
+    return explained_clip(maps, size, **({"name": "P058/clip.mp4"} | fields))
 
 
 def silent(**fields) -> ExplainedClip:

@@ -9,7 +9,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers import CUT_TEXTS, HOSTILE, LONG_NAMES, PALE_TEXTS, UNNAMED, WIDTHS, scene
+from helpers import (
+    CUT_TEXTS,
+    HOSTILE,
+    LONG_NAMES,
+    PALE_TEXTS,
+    UNNAMED,
+    WIDTHS,
+    explained_clip,
+    scene,
+)
 from PIL import Image
 
 from explanation.coloured_maps import BLUE, CAUTION, NOTHING, YELLOW
@@ -21,19 +30,7 @@ def explained(count: int = 4, size: tuple[int, int] = (48, 64), **fields) -> Exp
     """A red clip; a cell of its second frame is the most relevant one."""
     maps = np.full((count, 7, 7), -0.5, np.float32)
     maps[1 % count, 2, 4] = 2
-    values = {
-        "name": "data/P058/VID12_0003.mp4",
-        "frames": np.full((count, *size, 3), (150, 40, 40), np.uint8),
-        "times": np.arange(count) * 0.4,
-        "maps": maps,
-        "relevance": np.linspace(-1, 1, count, dtype=np.float32),
-        "method": "gradcam++",
-        "predicted": "cut",
-        "confidence": 0.83,
-        "explained": "cut",
-        "probability": 0.83,
-    }
-    return ExplainedClip(**(values | fields))
+    return explained_clip(maps, size, **fields)
 
 
 CLIPS = [  # right, wrong, unknown, right
