@@ -9,6 +9,7 @@ from typing import Literal
 
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 from modeling.frame_encoder import FrameEncoder
 
@@ -23,11 +24,24 @@ def temporal_shift(x: torch.Tensor, n_frames: int, shift_div: int = 8) -> torch.
     """
     fold = x.shape[1] // shift_div
     x = x.unflatten(0, (-1, n_frames))  # (B, T, C, H, W)
+    if torch.compiler.is_exporting():
+        return _shift_by_slices(x, fold).flatten(0, 1)
     out = torch.zeros_like(x)  # keeps the memory format, which concatenation would lose
     out[:, :-1, :fold] = x[:, 1:, :fold]
     out[:, 1:, fold : 2 * fold] = x[:, :-1, fold : 2 * fold]
     out[:, :, 2 * fold :] = x[:, :, 2 * fold :]
     return out.flatten(0, 1)  # (B * T, C, H, W)
+
+
+def _shift_by_slices(x: torch.Tensor, fold: int) -> torch.Tensor:
+    """The shift of `(B, T, C, H, W)` for other runtimes, which fuse no assignments to slices.
+
+    Zeros come from padding: in int8 a padded slice keeps the scale of the others, so that the
+    convolution after the shift stays in int8.
+    """
+    from_next = F.pad(x[:, 1:, :fold], (0, 0, 0, 0, 0, 0, 0, 1))  # a frame of zeros at the end
+    from_previous = F.pad(x[:, :-1, fold : 2 * fold], (0, 0, 0, 0, 0, 0, 1, 0))
+    return torch.cat((from_next, from_previous, x[:, :, 2 * fold :]), dim=2)
 
 
 def causal_shift(

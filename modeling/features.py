@@ -6,6 +6,8 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
+from modeling.engines import Engine
+
 
 def last_layer(model: nn.Module) -> nn.Linear:
     """The layer that gives the logits: in every model the linear layer that is defined last."""
@@ -21,7 +23,13 @@ def recorded_features(model: nn.Module) -> Iterator[list[torch.Tensor]]:
     def record(_: nn.Module, inputs: tuple[torch.Tensor]) -> None:
         newest[:] = inputs
 
-    hook = last_layer(model).register_forward_pre_hook(record)
+    def record_engine(engine: Engine, *_: object) -> None:
+        newest[:] = [engine.features]
+
+    if isinstance(model, Engine):
+        hook = model.register_forward_hook(record_engine)
+    else:
+        hook = last_layer(model).register_forward_pre_hook(record)
     try:
         yield newest
     finally:

@@ -12,6 +12,7 @@ from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 from torch.overrides import TorchFunctionMode
 
+from modeling.engines import Engine
 from modeling.layers import Normalize
 from utils.device import prepare_model
 from utils.errors import UserError
@@ -67,8 +68,11 @@ def prepare_for_inference(
 
     Returns:
         The copy, on `device`, in eval mode, its parameters without gradients. It takes what the
-        model takes, `(B, T, C, H, W)`, uint8 preferably; call it in `torch.inference_mode()`.
+        model takes, `(B, T, C, H, W)`, uint8 preferably; call it in `torch.inference_mode()`. An
+        `Engine`, which another runtime computes, is ready already and is returned itself.
     """
+    if isinstance(model, Engine):
+        return model
     model = copy.deepcopy(model).eval().requires_grad_(False)
     fold_batchnorms(model)
     for module in model.modules():

@@ -22,6 +22,7 @@ FLOORS = [
     {"models"},
     {"checkpoint"},
     {"evaluation"},
+    {"deployment"},
     {"explanation"},
     {"timeline"},
     {"web", "demo"},
