@@ -53,19 +53,49 @@ def load_checkpoint(run_or_file: str | Path, name: str = "best.pt") -> dict[str,
             f"{path}: is of a pretraining, which classifies nothing yet: python train.py --weights "
             "and its encoder.pt train a classifier from it"
         )
-    if mismatch := find_mismatch(state, _SHAPE):
+    if mismatch := find_mismatch(state, {"model": {str: torch.Tensor}, **_SHAPE}):
         raise UserError(f"{path}: not a checkpoint of this project ({mismatch})")
-    config = from_dict(state["config"], source=str(path))
-    if problem := _find_problem(state, config):
+    model = check_all_but_weights(state, str(path))
+    if problem := find_wrong_weight(state["model"], model.state_dict()):
         raise UserError(f"{path}: is damaged: {problem}")
     return state
 
 
-# What a checkpoint holds; see `utils.structure.find_mismatch`. Losses may be infinite.
+def check_all_but_weights(state: dict[str, Any], source: str) -> nn.Module:
+    """Check everything in a checkpoint but its weights; an exported file holds the same.
+
+    Args:
+        source: the file, for messages.
+
+    Returns:
+        The model that it describes, on the meta device.
+
+    Raises:
+        UserError: something is missing, of the wrong type, or contradicts itself.
+    """
+    if mismatch := find_mismatch(state, _SHAPE):
+        raise UserError(f"{source}: not a checkpoint of this project ({mismatch})")
+    config = from_dict(state["config"], source=source)
+    if problem := _find_problem(state, config):
+        raise UserError(f"{source}: is damaged: {problem}")
+    try:
+        with torch.device("meta"):  # takes no memory, whatever the settings claim
+            model = build_model(config, len(config.classes))
+    except Exception as error:  # the settings are a file's, and may be anything
+        why = f"its settings describe no model ({first_line(error)})"
+        raise UserError(f"{source}: is damaged: {why}") from None
+    if "novelty" in state:
+        means, num_classes = state["novelty"]["means"], len(config.classes)
+        if problem := _find_wrong_means(means, model, num_classes):
+            raise UserError(f"{source}: is damaged: {problem}")
+    return model
+
+
+# What a checkpoint holds beside its weights; see `utils.structure.find_mismatch`. Losses may be
+# infinite.
 _NUMBER = int | float | None
 _ROW = {"epoch": int, "train_loss": _NUMBER, "val_loss": _NUMBER, "val_accuracy": _NUMBER}
 _SHAPE = {
-    "model": {str: torch.Tensor},
     "config": {str: object},
     "classes": [str],
     "epoch?": int,
@@ -145,17 +175,8 @@ def _find_problem(state: dict[str, Any], config: TrainConfig) -> str:
             return "its calibration has not one `correct` per clip"
         if calibration["temperature"] <= 0:
             return "its calibration has a temperature that is not above 0"
-    if "pretraining" in state and (problem := find_wrong_pretraining(state["pretraining"])):
-        return problem
-    try:
-        with torch.device("meta"):  # takes no memory, whatever the settings claim
-            model = build_model(config, len(config.classes))
-    except Exception as error:  # the settings are a file's, and may be anything
-        return f"its settings describe no model ({first_line(error)})"
-    if problem := find_wrong_weight(state["model"], model.state_dict()):
-        return problem
-    if "novelty" in state:
-        return _find_wrong_means(state["novelty"]["means"], model, len(config.classes))
+    if "pretraining" in state:
+        return find_wrong_pretraining(state["pretraining"])
     return ""
 
 

@@ -2,11 +2,14 @@
 
 import copy
 import io
+import warnings
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 from torch.export import Dim, ExportedProgram
+from torch.utils._pytree import tree_leaves
 
 from modeling.engines import CLIPS, FEATURES, LOGITS
 from modeling.features import recorded_features
@@ -17,7 +20,7 @@ if TYPE_CHECKING:
     import openvino
 
 # A batch of one would be taken for a constant: the exporter specialises sizes 0 and 1.
-_EXAMPLE_BATCH = 2
+EXAMPLE_BATCH = 2
 _MAX_BATCH = 1024
 
 
@@ -42,50 +45,82 @@ def trace(
 ) -> ExportedProgram:
     """The graph of a model for uint8 clips of T frames, its BatchNorms folded, in fp32.
 
-    torch.export is called here although torch.onnx.export would: it raises where a batch of any
-    size is not possible, and the other one freezes the size in silence.
-
     Args:
         model: a trained model, which is left as it is.
         n_frames, image_size: T, and height and width of the clips in pixels.
         dynamic_batch: whether the graph takes batches of any size, or single clips only.
     """
+    channels = getattr(model, "channels", 3)
+    batch = EXAMPLE_BATCH if dynamic_batch else 1
+    clips = torch.zeros(batch, n_frames, channels, image_size, image_size, dtype=torch.uint8)
+    return trace_module(LogitsAndFeatures(folded(model)), (clips,), dynamic_batch)
+
+
+def folded(model: nn.Module) -> nn.Module:
+    """A copy of a model on the CPU for tracing, its BatchNorms folded, in fp32."""
     model = copy.deepcopy(model).cpu().eval().requires_grad_(False)
     fold_batchnorms(model)
-    channels = getattr(model, "channels", 3)
-    batch = _EXAMPLE_BATCH if dynamic_batch else 1
-    clips = torch.zeros(batch, n_frames, channels, image_size, image_size, dtype=torch.uint8)
-    sizes = {0: Dim("batch", min=1, max=_MAX_BATCH)} if dynamic_batch else {}
-    return torch.export.export(LogitsAndFeatures(model), (clips,), dynamic_shapes=(sizes,))
+    return model
 
 
-def to_openvino(program: ExportedProgram) -> "openvino.Model":
-    """A graph as a model of OpenVINO, straight from torch: ONNX cannot express some of them."""
+def trace_module(
+    module: nn.Module, inputs: tuple[torch.Tensor, ...], dynamic_batch: bool
+) -> ExportedProgram:
+    """The graph of a module; the first dimension of all inputs and outputs is the batch.
+
+    torch.export is called here although torch.onnx.export would: it raises where a batch of any
+    size is not possible, and the other one freezes the size in silence.
+
+    Args:
+        inputs: examples; with `dynamic_batch`, of `EXAMPLE_BATCH` clips.
+    """
+    batch = {0: Dim("batch", min=1, max=_MAX_BATCH)} if dynamic_batch else {}
+    shapes = tuple(batch for _ in inputs)
+    with warnings.catch_warnings(action="ignore"):  # an LSTM refreshes its list of weights
+        return torch.export.export(module, inputs, dynamic_shapes=shapes)
+
+
+def to_openvino(
+    program: ExportedProgram,
+    inputs: Sequence[str] = (CLIPS,),
+    outputs: Sequence[str] = (LOGITS, FEATURES),
+) -> "openvino.Model":
+    """A graph as a model of OpenVINO, straight from torch: ONNX cannot express some of them.
+
+    Args:
+        inputs, outputs: their names in the file.
+    """
     require_package("openvino", "the format openvino")
     import openvino
 
     model = openvino.convert_model(program)
-    (clips,) = program.example_inputs[0]
-    batch = -1 if program.range_constraints else len(clips)
-    model.reshape([batch, *clips.shape[1:]])
-    model.inputs[0].set_names({CLIPS})
-    for output, name in zip(model.outputs, (LOGITS, FEATURES), strict=True):
-        output.set_names({name})
+    dynamic = bool(program.range_constraints)
+    examples = tree_leaves(program.example_inputs[0])
+    shapes = [[-1 if dynamic else len(example), *example.shape[1:]] for example in examples]
+    model.reshape(dict(zip(model.inputs, shapes, strict=True)))
+    ports = [*model.inputs, *model.outputs]
+    for port, name in zip(ports, (*inputs, *outputs), strict=True):
+        port.set_names({name})
     return model
 
 
-def to_onnx(program: ExportedProgram) -> bytes:
-    """A graph as the bytes of an ONNX file."""
+def to_onnx(
+    program: ExportedProgram,
+    inputs: Sequence[str] = (CLIPS,),
+    outputs: Sequence[str] = (LOGITS, FEATURES),
+) -> bytes:
+    """A graph as the bytes of an ONNX file; see `to_openvino`."""
     require_package("onnx", "the format onnx")
     require_package("onnxscript", "the format onnx")
-    exported = torch.onnx.export(
-        program,
-        input_names=[CLIPS],
-        output_names=[LOGITS, FEATURES],
-        dynamo=True,
-        optimize=True,
-        verbose=False,
-    )
+    with warnings.catch_warnings(action="ignore"):  # about what onnxscript does inside
+        exported = torch.onnx.export(
+            program,
+            input_names=list(inputs),
+            output_names=list(outputs),
+            dynamo=True,
+            optimize=True,
+            verbose=False,
+        )
     file = io.BytesIO()
     exported.save(file)
     return file.getvalue()

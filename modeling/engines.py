@@ -8,6 +8,7 @@ returns it as it is). It runs on the CPU.
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -29,14 +30,21 @@ class Engine(nn.Module):
         super().__init__()
         self.features: torch.Tensor | None = None
         """`(B, F)`: the input of the last layer at the last call, averaged over the frames"""
+        self.dynamic_batch = True
+        """whether the network takes batches of any size; otherwise it gets one clip at a time"""
 
     def forward(self, clips: torch.Tensor) -> torch.Tensor:
         """`(B, T, C, H, W)` uint8 to logits `(B, num_classes)`."""
-        logits, self.features = self.run(clips)
+        parts = [clips] if self.dynamic_batch else clips.split(1)
+        outputs = [self.compute({CLIPS: part.numpy()}) for part in parts]
+        logits, self.features = (
+            torch.from_numpy(np.concatenate([arrays[name] for arrays in outputs]))
+            for name in (LOGITS, FEATURES)
+        )
         return logits
 
-    def run(self, clips: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Logits `(B, num_classes)` and features `(B, F)` of uint8 clips."""
+    def compute(self, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """The outputs of the network by their names; the next call may overwrite them."""
         raise NotImplementedError
 
 
@@ -66,9 +74,9 @@ class OpenVINOEngine(Engine):
         self._model = openvino.Core().compile_model(source, "CPU", options)
         self._request = self._model.create_infer_request()
 
-    def run(self, clips: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        outputs = self._request.infer({CLIPS: clips.numpy()})
-        return torch.from_numpy(outputs[LOGITS].copy()), torch.from_numpy(outputs[FEATURES].copy())
+    def compute(self, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        outputs = self._request.infer(inputs)
+        return {output.any_name: outputs[output] for output in self._model.outputs}
 
 
 class OnnxRuntimeEngine(Engine):
@@ -93,6 +101,6 @@ class OnnxRuntimeEngine(Engine):
             source, options, providers=["CPUExecutionProvider"]
         )
 
-    def run(self, clips: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        logits, features = self._session.run([LOGITS, FEATURES], {CLIPS: clips.numpy()})
-        return torch.from_numpy(logits), torch.from_numpy(features)
+    def compute(self, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        names = [output.name for output in self._session.get_outputs()]
+        return dict(zip(names, self._session.run(names, inputs), strict=True))

@@ -1,0 +1,93 @@
+"""Parity: whether an exported network computes what the trained model computes."""
+
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from modeling.features import per_clip, recorded_features
+from modeling.inference import require_finite
+from utils.errors import UserError
+
+TOLERANCE = 1e-4
+"""largest difference of a logit; of a feature, as a fraction of the largest one where that is above
+1"""
+
+BATCH_SIZES = (1, 2, 5)
+
+
+class Parity(NamedTuple):
+    """The largest differences from the trained model."""
+
+    clips: int = 0
+    logits: float = 0.0
+    features: float = 0.0
+    other_classes: int = 0
+    """clips for which another class has the largest logit"""
+
+    def add(self, reference: torch.Tensor, logits: torch.Tensor, features: float = 0.0) -> "Parity":
+        """With the logits of more clips, `(B, num_classes)`, in double precision.
+
+        Raises:
+            NotFiniteError: a logit is not finite.
+        """
+        difference = (require_finite(reference) - require_finite(logits)).abs().max().item()
+        other = (reference.argmax(dim=1) != logits.argmax(dim=1)).sum().item()
+        return Parity(
+            self.clips + len(logits),
+            max(self.logits, difference),
+            max(self.features, features),
+            self.other_classes + int(other),
+        )
+
+    def require(self, what: str) -> None:
+        """Raise a UserError unless the network computes what the model does; `what` names it."""
+        if self.clips and max(self.logits, self.features) <= TOLERANCE and not self.other_classes:
+            return
+        raise UserError(
+            f"{what} does not compute what the model does: on {self.clips} clips its logits differ "
+            f"by up to {self.logits:.2g}, its features by {self.features:.2g} (allowed "
+            f"{TOLERANCE:g}), and {self.other_classes} clips get another class: nothing was "
+            "written; try another --format"
+        )
+
+
+@torch.inference_mode()
+def compare(model: nn.Module, engine: nn.Module, batches: Iterable[torch.Tensor]) -> Parity:
+    """Compare an engine with the trained model itself, in eager fp32 on the CPU.
+
+    Args:
+        model: as it was trained, not the copy whose BatchNorms are folded.
+        batches: clips `(B, T, C, H, W)`, uint8.
+
+    Raises:
+        NotFiniteError: a logit or a feature of one of them is not finite.
+    """
+    parity = Parity()
+    for clips in batches:
+        outputs = []
+        for network in (model, engine):
+            with recorded_features(network) as newest:
+                logits = network(clips).double()
+            outputs.append((logits, require_finite(per_clip(newest[0], len(clips)))))
+        (expected, expected_features), (logits, features) = outputs
+        size = expected_features.abs().max().clamp(min=1)
+        difference = ((expected_features - features).abs().max() / size).item()
+        parity = parity.add(expected, logits, difference)
+    return parity
+
+
+def in_batches(
+    clips: Iterable[torch.Tensor], sizes: tuple[int, ...] = BATCH_SIZES
+) -> Iterator[torch.Tensor]:
+    """Clips `(T, C, H, W)` as batches whose sizes change from one to the next."""
+    batch: list[torch.Tensor] = []
+    number = 0
+    for clip in clips:
+        batch.append(clip)
+        if len(batch) == sizes[number % len(sizes)]:
+            yield torch.stack(batch)
+            batch, number = [], number + 1
+    if batch:
+        yield torch.stack(batch)

@@ -1,0 +1,257 @@
+"""Export a trained model to ONNX or OpenVINO, for programs without PyTorch and this project.
+
+    python export.py runs/20260101-120000_tsm_resnet               RUN/tsm_resnet.onnx
+    python export.py RUN --format openvino                         RUN/tsm_resnet.xml and .bin
+    python export.py RUN --dynamic-batch --output tsm.onnx         batches of any size
+    python export.py RUN --streaming                               one frame, with its memory
+
+The file takes raw pixels and holds classes, clip length, frame rate, temperature, threshold and
+licence. It is written only if it computes what the trained model computes, on 50 clips. evaluate.py
+and predict.py take it wherever they take a run. See docs/deployment.md.
+"""
+
+# What imports torch is imported where it is used: --help does without.
+import dataclasses
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import tyro
+
+from utils.cli import cli_main, parse
+from utils.errors import UserError, require_package
+
+if TYPE_CHECKING:
+    import torch
+
+    from clips.manifest import ClipRow
+    from config import TrainConfig
+
+PARITY_CLIPS = 50
+"""clips, or frames of a stream, on which the file is compared with the model"""
+
+
+@dataclass(frozen=True)
+class ExportConfig:
+    """The checkpoint, and the file that is made of it."""
+
+    checkpoint: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
+    """a run folder (its best.pt is used) or a checkpoint file"""
+    format: Literal["onnx", "openvino"] = "onnx"
+    """onnx: one file that ONNX Runtime, OpenVINO, TensorRT and others take; openvino: an .xml, and
+    a .bin beside it"""
+    dynamic_batch: bool = False
+    """take batches of any size, not single clips only"""
+    streaming: bool = False
+    """export the step from one frame to the next of a causal TSM or a CNN-LSTM: it takes a frame
+    and its memory, and gives logits and the memory for the next frame"""
+    n_frames: int | None = None
+    """frames per clip, T (None: as in training; the file has this one only)"""
+    data_root: str = ""
+    """folder of the clips that the file is compared on (empty: the one of the training)"""
+    num_workers: int = 2
+    """processes that read these clips"""
+    output: str = ""
+    """file to write, ending in .onnx or .xml (empty: inside the run, named after the model)"""
+
+    def __post_init__(self) -> None:
+        if self.n_frames is not None and not 1 <= self.n_frames <= 1024:
+            raise UserError(f"n_frames = {self.n_frames}: must be from 1 to 1024")
+        if self.num_workers < 0:
+            raise UserError(f"num_workers = {self.num_workers}: must be 0 or more")
+        suffix = ".onnx" if self.format == "onnx" else ".xml"
+        if self.output and Path(self.output).suffix != suffix:
+            raise UserError(f"--output {self.output}: with --format {self.format} the name of the "
+                            f"file must end in {suffix}")  # fmt: skip
+
+    def output_file(self, training: "TrainConfig") -> Path:
+        """The file, whose name says what was exported."""
+        if self.output:
+            return Path(self.output)
+        checkpoint = Path(self.checkpoint)
+        parts = [training.model_name]
+        parts += [checkpoint.stem] * (checkpoint.is_file() and checkpoint.stem != "best")
+        parts += [f"{self.n_frames}frames"] * bool(self.n_frames)
+        parts += ["step"] * self.streaming
+        folder = checkpoint if checkpoint.is_dir() else checkpoint.parent
+        return folder / ("_".join(parts) + (".onnx" if self.format == "onnx" else ".xml"))
+
+
+def require_packages(config: ExportConfig) -> None:
+    """Raise a UserError if a package that this export needs is missing."""
+    what = f"--format {config.format}"
+    modules = ("onnx", "onnxscript", "onnxruntime") if config.format == "onnx" else ("openvino",)
+    for module in modules:
+        require_package(module, what)
+
+
+def require_own_output(path: Path) -> None:
+    """Check that nothing is overwritten but an earlier export.
+
+    Raises:
+        UserError: there is another file of this name.
+    """
+    from deployment.files import read_metadata
+
+    weights = path.with_suffix(".bin")
+    pair = [path, weights] if path.suffix == ".xml" else [path]
+    if not any(file.exists() for file in pair):
+        return
+    try:
+        own = "checkpoint" in read_metadata(path)
+    except (UserError, OSError):
+        own = False
+    if not own:
+        raise UserError(
+            f"--output {next(file for file in pair if file.exists())}: exists already, is not a "
+            "whole file that this command wrote, and is not overwritten: move it away, or give "
+            "another name"
+        )
+
+
+def parity_rows(
+    config: ExportConfig, training: "TrainConfig"
+) -> "tuple[list[ClipRow], TrainConfig, str]":
+    """Clips of the run to compare on, validation before training, and settings to read them with.
+
+    Returns:
+        No rows where the clips are not here; the last item then says why.
+    """
+    from training.loaders import DEMO_ROOT, load_splits, open_cache
+
+    settings = dataclasses.replace(
+        training,
+        data_root=config.data_root or training.data_root,
+        num_workers=config.num_workers,
+        batch_size=1,
+        cache="" if config.data_root or config.n_frames else training.cache,
+    )
+    if not settings.data_root and not DEMO_ROOT.is_dir():
+        return [], settings, f"there is no {DEMO_ROOT} here"
+    try:
+        splits = load_splits(settings)
+        open_cache(settings)
+    except UserError as error:
+        return [], settings, str(error).splitlines()[0]
+    rows = []
+    for split in ("val", "train"):
+        missing = PARITY_CLIPS - len(rows)
+        rows += spread(splits[split], missing)
+    return rows, settings, ""
+
+
+def spread(rows: "list[ClipRow]", most: int) -> "list[ClipRow]":
+    """At most so many rows, spread evenly."""
+    count = min(most, len(rows))
+    return [rows[i * len(rows) // count] for i in range(count)]
+
+
+class ParityClips:
+    """The clips `(T, C, H, W)` that the file is compared on, one after another: those of the run
+    that can be read, and noise for the rest."""
+
+    def __init__(self, config: ExportConfig, training: "TrainConfig", channels: int) -> None:
+        self._rows, self._settings, self._why = parity_rows(config, training)
+        self._shape = (training.n_frames, channels, training.image_size, training.image_size)
+        self.real = 0
+
+    def __iter__(self) -> "Iterator[torch.Tensor]":
+        import torch
+
+        from training.loaders import eval_loader, open_cache
+
+        self.real = 0
+        if self._rows:
+            for batch in eval_loader(self._rows, self._settings, open_cache(self._settings)):
+                for clip in batch.clips:
+                    self.real += 1
+                    yield clip
+        generator = torch.Generator().manual_seed(0)
+        for _ in range(PARITY_CLIPS - self.real):
+            yield torch.randint(256, self._shape, generator=generator, dtype=torch.uint8)
+
+    def describe(self) -> str:
+        """What they were, after they were read."""
+        if self.real == PARITY_CLIPS:
+            return f"{PARITY_CLIPS} clips of the run"
+        noise = f"{PARITY_CLIPS - self.real} clips of noise"
+        if self.real:
+            return f"{self.real} clips of the run and {noise}"
+        why = self._why or "none of the run's clips can be read"
+        return f"{noise}, not of the run ({why})"
+
+
+def export(config: ExportConfig) -> None:
+    """Export the model, compare it with the trained one, and write the file.
+
+    Raises:
+        UserError: something is wrong with the checkpoint or the settings, the model cannot be
+            exported like this, or the file does not compute what the model does.
+    """
+    from checkpoint import load_checkpoint, rebuild_model
+    from config import from_dict
+    from deployment.files import read_exported, replacing, write_onnx, write_openvino
+    from deployment.graph import to_onnx, to_openvino, trace
+    from deployment.metadata import pack
+    from deployment.parity import BATCH_SIZES, compare, in_batches
+    from utils.files import require_writable_file
+
+    # checkpoint
+    require_packages(config)
+    state = load_checkpoint(config.checkpoint)
+    training = other_length(from_dict(state["config"]), config.n_frames)
+    model = rebuild_model(state)
+    output = config.output_file(training)
+    require_writable_file(output)
+    require_own_output(output)
+
+    # graph
+    print(f"{training.model_name}, T = {training.n_frames}, {training.image_size} pixels, to "
+          f"{config.format}", flush=True)  # fmt: skip
+    options = training.n_frames, training.image_size, config.dynamic_batch
+    program = trace(model, *options)
+    state = {**state, "config": vars(training)}
+    metadata = pack(state, dynamic_batch=config.dynamic_batch)
+
+    with replacing(output) as unfinished:
+        if config.format == "onnx":
+            write_onnx(unfinished, to_onnx(program), metadata)
+        else:
+            write_openvino(unfinished, to_openvino(program), metadata)
+
+        # parity
+        engine = read_exported(unfinished)[1]
+        clips = ParityClips(config, training, getattr(model, "channels", 3))
+        sizes = BATCH_SIZES if config.dynamic_batch else (1,)
+        parity = compare(model, engine, in_batches(clips, sizes))
+        parity.require(f"the {config.format} file")
+        print(f"largest difference from the model: {parity.logits:.1e} in the logits, "
+              f"{parity.features:.1e} in the features, on {clips.describe()}")  # fmt: skip
+    print(f"exported: {output}")
+
+
+def other_length(training: "TrainConfig", n_frames: int | None) -> "TrainConfig":
+    """The settings of the training with another T, if the model takes it.
+
+    Raises:
+        UserError: it does not.
+    """
+    from models import have_same_weights
+
+    if n_frames in (None, training.n_frames):
+        return training
+    other = dataclasses.replace(training, n_frames=n_frames)
+    if not have_same_weights(training, other):
+        name, made_for = training.model_name, training.n_frames
+        raise UserError(f"n_frames = {n_frames}: this {name} is made for {made_for} frames")
+    return other
+
+
+@cli_main
+def main() -> None:
+    export(parse(ExportConfig, __doc__))
+
+
+if __name__ == "__main__":
+    main()
