@@ -44,6 +44,19 @@ def _shift_by_slices(x: torch.Tensor, fold: int) -> torch.Tensor:
     return torch.cat((from_next, from_previous, x[:, :, 2 * fold :]), dim=2)
 
 
+def _causal_shift_by_slices(
+    x: torch.Tensor, fold: int, buffer: torch.Tensor | None
+) -> torch.Tensor:
+    """The same for the causal shift; `buffer` is `(B, fold, H, W)`."""
+    if buffer is None:
+        moved = F.pad(x[:, :-1, :fold], (0, 0, 0, 0, 0, 0, 1, 0))
+    elif x.shape[1] == 1:  # no empty slices: not every runtime takes them
+        moved = buffer.unsqueeze(1)
+    else:
+        moved = torch.cat((buffer.unsqueeze(1), x[:, :-1, :fold]), dim=1)
+    return torch.cat((moved, x[:, :, fold:]), dim=2)
+
+
 def causal_shift(
     x: torch.Tensor, n_frames: int, shift_div: int = 8, buffer: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -61,6 +74,8 @@ def causal_shift(
     """
     fold = x.shape[1] // shift_div
     x = x.unflatten(0, (-1, n_frames))  # (B, T, C, H, W)
+    if torch.compiler.is_exporting():
+        return _causal_shift_by_slices(x, fold, buffer).flatten(0, 1), x[:, -1, :fold]
     out = x.clone()
     out[:, 1:, :fold] = x[:, :-1, :fold]
     out[:, 0, :fold] = 0 if buffer is None else buffer

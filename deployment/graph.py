@@ -4,12 +4,12 @@ import copy
 import io
 import warnings
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 from torch.export import Dim, ExportedProgram
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 
 from modeling.engines import CLIPS, FEATURES, LOGITS
 from modeling.features import recorded_features
@@ -64,7 +64,7 @@ def folded(model: nn.Module) -> nn.Module:
 
 
 def trace_module(
-    module: nn.Module, inputs: tuple[torch.Tensor, ...], dynamic_batch: bool
+    module: nn.Module, inputs: tuple[Any, ...], dynamic_batch: bool
 ) -> ExportedProgram:
     """The graph of a module; the first dimension of all inputs and outputs is the batch.
 
@@ -72,10 +72,10 @@ def trace_module(
     size is not possible, and the other one freezes the size in silence.
 
     Args:
-        inputs: examples; with `dynamic_batch`, of `EXAMPLE_BATCH` clips.
+        inputs: examples, tensors and lists of tensors; with `dynamic_batch`, of `EXAMPLE_BATCH` clips.
     """
     batch = {0: Dim("batch", min=1, max=_MAX_BATCH)} if dynamic_batch else {}
-    shapes = tuple(batch for _ in inputs)
+    shapes = tree_map(lambda _: batch, inputs)
     with warnings.catch_warnings(action="ignore"):  # an LSTM refreshes its list of weights
         return torch.export.export(module, inputs, dynamic_shapes=shapes)
 
