@@ -4,6 +4,7 @@
     python benchmark_latency.py --model-names tsm_resnet runs/2026..._tsm_resnet --precision bf16
     python benchmark_latency.py --model-names r2plus1d@112 --batch-size 8 --repeats 30
     python benchmark_latency.py --what inference training    speedup over eager PyTorch
+    python benchmark_latency.py --what engines               PyTorch, OpenVINO, ONNX Runtime, int8
     python benchmark_latency.py --what streaming             a prediction at every frame of a video
     python benchmark_latency.py --what length                time and memory of longer clips
 
@@ -26,7 +27,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from config import OLD_VALUES, Precision, TrainConfig, from_dict
+from config import OLD_VALUES, EngineName, Precision, TrainConfig, from_dict
 from utils.cli import cli_main, parse
 from utils.errors import UserError
 from utils.files import read_json, require_writable
@@ -47,7 +48,7 @@ FORMATS = {
     "Size (px)": "{:.0f}",
 }
 
-Table = Literal["latency", "inference", "training", "streaming", "length"]
+Table = Literal["latency", "inference", "training", "engines", "streaming", "length"]
 
 
 @dataclass
@@ -56,12 +57,12 @@ class BenchmarkConfig:
 
     what: tuple[Table, ...] = ("latency",)
     """tables to make: latency of the models; inference here, in eager PyTorch and in onnxruntime;
-    training steps here and in eager PyTorch; following a video frame by frame (streaming); clips of
-    several lengths"""
+    training steps here and in eager PyTorch; engines side by side; following a video frame by
+    frame (streaming); clips of several lengths"""
     model_names: tuple[str, ...] = (
         *("tsm_resnet", "cnnlstm", "r2plus1d@112", "vivit", "timesformer", "video_swin", "mvit"),
     )
-    """models to time: names, name@size, or run folders"""
+    """models to time: names, name@size, run folders, or files of export.py"""
     batch_size: int = 8
     """clips per batch for the published columns"""
     n_frames: int = 16
@@ -81,6 +82,9 @@ class BenchmarkConfig:
     """precision of the forward pass: auto (what the device computes fast), fp32, bf16, fp16"""
     compile: bool = False
     """compile the models with torch.compile"""
+    engine: EngineName | None = None
+    """latency: what computes the models (None: torch; for an exported file the engine
+    that it was exported for)"""
     num_classes: int = 7
     """number of classes of the models that are given by name"""
     video: str = ""
@@ -99,6 +103,10 @@ class ModelSpec:
     image_size: int
     scores: dict[str, float]
     """of test_metrics.json, if it is a run folder"""
+    engine: str = "torch"
+    """what computes the model"""
+    computed: "nn.Module | None" = None
+    """the model as this engine computes it"""
 
 
 def read_model(name_or_run: str, config: BenchmarkConfig) -> ModelSpec:
@@ -109,7 +117,8 @@ def read_model(name_or_run: str, config: BenchmarkConfig) -> ModelSpec:
     """
     import torch
 
-    from checkpoint import load_checkpoint, rebuild_model
+    from deployment.files import is_exported
+    from deployment.loading import ModelSource
     from models import MODELS, build_model
 
     name, _, size = name_or_run.partition("@")
@@ -124,18 +133,35 @@ def read_model(name_or_run: str, config: BenchmarkConfig) -> ModelSpec:
         )
         torch.manual_seed(0)
         model = build_model(settings, config.num_classes).eval()
-        return ModelSpec(name_or_run, model, settings.n_frames, settings.image_size, {})
+        shape = settings.n_frames, settings.image_size
+        return ModelSpec(name_or_run, model, *shape, {}, *_in_engine(model, *shape, config))
     if not Path(name_or_run).exists():
         raise UserError(
             f"{name_or_run!r} is neither a model ({', '.join(MODELS)}) nor a run folder or "
             "checkpoint"
         )
-    state = load_checkpoint(name_or_run)
-    settings = from_dict(state["config"])
+    engine = config.engine if is_exported(name_or_run) else None  # a run's model is asked below
+    source = ModelSource(name_or_run, engine, config.device, config.precision)
+    settings = from_dict(source.state["config"])
+    model = source.build()
     shape = {"accuracy?": float | None, "macro_f1?": float | None}
     scores = read_json(Path(name_or_run) / "test_metrics.json", shape)
     label = f"{settings.model_name} ({Path(name_or_run).name})"
-    return ModelSpec(label, rebuild_model(state), settings.n_frames, settings.image_size, scores)
+    size = settings.n_frames, settings.image_size
+    in_engine = (source.engine, model) if source.exported else _in_engine(model, *size, config)
+    return ModelSpec(label, model, *size, scores, *in_engine)
+
+
+def _in_engine(
+    model: "nn.Module", n_frames: int, image_size: int, config: BenchmarkConfig
+) -> "tuple[str, nn.Module]":
+    """The engine of the settings, and a model as this engine computes it."""
+    from deployment.runtime import engine_device, in_engine
+
+    engine = config.engine or "torch"
+    place = engine_device(engine, config.device, config.precision)
+    computed, engine = in_engine(model, engine, n_frames, image_size, *place)
+    return engine, computed
 
 
 def count_gflops(model: "nn.Module", clip: "torch.Tensor") -> float:
@@ -183,17 +209,23 @@ def measure(
     )
     from clips.manifest import ClipRow
     from dataset import ClipsDataset
+    from modeling.engines import Engine
     from modeling.inference import prepare_for_inference
     from video.motion import Modality
 
-    model = prepare_for_inference(spec.model, device, dtype, config.compile)
+    model = prepare_for_inference(spec.computed or spec.model, device, dtype, config.compile)
     modality = getattr(spec.model, "modality", Modality.parse("rgb"))
     shape = config.batch_size, spec.n_frames, spec.image_size
     batch = random_clips(*shape, device, modality.channels)
     dataset = ClipsDataset(
         [ClipRow(video, 0)], spec.n_frames, spec.image_size, motion=modality.stored_motion
     )
-    gflops = count_gflops(model, batch[:1])
+    exported = isinstance(spec.model, Engine)  # its operations and weights are not ours to count
+    gflops = (
+        None
+        if exported
+        else count_gflops(prepare_for_inference(spec.model, device, dtype), batch[:1])
+    )
     reset_peak_memory(device)
 
     def from_file() -> None:
@@ -209,7 +241,8 @@ def measure(
     p50, p95, p99 = np.percentile(singles, (50, 95, 99))
     return {
         "Model": spec.name,
-        "Params (M)": sum(p.numel() for p in spec.model.parameters()) / 1e6,
+        **({"Engine": spec.engine} if config.engine or exported else {}),
+        "Params (M)": None if exported else sum(p.numel() for p in spec.model.parameters()) / 1e6,
         "Accuracy": spec.scores.get("accuracy"),
         "Macro F1": spec.scores.get("macro_f1"),
         **throughput_columns(batches, config.batch_size),
@@ -230,11 +263,10 @@ def time_models(config: BenchmarkConfig) -> tuple["pd.DataFrame", dict[str, Any]
     from tqdm import tqdm
 
     from benchmarks.timing import environment
-    from utils.device import autocast_dtype, get_device
+    from deployment.runtime import engine_device
     from video.encoder import write_video
 
-    device = get_device(config.device)
-    dtype = autocast_dtype(config.precision, device)
+    device, dtype = engine_device(config.engine or "torch", config.device, config.precision)
     specs = [read_model(name, config) for name in config.model_names]  # finds wrong names first
     with tempfile.TemporaryDirectory() as folder:
         video = Path(folder) / "clip.mp4"
@@ -261,8 +293,26 @@ def _test_video() -> np.ndarray:
     return np.stack([scene[t : t + 720, 2 * t : 2 * t + 1280] for t in range(30)])
 
 
+def time_engines(config: BenchmarkConfig) -> tuple["pd.DataFrame", dict[str, Any]]:
+    """Time the engines on models by name: the table, and its conditions."""
+    import torch
+
+    from benchmarks.engines import compare_engines, instruction_sets
+    from benchmarks.timing import environment
+
+    models, batch_sizes = _named_models("engines", config), sorted({1, config.batch_size})
+    table = compare_engines(models, batch_sizes, config.n_frames, config.repeats)
+    packages = "openvino", "onnxruntime", "nncf"
+    conditions = environment(torch.device("cpu"), packages, instructions=instruction_sets())
+    return table, conditions
+
+
 def time_streaming(config: BenchmarkConfig) -> None:
     """Report what streaming saves, and whether it is fast enough for a camera."""
+    from importlib.util import find_spec
+
+    import torch
+
     from benchmarks.streaming import STREAMED, compare_streaming, measure_live
     from benchmarks.timing import environment, report
     from utils.device import autocast_dtype, get_device
@@ -281,7 +331,10 @@ def time_streaming(config: BenchmarkConfig) -> None:
     }
     turns = f"{config.repeats} turns of 3 calls"
     report("streaming", ratios, environment(device, n=turns, **conditions), config.output, FORMATS)
-    live = measure_live(*shape, 60 * config.repeats, device, dtype, config.video)
+    engines: list[EngineName] = ["torch"]
+    if device.type == "cpu" and dtype == torch.float32 and find_spec("openvino"):
+        engines.append("openvino")
+    live = measure_live(*shape, 60 * config.repeats, device, dtype, config.video, engines)
     video = f"1280 x 720 H.264, {config.video or 'rendered'}, decoded in the same thread"
     report("live", live, environment(device, video=video, **conditions), config.output, FORMATS)
 
@@ -337,6 +390,8 @@ def main() -> None:
     for name in ("batch_size", "n_frames", "image_size", "repeats", "num_classes"):
         if getattr(config, name) < 1:
             raise UserError(f"{name} = {getattr(config, name)}: must be at least 1")
+    if config.compile and config.engine not in (None, "torch"):
+        raise UserError(f"--compile is for torch: leave out --engine {config.engine}")
     if config.warmup < 0 or not config.model_names:
         raise UserError("warmup must be at least 0, and at least one model must be given")
     from benchmarks.timing import report
@@ -347,6 +402,8 @@ def main() -> None:
             report(what, *time_models(config), config.output, FORMATS)
         elif what == "streaming":
             time_streaming(config)
+        elif what == "engines":
+            report(what, *time_engines(config), config.output, FORMATS)
         elif what == "length":
             from benchmarks.clip_length import time_lengths
 

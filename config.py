@@ -16,6 +16,7 @@ from utils.errors import UserError
 from utils.structure import find_mismatch, short_repr
 
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
+EngineName = Literal["torch", "openvino", "onnxruntime", "auto"]
 
 
 def setting(

@@ -6,6 +6,7 @@
     python evaluate.py RUN --shuffle-frames                        how much accuracy is from motion?
     python evaluate.py RUN --logit-adjust-tau 1                    for classes of equal size
     python evaluate.py RUN --corruptions                           what do smoke, blood ... cost?
+    python evaluate.py tsm.onnx --data-root /data/SLAM             a file of export.py
     python evaluate.py timeline operation.csv operation.mp4.timeline
     python evaluate.py timeline truth/ predictions/ --relaxed 5 --output scores/
 
@@ -28,7 +29,7 @@ import tyro
 from clips.manifest import ClipRow, read_manifest
 from clips.manifest_formats import ManifestOptions, read_records
 from clips.splits import patient_overlap
-from config import Precision, TrainConfig, fitted_splits, from_dict, manifest_paths
+from config import EngineName, Precision, TrainConfig, fitted_splits, from_dict, manifest_paths
 from utils.cli import cli_main, parse
 from utils.errors import ResultWarning, UserError, format_warning
 
@@ -54,7 +55,7 @@ class EvaluateConfig(ManifestOptions):
     """The checkpoint, and the clips to evaluate it on."""
 
     checkpoint: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
-    """a run folder (its best.pt is used) or a checkpoint file"""
+    """a run folder (its best.pt is used), a checkpoint, or a file of export.py"""
     split: Literal["train", "val", "test"] = "test"
     """split of the run"""
     csv: str = ""
@@ -90,6 +91,9 @@ class EvaluateConfig(ManifestOptions):
     """device: auto, cpu, cuda, cuda:1, mps"""
     precision: Precision = "fp32"
     """precision of the forward pass"""
+    engine: EngineName | None = None
+    """what computes the model: torch, openvino, onnxruntime, or auto, the one that is fastest in a
+    trial here (None: torch; for an exported file the engine that it was exported for)"""
     output: str = ""
     """folder for the results (empty: a folder inside the run, named after what was evaluated)"""
 
@@ -134,6 +138,8 @@ def output_folder(config: EvaluateConfig) -> Path:
     parts += [f"{name}{n}" for name in ("views", "crops") if (n := getattr(config, name))]
     parts += ["shuffled"] * config.shuffle_frames
     parts += [f"adjusted{config.logit_adjust_tau:g}"] * bool(config.logit_adjust_tau)
+    parts += [checkpoint.suffix[1:]] * (checkpoint.suffix in (".onnx", ".xml"))
+    parts += [str(config.engine)] * (config.engine not in (None, "torch"))
     return (checkpoint if checkpoint.is_dir() else checkpoint.parent) / "_".join(parts)
 
 
@@ -233,8 +239,8 @@ def evaluate_checkpoint(config: EvaluateConfig) -> None:
     Raises:
         UserError: something is wrong with the checkpoint, the clips or the settings.
     """
-    from checkpoint import load_checkpoint, rebuild_model
     from clips.corruptions import CORRUPTIONS, Corrupt, ShuffleFrames
+    from deployment.loading import ModelSource
     from evaluation.calibration import load_calibration
     from evaluation.results import write_results
     from evaluation.robustness import measure_robustness
@@ -243,25 +249,37 @@ def evaluate_checkpoint(config: EvaluateConfig) -> None:
     from training.leakage import pretraining_leaks
     from training.loaders import eval_loader, open_cache
     from training.losses import logit_adjustment, warn_double_adjustment
-    from utils.device import autocast_dtype, describe_device, get_device
+    from utils.device import describe_device
     from utils.files import require_writable
     from utils.run_dir import command, log_environment
 
     # checkpoint
-    state = load_checkpoint(config.checkpoint)
+    source = ModelSource(config.checkpoint, config.engine, config.device, config.precision)
+    state, device, dtype = source.state, source.device, source.dtype
     training = from_dict(state["config"])
+    if source.exported and not (config.csv or config.data_root):
+        raise UserError(
+            f"{config.checkpoint}: an exported file does not say where clips are: give --data-root "
+            "or --csv"
+        )
     settings = evaluation_settings(config, training)
     calibration = load_calibration(state, config.target_error, config.checkpoint)
     adjustment = logit_adjustment(state, config.logit_adjust_tau, config.checkpoint)
-    device = get_device(config.device)
-    dtype = autocast_dtype(config.precision, device)
-    model = rebuild_model(state)
 
     folder = output_folder(config)
     require_writable(folder)
 
     # data
     rows, warnings = load_rows(config, settings, training)
+    if source.exported:
+        warnings.append(
+            {
+                "kind": "leakage",
+                "text": "an exported file does not name the patients of its training: whether the "
+                "model has seen these is not known (evaluate the run to find out)",
+            }
+        )
+    model = source.build()
     warnings += warn_double_adjustment(settings, config.logit_adjust_tau)
     warnings += licence_warning(state.get("pretrained", {}))
     cache = open_cache(settings)
@@ -269,7 +287,9 @@ def evaluate_checkpoint(config: EvaluateConfig) -> None:
     compared = {Path(config.csv).name if config.csv else split: rows}
     allowing = dataclasses.replace(settings, allow_pretraining_leak=True)  # a warning will do
     warnings += pretraining_leaks(state.get("pretraining", {}), compared, allowing)
-    print(f"{settings.model_name} on {len(rows)} {split} clips, {describe_device(device)}, {dtype}")
+    engine = "" if source.engine == "torch" else f", {source.engine}"
+    hardware = f"{describe_device(device)}, {dtype}{engine}"
+    print(f"{settings.model_name} on {len(rows)} {split} clips, {hardware}")
     num_views = settings.test_views * settings.test_crops
     if num_views > 1:
         print(f"{num_views} views of each clip, at {num_views} times the cost of one")
@@ -300,6 +320,7 @@ def evaluate_checkpoint(config: EvaluateConfig) -> None:
     metadata = {
         "checkpoint": str(Path(config.checkpoint).absolute()),
         "command": command(),
+        "engine": source.engine,
         "split": split,
         "csv": config.csv,
         "views": settings.test_views,

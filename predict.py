@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
-from config import Precision
+from config import EngineName, Precision
 from timeline.open_source import find_sources, open_source
 from utils.cli import cli_main, parse
 from utils.errors import UserError, require_package
@@ -59,7 +59,7 @@ OLD_NAMES = {
 # The settings that --clips uses.
 OF_CLIPS = {
     *("run", "sources", "clips", "data_root", "path_column", "num_workers"),
-    *("target_error", "device", "precision"),
+    *("target_error", "device", "precision", "engine"),
 }
 
 
@@ -68,7 +68,7 @@ class PredictConfig:
     """Settings of predict.py."""
 
     run: Annotated[str, tyro.conf.Positional]
-    """run folder (its best.pt) or checkpoint file"""
+    """run folder (its best.pt), checkpoint, or file of export.py"""
     sources: Annotated[tuple[str, ...], tyro.conf.Positional]
     """video files, folders of videos or of numbered images, the number of a camera, the address of
     a stream or of a video file, or - for a pipe; with --clips files, folders and manifests"""
@@ -126,6 +126,9 @@ class PredictConfig:
     """device: auto, cpu, cuda, cuda:1, mps"""
     precision: Precision = "fp32"
     """precision of the forward pass: auto (what the device computes fast), fp32, bf16, fp16"""
+    engine: EngineName | None = None
+    """what computes the model: torch, openvino, onnxruntime, or auto, the one that is fastest in a
+    trial here (None: torch; for an exported file the engine that it was exported for)"""
 
 
 def check_settings(config: PredictConfig) -> None:
@@ -146,6 +149,10 @@ def check_settings(config: PredictConfig) -> None:
         raise UserError(f"num_workers = {config.num_workers}: must be 0 or more")
     if config.serve:
         require_package("aiohttp", "--serve")
+    if config.explain and (config.engine or "torch") != "torch":
+        raise UserError(f"--explain needs gradients: leave out --engine {config.engine}")
+    if config.explain and Path(config.run).suffix.lower() in (".onnx", ".xml"):
+        raise UserError(f"--explain needs gradients: give the run, not {config.run}")
     if not config.clips:
         return
     if os.path.realpath(config.clips) in map(os.path.realpath, config.sources):
@@ -165,18 +172,19 @@ def build_predictor(
     Raises:
         UserError: the checkpoint or the settings do not suit whole videos.
     """
-    from checkpoint import load_checkpoint, rebuild_model
     from clips.manifest import class_problems
     from config import from_dict
+    from deployment.loading import ModelSource
     from evaluation.calibration import load_calibration
     from models import have_same_weights
     from timeline.smoothing import SmoothingConfig
     from timeline.streaming import OnlinePredictor
-    from utils.device import autocast_dtype, describe_device, get_device
+    from utils.device import describe_device
     from utils.run_dir import command
     from video.motion import Modality
 
-    state = load_checkpoint(config.run)
+    model_source = ModelSource(config.run, config.engine, config.device, config.precision)
+    state = model_source.state
     training = from_dict(state["config"])
     if Modality.parse(training.modality).stored_motion:
         raise UserError(
@@ -200,16 +208,16 @@ def build_predictor(
     if problems := class_problems(classes):
         raise UserError("\n  ".join([f"{config.run}: cannot be used on videos:", *problems]))
     calibration = load_calibration(state, config.target_error, config.run)
-    device = get_device(config.device)
+    model = model_source.build(n_frames, follow=True)
     predictor = OnlinePredictor(
-        rebuild_model(state),
+        model,
         classes,
         n_frames,
         training.image_size,
         float(fps),
         config.stride or max(1, n_frames // 4),
-        device,
-        autocast_dtype(config.precision, device),
+        model_source.device,
+        model_source.dtype,
         calibration.temperature,
     )
     smoothing = SmoothingConfig(
@@ -222,7 +230,8 @@ def build_predictor(
     metadata = {
         "command": command(),
         "model": f"{training.model_name}, {describe_window(predictor)}",
-        "computed on": f"{describe_device(device)}, {config.precision}",
+        "computed on": f"{describe_device(predictor.device)}, {config.precision}"
+        + (f", {model_source.engine}" if model_source.engine != "torch" else ""),
     }
     return predictor, smoothing, calibration, metadata
 
@@ -414,6 +423,7 @@ def main() -> None:
         from training.predict_clips import find_clips, predict_clips
 
         options = config.device, config.precision, config.num_workers, config.target_error
+        options = *options, config.engine
         clips = find_clips(config.sources, config.data_root, config.path_column)
         predict_clips(config.run, clips, Path(config.clips), *options)
         return

@@ -14,11 +14,18 @@ from torch import nn
 
 from benchmarks.timing import interleave, random_clips
 from benchmarks.videos import write_benchmark_video
+from config import EngineName
+from deployment.runtime import build_engine
 from modeling.inference import pack_convolutions, prepare_for_inference
 from models import MODELS
 from timeline.prefetch import Prefetcher
 from timeline.sources import FileSource, Frame
-from timeline.streaming import Streamer, to_probabilities
+from timeline.streaming import EngineStreamer, Streamer, to_probabilities
+
+Way = tuple[str, EngineName]
+"""a model by name, and what computes it"""
+
+OneVideo = Streamer | EngineStreamer
 
 STREAMED = {"tsm_resnet": {"shift_mode": "causal"}, "cnnlstm": {}}
 """the models that can be streamed, and their options for it"""
@@ -73,6 +80,7 @@ def measure_live(
     device: torch.device,
     dtype: torch.dtype,
     source: str = "",
+    engines: Sequence[EngineName] = ("torch",),
 ) -> pd.DataFrame:
     """Time every frame of a 1280 x 720 H.264 video from its packets to the prediction.
 
@@ -82,43 +90,51 @@ def measure_live(
     Args:
         frames: number of frames of the video.
         source: video whose frames are used (empty: a rendered scene).
+        engines: what computes the models.
     """
+    ways = [(name, engine) for name in names for engine in engines]
     with tempfile.TemporaryDirectory() as folder:
         video = Path(folder) / "live.mp4"
         write_benchmark_video(video, 720, frames, group=50, source=source)
 
-        def start(name: str) -> tuple[Streamer, FileSource]:
-            streamer = Streamer(_build(name), n_frames, device=device, dtype=dtype)
+        def start(way: Way) -> tuple[OneVideo, FileSource]:
+            name, engine = way
+            streamer: OneVideo = Streamer(_build(name), n_frames, device=device, dtype=dtype)
+            if engine != "torch":
+                step = build_engine(_build(name), engine, n_frames, image_size, step=True)
+                streamer = EngineStreamer(step)
             return streamer, FileSource(video, 1000.0, image_size)  # 1000 fps: every frame
 
-        runs = {name: _time_frames(*start(name)) for name in names}
-        seconds: dict[str, list[float]] = {name: [] for name in names}
-        memory: dict[str, list[float]] = {name: [] for name in names}
+        runs = {way: _time_frames(*start(way)) for way in ways}
+        seconds: dict[Way, list[float]] = {way: [] for way in ways}
+        memory: dict[Way, list[float]] = {way: [] for way in ways}
         while any(len(times) < frames for times in seconds.values()):
-            for name, times in runs.items():
-                seconds[name] += itertools.islice(times, 25)
-                memory[name].append(_resident_memory())
-        prefetched = {name: _prefetched_fps(*start(name)) for name in names}
+            for way, times in runs.items():
+                seconds[way] += itertools.islice(times, 25)
+                memory[way].append(_resident_memory())
+        prefetched = {way: _prefetched_fps(*start(way)) for way in ways}
     rows = []
-    for name in names:
-        milliseconds = 1000 * np.array(seconds[name][n_frames:])  # from the first full window on
+    for name, engine in ways:
+        way = name, engine
+        milliseconds = 1000 * np.array(seconds[way][n_frames:])  # from the first full window on
         p50, p99 = np.percentile(milliseconds, (50, 99))
         rows.append(
             {
                 "Model": name,
+                "Engine": engine,
                 "p50 (ms/frame)": p50,
                 "p99 (ms/frame)": p99,
                 "Frames per second": 1000 / milliseconds.mean(),
-                "With prefetch (frames per second)": prefetched[name],
+                "With prefetch (frames per second)": prefetched[way],
                 "Frames": len(milliseconds),
-                "Memory after a quarter (MB)": memory[name][len(memory[name]) // 4],
-                "Memory at the end (MB)": memory[name][-1],
+                "Memory after a quarter (MB)": memory[way][len(memory[way]) // 4],
+                "Memory at the end (MB)": memory[way][-1],
             }
         )
     return pd.DataFrame(rows)
 
 
-def _time_frames(streamer: Streamer, source: FileSource) -> Iterator[float]:
+def _time_frames(streamer: OneVideo, source: FileSource) -> Iterator[float]:
     """Yield the seconds from asking for each frame to its prediction."""
     frames = iter(source)
     while True:
@@ -130,7 +146,7 @@ def _time_frames(streamer: Streamer, source: FileSource) -> Iterator[float]:
         yield time.perf_counter() - began
 
 
-def _prefetched_fps(streamer: Streamer, source: FileSource) -> float:
+def _prefetched_fps(streamer: OneVideo, source: FileSource) -> float:
     """Frames per second with a thread that decodes, as in predict.py."""
     began, count = time.perf_counter(), 0
     with Prefetcher(source) as prefetcher:
@@ -141,7 +157,7 @@ def _prefetched_fps(streamer: Streamer, source: FileSource) -> float:
     return count / (time.perf_counter() - began)
 
 
-def _step(streamer: Streamer, frame: Frame) -> None:
+def _step(streamer: OneVideo, frame: Frame) -> None:
     image = torch.from_numpy(frame.image).permute(2, 0, 1)  # (H, W, C) -> (C, H, W)
     streamer.step(image[None])
 

@@ -1,4 +1,4 @@
-"""Models for the scripts: of a run, a checkpoint or an exported file, in the engine that is chosen."""
+"""Models for the scripts: of a run, a checkpoint or an exported file, in the chosen engine."""
 
 from pathlib import Path
 
@@ -8,10 +8,9 @@ from torch import nn
 from checkpoint import load_checkpoint, rebuild_model
 from config import EngineName, from_dict
 from deployment.files import is_exported, read_exported
-from deployment.runtime import build_engine, fastest_engine
+from deployment.runtime import engine_device, in_engine
 from deployment.step import find_streaming_problem
 from modeling.engines import Engine
-from utils.device import autocast_dtype, get_device
 from utils.errors import UserError
 
 
@@ -46,11 +45,7 @@ class ModelSource:
         else:
             self.state = load_checkpoint(source)
         self.engine: EngineName = engine or "torch"
-        if self.engine in ("openvino", "onnxruntime"):
-            _require_cpu_fp32(self.engine, device, precision)
-            device, precision = "cpu", "fp32"
-        self.device = get_device(device)
-        self.dtype = autocast_dtype(precision, self.device)
+        self.device, self.dtype = engine_device(self.engine, device, precision)
 
     def build(self, n_frames: int | None = None, follow: bool = False) -> nn.Module:
         """The model, or the engine that computes it, which is then ready to run.
@@ -78,15 +73,7 @@ class ModelSource:
                 )
             return self._file
         model = rebuild_model(self.state)
-        options = n_frames, training.image_size, follow and not find_streaming_problem(model)
-        if self.engine == "auto":
-            automatic = self.device.type == "cpu" and self.dtype == torch.float32
-            self.engine = fastest_engine(model, *options) if automatic else "torch"
-        return model if self.engine == "torch" else build_engine(model, self.engine, *options)
-
-
-def _require_cpu_fp32(engine: str, device: str, precision: str) -> None:
-    if device not in ("auto", "cpu"):
-        raise UserError(f"--engine {engine} computes on the CPU: leave out --device {device}")
-    if precision not in ("auto", "fp32"):
-        raise UserError(f"--engine {engine} computes in fp32: leave out --precision {precision}")
+        step = follow and not find_streaming_problem(model)
+        shape = n_frames, training.image_size
+        model, self.engine = in_engine(model, self.engine, *shape, self.device, self.dtype, step)
+        return model

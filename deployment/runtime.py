@@ -5,6 +5,7 @@ import json
 import os
 import time
 from collections.abc import Callable
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
@@ -20,7 +21,7 @@ from deployment.parity import TOLERANCE
 from deployment.step import StepNames, make_step, trace_step
 from modeling.engines import CLIPS, LOGITS, Engine, OnnxRuntimeEngine, OpenVINOEngine
 from modeling.inference import pack_convolutions, prepare_for_inference
-from utils.device import describe_device
+from utils.device import autocast_dtype, describe_device, get_device
 from utils.errors import UserError, first_line
 from utils.files import read_json, try_write, write_json
 
@@ -32,6 +33,50 @@ _PACKAGES = {"torch": "torch", "openvino": "openvino", "onnxruntime": "onnxrunti
 _NEEDED = {"torch": (), "openvino": ("openvino",), "onnxruntime": ("onnx", "onnxscript")}
 
 Run = Callable[[], torch.Tensor]
+
+
+def engine_device(
+    engine: EngineName, device: str, precision: str
+) -> tuple[torch.device, torch.dtype]:
+    """The device and dtype that an engine computes on and in, from the names that scripts take.
+
+    Raises:
+        UserError: the engine cannot, or this machine has no such device.
+    """
+    if engine in ("openvino", "onnxruntime"):
+        if device not in ("auto", "cpu"):
+            raise UserError(f"--engine {engine} computes on the CPU: leave out --device {device}")
+        if precision not in ("auto", "fp32"):
+            raise UserError(
+                f"--engine {engine} computes in fp32: leave out --precision {precision}"
+            )
+        device, precision = "cpu", "fp32"
+    found = get_device(device)
+    return found, autocast_dtype(precision, found)
+
+
+def in_engine(
+    model: nn.Module,
+    engine: EngineName,
+    n_frames: int,
+    image_size: int,
+    device: torch.device,
+    dtype: torch.dtype,
+    step: bool = False,
+) -> tuple[nn.Module, EngineName]:
+    """A trained model as the engine computes it, and which engine `auto` became: torch where the
+    others do not compute, on a GPU or in another dtype than fp32.
+
+    Args:
+        engine: for torch the model is returned as it is.
+        device, dtype: of `engine_device`.
+        n_frames, image_size, step: see `build_engine`.
+    """
+    shape = n_frames, image_size, step
+    if engine == "auto":
+        cpu = device.type == "cpu" and dtype == torch.float32
+        engine = fastest_engine(model, *shape) if cpu else "torch"
+    return (model if engine == "torch" else build_engine(model, engine, *shape)), engine
 
 
 def build_engine(
@@ -86,7 +131,7 @@ def fastest_engine(
         runs = _prepare(model, installed, n_frames, image_size, step)
         times = _time(runs)
         everything = {**_read_times(path), key: times}
-        problem = try_write(path, lambda p: (p.parent.mkdir(parents=True, exist_ok=True), write_json(p, everything)))
+        problem = try_write(path, partial(_keep_times, everything=everything))
         source = f"not kept: {problem}" if problem else f"kept in {path}"
     best = min(times, key=times.__getitem__)
     listed = ", ".join(f"{name} {ms:.1f}" for name, ms in times.items())
@@ -165,6 +210,11 @@ def _read_times(path: Path) -> dict[str, dict[str, float]]:
     except (UserError, OSError):
         return {}
     return {key: times for key, times in kept.items() if times and times.keys() <= _PACKAGES.keys()}
+
+
+def _keep_times(path: Path, everything: dict[str, dict[str, float]]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_json(path, everything)
 
 
 def _key(model: nn.Module, n_frames: int, image_size: int, step: bool) -> str:

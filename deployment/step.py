@@ -58,9 +58,7 @@ class Step(nn.Module):
         zeros. `count` is `(B, 1)`, float."""
         raise NotImplementedError
 
-    def forward(
-        self, frame: torch.Tensor, memory: list[torch.Tensor]
-    ) -> tuple[torch.Tensor, ...]:
+    def forward(self, frame: torch.Tensor, memory: list[torch.Tensor]) -> tuple[torch.Tensor, ...]:
         seen, vectors, *own = memory
         vector, own = self.embed(frame.unsqueeze(1), own)
         count = (seen + 1).clamp(max=self.n_frames)  # (B, 1)
@@ -179,6 +177,12 @@ class StepNames:
         self.outputs = [LOGITS, *map(next_name, self.memory)]
 
 
+def make_step(model: nn.Module, n_frames: int) -> Step:
+    """The step of a model that can follow a stream (`find_streaming_problem`)."""
+    kind = TSMStep if isinstance(model, TSM) else CNNLSTMStep
+    return kind(model, n_frames).eval()
+
+
 def trace_step(
     model: nn.Module, n_frames: int, image_size: int, dynamic_batch: bool = False
 ) -> tuple[ExportedProgram, dict[str, tuple[int, ...]]]:
@@ -197,8 +201,7 @@ def trace_step(
     """
     if problem := find_streaming_problem(model):
         raise UserError(f"--streaming: this {type(model).__name__} cannot: {problem}")
-    kind = TSMStep if isinstance(model, TSM) else CNNLSTMStep
-    step = kind(folded(model), n_frames).eval()
+    step = make_step(folded(model), n_frames)
     batch = EXAMPLE_BATCH if dynamic_batch else 1
     memory = step.empty_memory(image_size, batch)
     frame = torch.zeros(batch, model.channels, image_size, image_size, dtype=torch.uint8)

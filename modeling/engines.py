@@ -32,6 +32,9 @@ class Engine(nn.Module):
         """`(B, F)`: the input of the last layer at the last call, averaged over the frames"""
         self.dynamic_batch = True
         """whether the network takes batches of any size; otherwise it gets one clip at a time"""
+        self.memory: dict[str, tuple[int, ...]] = {}
+        """of a network of one frame (deployment/step.py): the shape of each memory by its name,
+        without the batch; empty for a network of whole clips"""
 
     def forward(self, clips: torch.Tensor) -> torch.Tensor:
         """`(B, T, C, H, W)` uint8 to logits `(B, num_classes)`."""
@@ -96,6 +99,8 @@ class OnnxRuntimeEngine(Engine):
 
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads or 0
+        # Threads that spin between two calls take the CPU from the decoder and the other engines.
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         source = str(model) if isinstance(model, Path) else model
         self._session = onnxruntime.InferenceSession(
             source, options, providers=["CPUExecutionProvider"]

@@ -14,8 +14,9 @@ import numpy as np
 import torch
 from torch import nn
 
-from cnn_lstm import CNNLSTM
-from modeling.frame_encoder import FrameEncoder
+from deployment.files import FRAME, next_name
+from deployment.step import find_streaming_problem
+from modeling.engines import LOGITS, Engine
 from modeling.inference import pack_convolutions, prepare_for_inference, require_finite
 from timeline.sources import Frame
 from tsm_resnet import TSM
@@ -32,9 +33,7 @@ Consensus = Callable[[torch.Tensor], torch.Tensor]
 
 def supports_streaming(model: nn.Module) -> bool:
     """Whether a `Streamer` can follow a video with this model."""
-    if isinstance(model, FrameEncoder) and model.modality.motion == "rgbdiff":
-        return False  # the input of a frame depends on the frame before
-    return isinstance(model, CNNLSTM) or (isinstance(model, TSM) and model.causal)
+    return not find_streaming_problem(model)
 
 
 class Streamer:
@@ -148,6 +147,44 @@ def to_probabilities(logits: torch.Tensor, temperature: float) -> torch.Tensor:
     return (require_finite(logits.cpu().double()) / temperature).softmax(dim=-1)
 
 
+class EngineStreamer:
+    """A `Streamer` of a single video whose network of one frame an engine computes.
+
+    Args:
+        engine: of deployment/step.py.
+        temperature: as for `Streamer`.
+    """
+
+    def __init__(self, engine: Engine, temperature: float = 1.0) -> None:
+        self.temperature = temperature
+        self._engine = engine
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget all frames."""
+        shapes = self._engine.memory.items()
+        self._memory = {name: np.zeros((1, *shape), np.float32) for name, shape in shapes}
+
+    def step(self, frames: torch.Tensor) -> torch.Tensor:
+        """Predict at the next frame, `(1, C, H, W)` uint8.
+
+        Returns:
+            `(1, num_classes)` float64 probabilities.
+        """
+        outputs = self._engine.compute({FRAME: frames.numpy(), **self._memory})
+        # A copy: the engine may write the next outputs into the same memory.
+        self._memory = {name: outputs[next_name(name)].copy() for name in self._memory}
+        return to_probabilities(torch.from_numpy(outputs[LOGITS]), self.temperature)
+
+    def step_many(self, frames: torch.Tensor) -> torch.Tensor:
+        """Predict at the next t frames, `(1, t, C, H, W)`, one after the other.
+
+        Returns:
+            `(1, t, num_classes)` float64 probabilities.
+        """
+        return torch.stack([self.step(frame) for frame in frames.unbind(1)], dim=1)
+
+
 class SlidingWindows:
     """Predicts for windows of T frames, one window every `stride` frames, with any model.
 
@@ -214,7 +251,7 @@ class OnlinePredictor:
     a pause that is longer than a window the model starts anew.
 
     Args:
-        model: trained model; it is copied and prepared for inference once.
+        model: trained model; it is copied and prepared for inference once. Or an engine.
         classes: names of the classes, in the order of the logits.
         n_frames: T, the number of frames that a prediction is made from.
         image_size: height and width of the frames in pixels.
@@ -244,8 +281,10 @@ class OnlinePredictor:
         self.rate = 0.0
         """frames per second that the video itself has; 0: unknown"""
         self.device = torch.device(device)
-        self._model: Streamer | SlidingWindows
-        if supports_streaming(model):
+        self._model: Streamer | EngineStreamer | SlidingWindows
+        if isinstance(model, Engine) and model.memory:
+            self._model = EngineStreamer(model, temperature)
+        elif supports_streaming(model):
             self._model = Streamer(model, n_frames, 1, device, dtype, temperature)
         else:
             self._model = SlidingWindows(model, n_frames, stride, device, dtype, temperature)
@@ -328,7 +367,7 @@ class OnlinePredictor:
     def _step_model(self, images: list[np.ndarray]) -> list[torch.Tensor | None]:
         """`(num_classes,)` probabilities at each image, or None where no window is complete."""
         frames = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)  # (t, C, H, W)
-        if isinstance(self._model, Streamer):
+        if isinstance(self._model, Streamer | EngineStreamer):
             return list(self._model.step_many(frames[None])[0])
         return [self._model.step(frame) for frame in frames]
 

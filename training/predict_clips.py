@@ -7,16 +7,16 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from checkpoint import load_checkpoint, rebuild_model
 from clips.manifest import ClipRow, class_problems, read_paths
 from clips.manifest_formats import ManifestOptions
-from config import Precision, from_dict
+from config import EngineName, Precision, from_dict
+from deployment.loading import ModelSource
 from evaluation.calibration import load_calibration
 from evaluation.clip_answers import COLUMNS, clip_answers, describe_answers, write_answers
 from evaluation.novelty import NoveltyReference
 from training.engine import NoClipError, evaluate
 from training.loaders import eval_loader
-from utils.device import autocast_dtype, describe_device, get_device
+from utils.device import describe_device
 from utils.errors import UserError
 from utils.files import make_folder, require_writable
 from utils.tables import require_own_table
@@ -65,6 +65,7 @@ def predict_clips(
     precision: Precision,
     num_workers: int,
     target_error: float | None,
+    engine: EngineName | None = None,
 ) -> None:
     """Write the answer for each clip into a CSV, and print how many got which.
 
@@ -72,6 +73,7 @@ def predict_clips(
 
     Args:
         clips: from `find_clips`.
+        engine: see `ModelSource`.
 
     Raises:
         UserError: something is wrong with the sources, the checkpoint or the output; or clips could
@@ -81,21 +83,22 @@ def predict_clips(
         raise UserError(f"--clips {output}: give the name of a .csv file to write the answers into")
     require_own_table(output, COLUMNS, "--clips")
     require_writable(output.parent, "--clips")
-    state = load_checkpoint(run)
+    source = ModelSource(run, engine, device_name, precision)
+    state, device, dtype = source.state, source.device, source.dtype
     classes = tuple(state["classes"])
     if problems := class_problems(classes):
         raise UserError("\n  ".join([f"{run}: cannot be used for answers:", *problems]))
     settings = dataclasses.replace(from_dict(state["config"]), num_workers=num_workers)
     calibration = load_calibration(state, target_error, run)
     reference = NoveltyReference.of_checkpoint(state)
-    device = get_device(device_name)
-    dtype = autocast_dtype(precision, device)
-    print(f"{settings.model_name} on {len(clips)} clips, {describe_device(device)}, {dtype}")
+    model = source.build()
+    hardware = f"{describe_device(device)}, {dtype}, {source.engine}"
+    print(f"{settings.model_name} on {len(clips)} clips, {hardware}")
 
     rows = [ClipRow(path, 0) for path in clips]  # the label is not looked at
     views, crops = settings.test_views, settings.test_crops
     loader = eval_loader(rows, settings, None, views, crops)
-    predictions, model = None, rebuild_model(state)
+    predictions = None
     options = calibration.temperature, 0.0, reference and reference.means
     try:
         predictions = evaluate(model, loader, device, dtype, "clips", True, None, *options)
