@@ -145,7 +145,8 @@ def read_model(name_or_run: str, config: BenchmarkConfig) -> ModelSpec:
     settings = from_dict(source.state["config"])
     model = source.build()
     shape = {"accuracy?": float | None, "macro_f1?": float | None}
-    scores = read_json(Path(name_or_run) / "test_metrics.json", shape)
+    run = Path(name_or_run)
+    scores = read_json(run / "test_metrics.json", shape) if run.is_dir() else {}
     label = f"{settings.model_name} ({Path(name_or_run).name})"
     size = settings.n_frames, settings.image_size
     in_engine = (source.engine, model) if source.exported else _in_engine(model, *size, config)
