@@ -58,9 +58,7 @@ class Step(nn.Module):
         zeros. `count` is `(B, 1)`, float."""
         raise NotImplementedError
 
-    def forward(
-        self, frame: torch.Tensor, memory: list[torch.Tensor]
-    ) -> tuple[torch.Tensor, ...]:
+    def forward(self, frame: torch.Tensor, memory: list[torch.Tensor]) -> tuple[torch.Tensor, ...]:
         seen, vectors, *own = memory
         vector, own = self.embed(frame.unsqueeze(1), own)
         count = (seen + 1).clamp(max=self.n_frames)  # (B, 1)

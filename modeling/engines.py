@@ -96,6 +96,7 @@ class OnnxRuntimeEngine(Engine):
 
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads or 0
+        options.log_severity_level = 3  # errors; warnings about a file's graph help no one
         source = str(model) if isinstance(model, Path) else model
         self._session = onnxruntime.InferenceSession(
             source, options, providers=["CPUExecutionProvider"]
