@@ -12,21 +12,23 @@ and predict.py take it wherever they take a run. See docs/deployment.md.
 
 # What imports torch is imported where it is used: --help does without.
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
 from utils.cli import cli_main, parse
-from utils.errors import UserError, require_package
+from utils.errors import UserError, first_line, require_package
 
 if TYPE_CHECKING:
     import torch
+    from torch import nn
 
     from clips.manifest import ClipRow
     from config import TrainConfig
+    from modeling.engines import Engine
 
 PARITY_CLIPS = 50
 """clips, or frames of a stream, on which the file is compared with the model"""
@@ -111,9 +113,9 @@ def require_own_output(path: Path) -> None:
 
 
 def parity_rows(
-    config: ExportConfig, training: "TrainConfig"
+    config: ExportConfig, training: "TrainConfig", count: int
 ) -> "tuple[list[ClipRow], TrainConfig, str]":
-    """Clips of the run to compare on, validation before training, and settings to read them with.
+    """So many clips of the run to compare on, validation before training, and settings for them.
 
     Returns:
         No rows where the clips are not here; the last item then says why.
@@ -136,7 +138,7 @@ def parity_rows(
         return [], settings, str(error).splitlines()[0]
     rows = []
     for split in ("val", "train"):
-        missing = PARITY_CLIPS - len(rows)
+        missing = count - len(rows)
         rows += spread(splits[split], missing)
     return rows, settings, ""
 
@@ -151,8 +153,11 @@ class ParityClips:
     """The clips `(T, C, H, W)` that the file is compared on, one after another: those of the run
     that can be read, and noise for the rest."""
 
-    def __init__(self, config: ExportConfig, training: "TrainConfig", channels: int) -> None:
-        self._rows, self._settings, self._why = parity_rows(config, training)
+    def __init__(
+        self, config: ExportConfig, training: "TrainConfig", channels: int, count: int
+    ) -> None:
+        self._rows, self._settings, self._why = parity_rows(config, training, count)
+        self._count = count
         self._shape = (training.n_frames, channels, training.image_size, training.image_size)
         self.real = 0
 
@@ -168,14 +173,14 @@ class ParityClips:
                     self.real += 1
                     yield clip
         generator = torch.Generator().manual_seed(0)
-        for _ in range(PARITY_CLIPS - self.real):
+        for _ in range(self._count - self.real):
             yield torch.randint(256, self._shape, generator=generator, dtype=torch.uint8)
 
     def describe(self) -> str:
         """What they were, after they were read."""
-        if self.real == PARITY_CLIPS:
-            return f"{PARITY_CLIPS} clips of the run"
-        noise = f"{PARITY_CLIPS - self.real} clips of noise"
+        if self.real == self._count:
+            return f"{self.real} clips of the run"
+        noise = f"{self._count - self.real} clips of noise"
         if self.real:
             return f"{self.real} clips of the run and {noise}"
         why = self._why or "none of the run's clips can be read"
@@ -191,44 +196,143 @@ def export(config: ExportConfig) -> None:
     """
     from checkpoint import load_checkpoint, rebuild_model
     from config import from_dict
-    from deployment.files import read_exported, replacing, write_onnx, write_openvino
-    from deployment.graph import to_onnx, to_openvino, trace
-    from deployment.metadata import pack
-    from deployment.parity import BATCH_SIZES, compare, in_batches
-    from utils.files import require_writable_file
+    from deployment.files import read_exported, replacing
+    from deployment.step import find_streaming_problem
+    from utils.files import make_folder, require_space, require_writable_file
 
     # checkpoint
     require_packages(config)
     state = load_checkpoint(config.checkpoint)
-    training = other_length(from_dict(state["config"]), config.n_frames)
+    training = from_dict(state["config"])
+    made_for = training.n_frames
+    training = other_length(training, config.n_frames)
     model = rebuild_model(state)
+    if config.streaming and (problem := find_streaming_problem(model)):
+        raise UserError(f"--streaming: this {training.model_name} cannot: {problem}")
     output = config.output_file(training)
     require_writable_file(output)
     require_own_output(output)
+    size = sum(value.numel() * value.element_size() for value in state["model"].values())
+    require_space(output.parent, 1.1 * size, "the file needs about")
+    if config.format == "onnx" and size > 2e9:
+        raise UserError(f"{config.checkpoint}: its weights take {size / 1e9:.1f} GB, and an ONNX "
+                        "file holds at most 2: use --format openvino")  # fmt: skip
 
-    # graph
-    print(f"{training.model_name}, T = {training.n_frames}, {training.image_size} pixels, to "
-          f"{config.format}", flush=True)  # fmt: skip
-    options = training.n_frames, training.image_size, config.dynamic_batch
-    program = trace(model, *options)
+    # network
+    print(
+        f"{training.model_name}, T = {training.n_frames}, {training.image_size} pixels, to "
+        f"{config.format}",
+        flush=True,
+    )
+    if config.n_frames:
+        print(f"temperature and threshold are those for {made_for} frames")
     state = {**state, "config": vars(training)}
-    metadata = pack(state, dynamic_batch=config.dynamic_batch)
-
+    make_folder(output.parent)
     with replacing(output) as unfinished:
-        if config.format == "onnx":
-            write_onnx(unfinished, to_onnx(program), metadata)
-        else:
-            write_openvino(unfinished, to_openvino(program), metadata)
+        memory = write_network(config, state, model, unfinished)
 
         # parity
-        engine = read_exported(unfinished)[1]
-        clips = ParityClips(config, training, getattr(model, "channels", 3))
+        try:
+            engine = read_exported(unfinished)[1]
+        except UserError as error:  # it names the temporary file
+            reason = str(error).removeprefix(f"{unfinished}: ")
+            raise UserError(f"the {config.format} file {reason}") from None
+        print(require_parity(config, training, model, engine, memory), flush=True)
+    print(f"exported: {output}")
+
+
+def write_network(
+    config: ExportConfig, state: "Mapping[str, Any]", model: "nn.Module", path: Path
+) -> dict[str, tuple[int, ...]]:
+    """Write the network of a model, with its metadata.
+
+    Args:
+        state: the checkpoint, whose config says T.
+
+    Returns:
+        With --streaming the shape of each memory, without the batch, by its name.
+
+    Raises:
+        UserError: the exporter cannot express the model.
+    """
+    from config import from_dict
+    from deployment.files import write_onnx, write_openvino
+    from deployment.graph import to_onnx, to_openvino, trace
+    from deployment.metadata import pack
+    from deployment.step import StepNames, trace_step
+
+    training = from_dict(state["config"])
+    options = training.n_frames, training.image_size, config.dynamic_batch
+    names: tuple = ()
+    memory: dict[str, tuple[int, ...]] = {}
+    try:
+        if config.streaming:
+            program, memory = trace_step(model, *options)
+            names = StepNames(len(memory)).inputs, StepNames(len(memory)).outputs
+        else:
+            program = trace(model, *options)
+        network = (to_onnx if config.format == "onnx" else to_openvino)(program, *names)
+    except (UserError, OSError, MemoryError):
+        raise
+    except (
+        Exception
+    ) as error:  # of torch, onnxscript or OpenVINO, for a network of timm for example
+        reason = first_line(error)[:200]
+        batch = " or leave --dynamic-batch out" if config.dynamic_batch else ""
+        raise UserError(
+            f"{training.model_name} with these settings cannot be exported to {config.format} "
+            f"({type(error).__name__}: {reason}): try another --format{batch}"
+        ) from None
+    metadata = pack(state, dynamic_batch=config.dynamic_batch, memory=memory)
+    (write_onnx if config.format == "onnx" else write_openvino)(path, network, metadata)
+    return memory
+
+
+def require_parity(
+    config: ExportConfig,
+    training: "TrainConfig",
+    model: "nn.Module",
+    engine: "Engine",
+    memory: "Mapping[str, Sequence[int]]",
+) -> str:
+    """Compare the exported network with the model.
+
+    Returns:
+        The largest difference, and what it was seen on, in one line.
+
+    Raises:
+        UserError: it is too large.
+    """
+    import numpy as np
+
+    from deployment.parity import BATCH_SIZES, compare, compare_step, in_batches
+    from timeline.streaming import Streamer
+
+    channels = getattr(model, "channels", 3)
+    if not config.streaming:
+        clips = ParityClips(config, training, channels, PARITY_CLIPS)
         sizes = BATCH_SIZES if config.dynamic_batch else (1,)
         parity = compare(model, engine, in_batches(clips, sizes))
         parity.require(f"the {config.format} file")
-        print(f"largest difference from the model: {parity.logits:.1e} in the logits, "
-              f"{parity.features:.1e} in the features, on {clips.describe()}")  # fmt: skip
-    print(f"exported: {output}")
+        return (
+            f"largest difference from the model: {parity.logits:.1e} in the logits, "
+            f"{parity.features:.1e} in the features, on {clips.describe()}"
+        )
+    # So many that the window moves on, and forgets its first frames.
+    count = max(PARITY_CLIPS, 2 * training.n_frames)
+    clips = ParityClips(config, training, channels, -(-count // training.n_frames))
+    frames = [frame for clip in clips for frame in clip][:count]
+    zeros = {name: np.zeros((1, *shape), np.float32) for name, shape in memory.items()}
+    worst = 0.0
+    for streams in (1, 2) if config.dynamic_batch else (1,):
+        streamer = Streamer(model, training.n_frames, streams)
+        parity = compare_step(streamer.step, engine, zeros, frames, streams)
+        parity.require(f"the {config.format} file", "frames")
+        worst = max(worst, parity.logits)
+    return (
+        f"largest difference from the model: {worst:.1e} in the log probabilities, at each of "
+        f"{count} frames, of {clips.describe()}"
+    )
 
 
 def other_length(training: "TrainConfig", n_frames: int | None) -> "TrainConfig":

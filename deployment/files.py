@@ -24,13 +24,14 @@ FRAME = "frame"
 
 SUFFIXES = {"onnx": ".onnx", "openvino": ".xml"}
 _SECTION = "surgical_clips"  # of OpenVINO's rt_info, in which other programs have sections as well
-_WEIGHTS = "weights_sha256"
+_DIGEST = "sha256"  # of the network: what was changed since it was compared is refused
 _MAX_PROTOBUF = 2**31 - 1
 
 
 def is_exported(path: str | Path) -> bool:
-    """Whether a path is that of an exported file, by its name."""
-    return Path(path).suffix.lower() in SUFFIXES.values()
+    """Whether a path is that of an exported file, by its name, and not of a run folder."""
+    path = Path(path)
+    return path.suffix.lower() in SUFFIXES.values() and not path.is_dir()
 
 
 @contextmanager
@@ -60,8 +61,10 @@ def write_onnx(path: Path, model: bytes, metadata: Mapping[str, str]) -> None:
         for part in (graph, *graph.node, *graph.value_info, *graph.initializer):
             part.ClearField("doc_string")
             part.ClearField("metadata_props")  # paths of the source, line by line
-    onnx.helper.set_model_props(proto, dict(metadata))
+    proto.ClearField("metadata_props")
     try:
+        digest = hashlib.sha256(proto.SerializeToString(deterministic=True)).hexdigest()
+        onnx.helper.set_model_props(proto, {**metadata, _DIGEST: digest})
         path.write_bytes(proto.SerializeToString())
     except ValueError:
         raise UserError("an ONNX file holds at most 2 GB: use --format openvino") from None
@@ -73,11 +76,11 @@ def write_openvino(path: Path, model: "openvino.Model", metadata: Mapping[str, s
 
     weights = path.with_suffix(".bin")
     openvino.serialize(model, path, weights)
-    written = {**metadata, _WEIGHTS: _sha256(weights)}
+    written = {**metadata, _DIGEST: _sha256(weights)}
     for name, text in written.items():
         model.set_rt_info(text, [_SECTION, name])
     openvino.serialize(model, path, weights)
-    if _sha256(weights) != written[_WEIGHTS]:
+    if _sha256(weights) != written[_DIGEST]:
         raise RuntimeError("OpenVINO wrote other weights the second time")
 
 
@@ -126,7 +129,7 @@ def read_exported(
     except UserError:
         raise
     except Exception as error:  # a runtime has errors of its own, for whatever is in the file
-        raise _damaged(path, f"{kind.name} cannot compute it ({first_line(error)})") from None
+        raise _damaged(path, f"{kind.name} cannot compute it ({first_line(error)[:200]})") from None
     return state, engine
 
 
@@ -158,7 +161,17 @@ def _read_onnx(path: Path) -> tuple[bytes, "onnx.ModelProto", dict[str, str]]:
                 f"{path}: its weights lie in other files, which export.py never does, and which "
                 "could be any files of this machine: export the run again"
             )
-    return content, proto, {entry.key: entry.value for entry in proto.metadata_props}
+    metadata = {entry.key: entry.value for entry in proto.metadata_props}
+    expected = metadata.pop(_DIGEST, "")
+    if "checkpoint" in metadata:
+        proto.ClearField("metadata_props")
+        digest = hashlib.sha256(proto.SerializeToString(deterministic=True)).hexdigest()
+        if digest != expected:
+            raise UserError(
+                f"{path}: its network is damaged or was changed since it was exported: export the "
+                "run again"
+            )
+    return content, proto, metadata
 
 
 def _graphs(graph: "onnx.GraphProto") -> Iterator["onnx.GraphProto"]:
@@ -204,8 +217,8 @@ def _read_openvino(path: Path) -> tuple["openvino.Model", dict[str, str]]:
     for name, value in values.items() if isinstance(values, dict) else ():
         value = getattr(value, "value", value)
         metadata[name] = value if isinstance(value, str) else str(value)
-    expected = metadata.pop(_WEIGHTS, "")
-    if metadata and hashlib.sha256(content[1]).hexdigest() != expected:
+    expected = metadata.pop(_DIGEST, "")
+    if "checkpoint" in metadata and hashlib.sha256(content[1]).hexdigest() != expected:
         raise UserError(
             f"{path}: {weights.name} beside it is damaged or of another export: export the run "
             "again"

@@ -1,11 +1,14 @@
 """Parity: whether an exported network computes what the trained model computes."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import nn
 
+from deployment.step import run_step
+from modeling.engines import Engine
 from modeling.features import per_clip, recorded_features
 from modeling.inference import require_finite
 from utils.errors import UserError
@@ -24,7 +27,7 @@ class Parity(NamedTuple):
     logits: float = 0.0
     features: float = 0.0
     other_classes: int = 0
-    """clips for which another class has the largest logit"""
+    """clips, or frames of streams, for which another class has the largest logit"""
 
     def add(self, reference: torch.Tensor, logits: torch.Tensor, features: float = 0.0) -> "Parity":
         """With the logits of more clips, `(B, num_classes)`, in double precision.
@@ -41,14 +44,14 @@ class Parity(NamedTuple):
             self.other_classes + int(other),
         )
 
-    def require(self, what: str) -> None:
-        """Raise a UserError unless the network computes what the model does; `what` names it."""
+    def require(self, what: str, unit: str = "clips") -> None:
+        """Raise a UserError unless the network, called `what`, computes the same as the model."""
         if self.clips and max(self.logits, self.features) <= TOLERANCE and not self.other_classes:
             return
         raise UserError(
-            f"{what} does not compute what the model does: on {self.clips} clips its logits differ "
-            f"by up to {self.logits:.2g}, its features by {self.features:.2g} (allowed "
-            f"{TOLERANCE:g}), and {self.other_classes} clips get another class: nothing was "
+            f"{what} does not compute what the model does: on {self.clips} {unit} its logits "
+            f"differ by up to {self.logits:.2g}, its features by {self.features:.2g} (allowed: "
+            f"{TOLERANCE:g}), and {self.other_classes} {unit} get another class: nothing was "
             "written; try another --format"
         )
 
@@ -75,6 +78,36 @@ def compare(model: nn.Module, engine: nn.Module, batches: Iterable[torch.Tensor]
         size = expected_features.abs().max().clamp(min=1)
         difference = ((expected_features - features).abs().max() / size).item()
         parity = parity.add(expected, logits, difference)
+    return parity
+
+
+@torch.inference_mode()
+def compare_step(
+    predict: Callable[[torch.Tensor], torch.Tensor],
+    step: Engine,
+    memory: dict[str, np.ndarray],
+    frames: Sequence[torch.Tensor],
+    streams: int,
+) -> Parity:
+    """Compare the network of one frame with what predict.py does, frame after frame.
+
+    Only probabilities are known of the latter, so the differences are those of log probabilities.
+
+    Args:
+        predict: frames `(S, C, H, W)` to probabilities; of `timeline.streaming.Streamer`.
+        memory: zeros for one stream.
+        frames: each `(C, H, W)`, uint8; each stream begins one frame later than the one before.
+        streams: S.
+
+    Raises:
+        NotFiniteError: a logit is not finite.
+    """
+    parity = Parity()
+    memory = {name: np.repeat(value, streams, axis=0) for name, value in memory.items()}
+    for number in range(len(frames) - streams + 1):
+        batch = torch.stack(list(frames[number : number + streams]))
+        logits, memory = run_step(step, batch, memory)
+        parity = parity.add(predict(batch).log(), logits.double().log_softmax(dim=1))
     return parity
 
 

@@ -101,6 +101,7 @@ class OnnxRuntimeEngine(Engine):
         options.intra_op_num_threads = threads or 0
         # Threads that spin between two calls take the CPU from the decoder and the other engines.
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        options.log_severity_level = 3  # errors; warnings about a file's graph help no one
         source = str(model) if isinstance(model, Path) else model
         self._session = onnxruntime.InferenceSession(
             source, options, providers=["CPUExecutionProvider"]
