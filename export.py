@@ -4,6 +4,7 @@
     python export.py RUN --format openvino                         RUN/tsm_resnet.xml and .bin
     python export.py RUN --dynamic-batch --output tsm.onnx         batches of any size
     python export.py RUN --streaming                               one frame, with its memory
+    python export.py RUN --format openvino --int8                  int8, if that costs little
 
 The file takes raw pixels and holds classes, clip length, frame rate, temperature, threshold and
 licence. It is written only if it computes what the trained model computes, on 50 clips. evaluate.py
@@ -12,6 +13,7 @@ and predict.py take it wherever they take a run. See docs/deployment.md.
 
 # What imports torch is imported where it is used: --help does without.
 import dataclasses
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,6 +50,12 @@ class ExportConfig:
     streaming: bool = False
     """export the step from one frame to the next of a causal TSM or a CNN-LSTM: it takes a frame
     and its memory, and gives logits and the memory for the next frame"""
+    int8: bool = False
+    """compute in int8, calibrated on training clips; fp32 is kept, and the exit code is 1, if more
+    than 0.01 of macro-F1 is lost on the validation clips"""
+    vnni: bool | None = None
+    """int8: whether the CPU that will run the file has VNNI, without which weights use 7 bits
+    (None: as this one)"""
     n_frames: int | None = None
     """frames per clip, T (None: as in training; the file has this one only)"""
     data_root: str = ""
@@ -62,6 +70,10 @@ class ExportConfig:
             raise UserError(f"n_frames = {self.n_frames}: must be from 1 to 1024")
         if self.num_workers < 0:
             raise UserError(f"num_workers = {self.num_workers}: must be 0 or more")
+        if self.int8 and self.format != "openvino":
+            raise UserError("--int8 needs --format openvino")
+        if self.int8 and self.streaming:
+            raise UserError("--int8 is for whole clips: leave out --streaming or --int8")
         suffix = ".onnx" if self.format == "onnx" else ".xml"
         if self.output and Path(self.output).suffix != suffix:
             raise UserError(f"--output {self.output}: with --format {self.format} the name of the "
@@ -76,6 +88,7 @@ class ExportConfig:
         parts += [checkpoint.stem] * (checkpoint.is_file() and checkpoint.stem != "best")
         parts += [f"{self.n_frames}frames"] * bool(self.n_frames)
         parts += ["step"] * self.streaming
+        parts += ["int8"] * self.int8
         folder = checkpoint if checkpoint.is_dir() else checkpoint.parent
         return folder / ("_".join(parts) + (".onnx" if self.format == "onnx" else ".xml"))
 
@@ -86,6 +99,8 @@ def require_packages(config: ExportConfig) -> None:
     modules = ("onnx", "onnxscript", "onnxruntime") if config.format == "onnx" else ("openvino",)
     for module in modules:
         require_package(module, what)
+    if config.int8:
+        require_package("nncf", "--int8")
 
 
 def require_own_output(path: Path) -> None:
@@ -112,6 +127,17 @@ def require_own_output(path: Path) -> None:
         )
 
 
+def clip_settings(config: ExportConfig, training: "TrainConfig") -> "TrainConfig":
+    """The settings of the training, with which single clips of the run are read."""
+    return dataclasses.replace(
+        training,
+        data_root=config.data_root or training.data_root,
+        num_workers=config.num_workers,
+        batch_size=1,
+        cache="" if config.data_root or config.n_frames else training.cache,
+    )
+
+
 def parity_rows(
     config: ExportConfig, training: "TrainConfig", count: int
 ) -> "tuple[list[ClipRow], TrainConfig, str]":
@@ -122,13 +148,7 @@ def parity_rows(
     """
     from training.loaders import DEMO_ROOT, load_splits, open_cache
 
-    settings = dataclasses.replace(
-        training,
-        data_root=config.data_root or training.data_root,
-        num_workers=config.num_workers,
-        batch_size=1,
-        cache="" if config.data_root or config.n_frames else training.cache,
-    )
+    settings = clip_settings(config, training)
     if not settings.data_root and not DEMO_ROOT.is_dir():
         return [], settings, f"there is no {DEMO_ROOT} here"
     try:
@@ -187,8 +207,11 @@ class ParityClips:
         return f"{noise}, not of the run ({why})"
 
 
-def export(config: ExportConfig) -> None:
+def export(config: ExportConfig) -> int:
     """Export the model, compare it with the trained one, and write the file.
+
+    Returns:
+        The exit code: 1 if int8 lost too much and the file is in fp32.
 
     Raises:
         UserError: something is wrong with the checkpoint or the settings, the model cannot be
@@ -238,7 +261,71 @@ def export(config: ExportConfig) -> None:
             reason = str(error).removeprefix(f"{unfinished}: ")
             raise UserError(f"the {config.format} file {reason}") from None
         print(require_parity(config, training, model, engine, memory), flush=True)
+        kept_fp32 = config.int8 and not write_int8(config, state, engine, unfinished)
     print(f"exported: {output}")
+    return int(kept_fp32)
+
+
+def write_int8(
+    config: ExportConfig, state: "Mapping[str, Any]", fp32: "Engine", path: Path
+) -> bool:
+    """Replace a network in fp32 by one in int8, unless that loses too much.
+
+    Args:
+        state: the checkpoint, whose config says T.
+        fp32: the network that `path` holds.
+
+    Returns:
+        Whether `path` holds int8 now.
+
+    Raises:
+        UserError: there are no clips to calibrate on, or to measure the loss on.
+    """
+    import openvino
+    import torch
+
+    from config import from_dict
+    from deployment import quantization
+    from deployment.files import write_openvino
+    from deployment.metadata import pack
+    from modeling.engines import OpenVINOEngine
+    from training.engine import evaluate
+    from training.loaders import eval_loader, load_splits, open_cache
+
+    training = from_dict(state["config"])
+    settings = clip_settings(config, training)
+    splits, cache = load_splits(settings), open_cache(settings)
+    rows = quantization.calibration_rows(splits, quantization.CALIBRATION_CLIPS)
+    if not splits["val"]:
+        raise UserError("--int8: the run has no validation clips to measure on what int8 costs")
+    vnni = quantization.has_vnni() if config.vnni is None else config.vnni
+    patients = len({row.patient for row in rows if row.patient})
+    print(
+        f"int8: calibrating on {len(rows)} training clips of {patients or 'unknown'} patients, for "
+        f"CPUs with{'' if vnni else 'out'} VNNI",
+        flush=True,
+    )
+    network = quantization.quantize(
+        openvino.Core().read_model(path),
+        quantization.clip_arrays(batch.clips for batch in eval_loader(rows, settings, cache)),
+        training.model_name in quantization.TOKEN_MODELS,
+        vnni,
+    )
+    int8 = OpenVINOEngine(network, torch.get_num_threads())
+    int8.dynamic_batch = fp32.dynamic_batch
+    device = torch.device("cpu")
+    before, after = (
+        evaluate(engine, eval_loader(splits["val"], settings, cache), device, description="val")
+        for engine in (fp32, int8)
+    )
+    cost = quantization.measure_cost(before, after)
+    print(cost.describe(), flush=True)
+    if not cost.acceptable:
+        print(f"more than {quantization.MAX_LOSS} is lost: the file stays in fp32")
+        return False
+    metadata = pack(state, "int8", config.dynamic_batch)
+    write_openvino(path, network, {**metadata, "int8": cost.describe()})
+    return True
 
 
 def write_network(
@@ -354,7 +441,7 @@ def other_length(training: "TrainConfig", n_frames: int | None) -> "TrainConfig"
 
 @cli_main
 def main() -> None:
-    export(parse(ExportConfig, __doc__))
+    sys.exit(export(parse(ExportConfig, __doc__)))
 
 
 if __name__ == "__main__":

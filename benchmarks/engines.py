@@ -10,12 +10,12 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
-from deployment.quantization import quantize
 from tqdm import tqdm
 
 from benchmarks.timing import interleave, random_clips
 from config import TrainConfig
 from deployment.graph import to_openvino, trace
+from deployment.quantization import TOKEN_MODELS, has_vnni, quantize
 from deployment.runtime import build_engine
 from modeling.engines import OpenVINOEngine
 from modeling.inference import prepare_for_inference
@@ -23,7 +23,6 @@ from models import build_model
 
 Run = Callable[[torch.Tensor], torch.Tensor]
 
-TRANSFORMERS = ("vivit", "timesformer", "video_swin", "mvit")
 CALIBRATION_CLIPS = 4  # of noise: enough for the speed of int8, which does not depend on the scales
 _INSTRUCTIONS = ("avx2", "avx512f", "avx_vnni", "avx512_vnni", "avx512_bf16", "amx_int8")
 
@@ -78,7 +77,7 @@ def _build(name: str, model: torch.nn.Module, n_frames: int, size: int) -> dict[
     if find_spec("nncf"):
         noise = random_clips(CALIBRATION_CLIPS, n_frames, size, torch.device("cpu")).numpy()
         graph = to_openvino(trace(model, n_frames, size))
-        int8 = quantize(graph, [clip[None] for clip in noise], name in TRANSFORMERS)
+        int8 = quantize(graph, [clip[None] for clip in noise], name in TOKEN_MODELS, has_vnni())
         runs["openvino int8"] = OpenVINOEngine(int8, torch.get_num_threads())
     return runs
 
