@@ -306,7 +306,8 @@ def write_int8(
         flush=True,
     )
     network = quantization.quantize(
-        openvino.Core().read_model(path),
+        # From memory: a file that is mapped cannot be replaced below.
+        openvino.Core().read_model(path.read_bytes(), path.with_suffix(".bin").read_bytes()),
         quantization.clip_arrays(batch.clips for batch in eval_loader(rows, settings, cache)),
         training.model_name in quantization.TOKEN_MODELS,
         vnni,
