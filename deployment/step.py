@@ -196,7 +196,7 @@ def trace_step(
     if problem := find_streaming_problem(model):
         raise UserError(f"--streaming: this {type(model).__name__} cannot: {problem}")
     kind = TSMStep if isinstance(model, TSM) else CNNLSTMStep
-    step = kind(folded(model), n_frames).eval()
+    step = kind(folded(model, image_size), n_frames).eval()
     batch = EXAMPLE_BATCH if dynamic_batch else 1
     memory = step.empty_memory(image_size, batch)
     frame = torch.zeros(batch, model.channels, image_size, image_size, dtype=torch.uint8)
