@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import tyro
 
 from utils.cli import cli_main, parse
-from utils.errors import UserError, first_line, require_package
+from utils.errors import UserError, require_package
 
 if TYPE_CHECKING:
     import torch
@@ -345,7 +345,7 @@ def write_network(
     """
     from config import from_dict
     from deployment.files import write_onnx, write_openvino
-    from deployment.graph import to_onnx, to_openvino, trace
+    from deployment.graph import conversion_problem, to_onnx, to_openvino, trace
     from deployment.metadata import pack
     from deployment.step import StepNames, trace_step
 
@@ -365,7 +365,7 @@ def write_network(
     except (
         Exception
     ) as error:  # of torch, onnxscript or OpenVINO, for a network of timm for example
-        reason = first_line(error)[:200]
+        reason = conversion_problem(error)
         batch = " or leave --dynamic-batch out" if config.dynamic_batch else ""
         raise UserError(
             f"{training.model_name} with these settings cannot be exported to {config.format} "

@@ -1,9 +1,11 @@
 """The graph of a trained model, and its conversion to OpenVINO and ONNX."""
 
+import contextlib
 import copy
 import io
+import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -53,13 +55,14 @@ def trace(
     channels = getattr(model, "channels", 3)
     batch = EXAMPLE_BATCH if dynamic_batch else 1
     clips = torch.zeros(batch, n_frames, channels, image_size, image_size, dtype=torch.uint8)
-    return trace_module(LogitsAndFeatures(folded(model)), (clips,), dynamic_batch)
+    return trace_module(LogitsAndFeatures(folded(model, image_size)), (clips,), dynamic_batch)
 
 
-def folded(model: nn.Module) -> nn.Module:
+def folded(model: nn.Module, image_size: int) -> nn.Module:
     """A copy of a model on the CPU for tracing, its BatchNorms folded, in fp32."""
     model = copy.deepcopy(model).cpu().eval().requires_grad_(False)
     fold_batchnorms(model)
+    _resize_positions(model, image_size)
     return model
 
 
@@ -81,8 +84,35 @@ def trace_module(
     """
     batch = {0: Dim("batch", min=1, max=_MAX_BATCH)} if dynamic_batch else {}
     shapes = tree_map(lambda _: batch, inputs)
-    with warnings.catch_warnings(action="ignore"):  # an LSTM refreshes its list of weights
+    # An LSTM refreshes its list of weights, which is warned of.
+    with warnings.catch_warnings(action="ignore"), _fixed_positions():
         return torch.export.export(module, inputs, dynamic_shapes=shapes)
+
+
+@contextlib.contextmanager
+def _fixed_positions() -> Iterator[None]:
+    """Within this block timm's networks take position embeddings of the right size as they are.
+
+    For a file that takes images of any size they would be resized in the graph at every call, by an
+    operator that OpenVINO does not have; the files of this project take one size.
+    """
+    layers = sys.modules.get("timm.layers.pos_embed")
+    original = getattr(layers, "is_exporting", None)
+    if original is None:
+        yield
+        return
+    layers.is_exporting = lambda: False
+    try:
+        yield
+    finally:
+        layers.is_exporting = original
+
+
+def _resize_positions(model: nn.Module, image_size: int) -> None:
+    """Resize timm's position embeddings to the size of the clips, once."""
+    for module in model.modules():
+        if getattr(module, "dynamic_img_size", False) and hasattr(module, "set_input_size"):
+            module.set_input_size(img_size=image_size)
 
 
 def to_openvino(
@@ -129,3 +159,11 @@ def to_onnx(
     file = io.BytesIO()
     exported.save(file)
     return file.getvalue()
+
+
+def conversion_problem(error: Exception) -> str:
+    """Why a graph cannot be converted, in one line, from an error of torch, onnxscript or OpenVINO;
+    the latter says where in its source it was found before it says what."""
+    lines = [line.strip(" -") for line in str(error).splitlines() if line.strip(" -")]
+    telling = [line for line in lines if "No conversion rule" in line] or lines
+    return telling[0][:200] if telling else type(error).__name__

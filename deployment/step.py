@@ -201,7 +201,7 @@ def trace_step(
     """
     if problem := find_streaming_problem(model):
         raise UserError(f"--streaming: this {type(model).__name__} cannot: {problem}")
-    step = make_step(folded(model), n_frames)
+    step = make_step(folded(model, image_size), n_frames)
     batch = EXAMPLE_BATCH if dynamic_batch else 1
     memory = step.empty_memory(image_size, batch)
     frame = torch.zeros(batch, model.channels, image_size, image_size, dtype=torch.uint8)

@@ -32,6 +32,7 @@ SETTINGS = {
     "predict.py": "predict.PredictConfig",
     "compare.py": "compare.CompareConfig",
     "explain.py": "explain.ExplainConfig",
+    "export.py": "export.ExportConfig",
     "report.py": "report.ReportConfig",
     "prepare_data.py audit": "clips.audit.AuditConfig",
     "prepare_data.py check": "prepare_data.CheckConfig",
