@@ -139,7 +139,8 @@ def test_a_patient_of_another_split_is_not_calibrated_on(split: str) -> None:
 
 
 def predictions(answers: list[int], labels: list[int], patients: str) -> Predictions:
-    table = [ClipRow(Path(f"{i}.mp4"), y, p) for i, (y, p) in enumerate(zip(labels, patients, strict=True))]
+    rows = enumerate(zip(labels, patients, strict=True))
+    table = [ClipRow(Path(f"{i}.mp4"), label, patient) for i, (label, patient) in rows]
     return Predictions(table, np.eye(2)[answers] * 0.8 + 0.1)
 
 
