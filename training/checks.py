@@ -344,7 +344,9 @@ def check_cache(datasets: Sequence[ClipsDataset]) -> None:
         UserError: with the number of clips that are missing, and why; or a tar file of the cache
             was changed.
     """
-    for shards in {id(s): s for d in datasets if d.cache and (s := d.cache.shards) is not None}.values():
+    for shards in {
+        id(s): s for d in datasets if d.cache and (s := d.cache.shards) is not None
+    }.values():
         if changed := shards.check_contents():
             raise UserError(f"{'; '.join(changed)}: run python prepare_data.py cache again")
     problems = [
