@@ -72,6 +72,7 @@ def make_rows(config: ScaleConfig, n: int, patients: int) -> list[ClipRow]:
 
 def write_run(config: ScaleConfig, folder: Path, seed: int, model: bool = True) -> None:
     """A run folder with the results of a test, a checkpoint and the settings of a training."""
+    from config import TrainConfig
     from evaluation.calibration import Calibration, apply_temperature
     from evaluation.predictions import Predictions
     from evaluation.results import write_results
@@ -84,15 +85,13 @@ def write_run(config: ScaleConfig, folder: Path, seed: int, model: bool = True) 
     predictions = Predictions(rows, apply_temperature(np.exp(logits), 1.0))
     facts = {"checkpoint": "best.pt", "epoch": 1, "split": "test", "warnings": []}
     write_results(predictions, CLASSES, folder, [Calibration(1.2, 0.1, 0.62)], facts)
-    settings = {"model_name": "vivit", "n_frames": 2, "image_size": 32}
-    data = {"data_root": str(folder.parent / "data")}
-    write_json(folder / "config.json", {**settings, **data, "classes": CLASSES})
+    settings = {"model_name": "vivit", "n_frames": 2, "image_size": 32, "classes": CLASSES}
+    training = TrainConfig(**settings, data_root=str(folder.parent / "data"))
+    write_json(folder / "config.json", vars(training))
     if model:
         from checkpoint import save_checkpoint
-        from config import TrainConfig
         from models import build_model
 
-        training = TrainConfig(**settings, classes=CLASSES)
         weights = build_model(training, len(CLASSES)).state_dict()
         state = {"model": weights, "epoch": 1, "best": {}, "history": [], "classes": list(CLASSES)}
         save_checkpoint(folder / "best.pt", {**state, "config": vars(training)})
@@ -112,8 +111,9 @@ def write_manifests(config: ScaleConfig, n: int, patients: int, folder: Path) ->
         write_csv(folder / f"{name}.csv", [["path", "label", "patient"], *rows])
 
 
-def measure(function: Callable[..., Any], *arguments: Any) -> tuple[float, float]:
-    """Seconds of a call in a process of its own, and the most memory of that process in MB.
+def measure(function: Callable[..., Any], *arguments: Any) -> dict[str, float]:
+    """Seconds of a call in a process of its own, those in which a processor worked for it, and the
+    most memory of that process in MB.
 
     Raises:
         UserError: the call fails.
@@ -125,12 +125,12 @@ def measure(function: Callable[..., Any], *arguments: Any) -> tuple[float, float
     process.start()
     sender.close()
     try:
-        megabytes = receiver.recv()
+        measured = receiver.recv()
     except EOFError:
         raise UserError(f"{arguments}: failed, see above") from None
     finally:
         process.join()
-    return time.perf_counter() - start, megabytes
+    return {"seconds": time.perf_counter() - start, **measured}
 
 
 def _call(sender: Any, function: Callable[..., Any], arguments: tuple) -> None:
@@ -138,7 +138,9 @@ def _call(sender: Any, function: Callable[..., Any], arguments: tuple) -> None:
     # Not ru_maxrss: it includes the memory of the process that this one was started from.
     status = Path("/proc/self/status").read_text(encoding="utf-8")
     (line,) = (line for line in status.splitlines() if line.startswith("VmHWM"))
-    sender.send(int(line.split()[1]) / 1000)
+    times = os.times()
+    busy = times.user + times.system + times.children_user + times.children_system
+    sender.send({"CPU seconds": busy, "peak MB": int(line.split()[1]) / 1000})
 
 
 def run_script(*arguments: str) -> None:
@@ -158,10 +160,9 @@ def _measure_all(config: ScaleConfig, folder: Path) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
 
     def add(command: str, size: int, unit: str, function: Callable[..., Any], *arguments: Any):
-        seconds, megabytes = measure(function, *arguments)
-        row = {"command": command, "table": f"{size:,} {unit}"}
-        rows.append({**row, "seconds": seconds, "peak MB": megabytes})
-        print(rows[-1], flush=True)
+        measured = measure(function, *arguments)
+        rows.append({"command": command, "table": f"{size:,} {unit}", **measured})
+        print(f"{command}, {size:,} {unit}: {measured['seconds']:.1f} s", flush=True)
 
     if {"results", "report", "compare"} & set(config.what):
         add("write_results", config.clips, "clips", write_run, config, runs[0], 0, False)
@@ -172,9 +173,10 @@ def _measure_all(config: ScaleConfig, folder: Path) -> list[dict[str, Any]]:
         flags = ["--with-patients", "--mistakes", "1000", "--output", str(folder / "named.html")]
         command = ["report.py", str(runs[0]), *flags]
         add("report.py --with-patients", config.clips, "clips", run_script, *command)
-        for page in (runs[0] / "report.html", folder / "named.html"):
-            rows.append({"command": f"size of {page.name}", "table": "", "seconds": float("nan")})
-            rows[-1]["peak MB"] = page.stat().st_size / 1e6
+        for row, page in zip(
+            rows[-2:], (runs[0] / "report.html", folder / "named.html"), strict=True
+        ):
+            row["page (MB)"] = page.stat().st_size / 1e6
     if "compare" in config.what:
         for number in range(3):
             measure(write_run, config, runs[number], number)
