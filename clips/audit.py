@@ -182,15 +182,24 @@ def overlaps(clips: "pd.DataFrame", names: bool = False) -> "pd.DataFrame":
     """
     import pandas as pd
 
-    rows = []
+    parts = [pd.DataFrame(columns=["kind", "unit", *splits_of(clips), "lines"])]
     for kind in KINDS:
-        for number, (unit, members) in enumerate(_shared(clips, kind), 1):
-            counts = members["split"].value_counts()
-            lines = zip(members["manifest"], members["line"], strict=True)
-            row = {"kind": kind, "unit": unit if names else f"{kind} {number}"}
-            row |= {split: int(counts.get(split, 0)) for split in splits_of(clips)}
-            rows.append(row | {"lines": " ".join(f"{Path(m).name}:{line}" for m, line in lines)})
-    return pd.DataFrame(rows, columns=["kind", "unit", *splits_of(clips), "lines"])
+        shared = _shared(clips, kind)
+        if shared.empty:
+            continue
+        members = clips[clips[kind].isin(shared.index)]
+        names_of = {path: Path(path).name for path in members["manifest"].unique()}
+        lines: dict[str, list[str]] = {unit: [] for unit in shared.index}
+        for unit, manifest, line in zip(
+            members[kind], members["manifest"], members["line"], strict=True
+        ):
+            lines[unit].append(f"{names_of[manifest]}:{line}")
+        units = shared.index if names else [f"{kind} {n}" for n in range(1, len(shared) + 1)]
+        part = shared.reset_index(drop=True).astype(object)
+        part.insert(0, "kind", kind)
+        part.insert(1, "unit", list(units))
+        parts.append(part.assign(lines=[" ".join(lines[unit]) for unit in shared.index]))
+    return pd.concat(parts, ignore_index=True)
 
 
 def looped_clips(clips: "pd.DataFrame", csv: str) -> "pd.DataFrame":
@@ -268,12 +277,21 @@ def _read_contents(file: Path) -> Contents:
         return Contents(None, None, None, os_error_cause(error))
 
 
-def _shared(clips: "pd.DataFrame", kind: str) -> "list[tuple[str, pd.DataFrame]]":
-    """(unit, its clips) for all units of a kind that are in more than one split."""
-    if kind not in clips:
-        return []
-    groups = clips.groupby(kind, sort=False)
-    return [(unit, members) for unit, members in groups if members["split"].nunique() > 1]
+def _shared(clips: "pd.DataFrame", kind: str) -> "pd.DataFrame":
+    """The number of clips in each split of all units of a kind that are in more than one split.
+
+    The index are the units, in the order of the table.
+    """
+    import pandas as pd
+
+    splits = splits_of(clips)
+    known = clips[clips[kind].notna()] if kind in clips else clips[:0].assign(**{kind: None})
+    unit_of, units = pd.factorize(known[kind])
+    split_of = pd.Categorical(known["split"], categories=splits).codes
+    counts = np.zeros((len(units), len(splits)), int)
+    np.add.at(counts, (unit_of, split_of), 1)
+    shared = (counts > 0).sum(axis=1) > 1
+    return pd.DataFrame(counts[shared], index=units[shared], columns=splits)
 
 
 def _print_overlaps(clips: "pd.DataFrame") -> bool:
@@ -289,20 +307,15 @@ def _print_overlaps(clips: "pd.DataFrame") -> bool:
             print(f"  {plural}: unknown")
             continue
         shared = _shared(clips, kind)
-        leaks = leaks or bool(shared)
+        leaks = leaks or not shared.empty
         only = "" if known == len(clips) else f" (known for {known:,} of {len(clips):,} clips)"
         print(f"  {plural}: {len(shared):,} of {clips[kind].nunique():,}{only}")
         for first, second in combinations(splits, 2):
-            pairs = [members["split"] for _, members in shared]
-            pairs = [members for members in pairs if {first, second} <= set(members)]
-            if pairs:
-                in_first, in_second = (
-                    sum(int((members == split).sum()) for members in pairs)
-                    for split in (first, second)
-                )
+            pairs = shared[(shared[first] > 0) & (shared[second] > 0)]
+            if len(pairs):
                 print(
-                    f"    {first} and {second} share {len(pairs):,}, with {in_first:,} clips of "
-                    f"{first} and {in_second:,} of {second}"
+                    f"    {first} and {second} share {len(pairs):,}, with {pairs[first].sum():,} "
+                    f"clips of {first} and {pairs[second].sum():,} of {second}"
                 )
     return leaks
 

@@ -2,6 +2,7 @@
 
 Interrupted at any moment, it continues when started again; clips that changed, that could not be
 read, or that were cached with other settings are cached again. One process at a time fills a cache.
+With --shards the files are then packed into tar files.
 """
 
 import dataclasses
@@ -17,6 +18,8 @@ from tqdm import tqdm
 from clips.cache import CacheSettings, ClipCache
 from clips.manifest import read_paths
 from clips.manifest_formats import ManifestOptions
+from clips.pack_cache import choose_shards, pack, packed_part
+from clips.shards import MAX_SHARDS
 from clips.splits import find_splits
 from utils.errors import UserError
 from utils.files import remove_unfinished, require_space, require_writable
@@ -42,6 +45,9 @@ class CacheConfig(CacheSettings, ManifestOptions):
     """manifests below data_root, or paths of their own"""
     num_workers: int = 2
     """number of processes that decode"""
+    shards: int = 0
+    """number of tar files that hold all clips together, for network drives; clips cached before are
+    packed too (0: one file per clip, or as many tar files as there are already)"""
 
 
 def fill_cache(config: CacheConfig) -> int:
@@ -65,18 +71,25 @@ def fill_cache(config: CacheConfig) -> int:
     settings = CacheSettings(**{name: getattr(config, name) for name in names})
     require_writable(config.output)
     with FolderLock(config.output):
-        return _fill(ClipCache.create(config.output, root, settings), clips, config.num_workers)
+        n_shards = choose_shards(Path(config.output), config.shards)
+        cache = ClipCache.create(config.output, root, settings)
+        return _fill(cache, clips, config.num_workers, n_shards)
 
 
-def _fill(cache: ClipCache, clips: Sequence[Path], num_workers: int) -> int:
+def _fill(cache: ClipCache, clips: Sequence[Path], num_workers: int, n_shards: int) -> int:
     """Write the clips that the cache lacks. Returns the exit code."""
+    packed = packed_part(cache, n_shards)
+    parts = [packed, cache] if n_shards else [cache]
     bar = tqdm(clips, "checking the cache", leave=False, delay=1)
-    todo = [clip for clip in bar if cache.check(clip, unreadable=True)]
+    todo = [clip for clip in bar if all(part.check(clip, unreadable=True) for part in parts)]
     print(f"{len(clips):,} clips, {len(clips) - len(todo):,} of them cached already")
     unreadable = _write(cache, todo, num_workers) if todo else []
     # Writing clears folders as well; but workers outlive a killed process for a moment.
     for folder in cache.folder.glob("???"):
         remove_unfinished(folder)
+    if n_shards:
+        pack(cache, packed.shards)
+        print(f"packed into {n_shards} tar files")
     print(f"done: {cache.folder} holds {len(clips) - len(unreadable):,} of {len(clips):,} clips")
     if unreadable:
         print("\n  ".join([f"{len(unreadable)} clips cannot be read:", *unreadable]))
@@ -119,5 +132,7 @@ def _check(config: CacheConfig) -> None:
         )
     if config.motion == "flow":
         require_opencv()
+    if not 0 <= config.shards <= MAX_SHARDS:
+        raise UserError(f"shards = {config.shards}: must be from 0 to {MAX_SHARDS}")
     if config.num_workers < 0:
         raise UserError(f"num_workers = {config.num_workers}: must be at least 0")
