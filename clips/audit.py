@@ -7,7 +7,7 @@ need no files; missing files are only counted.
 """
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import combinations
@@ -23,9 +23,9 @@ from clips.manifest_formats import ManifestOptions, read_records
 from clips.perceptual_hash import duplicate_groups, perceptual_hash, sha256_file
 from utils.errors import UserError, os_error_cause
 from utils.files import require_writable, write_all
+from utils.sharding import Shard, remove_results, run_shared, this_shard
 from utils.tables import write_table
 from utils.text_table import frame_table
-from utils.workers import in_parallel
 from video.container import ClipError, VideoMetadata, probe
 
 if TYPE_CHECKING:
@@ -70,6 +70,9 @@ class AuditConfig(ManifestOptions):
     """folder for the tables (empty: runs/audit_<name of the first manifest or folder>)"""
     num_workers: int = 2
     """number of processes that read the files"""
+    shard: str = ""
+    """i/n: read part i of n, from 0, and keep the results in the output; the process that finds all
+    parts done makes the audit (docs/scale.md; torchrun does this by itself)"""
 
 
 class Contents(NamedTuple):
@@ -92,9 +95,17 @@ def audit(config: AuditConfig) -> int:
     """
     if config.num_workers < 0 or config.max_hamming_distance < 0:
         raise UserError("num_workers and max_hamming_distance must be at least 0")
+    shard = this_shard(config.shard)
+    if shard and not config.contents:
+        raise UserError("--shard: without the contents of the files there is nothing to share")
     clips = read_clips(config.manifests, config.data_root, ManifestOptions.of(config))
     folder = Path(config.output or f"runs/audit_{Path(config.manifests[0]).stem}")
     require_writable(folder)
+    contents: dict[Path, Contents] | None = {}
+    if config.contents:
+        contents = read_contents(clips, config.num_workers, shard, folder / "parts")
+        if contents is None:
+            return 0
     print(f"{len(clips):,} clips in {', '.join(map(str, splits_of(clips)))}")
     _print_unknown_patients(clips)
     for problem in class_problems(sorted(clips["label"].unique())):
@@ -107,7 +118,7 @@ def audit(config: AuditConfig) -> int:
     exists = clips["file"].notna()
     print(f"\nfiles: {exists.sum():,} of {len(clips):,} exist")
     if exists.any() and config.contents:
-        clips = add_contents(clips, config.max_hamming_distance, config.num_workers)
+        clips = add_contents(clips, contents, config.max_hamming_distance)
         tables["files"] = file_statistics(clips)
         print(frame_table(tables["files"], index=False))
         _print_not_compared(clips)
@@ -124,6 +135,8 @@ def audit(config: AuditConfig) -> int:
         }
     )
     print(f"\ntables: {folder}")
+    if shard:
+        remove_results(folder / "parts")
     return code
 
 
@@ -222,16 +235,43 @@ def _file_name(path: str) -> str:
     return Path(path.strip().replace("\\", "/")).name
 
 
+def read_contents(
+    clips: "pd.DataFrame", num_workers: int, shard: Shard | None, parts: Path
+) -> dict[Path, Contents] | None:
+    """What is in each file of the clips; None if other processes have not read theirs yet.
+
+    Args:
+        shard, parts: see `run_shared`.
+    """
+    files = list(dict.fromkeys(clips["file"].dropna()))
+    options = num_workers, "reading the files", shard, parts, _encode, _decode
+    return run_shared(_read_contents, files, *options)
+
+
+def _encode(contents: Contents) -> list:
+    metadata = contents.metadata and list(contents.metadata)
+    bits = None if contents.hash is None else contents.hash.astype(int).tolist()
+    return [metadata, contents.sha256, bits, contents.problem]
+
+
+def _decode(kept: list) -> Contents:
+    metadata, sha256, bits, problem = kept
+    return Contents(
+        metadata and VideoMetadata(*metadata),
+        sha256,
+        None if bits is None else np.array(bits, bool),
+        problem,
+    )
+
+
 def add_contents(
-    clips: "pd.DataFrame", max_hamming_distance: int, num_workers: int
+    clips: "pd.DataFrame", contents: Mapping[Path, Contents], max_hamming_distance: int
 ) -> "pd.DataFrame":
     """The table with what is in the files of the clips.
 
     The new columns are metadata, content (SHA-256), near_duplicate (number of a group), problem,
     and uniform: whether the pictures are too uniform to be compared.
     """
-    files = list(dict.fromkeys(clips["file"].dropna()))
-    contents = dict(in_parallel(_read_contents, files, num_workers, "reading the files"))
     groups = duplicate_groups([c.hash for c in contents.values()], max_hamming_distance)
     group_of = {file: str(g) for file, g in zip(contents, groups, strict=True) if g >= 0}
     rows = [contents.get(file) for file in clips["file"]]

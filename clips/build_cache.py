@@ -24,6 +24,7 @@ from clips.splits import find_splits
 from utils.errors import UserError
 from utils.files import remove_unfinished, require_space, require_writable
 from utils.lock import FolderLock
+from utils.sharding import Shard, file_size, this_shard
 from utils.workers import in_parallel
 from video.motion import require_opencv
 
@@ -45,6 +46,8 @@ class CacheConfig(CacheSettings, ManifestOptions):
     """manifests below data_root, or paths of their own"""
     num_workers: int = 2
     """number of processes that decode"""
+    shard: str = ""
+    """i/n: write the clips of part i of n, from 0 (docs/scale.md; torchrun does this by itself)"""
     shards: int = 0
     """number of tar files that hold all clips together, for network drives; clips cached before are
     packed too (0: one file per clip, or as many tar files as there are already)"""
@@ -69,11 +72,33 @@ def fill_cache(config: CacheConfig) -> int:
     clips = list(dict.fromkeys(c for path in sources for c in read_paths(path, root, options)))
     names = [field.name for field in dataclasses.fields(CacheSettings)]
     settings = CacheSettings(**{name: getattr(config, name) for name in names})
+    shard = this_shard(config.shard)
+    if shard and choose_shards(Path(config.output), config.shards):
+        raise UserError(
+            "--shard: one process packs a cache into tar files: fill a cache of single files, then "
+            "pack it with --shards"
+        )
     require_writable(config.output)
+    if shard:  # several processes write different clips, each of them atomically
+        return _fill_part(ClipCache.create(config.output, root, settings), clips, config, shard)
     with FolderLock(config.output):
         n_shards = choose_shards(Path(config.output), config.shards)
         cache = ClipCache.create(config.output, root, settings)
         return _fill(cache, clips, config.num_workers, n_shards)
+
+
+def _fill_part(cache: ClipCache, clips: Sequence[Path], config: CacheConfig, shard: Shard) -> int:
+    """Write what the cache lacks of this process's part. Returns the exit code."""
+    part = shard.part(clips, [file_size(clip) for clip in clips])
+    bar = tqdm(part, "checking the cache", leave=False, delay=1)
+    todo = [clip for clip in bar if cache.check(clip, unreadable=True)]
+    print(f"part {shard}: {len(part):,} of {len(clips):,} clips, {len(todo):,} of them to write")
+    unreadable = _write(cache, todo, config.num_workers) if todo else []
+    missing = sum(bool(cache.check(clip)) for clip in clips)
+    print(f"done: {cache.folder} lacks {missing:,} of {len(clips):,} clips")
+    if unreadable:
+        print("\n  ".join([f"{len(unreadable)} clips cannot be read:", *unreadable]))
+    return int(bool(unreadable))
 
 
 def _fill(cache: ClipCache, clips: Sequence[Path], num_workers: int, n_shards: int) -> int:
