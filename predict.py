@@ -14,7 +14,8 @@
 
 The results of operation.mp4 are written into the folder operation.mp4.timeline beside it:
 timeline.csv, frames.csv, timeline.vtt (subtitles), timeline.png and timeline.html, a page to look
-through. Of several videos, summary.csv beside these folders has a row per video. Ctrl-C stops early and writes the results so far.
+through. Of several videos, summary.csv beside these folders has a row per video. Ctrl-C stops early
+and writes the results so far.
 """
 
 import dataclasses

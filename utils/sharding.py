@@ -49,7 +49,7 @@ def this_shard(text: str = "") -> Shard | None:
         return Shard(int(os.environ["RANK"]), int(count)) if count != "1" else None
     if count != "1":
         raise UserError("--shard: torchrun shares the files already: leave out one of the two")
-    match = re.fullmatch(r"(\d{1,6})/(\d{1,6})", text)
+    match = re.fullmatch(r"([0-9]{1,6})/([0-9]{1,6})", text)
     if not match or not int(match[1]) < int(match[2]):
         raise UserError(
             f"--shard {text}: give i/n for process i of n, i from 0 to n - 1, e.g. 0/4 to 3/4"
@@ -136,7 +136,7 @@ def _read_results(folder: Path) -> dict[str, Any]:
         for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
             try:
                 key, result = json.loads(line)
-            except ValueError:
+            except (ValueError, TypeError):
                 continue
             if isinstance(key, str):
                 results[key] = result
