@@ -88,7 +88,12 @@ def fill_cache(config: CacheConfig) -> int:
 
 
 def _fill_part(cache: ClipCache, clips: Sequence[Path], config: CacheConfig, shard: Shard) -> int:
-    """Write what the cache lacks of this process's part. Returns the exit code."""
+    """Write what the cache lacks of this process's part.
+
+    Returns:
+        The exit code, 0: torchrun would stop the other processes because of a clip that cannot be
+        read. The cache keeps which clips these are, and the next start tries them again.
+    """
     part = shard.part(clips, [file_size(clip) for clip in clips])
     bar = tqdm(part, "checking the cache", leave=False, delay=1)
     todo = [clip for clip in bar if cache.check(clip, unreadable=True)]
@@ -98,7 +103,7 @@ def _fill_part(cache: ClipCache, clips: Sequence[Path], config: CacheConfig, sha
     print(f"done: {cache.folder} lacks {missing:,} of {len(clips):,} clips")
     if unreadable:
         print("\n  ".join([f"{len(unreadable)} clips cannot be read:", *unreadable]))
-    return int(bool(unreadable))
+    return 0
 
 
 def _fill(cache: ClipCache, clips: Sequence[Path], num_workers: int, n_shards: int) -> int:

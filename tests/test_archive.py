@@ -18,6 +18,7 @@ from checkpoint import save_checkpoint
 from config import TrainConfig
 from models import build_model
 from predict import main
+from prepare_data import main as prepare
 from timeline.archive import DONE, SUMMARY
 from timeline.segments import read_timeline
 from training.checks import resolve
@@ -171,3 +172,47 @@ def test_what_cannot_be_shared_is_refused(
     error = mistake(main, run, archive, cwd=tmp_path).stderr
     assert f"{archive / SUMMARY}: exists already, is not a table that this command wrote" in error
     assert (archive / SUMMARY).read_text() == "patient,age\n"
+
+
+def test_check_is_shared(originals: Path, run_main: Callable, tmp_path: Path) -> None:
+    bad, whole = tmp_path / "bad.csv", tmp_path / "whole.csv"
+    flags = "check", originals.parent / "classes", "--num-workers", 0, "--output"
+    shutil.copytree(originals, originals.parent / "classes" / "dark", dirs_exist_ok=True)
+    run_main(prepare, *flags, whole, cwd=tmp_path, code=1)
+    done = run_main(prepare, *flags, bad, "--shard", "0/2", cwd=tmp_path)
+    assert "0 of 7 files are done; here 4" in done.stdout
+    assert "3 of 7 files are left to the other processes" in done.stdout
+    assert not bad.exists()
+    done = run_main(prepare, *flags, bad, "--shard", "1/2", cwd=tmp_path, code=1)
+    assert "7 files, 1 of them bad" in done.stdout
+    assert bad.read_text() == whole.read_text()
+    assert [path.name for path in tmp_path.glob("bad*")] == ["bad.csv"]
+
+
+def test_audit_is_shared(tiny_data: Path, run_main: Callable, tmp_path: Path) -> None:
+    flags = "audit", tiny_data, "--num-workers", 0, "--output"
+    whole = run_main(prepare, *flags, "whole", cwd=tmp_path, code=1)
+    for index in range(2):
+        done = run_main(prepare, *flags, "ours", "--shard", f"{index}/3", cwd=tmp_path)
+        assert "left to the other processes" in done.stdout and "composition" not in done.stdout
+    done = run_main(prepare, *flags, "ours", "--shard", "2/3", cwd=tmp_path, code=1)
+    assert done.stdout.split("\n", 1)[1] == whole.stdout.replace("whole", "ours")
+    tables = {path.name: path.read_text() for path in (tmp_path / "whole").iterdir()}
+    assert {path.name: path.read_text() for path in (tmp_path / "ours").iterdir()} == tables
+
+
+def test_cache_is_shared(tiny_data: Path, run_main: Callable, tmp_path: Path) -> None:
+    flags = "cache", tiny_data, "--num-workers", 0, "--n-frames", 4, "--image-size", 32, "--output"
+    run_main(prepare, *flags, "whole", cwd=tmp_path)
+    for index, missing in ((1, 18), (0, 0)):
+        done = run_main(prepare, *flags, "ours", "--shard", f"{index}/2", cwd=tmp_path)
+        assert f"lacks {missing} of 36 clips" in done.stdout
+
+    def entries(folder: Path) -> dict[Path, bytes]:
+        return {p.relative_to(folder): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+    assert entries(tmp_path / "ours") == entries(tmp_path / "whole")
+    done = run_main(prepare, *flags, "ours", "--shard", "0/1", cwd=tmp_path)
+    assert "36 clips, 0 of them to write" in done.stdout
+    error = run_main(prepare, *flags, "ours", "--shard", "0/2", "--shards", 2, cwd=tmp_path, code=2)
+    assert "one process packs a cache into tar files" in error.stderr
