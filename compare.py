@@ -113,7 +113,7 @@ def score_table(candidates: Sequence[Candidate], best: int) -> "pd.DataFrame":
     from evaluation.bootstrap import (
         interval_columns,
         n_clusters,
-        paired_difference,
+        paired_differences,
         score_intervals,
     )
     from evaluation.runs import patients_of
@@ -123,13 +123,17 @@ def score_table(candidates: Sequence[Candidate], best: int) -> "pd.DataFrame":
     kind = "patients" if n_clusters(patients) else "clips"
     best_predictions = candidates[best].run.predictions
     labels = best_predictions.labels
+    all_differences = paired_differences(
+        labels,
+        best_predictions.probabilities,
+        [candidate.run.predictions.probabilities for candidate in candidates],
+        patients,
+    )
     rows = []
-    for candidate in tqdm(candidates, "resampling", unit="run", leave=False, delay=1):
+    bar = tqdm(candidates, "resampling", unit="run", leave=False, delay=1)
+    for candidate, differences in zip(bar, all_differences, strict=True):
         predictions = candidate.run.predictions
-        intervals = score_intervals(labels, predictions.probabilities, patients)
-        differences = paired_difference(
-            labels, best_predictions.probabilities, predictions.probabilities, patients
-        )
+        intervals = score_intervals(labels, predictions.probabilities, patients, kinds=[kind])
         row: dict[str, Any] = {
             "Model": candidate.label,
             "Run": str(candidate.run.folder),

@@ -10,10 +10,12 @@
     python predict.py RUN operation.mp4 --overlay                     also a video with the answers
     python predict.py RUN operation.mp4 --explain                     which seconds decided
     python predict.py RUN /data/clips --clips answers.csv             one answer per clip
+    torchrun --nproc-per-node=4 predict.py RUN /data/operations       an archive (docs/scale.md)
 
 The results of operation.mp4 are written into the folder operation.mp4.timeline beside it:
 timeline.csv, frames.csv, timeline.vtt (subtitles), timeline.png and timeline.html, a page to look
-through. Ctrl-C stops early and writes the results so far.
+through. Of several videos, summary.csv beside these folders has a row per video. Ctrl-C stops early
+and writes the results so far.
 """
 
 import dataclasses
@@ -23,6 +25,7 @@ import sys
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -32,7 +35,8 @@ from config import EngineName, Precision
 from timeline.open_source import find_sources, open_source
 from utils.cli import cli_main, parse
 from utils.errors import UserError, require_package
-from utils.run_dir import strip_credentials
+from utils.run_dir import sanitize, strip_credentials
+from utils.sharding import file_size, this_shard
 
 if TYPE_CHECKING:
     import numpy as np
@@ -54,6 +58,12 @@ OLD_NAMES = {
     "rate": "fps",
     "segment_seconds": "mean_duration",
     "wanted_error": "target_error",
+}
+
+# The settings that change nothing in the results of a video.
+OF_THE_START = {
+    *("run", "sources", "output", "skip_done", "shard", "serve", "host", "port", "device"),
+    *("reconnect_timeout", "clips", "data_root", "path_column", "num_workers"),
 }
 
 # The settings that --clips uses.
@@ -107,6 +117,12 @@ class PredictConfig:
     """detector.py:function, a function of your own that gets a frame (H, W, 3), uint8 RGB in the
     size of the model's frames, and tells whether it was taken outside the patient; such frames are
     marked and never shown"""
+
+    skip_done: bool = False
+    """leave out videos that have been predicted with this checkpoint and these settings"""
+    shard: str = ""
+    """i/n: predict part i of n of the videos, from 0, that are not done; the process that finds all
+    of them done writes summary.csv (docs/scale.md; torchrun does this by itself)"""
 
     overlay: bool = False
     """also write overlay.mp4, the video with its predictions and the timeline below the picture"""
@@ -256,6 +272,15 @@ def build_explainer(config: PredictConfig, predictor: "OnlinePredictor") -> "Win
     return WindowExplainer(rebuild_model(state), method, *options)
 
 
+def own_device(name: str) -> str:
+    """The GPU of this process among those of its machine, which torchrun numbers."""
+    import torch
+
+    if name not in ("auto", "cuda") or not torch.cuda.is_available():
+        return name
+    return f"cuda:{int(os.environ.get('LOCAL_RANK', '0')) % torch.cuda.device_count()}"
+
+
 def describe_window(predictor: "OnlinePredictor") -> str:
     """What the model sees at once, in frames and in seconds."""
     frames, fps = predictor.n_frames, predictor.fps
@@ -272,8 +297,12 @@ def predict(
     frame_filter: "Callable[[np.ndarray], bool] | None",
     metadata: dict[str, str],
     explainer: "WindowExplainer | None" = None,
+    computed: str = "",
 ) -> list[str]:
     """Predict the timeline of each source, and write its results into its folder.
+
+    Args:
+        computed: of `timeline.archive.fingerprint`, for the records of what is done.
 
     Returns:
         One error message per source that could not be predicted or whose results not be written.
@@ -281,13 +310,14 @@ def predict(
     Raises:
         Interrupted: the process was asked to stop; the results so far are written.
     """
+    from timeline.archive import write_done
     from timeline.output import advice, summary
     from timeline.overlay import EVERY_FRAME, write_overlay
     from timeline.predictor import VideoPredictor
     from timeline.sources import FileSource
     from utils.device import describe_device
+    from utils.files import try_write
     from utils.interrupt import Interrupt
-    from utils.run_dir import sanitize
     from video.container import ClipError
 
     failures, device = [], describe_device(predictor.device)
@@ -314,6 +344,9 @@ def predict(
         except ClipError as error:
             failures.append(str(error))
             print(f"error: {error}", file=sys.stderr)
+            if isinstance(source, Path):  # if not even that can be written, it is not done
+                reason = partial(write_done, source=source, computed=computed, timeline=None)
+                try_write(folder, partial(reason, reason=error.reason))
             continue
         timeline.notes += advice(timeline, calibration)
         rate = {"video": f"{frames.rate:.3g} frames per second"} if frames.rate else {}
@@ -340,6 +373,9 @@ def predict(
             problems += write_explanation(
                 folder, timeline, path, about, frames, explainer, interrupt
             )
+        if isinstance(source, Path) and not problems and not interrupt.signal:
+            done = partial(write_done, source=source, computed=computed, timeline=timeline)
+            problems += filter(None, [try_write(folder, partial(done, reason=video.broke_off))])
         if problems:
             failures.append("; ".join(problems))
             print(f"error: {failures[-1]}", file=sys.stderr)
@@ -369,7 +405,6 @@ def write_explanation(
     from timeline.relevance import explain_timeline, write_relevance
     from utils.files import write_all
     from utils.interrupt import Interrupted
-    from utils.run_dir import sanitize
     from web.timeline_page import write_timeline_page
 
     try:
@@ -419,6 +454,9 @@ def write_outputs(
 def main() -> None:
     config = parse(PredictConfig, __doc__, old_names=OLD_NAMES)
     check_settings(config)
+    shard = this_shard(config.shard)
+    if shard and config.clips:
+        raise UserError("--clips writes one table: start it once, without torchrun")
     if config.clips:
         from training.predict_clips import find_clips, predict_clips
 
@@ -429,6 +467,9 @@ def main() -> None:
         return
     # Before the model is built: a misspelt name is found at once.
     sources = find_sources(config.sources, config.frame_rate)
+    shared = "torchrun and --shard" if shard else "--skip-done" if config.skip_done else ""
+    if shared and (other := [s for s in sources if not isinstance(s, Path)]):
+        raise UserError(f"{shared}: for files and folders, not for {strip_credentials(other[0])}")
     if config.overlay and (other := [s for s in sources if not Path(s).is_file()]):
         source = strip_credentials(str(other[0]))
         raise UserError(f"--overlay reads the video twice: for a file, not for {source}")
@@ -438,24 +479,71 @@ def main() -> None:
             f"--explain reads the video twice: for a file or a folder of images, not for {source}"
         )
 
+    from timeline.archive import COLUMNS, fingerprint, read_done, summary_path, write_summary
     from timeline.output import output_folders
     from timeline.predictor import load_frame_filter
-    from utils.files import require_writable
+    from utils.files import require_writable, try_write
     from utils.interrupt import Interrupted
+    from utils.tables import require_own_table
 
     folders = output_folders(sources, config.output)
+    table = summary_path(folders)
+    if len(sources) > 1:
+        require_own_table(table, COLUMNS)
     for folder in folders:
         require_writable(folder)
     frame_filter = load_frame_filter(config.out_of_body) if config.out_of_body else None
+    if shard:
+        config = dataclasses.replace(config, device=own_device(config.device))
     predictor, smoothing, calibration, metadata = build_predictor(config)
-    print(f"the model sees {describe_window(predictor)}", flush=True)
     explainer = build_explainer(config, predictor) if config.explain else None
+
+    # which videos
+    model_file = Path(config.run)
+    model_file = model_file / "best.pt" if model_file.is_dir() else model_file
+    settings = {k: v for k, v in vars(config).items() if k not in OF_THE_START}
+    computed = fingerprint(model_file, settings)
+    pairs = list(zip(sources, folders, strict=True))
+    todo = shard.part(pairs, [file_size(source) for source in sources]) if shard else pairs
+    if shard or config.skip_done:
+        own = len(todo)
+        records = [read_done(folder, source, computed) for source, folder in todo]
+        # A video that could not be read is tried again: it may have been repaired.
+        todo = [
+            pair
+            for pair, record in zip(todo, records, strict=True)
+            if not record or record["status"] == "unreadable"
+        ]
+        part = f"part {shard}: " if shard else ""
+        print(f"{part}{own - len(todo):,} of {own:,} videos are done already", flush=True)
+    print(f"the model sees {describe_window(predictor)}", flush=True)
+
+    # predict
+    failures = []
     try:
-        options = predictor, smoothing, calibration, frame_filter, metadata, explainer
-        failures = predict(config, sources, folders, *options)
+        options = predictor, smoothing, calibration, frame_filter, metadata, explainer, computed
+        if todo:
+            failures = predict(config, *map(list, zip(*todo, strict=True)), *options)
     except Interrupted:
         print("interrupted: the results so far are written", file=sys.stderr)
         sys.exit(130)
+
+    # summary
+    if len(sources) > 1:
+        records = [read_done(folder, source, computed) for source, folder in pairs]
+        if missing := records.count(None):
+            if shard:
+                print(
+                    f"{missing:,} of {len(records):,} videos are left to the other processes; if "
+                    "none of them runs any more, start again"
+                )
+        elif problem := try_write(table, lambda p: write_summary(p, records, predictor.classes)):
+            failures.append(problem)
+        else:
+            print(f"all {len(records):,} videos: {sanitize(str(table))}")
+    not_done = [folder for source, folder in todo if not read_done(folder, source, computed)]
+    if shard and not not_done:  # unreadable videos are in the summary, and end no other process
+        return
     if failures:
         count = f"{len(failures)} of {len(sources)} videos"
         raise UserError(f"{count} could not be predicted or written (see above)")

@@ -13,7 +13,7 @@ from collections import Counter
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import tyro
 
@@ -27,8 +27,8 @@ from clips.splits import BAD_FILES
 from utils.cli import cli_main, parse_subcommand
 from utils.errors import UserError
 from utils.files import require_writable_file, try_write
+from utils.sharding import remove_results, run_shared, this_shard
 from utils.tables import require_own_table, write_csv
-from utils.workers import in_parallel
 from video.clip_reader import check_clip
 from video.motion import Modality
 
@@ -59,6 +59,9 @@ class CheckConfig(ManifestOptions):
     """CSV for the list of bad files: path, reason"""
     num_workers: int = 2
     """number of processes that decode"""
+    shard: str = ""
+    """i/n: check part i of n, from 0, and keep the results beside the output; the process that
+    finds all parts done writes the list (docs/scale.md; torchrun does this by itself)"""
 
 
 def check(config: CheckConfig) -> int:
@@ -72,6 +75,7 @@ def check(config: CheckConfig) -> int:
     """
     if config.num_workers < 0:
         raise UserError(f"num_workers = {config.num_workers}: must be at least 0")
+    shard = this_shard(config.shard)
     clips = read_clips(config.sources, config.data_root, ManifestOptions.of(config))
     output = Path(config.output)
     require_writable_file(output)
@@ -80,9 +84,12 @@ def check(config: CheckConfig) -> int:
     bad = [(path, "no such file") for path in missing["path"]]
     files = list(dict.fromkeys(clips["file"].dropna()))
     check_file = partial(check_clip, motion=Modality.parse(config.modality).stored_motion)
-    for file, problem in in_parallel(check_file, files, config.num_workers, "decoding"):
-        if problem:
-            bad.append((str(file), problem))
+    parts = output.with_name(f"{output.name}.parts")
+    options = config.num_workers, "decoding", shard, parts, _as_text, _as_text
+    problems = run_shared(check_file, files, *options)
+    if problems is None:
+        return 0
+    bad += [(str(file), problem) for file, problem in problems.items() if problem]
     print(f"{len(files) + len(missing):,} files, {len(bad):,} of them bad: {output}")
     for reason, count in Counter(reason for _, reason in bad).most_common(10):
         print(f"  {count:,}: {reason}")
@@ -90,7 +97,14 @@ def check(config: CheckConfig) -> int:
     if problem := try_write(output, lambda path: write_csv(path, [BAD_FILES, *bad])):
         print("\n".join(f"{path}: {reason}" for path, reason in bad))
         raise UserError(problem)
+    if shard:
+        remove_results(parts)
     return int(bool(bad))
+
+
+def _as_text(problem: Any) -> str:
+    """Why a file is bad; empty if it is not. What a file of results holds may be anything."""
+    return str(problem or "")
 
 
 COMMANDS = {

@@ -7,7 +7,7 @@ need no files; missing files are only counted.
 """
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import combinations
@@ -23,9 +23,9 @@ from clips.manifest_formats import ManifestOptions, read_records
 from clips.perceptual_hash import duplicate_groups, perceptual_hash, sha256_file
 from utils.errors import UserError, os_error_cause
 from utils.files import require_writable, write_all
+from utils.sharding import Shard, remove_results, run_shared, this_shard
 from utils.tables import write_table
 from utils.text_table import frame_table
-from utils.workers import in_parallel
 from video.container import ClipError, VideoMetadata, probe
 
 if TYPE_CHECKING:
@@ -70,6 +70,9 @@ class AuditConfig(ManifestOptions):
     """folder for the tables (empty: runs/audit_<name of the first manifest or folder>)"""
     num_workers: int = 2
     """number of processes that read the files"""
+    shard: str = ""
+    """i/n: read part i of n, from 0, and keep the results in the output; the process that finds all
+    parts done makes the audit (docs/scale.md; torchrun does this by itself)"""
 
 
 class Contents(NamedTuple):
@@ -92,9 +95,17 @@ def audit(config: AuditConfig) -> int:
     """
     if config.num_workers < 0 or config.max_hamming_distance < 0:
         raise UserError("num_workers and max_hamming_distance must be at least 0")
+    shard = this_shard(config.shard)
+    if shard and not config.contents:
+        raise UserError("--shard: without the contents of the files there is nothing to share")
     clips = read_clips(config.manifests, config.data_root, ManifestOptions.of(config))
     folder = Path(config.output or f"runs/audit_{Path(config.manifests[0]).stem}")
     require_writable(folder)
+    contents: dict[Path, Contents] | None = {}
+    if config.contents:
+        contents = read_contents(clips, config.num_workers, shard, folder / "parts")
+        if contents is None:
+            return 0
     print(f"{len(clips):,} clips in {', '.join(map(str, splits_of(clips)))}")
     _print_unknown_patients(clips)
     for problem in class_problems(sorted(clips["label"].unique())):
@@ -107,7 +118,7 @@ def audit(config: AuditConfig) -> int:
     exists = clips["file"].notna()
     print(f"\nfiles: {exists.sum():,} of {len(clips):,} exist")
     if exists.any() and config.contents:
-        clips = add_contents(clips, config.max_hamming_distance, config.num_workers)
+        clips = add_contents(clips, contents, config.max_hamming_distance)
         tables["files"] = file_statistics(clips)
         print(frame_table(tables["files"], index=False))
         _print_not_compared(clips)
@@ -124,6 +135,8 @@ def audit(config: AuditConfig) -> int:
         }
     )
     print(f"\ntables: {folder}")
+    if shard:
+        remove_results(folder / "parts")
     return code
 
 
@@ -182,15 +195,24 @@ def overlaps(clips: "pd.DataFrame", names: bool = False) -> "pd.DataFrame":
     """
     import pandas as pd
 
-    rows = []
+    parts = [pd.DataFrame(columns=["kind", "unit", *splits_of(clips), "lines"])]
     for kind in KINDS:
-        for number, (unit, members) in enumerate(_shared(clips, kind), 1):
-            counts = members["split"].value_counts()
-            lines = zip(members["manifest"], members["line"], strict=True)
-            row = {"kind": kind, "unit": unit if names else f"{kind} {number}"}
-            row |= {split: int(counts.get(split, 0)) for split in splits_of(clips)}
-            rows.append(row | {"lines": " ".join(f"{Path(m).name}:{line}" for m, line in lines)})
-    return pd.DataFrame(rows, columns=["kind", "unit", *splits_of(clips), "lines"])
+        shared = _shared(clips, kind)
+        if shared.empty:
+            continue
+        members = clips[clips[kind].isin(shared.index)]
+        names_of = {path: Path(path).name for path in members["manifest"].unique()}
+        lines: dict[str, list[str]] = {unit: [] for unit in shared.index}
+        for unit, manifest, line in zip(
+            members[kind], members["manifest"], members["line"], strict=True
+        ):
+            lines[unit].append(f"{names_of[manifest]}:{line}")
+        units = shared.index if names else [f"{kind} {n}" for n in range(1, len(shared) + 1)]
+        part = shared.reset_index(drop=True).astype(object)
+        part.insert(0, "kind", kind)
+        part.insert(1, "unit", list(units))
+        parts.append(part.assign(lines=[" ".join(lines[unit]) for unit in shared.index]))
+    return pd.concat(parts, ignore_index=True)
 
 
 def looped_clips(clips: "pd.DataFrame", csv: str) -> "pd.DataFrame":
@@ -213,16 +235,43 @@ def _file_name(path: str) -> str:
     return Path(path.strip().replace("\\", "/")).name
 
 
+def read_contents(
+    clips: "pd.DataFrame", num_workers: int, shard: Shard | None, parts: Path
+) -> dict[Path, Contents] | None:
+    """What is in each file of the clips; None if other processes have not read theirs yet.
+
+    Args:
+        shard, parts: see `run_shared`.
+    """
+    files = list(dict.fromkeys(clips["file"].dropna()))
+    options = num_workers, "reading the files", shard, parts, _encode, _decode
+    return run_shared(_read_contents, files, *options)
+
+
+def _encode(contents: Contents) -> list:
+    metadata = contents.metadata and list(contents.metadata)
+    bits = None if contents.hash is None else contents.hash.astype(int).tolist()
+    return [metadata, contents.sha256, bits, contents.problem]
+
+
+def _decode(kept: list) -> Contents:
+    metadata, sha256, bits, problem = kept
+    return Contents(
+        metadata and VideoMetadata(*metadata),
+        sha256,
+        None if bits is None else np.array(bits, bool),
+        problem,
+    )
+
+
 def add_contents(
-    clips: "pd.DataFrame", max_hamming_distance: int, num_workers: int
+    clips: "pd.DataFrame", contents: Mapping[Path, Contents], max_hamming_distance: int
 ) -> "pd.DataFrame":
     """The table with what is in the files of the clips.
 
     The new columns are metadata, content (SHA-256), near_duplicate (number of a group), problem,
     and uniform: whether the pictures are too uniform to be compared.
     """
-    files = list(dict.fromkeys(clips["file"].dropna()))
-    contents = dict(in_parallel(_read_contents, files, num_workers, "reading the files"))
     groups = duplicate_groups([c.hash for c in contents.values()], max_hamming_distance)
     group_of = {file: str(g) for file, g in zip(contents, groups, strict=True) if g >= 0}
     rows = [contents.get(file) for file in clips["file"]]
@@ -268,12 +317,21 @@ def _read_contents(file: Path) -> Contents:
         return Contents(None, None, None, os_error_cause(error))
 
 
-def _shared(clips: "pd.DataFrame", kind: str) -> "list[tuple[str, pd.DataFrame]]":
-    """(unit, its clips) for all units of a kind that are in more than one split."""
-    if kind not in clips:
-        return []
-    groups = clips.groupby(kind, sort=False)
-    return [(unit, members) for unit, members in groups if members["split"].nunique() > 1]
+def _shared(clips: "pd.DataFrame", kind: str) -> "pd.DataFrame":
+    """The number of clips in each split of all units of a kind that are in more than one split.
+
+    The index are the units, in the order of the table.
+    """
+    import pandas as pd
+
+    splits = splits_of(clips)
+    known = clips[clips[kind].notna()] if kind in clips else clips[:0].assign(**{kind: None})
+    unit_of, units = pd.factorize(known[kind])
+    split_of = pd.Categorical(known["split"], categories=splits).codes
+    counts = np.zeros((len(units), len(splits)), int)
+    np.add.at(counts, (unit_of, split_of), 1)
+    shared = (counts > 0).sum(axis=1) > 1
+    return pd.DataFrame(counts[shared], index=units[shared], columns=splits)
 
 
 def _print_overlaps(clips: "pd.DataFrame") -> bool:
@@ -289,20 +347,15 @@ def _print_overlaps(clips: "pd.DataFrame") -> bool:
             print(f"  {plural}: unknown")
             continue
         shared = _shared(clips, kind)
-        leaks = leaks or bool(shared)
+        leaks = leaks or not shared.empty
         only = "" if known == len(clips) else f" (known for {known:,} of {len(clips):,} clips)"
         print(f"  {plural}: {len(shared):,} of {clips[kind].nunique():,}{only}")
         for first, second in combinations(splits, 2):
-            pairs = [members["split"] for _, members in shared]
-            pairs = [members for members in pairs if {first, second} <= set(members)]
-            if pairs:
-                in_first, in_second = (
-                    sum(int((members == split).sum()) for members in pairs)
-                    for split in (first, second)
-                )
+            pairs = shared[(shared[first] > 0) & (shared[second] > 0)]
+            if len(pairs):
                 print(
-                    f"    {first} and {second} share {len(pairs):,}, with {in_first:,} clips of "
-                    f"{first} and {in_second:,} of {second}"
+                    f"    {first} and {second} share {len(pairs):,}, with {pairs[first].sum():,} "
+                    f"clips of {first} and {pairs[second].sum():,} of {second}"
                 )
     return leaks
 

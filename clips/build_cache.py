@@ -2,6 +2,7 @@
 
 Interrupted at any moment, it continues when started again; clips that changed, that could not be
 read, or that were cached with other settings are cached again. One process at a time fills a cache.
+With --shards the files are then packed into tar files.
 """
 
 import dataclasses
@@ -17,10 +18,13 @@ from tqdm import tqdm
 from clips.cache import CacheSettings, ClipCache
 from clips.manifest import read_paths
 from clips.manifest_formats import ManifestOptions
+from clips.pack_cache import choose_shards, pack, packed_part
+from clips.shards import MAX_SHARDS
 from clips.splits import find_splits
 from utils.errors import UserError
 from utils.files import remove_unfinished, require_space, require_writable
 from utils.lock import FolderLock
+from utils.sharding import Shard, file_size, this_shard
 from utils.workers import in_parallel
 from video.motion import require_opencv
 
@@ -42,6 +46,11 @@ class CacheConfig(CacheSettings, ManifestOptions):
     """manifests below data_root, or paths of their own"""
     num_workers: int = 2
     """number of processes that decode"""
+    shard: str = ""
+    """i/n: write the clips of part i of n, from 0 (docs/scale.md; torchrun does this by itself)"""
+    shards: int = 0
+    """number of tar files that hold all clips together, for network drives; clips cached before are
+    packed too (0: one file per clip, or as many tar files as there are already)"""
 
 
 def fill_cache(config: CacheConfig) -> int:
@@ -63,20 +72,54 @@ def fill_cache(config: CacheConfig) -> int:
     clips = list(dict.fromkeys(c for path in sources for c in read_paths(path, root, options)))
     names = [field.name for field in dataclasses.fields(CacheSettings)]
     settings = CacheSettings(**{name: getattr(config, name) for name in names})
+    shard = this_shard(config.shard)
+    if shard and choose_shards(Path(config.output), config.shards):
+        raise UserError(
+            "--shard: one process packs a cache into tar files: fill a cache of single files, then "
+            "pack it with --shards"
+        )
     require_writable(config.output)
+    if shard:  # several processes write different clips, each of them atomically
+        return _fill_part(ClipCache.create(config.output, root, settings), clips, config, shard)
     with FolderLock(config.output):
-        return _fill(ClipCache.create(config.output, root, settings), clips, config.num_workers)
+        n_shards = choose_shards(Path(config.output), config.shards)
+        cache = ClipCache.create(config.output, root, settings)
+        return _fill(cache, clips, config.num_workers, n_shards)
 
 
-def _fill(cache: ClipCache, clips: Sequence[Path], num_workers: int) -> int:
-    """Write the clips that the cache lacks. Returns the exit code."""
-    bar = tqdm(clips, "checking the cache", leave=False, delay=1)
+def _fill_part(cache: ClipCache, clips: Sequence[Path], config: CacheConfig, shard: Shard) -> int:
+    """Write what the cache lacks of this process's part.
+
+    Returns:
+        The exit code, 0: torchrun would stop the other processes because of a clip that cannot be
+        read. The cache keeps which clips these are, and the next start tries them again.
+    """
+    part = shard.part(clips, [file_size(clip) for clip in clips])
+    bar = tqdm(part, "checking the cache", leave=False, delay=1)
     todo = [clip for clip in bar if cache.check(clip, unreadable=True)]
+    print(f"part {shard}: {len(part):,} of {len(clips):,} clips, {len(todo):,} of them to write")
+    unreadable = _write(cache, todo, config.num_workers) if todo else []
+    missing = sum(bool(cache.check(clip)) for clip in clips)
+    print(f"done: {cache.folder} lacks {missing:,} of {len(clips):,} clips")
+    if unreadable:
+        print("\n  ".join([f"{len(unreadable)} clips cannot be read:", *unreadable]))
+    return 0
+
+
+def _fill(cache: ClipCache, clips: Sequence[Path], num_workers: int, n_shards: int) -> int:
+    """Write the clips that the cache lacks. Returns the exit code."""
+    packed = packed_part(cache, n_shards)
+    parts = [packed, cache] if n_shards else [cache]
+    bar = tqdm(clips, "checking the cache", leave=False, delay=1)
+    todo = [clip for clip in bar if all(part.check(clip, unreadable=True) for part in parts)]
     print(f"{len(clips):,} clips, {len(clips) - len(todo):,} of them cached already")
     unreadable = _write(cache, todo, num_workers) if todo else []
     # Writing clears folders as well; but workers outlive a killed process for a moment.
     for folder in cache.folder.glob("???"):
         remove_unfinished(folder)
+    if n_shards:
+        pack(cache, packed.shards)
+        print(f"packed into {n_shards} tar files")
     print(f"done: {cache.folder} holds {len(clips) - len(unreadable):,} of {len(clips):,} clips")
     if unreadable:
         print("\n  ".join([f"{len(unreadable)} clips cannot be read:", *unreadable]))
@@ -119,5 +162,7 @@ def _check(config: CacheConfig) -> None:
         )
     if config.motion == "flow":
         require_opencv()
+    if not 0 <= config.shards <= MAX_SHARDS:
+        raise UserError(f"shards = {config.shards}: must be from 0 to {MAX_SHARDS}")
     if config.num_workers < 0:
         raise UserError(f"num_workers = {config.num_workers}: must be at least 0")

@@ -5,6 +5,9 @@ clip's path below the data's root, in 4096 folders, so that no folder holds too 
 no name reveals the patient. `prepare_data.py cache` fills it; training reads it if
 TrainConfig.cache names it.
 
+A cache on a network drive may be packed into tar files instead, see clips/shards.py: they are read
+clip by clip as the single files are, and hold the same bytes.
+
 A file holds all frames of a short clip. Of a long clip it holds the middles of `frames_per_segment`
 equal parts of each of the clip's `n_frames` segments: uniform sampling finds its frames, and random
 sampling can still choose among `frames_per_segment` in each segment. JPEG loses a little (see
@@ -12,21 +15,22 @@ docs/results/data.md). Motion, if the settings name it, is kept beside each fram
 to 4 kB for 224 px.
 """
 
+import contextlib
 import hashlib
 import io
-import json
 import os
-import struct
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, Literal
+from typing import Any, Literal
 
 import numpy as np
 
+from clips.cache_entry import Place, StaleCacheEntry, entry_file, read_entry_file, read_pieces
+from clips.shards import Shards, settings_hash
 from utils.errors import UserError
-from utils.files import atomic, parse_json, read_json, write_json
+from utils.files import atomic, read_json, write_json
 from utils.structure import find_mismatch
 from video.clip_reader import DecodedClip, FrameSampler, read_frames_and_motion
 from video.container import ClipError
@@ -34,7 +38,6 @@ from video.files import fingerprint
 from video.motion import Modality, StoredMotion, grid_side
 
 FORMAT = 1
-_MAGIC = b"clipjpg\n"
 _BYTES_PER_PIXEL = 250_000 / (16 * 224 * 224)  # at most, on average over a clip
 _LOWEST_QUALITY = 20
 
@@ -43,7 +46,7 @@ _OLD_NAMES = {"per_segment": "frames_per_segment", "inputs": "modality"}
 _OLD_VALUES = {"rgb+vectors": "rgb+mv"}
 
 
-# What cache.json and the header of a clip's file hold; see `utils.structure.find_mismatch`. The
+# What cache.json holds; see `utils.structure.find_mismatch`. The
 # first caches held no motion and do not name their modality.
 _SHAPE = {
     "n_frames": int,
@@ -51,15 +54,6 @@ _SHAPE = {
     "quality": int,
     "frames_per_segment": int,
     "modality?": str,
-}
-_HEADER = {
-    "source": [int],
-    "settings": dict,
-    "error?": str,
-    "count?": int,
-    "numbers?": [int],
-    "lengths?": [int],
-    "motion?": [int],
 }
 
 
@@ -84,22 +78,20 @@ class CacheSettings:
         return Modality.parse(self.modality).stored_motion
 
 
-class StaleCacheEntry(Exception):
-    """The cache's file of a clip is damaged or out of date."""
-
-
 class ClipCache:
     """A folder of cached clips.
 
     Args:
         folder: folder of the cache.
         root: the data's root, which the clips' paths are relative to; data and cache may move.
+        packed: read the clips from the tar files, if there are any and their index is complete.
 
     Raises:
-        UserError: there is no cache in the folder, or one of another version.
+        UserError: there is no cache in the folder, or one of another version; or its tar files are
+            not those that were written.
     """
 
-    def __init__(self, folder: str | Path, root: str | Path) -> None:
+    def __init__(self, folder: str | Path, root: str | Path, packed: bool = True) -> None:
         self.folder = Path(folder)
         self.root = Path(root)
         content = read_json(self.folder / "cache.json")
@@ -115,19 +107,28 @@ class ClipCache:
                 f"{self.folder}: a cache of another version of this project: make it anew"
             )
         self.settings = CacheSettings(**settings)
+        self._settings_hash = settings_hash(asdict(self.settings))
+        self.shards = Shards.open(self.folder) if packed else None
 
     @classmethod
     def create(cls, folder: str | Path, root: str | Path, settings: CacheSettings) -> "ClipCache":
-        """Open the cache in a folder with these settings. Clips of other settings become stale."""
+        """Open the cache in a folder with these settings, for writing single files.
+
+        Clips of other settings become stale.
+        """
         Path(folder).mkdir(parents=True, exist_ok=True)
         write_json(Path(folder) / "cache.json", {"format": FORMAT, **asdict(settings)})
-        return cls(folder, root)
+        return cls(folder, root, packed=False)
+
+    def key(self, clip: Path) -> str:
+        """The name of a clip in the cache: 27 hexadecimal digits."""
+        relative = os.path.relpath(clip, self.root).replace(os.sep, "/")
+        return hashlib.sha256(relative.encode("utf-8", "surrogateescape")).hexdigest()[:27]
 
     def path(self, clip: Path) -> Path:
-        """The cache's file of a clip."""
-        relative = os.path.relpath(clip, self.root).replace(os.sep, "/")
-        name = hashlib.sha256(relative.encode("utf-8", "surrogateescape")).hexdigest()
-        return self.folder / name[:3] / f"{name[3:27]}.clip"
+        """The cache's single file of a clip."""
+        key = self.key(clip)
+        return self.folder / key[:3] / f"{key[3:]}.clip"
 
     def write(self, clip: Path) -> tuple[int, str | None]:
         """Decode a clip and keep it.
@@ -148,8 +149,7 @@ class ClipCache:
                 header |= {"motion": [len(field) for field in motion]}
         except ClipError as error:
             header |= {"error": error.reason}
-        encoded = json.dumps(header).encode()
-        content = b"".join([_MAGIC, struct.pack("<I", len(encoded)), encoded, *jpegs, *motion])
+        content = entry_file(header, [*jpegs, *motion])
         path = self.path(clip)
         path.parent.mkdir(exist_ok=True)
         with atomic(path) as unfinished:
@@ -177,42 +177,54 @@ class ClipCache:
         Args:
             unreadable: also report clips whose video could not be read.
         """
+        if self.shards is not None:
+            return self._check_packed(self.shards.find(self.key(clip)), clip, unreadable)
         try:
-            with open(self.path(clip), "rb") as file:
-                header = self._read_header(file, clip)
-            if unreadable and "error" in header:
-                return "could not be read"
+            with self._open(clip) as place:
+                if unreadable and "error" in place.header:
+                    return "could not be read"
         except FileNotFoundError:
             return "not in the cache"
         except (OSError, StaleCacheEntry) as error:
             return str(error)
         return None
 
-    def _read_header(self, file: BinaryIO, clip: Path) -> dict[str, Any]:
-        """The description at the start of a clip's file.
+    def _check_packed(self, entry: np.void | None, clip: Path, unreadable: bool) -> str | None:
+        """`check` by the index alone, without reading the shards."""
+        if entry is None:
+            return "not in the cache"
+        if entry["settings"] != self._settings_hash:
+            return "cached with other settings"
+        if [number for number in entry["source"].tolist() if number >= 0] != fingerprint(clip):
+            return "changed since it was cached"
+        return "could not be read" if unreadable and entry["error"] else None
+
+    @contextlib.contextmanager
+    def _open(self, clip: Path) -> Iterator[Place]:
+        """What the cache holds of a clip, open for reading.
 
         Raises:
-            StaleCacheEntry: the file is damaged, or not of this clip as it is now.
+            FileNotFoundError: nothing.
+            StaleCacheEntry: it is damaged, or not of this clip as it is now.
         """
-        try:
-            if file.read(len(_MAGIC)) != _MAGIC:
-                raise ValueError
-            (length,) = struct.unpack("<I", file.read(4))
-            size = os.fstat(file.fileno()).st_size
-            header = parse_json(file.read(min(length, size)), str(clip), _HEADER)
-            lengths = [*header.get("lengths", []), *header.get("motion", [])]
-            if "error" not in header and not {"count", "numbers", "lengths"} <= header.keys():
-                raise ValueError
-            if min(lengths, default=0) < 0 or file.tell() + sum(lengths) != size:
-                raise ValueError
-        except (ValueError, struct.error, UserError):
-            raise StaleCacheEntry("damaged in the cache") from None
-        # The first caches held no motion and do not name their modality.
-        if {"modality": "rgb", **_renamed(header["settings"])} != asdict(self.settings):
+        if self.shards is None:
+            with open(self.path(clip), "rb", buffering=0) as file:
+                place = read_entry_file(file)
+                self._require_current(place.header, clip)
+                yield place
+        else:
+            entry = self.shards.find(self.key(clip))
+            if entry is None:
+                raise FileNotFoundError
+            place = self.shards.place(entry)
+            self._require_current(place.header, clip)
+            yield place
+
+    def _require_current(self, header: dict[str, Any], clip: Path) -> None:
+        if current_settings(header) != asdict(self.settings):
             raise StaleCacheEntry("cached with other settings")
         if header["source"] != fingerprint(clip):
             raise StaleCacheEntry("changed since it was cached")
-        return header
 
     def read(
         self,
@@ -232,8 +244,8 @@ class ClipCache:
         sampler = sampler or FrameSampler()
         hint = "run prepare_data.py cache again"
         try:
-            with open(self.path(clip), "rb") as file:
-                header = self._read_header(file, clip)
+            with self._open(clip) as place:
+                header = place.header
                 if "error" in header:
                     raise ClipError(clip, header["error"])
                 position = {index: k for k, index in enumerate(header["numbers"])}
@@ -249,8 +261,8 @@ class ClipCache:
                         f"{sampler.views} views)",
                     )
                 positions = {position[index] for index in wanted}
-                frames = _read_jpegs(file, header["lengths"], positions)
-                fields = _read_motion(file, header["motion"], positions) if motion else {}
+                frames = _read_jpegs(place, positions)
+                fields = _read_motion(place, positions) if motion else {}
         except FileNotFoundError:
             raise ClipError(clip, f"not in the cache: {hint}") from None
         except (OSError, zlib.error, StaleCacheEntry) as error:  # PIL's errors are OSErrors too
@@ -262,6 +274,12 @@ class ClipCache:
         side = grid_side(self.settings.image_size)
         codes = np.stack([np.frombuffer(fields[k], np.uint8) for k in order])
         return DecodedClip(rgb, codes.reshape(-1, 2, side, side))
+
+
+def current_settings(header: dict[str, Any]) -> dict[str, Any]:
+    """The settings that a clip was cached with, under today's names."""
+    # The first caches held no motion and do not name their modality.
+    return {"modality": "rgb", **_renamed(header["settings"])}
 
 
 def _renamed(settings: dict[str, Any]) -> dict[str, Any]:
@@ -288,31 +306,19 @@ def _encode(frames: np.ndarray, quality: int) -> list[bytes]:
         quality = max(_LOWEST_QUALITY, quality - 8)
 
 
-def _read_jpegs(
-    file: BinaryIO, lengths: Sequence[int], positions: set[int]
-) -> dict[int, np.ndarray]:
-    """The frames at some positions, from a file that is open at the first one."""
+def _read_jpegs(place: Place, positions: set[int]) -> dict[int, np.ndarray]:
+    """The frames at some positions."""
     from PIL import Image  # not above: --help does without it
 
     frames = {}
-    for position, content in _read_pieces(file, lengths, positions):
+    pieces = read_pieces(place.file, place.frames, place.header["lengths"], positions)
+    for position, content in pieces:
         with Image.open(io.BytesIO(content), formats=["jpeg"]) as image:
             frames[position] = np.asarray(image)
     return frames
 
 
-def _read_motion(file: BinaryIO, lengths: Sequence[int], positions: set[int]) -> dict[int, bytes]:
-    """The motion at some positions, from a file that is open behind its last frame."""
-    pieces = _read_pieces(file, lengths, positions)
+def _read_motion(place: Place, positions: set[int]) -> dict[int, bytes]:
+    """The motion at some positions."""
+    pieces = read_pieces(place.file, place.motion, place.header["motion"], positions)
     return {position: zlib.decompress(piece) for position, piece in pieces}
-
-
-def _read_pieces(
-    file: BinaryIO, lengths: Sequence[int], positions: set[int]
-) -> Iterator[tuple[int, bytes]]:
-    """The content at some positions; afterwards the file is open behind the last position."""
-    for position, length in enumerate(lengths):
-        if position in positions:
-            yield position, file.read(length)
-        else:
-            file.seek(length, os.SEEK_CUR)

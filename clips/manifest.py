@@ -323,7 +323,8 @@ def path_candidates(name: str, root: PurePath) -> list[PurePath]:
 
     An absolute path stays as it is, on Windows with its drive or network share.
     """
-    spellings = (name, name.strip(), name.strip().replace("\\", "/"))
+    # Most names are the same in all spellings, and joining paths takes long.
+    spellings = dict.fromkeys((name, name.strip(), name.strip().replace("\\", "/")))
     # Joined as text: as another kind of path, `C:/clips` would lose its slash on Windows.
     paths = [folder / text for text in spellings for folder in (root, root / "clips")]
     return list(dict.fromkeys(paths))

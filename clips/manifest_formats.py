@@ -268,11 +268,12 @@ def _rows(table: Table, options: ManifestOptions) -> Iterator[tuple[int, dict[st
         return
     first = table.rows[0].cells
     columns = _find_columns(table, options)
-    pairs = all(len(row.cells) == 2 and _is_pair(*row.cells) for row in table.rows)
-    frame_lists = [_FRAME_LIST.fullmatch(row.cells[0].strip(' "')) for row in table.lines]
     if columns:
         yield from _rows_below_header(table, columns)
-    elif len(first) >= 3 and (is_video(first[1]) or _has_slam_names(table)):
+        return
+    pairs = all(len(row.cells) == 2 and _is_pair(*row.cells) for row in table.rows)
+    frame_lists = [_FRAME_LIST.fullmatch(row.cells[0].strip(' "')) for row in table.lines]
+    if len(first) >= 3 and (is_video(first[1]) or _has_slam_names(table)):
         # SLAM: index, path, label; with or without a header
         if not is_video(first[1]):
             table.header()  # refuses two columns of the same name

@@ -93,13 +93,22 @@ class Predictions:
         Equal ones are sorted by a hash: an alphabetical order would tell something about their
         names.
         """
-        patients = self.groups("patient")
+        clips = self.clips_of_patients
 
         def key(name: str) -> tuple[float, str]:
-            accuracy = float(self.correct[patients == name].mean())
+            accuracy = float(self.correct[clips[name]].mean())
             return accuracy, hashlib.sha256(name.encode("utf-8", "surrogateescape")).hexdigest()
 
-        return sorted({patient for patient in patients if patient is not None}, key=key)
+        return sorted(clips, key=key)
+
+    @cached_property
+    def clips_of_patients(self) -> dict[str, list[int]]:
+        """The indices of the clips of each known patient."""
+        clips: dict[str, list[int]] = {}
+        for index, row in enumerate(self.rows):
+            if row.patient is not None:
+                clips.setdefault(row.patient, []).append(index)
+        return clips
 
 
 _GROUPS = ("patient", "video", "action")

@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from clips.manifest import OUT_OF_BODY, UNCERTAIN
 from modeling.inference import NotFiniteError
+from timeline.archive import DONE
 from timeline.prefetch import Prefetcher
 from timeline.segments import FramesWriter, Segment, Snapshot, Timeline
 from timeline.smoothing import ForwardFilter, SmoothingConfig, to_segments, viterbi_smooth
@@ -70,6 +71,8 @@ class VideoPredictor:
         """how the timeline is smoothed: viterbi, causal or none"""
         if self.method == "auto":
             self.method = "causal" if source.live else "viterbi"
+        self.broke_off = ""
+        """why the video could not be read to its end"""
         self.problem = ""
         """why frames.csv could not be written to its end; the other results are whole"""
         self._on_update = on_update
@@ -117,7 +120,8 @@ class VideoPredictor:
                     if not has_frames:
                         raise
                     ended_early = True
-                    notes.append(f"ended after {self._now:.1f} s: {error.reason}")
+                    self.broke_off = f"ended after {self._now:.1f} s: {error.reason}"
+                    notes.append(self.broke_off)
                     break
                 if frames is None:
                     break
@@ -178,8 +182,9 @@ class VideoPredictor:
             return self._writer
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            others = (self.folder / name for name in ("overlay.mp4", "relevance.csv"))
-            for earlier in (*self.folder.glob("timeline.*"), *others):
+            # The record that they are complete goes first.
+            others = (self.folder / name for name in (DONE, "overlay.mp4", "relevance.csv"))
+            for earlier in (*others, *self.folder.glob("timeline.*")):
                 earlier.unlink(missing_ok=True)  # it would not fit the new frames.csv
             self._writer = FramesWriter(self.folder / "frames.csv", self.predictor.classes)
         except OSError as error:

@@ -341,8 +341,14 @@ def check_cache(datasets: Sequence[ClipsDataset]) -> None:
     """Check that the cache, if one is used, holds all the clips as they are now.
 
     Raises:
-        UserError: with the number of clips that are missing, and why.
+        UserError: with the number of clips that are missing, and why; or a tar file of the cache
+            was changed.
     """
+    for shards in {
+        id(s): s for d in datasets if d.cache and (s := d.cache.shards) is not None
+    }.values():
+        if changed := shards.check_contents():
+            raise UserError(f"{'; '.join(changed)}: run python prepare_data.py cache again")
     problems = [
         (row.path, problem)
         for clips in datasets

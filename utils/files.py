@@ -8,6 +8,7 @@ import math
 import os
 import re
 import shutil
+import socket
 import time
 import unicodedata
 from collections import Counter
@@ -211,24 +212,38 @@ def remove_empty(folders: Iterable[Path]) -> None:
             folder.rmdir()
 
 
+# This machine in the names of unfinished files: on a network drive several write into one folder.
+_HOST = re.sub(r"[^A-Za-z0-9-]", "-", socket.gethostname())[:32]
+
+
+_ABANDONED = 24 * 3600  # seconds
+
+
 def unfinished_path(path: Path, process_id: int | None = None) -> Path:
     """The hidden name, beside `path`, of what a process has not finished writing."""
-    return path.with_name(f".{path.stem}.{process_id or os.getpid()}.unfinished{path.suffix}")
+    owner = f"{_HOST}.{process_id or os.getpid()}"
+    return path.with_name(f".{path.stem}.{owner}.unfinished{path.suffix}")
 
 
 def remove_unfinished(folder: str | Path) -> None:
     """Delete the temporary files and folders that killed processes left in a folder.
 
-    Those of processes that still run on this machine stay.
+    Those of processes that still run on this machine stay. Nobody here can ask another machine:
+    what it has not touched for a day is deleted.
     """
     for leftover in Path(folder).glob(".*.unfinished*"):
-        process_id = leftover.name.rpartition(".unfinished")[0].rpartition(".")[2]
-        if process_id.isdecimal() and not _is_running(int(process_id)):
-            if leftover.is_dir() and not leftover.is_symlink():
-                shutil.rmtree(leftover, ignore_errors=True)
+        *_, host, process_id = ("", *leftover.name.rpartition(".unfinished")[0].split("."))
+        if not process_id.isdecimal():
+            continue
+        with contextlib.suppress(OSError):  # another user's, or another process has removed it
+            if host == _HOST:
+                is_dead = not _is_running(int(process_id))
             else:
-                with contextlib.suppress(OSError):  # another user's
-                    leftover.unlink()
+                is_dead = leftover.stat().st_mtime < time.time() - _ABANDONED
+            if is_dead and leftover.is_dir() and not leftover.is_symlink():
+                shutil.rmtree(leftover, ignore_errors=True)
+            elif is_dead:
+                leftover.unlink()
 
 
 _clear_once = functools.cache(remove_unfinished)

@@ -5,6 +5,7 @@ import shlex
 import unicodedata
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 from clips.manifest import ClipRow
 from evaluation.predictions import Predictions
@@ -23,9 +24,13 @@ class Pseudonyms:
     identifiers: Sequence[str]
     """the names that must not be on the page"""
 
+    @cached_property
+    def _redactor(self) -> "Redactor":
+        return Redactor(self.identifiers)
+
     def redact(self, text: str) -> str:
         """A text that a person typed, such as a path, without the identifiers."""
-        return redact(text, self.identifiers)
+        return self._redactor(text)
 
     def redact_command(self, command: str) -> str:
         """A command line without the identifiers.
@@ -69,17 +74,42 @@ def redact(text: str, identifiers: Iterable[str]) -> str:
     not in "10580"). A plain number between spaces stays too: it is the value of a setting, even if
     a patient has the same number for a name.
     """
-    text = unicodedata.normalize("NFC", text)  # an é may be one character or two
-    composed = (unicodedata.normalize("NFC", name) for name in identifiers)
-    present = [name for name in composed if name.casefold() in text.casefold()]
-    if not present:
-        return text
-    longest_first = sorted(present, key=len, reverse=True)
-    pattern = re.compile("|".join(map(_separate, longest_first)), re.IGNORECASE)
-    if any(" " in name for name in present):  # splitting the text would split the name
-        return pattern.sub(HIDDEN, text)
-    words = re.split(r"(\s+)", text)
-    return "".join(word if _is_number(word) else pattern.sub(HIDDEN, word) for word in words)
+    return Redactor(identifiers)(text)
+
+
+class Redactor:
+    """`redact` with the same identifiers for several texts.
+
+    Its time does not grow with the number of identifiers, which may be millions: the parts of a
+    text are looked up among them.
+    """
+
+    def __init__(self, identifiers: Iterable[str]) -> None:
+        self._names: dict[str, set[str]] = {}  # by their form without case
+        for identifier in identifiers:
+            name = unicodedata.normalize("NFC", identifier)  # an é may be one character or two
+            self._names.setdefault(name.casefold(), set()).add(name)
+        self._lengths = sorted(set(map(len, self._names)))
+
+    def __call__(self, text: str) -> str:
+        text = unicodedata.normalize("NFC", text)
+        present = self._present(text.casefold())
+        if not present:
+            return text
+        longest_first = sorted(present, key=lambda name: (-len(name), name))
+        pattern = re.compile("|".join(map(_separate, longest_first)), re.IGNORECASE)
+        if any(" " in name for name in present):  # splitting the text would split the name
+            return pattern.sub(HIDDEN, text)
+        words = re.split(r"(\s+)", text)
+        return "".join(word if _is_number(word) else pattern.sub(HIDDEN, word) for word in words)
+
+    def _present(self, text: str) -> set[str]:
+        """The identifiers that a text without case holds."""
+        found = set()
+        for length in self._lengths:
+            for start in range(len(text) - length + 1):
+                found |= self._names.get(text[start : start + length], set())
+        return found
 
 
 def identifiers(rows: Sequence[ClipRow]) -> set[str]:

@@ -149,18 +149,21 @@ def more_intervals(
     columns = np.concatenate((gaps, columns.astype(float)), axis=1)
     intervals: dict[str, dict[str, Interval]] = {name: {} for name in ("ece", *masks)}
     n = len(patients)
-    for kind, weights, clusters in (
-        ("patients", cluster_bootstrap_weights(patients, n_resamples), patient_clips(patients)),
-        ("clips", iid_bootstrap_weights(n, n_resamples), np.arange(n)[:, None]),
+    clusters = patient_clips(patients)
+    patient_of = np.empty(n, int)
+    patient_of[np.concatenate(clusters)] = np.repeat(range(len(clusters)), list(map(len, clusters)))
+    for kind, weights, cluster_of in (
+        ("patients", cluster_bootstrap_weights(patients, n_resamples), patient_of),
+        ("clips", iid_bootstrap_weights(n, n_resamples), np.arange(n)),
     ):
         sums = np.concatenate([chunk @ columns for chunk in weights])  # (n_resamples, columns)
         pairs = sums[:, gaps.shape[1] :].reshape(n_resamples, len(masks), 2)
         clips = pairs[:, 0, 1]  # all clips of a resample
         ece = np.abs(sums[:, : gaps.shape[1]]).sum(axis=1) / clips
         estimate = data.results["calibration"]["ece"]
-        intervals["ece"][kind] = _bias_corrected_interval(ece, estimate, len(clusters))
+        intervals["ece"][kind] = _bias_corrected_interval(ece, estimate, cluster_of.max() + 1)
         for k, (name, (_, among)) in enumerate(masks.items()):
-            count = sum(bool(among[members].any()) for members in clusters)
+            count = len(np.unique(cluster_of[among]))
             intervals[name][kind] = _ratio_interval(pairs[:, k], count)
     return intervals
 

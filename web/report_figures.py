@@ -16,6 +16,9 @@ from web.report_data import History, ReportData
 from web.svg_charts import Axis, Chart, Histogram, Line, Mark, Row, RowChart
 from web.templating import decimals, percent
 
+MAX_PATIENTS = 200
+"""on the page, which would be too large to open with all of thousands"""
+
 # Columns of metrics.csv: their names in the legend, and the style of their lines.
 _LOSS = {"train_loss": ("training", "b"), "val_loss": ("validation", "a")}
 
@@ -70,11 +73,11 @@ def precision_recall(data: ReportData) -> list[tuple[str, str, Chart | None]]:
 
 
 def per_patient(data: ReportData, names: Pseudonyms) -> list[RowChart]:
-    """The accuracy of each patient, the lowest first; empty if no patient is known."""
-    patients, correct = data.predictions.groups("patient"), data.predictions.correct
-    correct_of = {
-        page_name: correct[patients == name] for name, page_name in names.patients.items()
-    }
+    """The accuracy of each patient, the lowest first, of at most MAX_PATIENTS; empty if no patient
+    is known."""
+    clips, correct = data.predictions.clips_of_patients, data.predictions.correct
+    shown = list(names.patients.items())[:MAX_PATIENTS]
+    correct_of = {page_name: correct[clips[name]] for name, page_name in shown}
     highest = max(map(len, correct_of.values()), default=1)
     rows = [
         Row(

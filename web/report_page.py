@@ -58,6 +58,7 @@ def build_page(
             precision_recall=report_figures.precision_recall(data),
             embedding=_embedding(data.run.folder),
             patient_charts=report_figures.per_patient(data, names),
+            patients_left_out=report_sections.patients_left_out(data, report_figures.MAX_PATIENTS),
             reliability=report_figures.reliability(data),
             risk_coverage=report_figures.risk_coverage(data),
             training=report_figures.training(data),

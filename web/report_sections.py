@@ -179,6 +179,25 @@ def averages(data: ReportData) -> list[dict[str, Any]]:
     return rows
 
 
+def patients_left_out(data: ReportData, max_count: int) -> str:
+    """Which patients the page does not show, in one sentence; empty if it shows all.
+
+    Args:
+        max_count: how many it shows, those with the lowest accuracy.
+    """
+    order, correct = data.predictions.numbered_patients, data.predictions.correct
+    others = [
+        correct[data.predictions.clips_of_patients[name]].mean() for name in order[max_count:]
+    ]
+    if not others:
+        return ""
+    return (
+        f"Shown are the {max_count} patients with the lowest accuracy of {len(order):,}. The "
+        f"accuracy of the other {len(others):,} is from {percent(others[0])} to "
+        f"{percent(others[-1])}."
+    )
+
+
 def mistakes(data: ReportData, names: Pseudonyms, max_count: int) -> list[dict[str, Any]]:
     """The wrong predictions with the highest confidence."""
     predictions = data.predictions

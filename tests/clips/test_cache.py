@@ -50,8 +50,8 @@ def test_short_clip_is_kept_whole_and_long_one_evenly(tmp_path: Path) -> None:
     for count, kept in ((12, 12), (13, 12), (60, 12)):
         cache, clip = make(tmp_path, count, f"{count}.mp4")
         cache.write(clip)
-        with open(cache.path(clip), "rb") as file:
-            header = cache._read_header(file, clip)
+        with cache._open(clip) as place:
+            header = place.header
         assert header["count"] == count
         assert len(header["numbers"]) == kept
         for views in (1, 3):

@@ -22,6 +22,7 @@ from demo import data as demo_data
 from demo.data import CLIPS_PER_PATIENT, MARKER, PATIENTS, Clip, plan_clips, render, render_demo
 from demo.figures import draw_filmstrip
 from utils.errors import UserError
+from utils.files import unfinished_path
 
 ONE_EACH = dict.fromkeys(CLASSES, 1)
 TINY = {"patients": {"train": 1, "val": 1, "test": 1}, "clips_per_patient": ONE_EACH}
@@ -233,7 +234,7 @@ def test_a_killed_rendering_leaves_nothing_that_looks_finished(tmp_path) -> None
         assert time.monotonic() < deadline
         time.sleep(0.05)
     # Another process that is rendering now must not lose its folder to the cleaning.
-    busy = tmp_path / f".demo.{os.getppid()}.unfinished"
+    busy = unfinished_path(tmp_path / "demo", os.getppid())
     busy.mkdir()
     render_demo(root, **TWO_CLIPS, num_workers=1)
     assert {path.name for path in tmp_path.iterdir()} == {"demo", busy.name}

@@ -18,6 +18,7 @@ import cross_validate
 import prepare_data
 import train
 from utils.errors import UserError
+from utils.files import unfinished_path
 from utils.lock import FolderLock
 
 HOLD = """
@@ -112,7 +113,7 @@ def test_two_trainings_of_one_run(
     wait_for(lambda: list((tmp_path / "runs").glob("*/last.pt")), first)
     (run,) = (tmp_path / "runs").iterdir()
     os.kill(first.pid, signal.SIGSTOP)  # it would end before the second has begun
-    unfinished = run / f".last.{first.pid}.unfinished.pt"
+    unfinished = unfinished_path(run / "last.pt", first.pid)
     unfinished.touch()
     second = mistake(train.main, "--resume", run, cwd=tmp_path)
     assert f"another process is working in it (process {first.pid} on " in second.stderr
