@@ -35,6 +35,8 @@ if TYPE_CHECKING:
 PARITY_CLIPS = 50
 """clips, or frames of a stream, on which the file is compared with the model"""
 
+SLOW = {"mvit": "the conversion of mvit takes one to two minutes on a free core"}
+
 
 @dataclass(frozen=True)
 class ExportConfig:
@@ -247,6 +249,8 @@ def export(config: ExportConfig) -> int:
         f"{config.format}",
         flush=True,
     )
+    if training.model_name in SLOW:
+        print(SLOW[training.model_name], flush=True)
     if config.n_frames:
         print(f"temperature and threshold are those for {made_for} frames")
     state = {**state, "config": vars(training)}

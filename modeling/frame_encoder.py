@@ -154,7 +154,7 @@ def camera_motion(field: torch.Tensor) -> torch.Tensor:
     turn = (x * down - y * right).mean((-2, -1)) / spread
     a, b, z, r = (value[..., None, None] for value in (shift_x, shift_y, zoom, turn))
     squares = (right - a - z * x + r * y) ** 2 + (down - b - z * y - r * x) ** 2
-    length, residual = torch.hypot(right, down).mean((-2, -1)), squares.mean((-2, -1)).sqrt()
+    length, residual = field.float().norm(dim=2).mean((-2, -1)), squares.mean((-2, -1)).sqrt()
     return torch.stack([shift_x, shift_y, zoom, turn, length, residual], -1)
 
 
