@@ -82,7 +82,10 @@ def commands(page: Path) -> Iterator[list[str]]:
         if not re.match(r"(.*[ |])?(python|torchrun) ", line):
             continue
         words = shlex.split(line.replace("|", " | "), comments=True)
-        start = words.index("python") + 1 if "python" in words else words.index("torchrun") + 2
+        if "python" in words:
+            start = words.index("python") + 1
+        else:  # torchrun has flags of its own
+            start = next(i for i, word in enumerate(words) if word.endswith(".py"))
         ends = [i for i, word in enumerate(words) if word in ("|", "&&") and i > start]
         yield words[start : min(ends, default=len(words))]
 
@@ -141,7 +144,7 @@ def test_flags_in_the_text_exist(page: Path) -> None:
     kinds = [settings_of([name])[0] for name in SETTINGS if SETTINGS[name]]
     known = {field.name for kind in kinds for field in dataclasses.fields(kind)} | NO_SETTING
     inline = " ".join(re.findall(r"`([^`]*)`", prose(page)))
-    flags = {flag.replace("-", "_") for flag in re.findall(r"--([a-z][a-z-]*)", inline)}
+    flags = {flag.replace("-", "_") for flag in re.findall(r"--([a-z][a-z0-9-]*)", inline)}
     assert not {flag for flag in flags - known if flag.removeprefix("no_") not in known}
 
 
