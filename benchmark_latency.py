@@ -46,6 +46,8 @@ FORMATS = {
     "+- std (s)": "{:.4f}",
     "Frames": "{:.0f}",
     "Size (px)": "{:.0f}",
+    "batch": "{:.0f}",
+    "n": "{:.0f}",
 }
 
 Table = Literal["latency", "inference", "training", "engines", "streaming", "length"]
