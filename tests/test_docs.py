@@ -45,6 +45,8 @@ SETTINGS = {
     "benchmarks.pretraining": "benchmarks.pretraining.PretrainingConfig",
     "benchmarks.intervals": "benchmarks.intervals.IntervalConfig",
     "benchmarks.explanations": "benchmarks.explanations.ExplanationsConfig",
+    "benchmarks.shards": "benchmarks.shards.ShardsConfig",
+    "benchmarks.scale": "benchmarks.scale.ScaleConfig",
     "demo.evidence": "demo.evidence.EvidenceConfig",
     "demo.operation": "demo.operation.OperationConfig",
     "demo.figures": "demo.figures.FigureConfig",
@@ -60,7 +62,8 @@ REGISTRIES = {"ablations": ABLATIONS, "model_name": MODELS, "loss": LOSSES, "rec
 
 def blocks(page: Path, language: str = "") -> list[str]:
     """The fenced blocks of a page in one language."""
-    return re.findall(rf"^```{language}\n(.*?)^```$", page.read_text("utf-8"), re.M | re.S)
+    found = re.findall(r"^```(\w*)\n(.*?)^```$", page.read_text("utf-8"), re.M | re.S)
+    return [code for name, code in found if name == language]
 
 
 def prose(page: Path) -> str:
