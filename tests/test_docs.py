@@ -120,7 +120,7 @@ def problems(words: list[str]) -> list[str]:
             name = argument[2:].replace("-", "_")
             if name not in NO_SETTING and name not in fields | {"no_" + n for n in fields}:
                 wrong.append(f"{argument} is no flag")
-        elif name and "..." not in argument:
+        elif name and "..." not in argument and not argument.startswith("$"):
             allowed = [str(value) for value in choices(hints.get(name))]
             allowed = list(REGISTRIES.get(name, allowed))
             if allowed and argument not in allowed:
