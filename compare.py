@@ -108,32 +108,29 @@ def score_table(candidates: Sequence[Candidate], best: int) -> "pd.DataFrame":
     Every number has an interval in two more columns, `low` and `high`, NaN where there is none.
     """
     import pandas as pd
-    from tqdm import tqdm
 
     from evaluation.bootstrap import (
+        compare_scores,
         interval_columns,
         n_clusters,
-        paired_differences,
         score_intervals,
     )
     from evaluation.runs import patients_of
 
     patients = patients_of([candidate.run for candidate in candidates])
-    # Without any known patient there are naive intervals only; the text below the table says so.
-    kind = "patients" if n_clusters(patients) else "clips"
     best_predictions = candidates[best].run.predictions
     labels = best_predictions.labels
-    all_differences = paired_differences(
-        labels,
-        best_predictions.probabilities,
-        [candidate.run.predictions.probabilities for candidate in candidates],
-        patients,
-    )
+    models = [candidate.run.predictions.probabilities for candidate in candidates]
+    all_intervals, all_differences = compare_scores(labels, models, best, patients)
+    if not n_clusters(patients):
+        # Naive intervals only; the text below the table says so.
+        naive = [score_intervals(labels, model, patients) for model in models]
+        all_intervals = [{name: both["clips"] for name, both in part.items()} for part in naive]
     rows = []
-    bar = tqdm(candidates, "resampling", unit="run", leave=False, delay=1)
-    for candidate, differences in zip(bar, all_differences, strict=True):
+    for candidate, intervals, differences in zip(
+        candidates, all_intervals, all_differences, strict=True
+    ):
         predictions = candidate.run.predictions
-        intervals = score_intervals(labels, predictions.probabilities, patients, kinds=[kind])
         row: dict[str, Any] = {
             "Model": candidate.label,
             "Run": str(candidate.run.folder),
@@ -141,7 +138,7 @@ def score_table(candidates: Sequence[Candidate], best: int) -> "pd.DataFrame":
         }
         for name in ("accuracy", "macro_f1"):
             row[SCORES[name]] = predictions.scores[name]
-            row |= interval_columns(SCORES[name], intervals[name][kind])
+            row |= interval_columns(SCORES[name], intervals[name])
         for name in ("accuracy", "macro_f1"):
             column = f"{SCORES[name]}: best - this"
             row[column] = best_predictions.scores[name] - predictions.scores[name]

@@ -18,6 +18,8 @@ from utils.cli import cli_main, parse
 from utils.errors import UserError
 from utils.files import require_writable_file, write_text
 
+MAX_MISTAKES = 1000  # a page with many more is too large to open
+
 
 @dataclass
 class ReportConfig:
@@ -38,8 +40,8 @@ class ReportConfig:
 @cli_main
 def main() -> None:
     config = parse(ReportConfig, __doc__)
-    if config.mistakes < 0:
-        raise UserError(f"mistakes = {config.mistakes}: must be at least 0")
+    if not 0 <= config.mistakes <= MAX_MISTAKES:
+        raise UserError(f"mistakes = {config.mistakes}: must be from 0 to {MAX_MISTAKES}")
 
     from web.report_data import load_report_data  # not above: --help needs neither of them
     from web.report_page import build_page

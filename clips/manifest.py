@@ -5,10 +5,13 @@ test and checks them together.
 """
 
 import difflib
+import errno
+import functools
 import hashlib
 import json
 import os
 import re
+import stat
 import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
@@ -311,11 +314,24 @@ def resolve_path(name: str, root: Path) -> Path | None:
     None."""
     for candidate in path_candidates(name, root):
         try:
-            if candidate.is_file() or is_frame_folder(candidate):
-                return candidate
-        except (OSError, ValueError):  # a name too long, or with a NUL in it
+            mode = os.stat(candidate).st_mode
+        except OSError as error:
+            if error.errno in _NO_SUCH_FILE:
+                continue
+            return None  # for example, a name too long
+        except ValueError:  # a NUL in it
             return None
+        if stat.S_ISREG(mode) or (stat.S_ISDIR(mode) and is_frame_folder(candidate)):
+            return candidate
     return None
+
+
+_NO_SUCH_FILE = (errno.ENOENT, errno.ENOTDIR, errno.EBADF, errno.ELOOP)  # as in Path.is_file
+
+
+@functools.cache
+def _clip_folders(root: PurePath) -> tuple[PurePath, PurePath]:
+    return root, root / "clips"
 
 
 def path_candidates(name: str, root: PurePath) -> list[PurePath]:
@@ -326,7 +342,7 @@ def path_candidates(name: str, root: PurePath) -> list[PurePath]:
     # Most names are the same in all spellings, and joining paths takes long.
     spellings = dict.fromkeys((name, name.strip(), name.strip().replace("\\", "/")))
     # Joined as text: as another kind of path, `C:/clips` would lose its slash on Windows.
-    paths = [folder / text for text in spellings for folder in (root, root / "clips")]
+    paths = [folder / text for text in spellings for folder in _clip_folders(root)]
     return list(dict.fromkeys(paths))
 
 

@@ -111,7 +111,8 @@ def parse_slam_filename(path: str) -> dict[str, str]:
     SLAM numbers videos per patient and actions per video. So their names here begin with the name
     of the patient.
     """
-    match = _SLAM_NAME.search(PurePosixPath(path.replace("\\", "/")).name)
+    name = path.replace("\\", "/").rstrip("/").rpartition("/")[2]
+    match = _SLAM_NAME.search(name)
     if not match:
         return {}
     video = f"{match['patient']}_V{match['video']}"

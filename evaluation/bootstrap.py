@@ -167,24 +167,22 @@ def score_intervals(
     patients: np.ndarray,
     n_resamples: int = N_RESAMPLES,
     seed: int = 0,
-    kinds: Sequence[str] = ("patients", "clips"),
 ) -> dict[str, dict[str, Interval]]:
     """95 % intervals of the scores.
 
     Returns:
         For each score `patients`, the interval to quote (None if no patient or only one is known),
-        and `clips`, the naive one; or the one of them that is in `kinds`.
+        and `clips`, the naive one.
     """
     n = len(labels)
     order = canonical_order(labels, probabilities, patients)
     labels, probabilities, patients = labels[order], probabilities[order], patients[order]
-    resamplings = {
+    kinds = {
         "patients": (cluster_bootstrap_weights(patients, n_resamples, seed), n_clusters(patients)),
         "clips": (iid_bootstrap_weights(n, n_resamples, seed), n),
     }
     intervals: dict[str, dict[str, Interval]] = {}
-    for kind in kinds:
-        weights, count = resamplings[kind]
+    for kind, (weights, count) in kinds.items():
         for name, values in resampled_scores(weights, labels, probabilities).items():
             intervals.setdefault(name, {})[kind] = confidence_interval(values, count)
     return intervals
@@ -206,32 +204,49 @@ def paired_difference(
     Args:
         first, second: probabilities of the two models, `(N, num_classes)`.
     """
-    return paired_differences(labels, first, [second], patients, n_resamples, seed)[0]
+    return compare_scores(labels, [first, second], 0, patients, n_resamples, seed)[1][1]
 
 
-def paired_differences(
+def compare_scores(
     labels: np.ndarray,
-    first: np.ndarray,
-    others: Sequence[np.ndarray],
+    models: Sequence[np.ndarray],
+    best: int,
     patients: np.ndarray,
     n_resamples: int = N_RESAMPLES,
     seed: int = 0,
-) -> list[dict[str, Interval]]:
-    """`paired_difference` of one model from each of several others, which share the resamples."""
-    tables = []
-    for second in others:
-        both = np.concatenate((first + second, abs(first - second)), axis=1)  # symmetric in the two
+) -> tuple[list[dict[str, Interval]], list[dict[str, Interval]]]:
+    """For each of several models, the intervals over patients of its scores (`score_intervals`) and
+    of the scores of the model `best` minus its own (`paired_difference`).
+
+    All use the same resamples, which are drawn once: that takes most of the time.
+
+    Args:
+        models: probabilities of each model, `(N, num_classes)`.
+    """
+    orders = [canonical_order(labels, probabilities, patients) for probabilities in models]
+    tables = [(labels[o], model[o]) for o, model in zip(orders, models, strict=True)]
+    others = [k for k in range(len(models)) if k != best]
+    for k in others:
+        # symmetric in the two
+        both = np.concatenate((models[best] + models[k], abs(models[best] - models[k])), axis=1)
         order = canonical_order(labels, both, patients)
-        tables += [(labels[order], first[order]), (labels[order], second[order])]
-    # Whatever the order of a patient's clips, the patients come in the same order.
-    sorted_patients = patients[canonical_order(labels, first, patients)]
-    n = len(patient_clips(patients))
-    weights = cluster_bootstrap_weights(sorted_patients, n_resamples, seed)
+        tables += [(labels[order], models[best][order]), (labels[order], models[k][order])]
+    # In whatever order a patient's clips are, the patients are in the same one.
+    weights = cluster_bootstrap_weights(patients[orders[best]], n_resamples, seed)
     values = resampled_tables(weights, tables)
-    return [
-        {name: confidence_interval(a[name] - b[name], n) for name in a}
-        for a, b in zip(values[::2], values[1::2], strict=True)
-    ]
+    own, pairs = values[: len(models)], iter(values[len(models) :])
+    differences = [{name: np.zeros(n_resamples) for name in own[best]} for _ in models]
+    for k in others:
+        first, second = next(pairs), next(pairs)
+        differences[k] = {name: first[name] - second[name] for name in first}
+    n_scores, n_differences = n_clusters(patients), len(patient_clips(patients))
+    return (
+        [{name: confidence_interval(v, n_scores) for name, v in part.items()} for part in own],
+        [
+            {name: confidence_interval(v, n_differences) for name, v in part.items()}
+            for part in differences
+        ],
+    )
 
 
 def canonical_order(labels: np.ndarray, values: np.ndarray, patients: np.ndarray) -> np.ndarray:

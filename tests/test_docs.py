@@ -46,6 +46,8 @@ SETTINGS = {
     "benchmarks.pretraining": "benchmarks.pretraining.PretrainingConfig",
     "benchmarks.intervals": "benchmarks.intervals.IntervalConfig",
     "benchmarks.explanations": "benchmarks.explanations.ExplanationsConfig",
+    "benchmarks.shards": "benchmarks.shards.ShardsConfig",
+    "benchmarks.scale": "benchmarks.scale.ScaleConfig",
     "demo.evidence": "demo.evidence.EvidenceConfig",
     "demo.operation": "demo.operation.OperationConfig",
     "demo.figures": "demo.figures.FigureConfig",
@@ -61,7 +63,8 @@ REGISTRIES = {"ablations": ABLATIONS, "model_name": MODELS, "loss": LOSSES, "rec
 
 def blocks(page: Path, language: str = "") -> list[str]:
     """The fenced blocks of a page in one language."""
-    return re.findall(rf"^```{language}\n(.*?)^```$", page.read_text("utf-8"), re.M | re.S)
+    found = re.findall(r"^```(\w*)\n(.*?)^```$", page.read_text("utf-8"), re.M | re.S)
+    return [code for name, code in found if name == language]
 
 
 def prose(page: Path) -> str:
@@ -121,7 +124,7 @@ def problems(words: list[str]) -> list[str]:
             name = argument[2:].replace("-", "_")
             if name not in NO_SETTING and name not in fields | {"no_" + n for n in fields}:
                 wrong.append(f"{argument} is no flag")
-        elif name and "..." not in argument:
+        elif name and "..." not in argument and not argument.startswith("$"):
             allowed = [str(value) for value in choices(hints.get(name))]
             allowed = list(REGISTRIES.get(name, allowed))
             if allowed and argument not in allowed:

@@ -90,6 +90,7 @@ def test_training_and_evaluation_from_the_cache(data: Path, tmp_path, cache, run
     cache()
     run = train(TrainConfig(**settings(data, tmp_path), epochs=1))
     tested = json.loads((run / "test_metrics.json").read_text())
+    cache("--shards", 3)  # the same clips in tar files
     run_main(evaluate_main, run, cwd=tmp_path)
     again = json.loads((run / "evaluate_test/test_metrics.json").read_text())
     assert again["loss"] == pytest.approx(tested["loss"], rel=1e-6)

@@ -9,6 +9,7 @@ import re
 import shutil
 import subprocess
 import sys
+import unicodedata
 from collections.abc import Sequence
 from html.parser import HTMLParser
 from pathlib import Path
@@ -43,7 +44,8 @@ from training.log import write_history
 from utils.errors import UserError
 from utils.files import write_json
 from video.clip_reader import FrameSampler, read_clip
-from web.anonymize import HIDDEN, pseudonymize, redact
+from web import report_figures
+from web.anonymize import HIDDEN, Redactor, pseudonymize, redact
 from web.report_data import load_report_data, more_intervals
 from web.report_figures import relevance
 from web.report_page import build_page
@@ -810,3 +812,51 @@ def test_curves_in_a_browser(browser, mistaken: Path, tmp_path: Path, scheme: st
     tab.set_viewport_size({"width": 690, "height": 1000})
     assert tab.evaluate(CUT_TEXTS, None) == []
     tab.close()
+
+
+def test_the_time_of_redaction_does_not_grow_with_the_names() -> None:
+    class Counted(dict):
+        asked = 0
+
+        def get(self, *arguments):
+            self.asked += 1
+            return super().get(*arguments)
+
+    asked = []
+    for count in (10, 5000):
+        hide = Redactor([f"clip{number:06d}" for number in range(count)])
+        hide._names = Counted(hide._names)
+        assert hide("runs/clip000007 of others") == f"runs/{HIDDEN} of others"
+        asked.append(hide._names.asked)
+    assert asked[0] == asked[1]
+
+
+def test_redaction_is_that_of_plain_search() -> None:
+    rng = np.random.default_rng(0)
+    words = [
+        "Anna",
+        "anna",
+        "stra\u00dfe",
+        "STRASSE",
+        "e\u0301",
+        "\u00e9",
+        "p1",
+        "1",
+        "x y",
+        "P_058",
+    ]
+    for _ in range(300):
+        names = list(rng.choice(words, 3, replace=False))
+        text = " ".join(rng.choice([*words, "--seed", "/data/", "58"], 5)).replace("/ ", "/")
+        composed = unicodedata.normalize("NFC", text).casefold()
+        held = {unicodedata.normalize("NFC", name) for name in names}
+        assert Redactor(names)._present(composed) == {n for n in held if n.casefold() in composed}
+
+
+def test_a_page_of_many_patients_shows_those_with_the_lowest_accuracy(run, monkeypatch) -> None:
+    monkeypatch.setattr(report_figures, "MAX_PATIENTS", 5)
+    text = make_page(run)
+    assert "Shown are the 5 patients with the lowest accuracy of 12." in text
+    assert "accuracy of the other 7 is from" in text
+    assert "patient 5:" in text
+    assert "patient 6:" not in text

@@ -1,5 +1,6 @@
 """prepare_data.py audit: every kind of overlap, on names alone and on real files."""
 
+import os
 import shutil
 from pathlib import Path
 
@@ -337,3 +338,37 @@ def test_tables_are_harmless_and_odd_labels_are_told(tmp_path: Path, capsys) -> 
     )
     classes = {row.cells[0] for row in read_table(tmp_path / "out/composition.csv").rows[1:]}
     assert classes == {"=cut", "uncertain", "(all)"}
+
+
+def test_overlaps_are_those_of_plain_loops() -> None:
+    rng = np.random.default_rng(0)
+    table = {name: rng.integers(0, 12, 60).astype(str) for name in ("patient", "video", "action")}
+    clips = pd.DataFrame(table).astype(object)
+    clips["split"] = np.array(["val", "other", "train", "test"])[rng.integers(0, 4, 60)]
+    clips["manifest"] = [f"folder/{split}.csv" for split in clips["split"]]
+    clips["line"] = range(1, 61)
+    clips.loc[rng.random(60) < 0.3, "patient"] = None
+    expected = []
+    for kind in ("patient", "video", "action"):
+        units = dict.fromkeys(unit for unit in clips[kind] if unit is not None)
+        for unit in units:
+            members = clips[clips[kind] == unit]
+            if members["split"].nunique() > 1:
+                counts = [(members["split"] == s).sum() for s in ("train", "val", "test", "other")]
+                pairs = zip(members["split"], members["line"], strict=True)
+                lines = " ".join(f"{split}.csv:{line}" for split, line in pairs)
+                expected.append([kind, unit, *counts, lines])
+    table = overlaps(clips, names=True)
+    assert table.to_numpy().tolist() == expected
+    assert list(table) == ["kind", "unit", "train", "val", "test", "other", "lines"]
+    assert overlaps(clips)["unit"][0] == "patient 1"
+
+
+def test_a_missing_clip_costs_two_look_ups(tmp_path: Path, monkeypatch) -> None:
+    (tmp_path / "train.csv").write_text("path,label\n" + "".join(f"{i}.mp4,x\n" for i in range(9)))
+    asked = []
+    look_up = os.stat
+    monkeypatch.setattr(os, "stat", lambda path, **o: asked.append(path) or look_up(path, **o))
+    clips = read_clips([tmp_path / "train.csv"])
+    assert clips["file"].isna().all()
+    assert len([path for path in asked if str(path).endswith(".mp4")]) == 18

@@ -197,7 +197,9 @@ def test_processes_read_at_the_same_time(sharded: Path, method: str) -> None:
     read = functools.partial(cache.read, sampler=FrameSampler(4))
     with multiprocessing.get_context(method).Pool(3 if method == "fork" else 1) as pool:
         decoded = pool.map(read, clips, chunksize=4)
-    assert all(np.array_equal(clip.rgb, frame) for clip, frame in zip(decoded, expected))
+    assert all(
+        np.array_equal(clip.rgb, frame) for clip, frame in zip(decoded, expected, strict=True)
+    )
 
 
 def test_few_files_are_open_at_a_time(sharded: Path, monkeypatch) -> None:

@@ -261,3 +261,49 @@ def test_exchanging_the_models_changes_the_sign() -> None:
     assert forth["nll"][1] < 0
     for name, (low, high) in forth.items():
         assert back[name] == pytest.approx([-high, -low], abs=1e-12), name
+
+
+def test_many_clips_are_drawn_in_the_same_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Counting drawn clips gives the distribution of drawing the counts."""
+    patients = np.array(["b", "a", "a", None, "b", "a", "c", "a"], object)
+    counted = drawn(patients, 20_000)
+    clips = np.concatenate(list(bootstrap.iid_bootstrap_weights(8, 20_000)))
+    monkeypatch.setattr(bootstrap, "_MANY", 0)
+    monkeypatch.setattr(bootstrap, "_CHUNK", 16 * 8 * 999)  # the last chunk is a smaller one
+    many = drawn(patients, 20_000)
+    assert many.shape == counted.shape
+    for members in bootstrap.patient_clips(patients):
+        assert not (many[:, members].sum(axis=1) % len(members)).any()
+    many_clips = np.concatenate(list(bootstrap.iid_bootstrap_weights(8, 20_000)))
+    assert (many_clips.sum(axis=1) == 8).all()
+    for first, second in ((counted, many), (clips, many_clips)):
+        assert np.abs(second.mean(axis=0) - 1).max() < 0.05
+        assert np.abs(np.cov(first.T) - np.cov(second.T)).max() < 0.12
+
+
+@pytest.mark.parametrize("many", [20_000, 0])
+def test_shared_resamples_give_the_numbers_of_separate_ones(
+    many: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bit for bit, also for the former way of scoring: a product of weights and one-hot cells."""
+    monkeypatch.setattr(bootstrap, "_MANY", many)
+    rng = np.random.default_rng(3)
+    patients = np.array(["c", "a", None, "b"], object)[rng.integers(0, 4, 60)]
+    labels = rng.integers(0, 3, 60)
+    models = [rng.dirichlet([1, 1, 1], 60) for _ in range(3)]
+    own, differences = bootstrap.compare_scores(labels, models, 1, patients, 500)
+    for k, model in enumerate(models):
+        separate = bootstrap.score_intervals(labels, model, patients, 500)
+        assert own[k] == {name: kinds["patients"] for name, kinds in separate.items()}
+        both = np.concatenate((models[1] + model, abs(models[1] - model)), axis=1)
+        order = bootstrap.canonical_order(labels, both, patients)
+        weights = drawn(patients[order], 500)
+        values = []
+        for probabilities in (models[1][order], model[order]):
+            cells = np.zeros((60, 9))
+            cells[np.arange(60), labels[order] * 3 + probabilities.argmax(axis=1)] = 1
+            values.append(scores((weights @ cells).reshape(-1, 3, 3)))
+        n = len(bootstrap.patient_clips(patients))
+        for name in values[0]:
+            expected = bootstrap.confidence_interval(values[0][name] - values[1][name], n)
+            assert differences[k][name] == expected
