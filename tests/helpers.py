@@ -321,7 +321,7 @@ def only_run(folder: Path) -> Path:
 
 
 def history(run: Path) -> pd.DataFrame:
-    return pd.read_csv(run / "metrics.csv").drop(columns="seconds")
+    return pd.read_csv(run / "metrics.csv").drop(columns=["seconds", "waiting"])
 
 
 class Ended(NamedTuple):

@@ -21,8 +21,9 @@ def init(device: torch.device) -> torch.device:
     if device.type == "cuda":
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
+    # Numbers of the CPU are summed on the CPU: nccl would make each step wait for the GPU.
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     # Process 0 may prepare data for hours, while the others wait; torch would give up in minutes.
-    backend = "nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(backend, timeout=timedelta(days=1))
     return device
 
@@ -58,9 +59,7 @@ def all_reduce_sum(values: Sequence[float]) -> list[float]:
     """The sum of each value over all processes."""
     if not dist.is_initialized():
         return list(values)
-    nccl = dist.get_backend() == "nccl"
-    device = torch.device("cuda", torch.cuda.current_device()) if nccl else torch.device("cpu")
-    sums = torch.tensor(values, dtype=torch.float64, device=device)
+    sums = torch.tensor(values, dtype=torch.float64)
     dist.all_reduce(sums)
     return sums.tolist()
 
