@@ -606,11 +606,13 @@ class GpuStandIn(TorchFunctionMode):
             "reset_peak_memory_stats": lambda device: self._count("reset_peak_memory_stats"),
             "max_memory_allocated": lambda device: 123e6,
             "current_stream": lambda device: device,
-            "is_current_stream_capturing": lambda: False,
             "Event": self._event,
         }
         for name, function in stand_ins.items():
             patch.setattr(torch.cuda, name, function)
+        for kind in ("accelerator", "cuda"):  # the optimizer asks the driver, by version of torch
+            name = f"_{kind}_graph_capture_health_check"
+            patch.setattr(torch.optim.Optimizer, name, lambda _: None, raising=False)
 
     def __torch_function__(
         self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None
