@@ -17,6 +17,8 @@ def init(device: torch.device) -> torch.device:
     A plain `python train.py` is a group of one and makes no call into torch.distributed.
     """
     if "WORLD_SIZE" not in os.environ or int(os.environ["WORLD_SIZE"]) == 1:
+        if device.type == "cuda" and device.index:
+            torch.cuda.set_device(device)  # pinned memory would take up the first GPU too
         return device
     if device.type == "cuda":
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
