@@ -7,6 +7,8 @@
     python benchmark_latency.py --what engines               PyTorch, OpenVINO, ONNX Runtime, int8
     python benchmark_latency.py --what streaming             a prediction at every frame of a video
     python benchmark_latency.py --what length                time and memory of longer clips
+    python benchmark_latency.py --what roofline              what bounds a training step
+    python benchmark_latency.py --what compile               training steps with torch.compile
 
 A model is a name (with random weights, because speed does not depend on them), a name@size, or a
 run folder (with its own settings, and its accuracy and macro-F1 next to its speed). Two numbers are
@@ -50,7 +52,16 @@ FORMATS = {
     "n": "{:.0f}",
 }
 
-Table = Literal["latency", "inference", "training", "engines", "streaming", "length"]
+Table = Literal[
+    "latency",
+    "inference",
+    "training",
+    "compile",
+    "engines",
+    "streaming",
+    "length",
+    "roofline",
+]
 
 
 @dataclass
@@ -59,8 +70,10 @@ class BenchmarkConfig:
 
     what: tuple[Table, ...] = ("latency",)
     """tables to make: latency of the models; inference here, in eager PyTorch and in onnxruntime;
-    training steps here and in eager PyTorch; engines side by side; following a video frame by
-    frame (streaming); clips of several lengths"""
+    training steps here and in eager PyTorch; training steps with and without torch.compile
+    (compile); engines side by side (engines); following a video frame by frame (streaming); clips
+    of several lengths (length); whether arithmetic or memory bounds a forward pass and a training
+    step (roofline)"""
     model_names: tuple[str, ...] = (
         *("tsm_resnet", "cnnlstm", "r2plus1d@112", "vivit", "timesformer", "video_swin", "mvit"),
     )
@@ -170,27 +183,14 @@ def _in_engine(
 def count_gflops(model: "nn.Module", clip: "torch.Tensor") -> float:
     """Floating-point operations of a forward pass in billions; a multiply-add counts as two.
 
-    PyTorch's counter misses the fused attention of CPUs, so attention is computed step by step
-    here. It counts nothing for an LSTM either, which is added by formula: 2 x 4 x hidden x (input +
-    hidden) per frame and layer, twice that if it is bidirectional.
+    Attention and LSTMs are counted too, see `benchmarks.roofline.count_flops`.
     """
     import torch
-    from torch import nn
-    from torch.nn.attention import SDPBackend, sdpa_kernel
-    from torch.utils.flop_counter import FlopCounterMode
 
-    counter = FlopCounterMode(display=False)
-    with torch.inference_mode(), sdpa_kernel(SDPBackend.MATH), counter:
-        model(clip)
-    flops = counter.get_total_flops()
-    for module in model.modules():
-        if isinstance(module, nn.LSTM):
-            directions = 2 if module.bidirectional else 1
-            for layer in range(module.num_layers):
-                width = module.input_size if layer == 0 else directions * module.hidden_size
-                cells = 2 * 4 * module.hidden_size * (width + module.hidden_size)
-                flops += clip.shape[0] * clip.shape[1] * directions * cells
-    return flops / 1e9
+    from benchmarks.roofline import count_flops
+
+    with torch.inference_mode():
+        return count_flops(lambda: model(clip)) / 1e9
 
 
 def measure(
@@ -342,8 +342,31 @@ def time_streaming(config: BenchmarkConfig) -> None:
     report("live", live, environment(device, video=video, **conditions), config.output, FORMATS)
 
 
+def time_rooflines(config: BenchmarkConfig) -> tuple["pd.DataFrame", dict[str, Any]]:
+    """What bounds the models by name: the table, and its conditions."""
+    from benchmarks.roofline import COPIED, SIDE, measure_rooflines
+    from benchmarks.timing import environment
+    from utils.device import autocast_dtype, get_device
+
+    models = _named_models("roofline", config)
+    device = get_device(config.device)
+    dtype = autocast_dtype(config.precision, device)
+    shape = config.batch_size, config.n_frames, config.num_classes
+    table = measure_rooflines(models, *shape, config.warmup, config.repeats, device, dtype)
+    kind = "cuda" if device.type == "cuda" else "cpu"
+    conditions = environment(
+        device,
+        precision=str(dtype).removeprefix("torch."),
+        batch_size=config.batch_size,
+        n=f"{config.repeats} rounds per model, medians",
+        peak=f"product of matrices of {SIDE[kind]} x {SIDE[kind]}",
+        bandwidth=f"copy of {COPIED[kind] >> 20} MiB, read and written",
+    )
+    return table, conditions
+
+
 def compare_variants(
-    task: Literal["inference", "training"], config: BenchmarkConfig
+    task: Literal["inference", "training", "compile"], config: BenchmarkConfig
 ) -> tuple["pd.DataFrame", dict[str, Any]]:
     """Run the models by name in several variants: the table, and its conditions."""
     from benchmarks.speedups import compare
@@ -407,6 +430,8 @@ def main() -> None:
             time_streaming(config)
         elif what == "engines":
             report(what, *time_engines(config), config.output, FORMATS)
+        elif what == "roofline":
+            report(what, *time_rooflines(config), config.output, FORMATS)
         elif what == "length":
             from benchmarks.clip_length import time_lengths
 

@@ -5,6 +5,7 @@ Fan et al., "Multiscale Vision Transformers", ICCV 2021, arXiv:2104.11227 (versi
 arXiv:2112.01526.
 """
 
+import functools
 import math
 from typing import Any
 
@@ -17,6 +18,21 @@ from utils.errors import UserError
 
 SIZES = {"small": "mvit_v2_s", "base": "mvit_v1_b"}
 """the networks that torchvision has: version 2 in one size, version 1 in another"""
+
+
+Size = tuple[int, int, int]
+
+
+def _apply_block(block: nn.Module, x: torch.Tensor, thw: Size) -> tuple[torch.Tensor, Size]:
+    """The output of a block, and the size of its map of tokens.
+
+    torchvision makes the indices of the relative positions on the default device. Made on the CPU,
+    each of the 48 would have to be copied to a GPU, which must finish its work first.
+    """
+    if x.device.type == "cpu":
+        return block(x, thw)
+    with torch.device(x.device):
+        return block(x, thw)
 
 
 class MViT(nn.Module):
@@ -86,7 +102,7 @@ class MViT(nn.Module):
         thw = tuple(x.shape[2:])
         x = net.pos_encoding(x.flatten(2).transpose(1, 2))  # (B, 1 + T * H * W / 32, dim)
         for block in net.blocks:
-            x, thw = checkpointed([block], block, x, thw)
+            x, thw = checkpointed([block], functools.partial(_apply_block, block), x, thw)
         return self.head(self.dropout(net.norm(x)[:, 0]))
 
     def stages(self) -> dict[str, list[nn.Module]]:

@@ -250,6 +250,7 @@ def train_epochs(
             ddp_model,
             interrupt,
         )
+        waiting = progress.waited / (time.perf_counter() - start)
         model, dtype = state.eval_model, autocast_dtype(config.precision, device)
         if config.feature_cache:  # features are fp32; without Normalize nothing casts them
             model, dtype = head_only(model), torch.float32
@@ -269,6 +270,7 @@ def train_epochs(
             "val_macro_f1": scores["macro_f1"],
             "learning_rate": state.optimizer.param_groups[-1]["lr"],
             "seconds": round(time.perf_counter() - start, 2),
+            "waiting": round(waiting, 4),
         }
         state.history.append(row)
         better = not state.best or state.score(row) > state.score(state.best)

@@ -5,11 +5,11 @@ import multiprocessing
 import resource
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
+import numpy as np
 import pandas as pd
 import torch
 from torch import nn
@@ -22,7 +22,6 @@ from benchmarks.videos import write_benchmark_video
 from clips.cache import CacheSettings, ClipCache
 from clips.manifest import CLASSES, read_manifest
 from config import TrainConfig
-from dataset import Batch
 from models import build_model
 from training.checks import resolve
 from training.engine import train_one_epoch
@@ -70,7 +69,7 @@ def time_training(config: EpochConfig, folder: Path) -> pd.DataFrame:
     naive = _naive_epoch(config, folder, device)
     decoding, cached = _Epoch(config, folder), _Epoch(config, folder, cache=True)
     calls = {"naive": naive, "decoding": decoding, "from the cache": cached}
-    times = interleave(calls, config.repeats, device)
+    times = interleave(calls, config.repeats, device, warmup=1)
     slowest = sorted(times["naive"])[config.repeats // 2]
     names = {
         "naive": "naive: decode and convert all frames, PIL per frame, fp32",
@@ -80,18 +79,18 @@ def time_training(config: EpochConfig, folder: Path) -> pd.DataFrame:
     rows = []
     for name, seconds in times.items():
         median = sorted(seconds)[config.repeats // 2]
-        epoch = calls[name]
+        waiting = calls[name].waiting[-config.repeats :] if name != "naive" else [float("nan")]
         rows.append(
             {
                 "training": names[name],
                 "model": config.model_name,
                 "clips/s": config.clips / median,
                 "faster (x)": slowest / median,
-                "waiting for clips (%)": 100 * epoch.waited / epoch.total
-                if isinstance(epoch, _Epoch)
-                else None,
+                "waiting for clips (%)": 100 * np.median(waiting),
             }
         )
+        if device.type == "cuda":
+            rows[-1]["GPU busy (%)"] = 100 - rows[-1]["waiting for clips (%)"]
     return pd.DataFrame(rows)
 
 
@@ -143,38 +142,20 @@ class _Epoch:
         self.loader, *_, num_classes = build_dataloaders(settings)
         model = build_model(settings, num_classes)
         self.train = epoch_trainer(settings, model, batches_per_epoch(self.loader), device)
-        self.waited = self.total = 0.0
+        self.waiting: list[float] = []
+        """of each epoch the fraction of its time for which the device had no batch"""
 
     def __call__(self) -> None:
         start = time.perf_counter()
-        self.train(_WatchedLoader(self))
-        self.total += time.perf_counter() - start
-
-
-class _WatchedLoader:
-    """A train loader that adds up the seconds for which the training waits for batches."""
-
-    def __init__(self, epoch: _Epoch) -> None:
-        self.epoch = epoch
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.epoch.loader, name)
-
-    def __iter__(self) -> Iterator[Batch]:
-        batches = iter(self.epoch.loader)
-        while True:
-            start = time.perf_counter()
-            batch = next(batches, None)
-            self.epoch.waited += time.perf_counter() - start
-            if batch is None:
-                return
-            yield batch
+        waited = self.train(self.loader)
+        self.waiting.append(waited / (time.perf_counter() - start))
 
 
 def epoch_trainer(
     config: TrainConfig, model: nn.Module, batches: int, device: torch.device
-) -> Callable[[DataLoader], None]:
-    """A call that trains a model for one epoch on a loader, as train.py does.
+) -> Callable[[DataLoader], float]:
+    """A call that trains a model for one epoch on a loader, as train.py does, and returns the
+    seconds for which the device had no batch (`training.engine.WaitClock`).
 
     Args:
         config: a resolved config; its loss needs no class counts.
@@ -193,11 +174,13 @@ def epoch_trainer(
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     criterion, progress = Criterion(config, device=device), Progress(batches)
 
-    def train(loader: DataLoader) -> None:
+    def train(loader: DataLoader) -> float:
         train_one_epoch(
             model, criterion, optimizer, scheduler, scaler, loader, device, config, progress
         )
+        waited = progress.waited
         progress.end_epoch()
+        return waited
 
     return train
 

@@ -35,12 +35,14 @@ NUM_CLASSES = 7
 
 STEPS = 2  # training steps per timed call
 
+Task = Literal["inference", "training", "compile"]
+
 
 @dataclass(frozen=True)
 class Job:
     """One measurement."""
 
-    task: Literal["inference", "training"]
+    task: Task
     variant: str
     allocator: Literal["default", "kept"]
     model_name: str
@@ -52,18 +54,20 @@ class Job:
 
 
 def compare(
-    task: Literal["inference", "training"],
+    task: Task,
     models: list[tuple[str, int]],
     batch_size: int,
     n_frames: int,
     rounds: int,
     device: str,
 ) -> pd.DataFrame:
-    """A row per model and variant, with its speedup over eager PyTorch.
+    """A row per model and variant, with its speedup over the first variant.
 
-    The values are medians over `rounds` processes. `x` is the speedup over eager fp32 with the
-    system's default allocator, which is what a plain script has; `x, same allocator` that over
-    eager fp32 that keeps freed memory.
+    The values are medians over `rounds` processes. For inference and training the first variant is
+    eager fp32 with the system's default allocator, which is what a plain script has; `x, same
+    allocator` is the speedup over eager fp32 that keeps freed memory. For `compile` it is train.py
+    without torch.compile; the first call contains the compilation, without any cache of earlier
+    ones.
 
     Args:
         models: name and image size of each model.
@@ -73,6 +77,8 @@ def compare(
         variants += [("prepared fp32", "kept"), ("prepared bf16", "kept")]
         if device == "cpu" and find_spec("onnxruntime"):
             variants.append(("onnxruntime fp32", "default"))
+    elif task == "compile":
+        variants = [("train.py", "kept"), ("train.py --compile", "kept")]
     else:
         variants += [("train.py", "default"), ("train.py", "kept")]
     jobs = [
@@ -105,6 +111,9 @@ def compare(
                 "x, same allocator": medians[variants[1]] / seconds,
                 "peak memory (MB)": np.median([run["peak"] for run in runs]),
             }
+            if task == "compile":
+                del row["malloc"], row["x, same allocator"]
+                row[f"first {STEPS} steps (s)"] = np.median([run["first"] for run in runs])
             if task == "inference":
                 difference = np.abs(np.array(runs[0]["logits"]) - np.array(reference["logits"]))
                 row["largest logit difference"] = f"{difference.max():.1e}"
@@ -113,12 +122,17 @@ def compare(
 
 
 def _measure_isolated(job: Job) -> dict[str, Any]:
-    with mock.patch.dict(os.environ, {SWITCH: "default" if job.allocator == "default" else ""}):
+    variables = {
+        SWITCH: "default" if job.allocator == "default" else "",
+        "TORCHINDUCTOR_FORCE_DISABLE_CACHES": "1",  # compiling takes as long every time
+    }
+    with mock.patch.dict(os.environ, variables):
         return run_isolated(measure, job)
 
 
 def measure(job: Job) -> dict[str, Any]:
-    """Median seconds per batch, peak memory in MB, and for inference the logits."""
+    """Median seconds per batch, peak memory in MB, for inference the logits, for training the
+    seconds of the first call."""
     device = get_device(job.device)
     config = resolve(
         TrainConfig(
@@ -145,7 +159,7 @@ def measure(job: Job) -> dict[str, Any]:
             seconds = time_calls(call, job.calls, device)
     else:
         call = _training_call(job, config, model, clips, device)
-        call()
+        result["first"] = float(time_calls(call, 1, device)[0])
         seconds = time_calls(call, job.calls, device) / STEPS
     result["seconds"] = float(np.median(seconds))
     if device.type == "cuda":
@@ -183,7 +197,12 @@ def _training_call(
         return lambda: train_naively(model, batches, optimizer, device)
     sampler = TrainSampler(labels, config.sampler_tau, config.seed)
     dataset = InMemory(clips, labels)
-    loader = DataLoader(dataset, job.batch_size, sampler=sampler, collate_fn=collate)
+    pinned = device.type == "cuda"
+    loader = DataLoader(
+        dataset, job.batch_size, sampler=sampler, collate_fn=collate, pin_memory=pinned
+    )
+    if job.variant == "train.py --compile":
+        model.compile()
     train = epoch_trainer(config, model, STEPS, device)
     return lambda: train(loader)
 

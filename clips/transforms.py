@@ -5,6 +5,7 @@ make the scene jump and hide the motion by which the classes differ. Motion fiel
 are moved with the frames, and turn, shrink and grow with them.
 """
 
+import functools
 import math
 
 import numpy as np
@@ -170,7 +171,7 @@ def warp_motion(motion: torch.Tensor, grid: torch.Tensor, maps: torch.Tensor) ->
     clip to the result, the inverse of `maps`.
     """
     x = warp(motion.float() - ZERO, grid)
-    linear = torch.linalg.inv(maps[:, :, :2])  # (B, 2, 2)
+    linear = torch.linalg.inv_ex(maps[:, :, :2]).inverse  # (B, 2, 2); `inv` would wait for a GPU
     x = torch.einsum("bij,btjhw->btihw", linear, x)
     return x.add_(ZERO + 0.5).clamp_(1, 255).to(torch.uint8)
 
@@ -186,7 +187,7 @@ def color_maps(params: torch.Tensor, mean: torch.Tensor) -> tuple[torch.Tensor, 
     `mean` `(B, 3)` is the mean colour of the clip, about whose luma the contrast turns.
     """
     brightness, contrast, saturation, hue = params[:, 5:].view(-1, 4, 1, 1).unbind(1)  # (B, 1, 1)
-    luma, to_yiq, from_yiq = (params.new_tensor(m) for m in (LUMA, _RGB_TO_YIQ, _YIQ_TO_RGB))
+    luma, to_yiq, from_yiq = _color_matrices(params.device, params.dtype)
     # In YIQ saturation scales the chroma plane (I, Q), hue turns it, and luma (Y) stays.
     angle = -2 * math.pi * hue  # in the direction of H of HSV
     along, across = saturation * torch.cos(angle), saturation * torch.sin(angle)
@@ -197,6 +198,16 @@ def color_maps(params: torch.Tensor, mean: torch.Tensor) -> tuple[torch.Tensor, 
     # Greys stay greys under saturation and hue: contrast adds the same to R, G and B.
     offset = brightness * (1 - contrast) * (mean @ luma).view(-1, 1, 1)
     return matrix, offset.expand(-1, 3, 1)
+
+
+@functools.cache
+def _color_matrices(device: torch.device, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
+    """The weights of luma, `(3,)`, and the maps to and from YIQ, `(3, 3)`, on a device.
+
+    They stay there: a GPU would have to finish its work before each batch could copy them anew.
+    """
+    matrices = LUMA, _RGB_TO_YIQ, _YIQ_TO_RGB
+    return tuple(torch.tensor(matrix, dtype=dtype, device=device) for matrix in matrices)
 
 
 def apply_color(clips: torch.Tensor, matrix: torch.Tensor, offset: torch.Tensor) -> torch.Tensor:

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import CHROMIUM, Ended, Mistake, make_data, only_run, train_flags
+from helpers import CHROMIUM, Ended, GpuStandIn, Mistake, make_data, only_run, train_flags
 
 from utils.allocator import SWITCH
 from utils.errors import UserError
@@ -98,6 +98,13 @@ def run_main(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> 
         return done
 
     return call
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[GpuStandIn]:
+    """A stand-in for a GPU, under the name cuda."""
+    with GpuStandIn(monkeypatch) as stand_in:
+        yield stand_in
 
 
 @pytest.fixture

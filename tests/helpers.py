@@ -12,11 +12,13 @@ import subprocess
 import sys
 import time
 import traceback
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from fractions import Fraction
 from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import NamedTuple
+from types import SimpleNamespace
+from typing import Any, NamedTuple
 
 import av
 import numpy as np
@@ -25,6 +27,7 @@ import pytest
 import torch
 from PIL import Image
 from torch import nn
+from torch.overrides import TorchFunctionMode
 from torch.utils.data import DataLoader
 from torchvision.transforms.v2 import functional as tv
 
@@ -321,7 +324,7 @@ def only_run(folder: Path) -> Path:
 
 
 def history(run: Path) -> pd.DataFrame:
-    return pd.read_csv(run / "metrics.csv").drop(columns="seconds")
+    return pd.read_csv(run / "metrics.csv").drop(columns=["seconds", "waiting"])
 
 
 class Ended(NamedTuple):
@@ -579,3 +582,62 @@ def lively(**options: object) -> TSM:
     with torch.no_grad():
         model(clips(2, 4, 3, 64, 64, seed=1))
     return model.eval()
+
+
+class GpuStandIn(TorchFunctionMode):
+    """Lets code that was given the device `cuda` run on a machine without a GPU.
+
+    Within it PyTorch says that there is a GPU, and every tensor that is put on it stays on the CPU.
+    So all branches for a GPU run, except in its own kernels. It counts the calls that wait for the
+    GPU and keeps the memory that was pinned.
+    """
+
+    name = "a stand-in for a GPU"
+
+    def __init__(self, patch: pytest.MonkeyPatch) -> None:
+        super().__init__()
+        self.calls: Counter[str] = Counter()
+        stand_ins = {
+            "is_available": lambda: True,
+            "is_bf16_supported": lambda including_emulation=True: True,
+            "get_device_name": lambda device: self.name,
+            "get_rng_state_all": list,
+            "synchronize": lambda device=None: self._count("synchronize"),
+            "reset_peak_memory_stats": lambda device: self._count("reset_peak_memory_stats"),
+            "max_memory_allocated": lambda device: 123e6,
+            "current_stream": lambda device: device,
+            "Event": self._event,
+        }
+        for name, function in stand_ins.items():
+            patch.setattr(torch.cuda, name, function)
+        for kind in ("accelerator", "cuda"):  # the optimizer asks the driver, by version of torch
+            name = f"_{kind}_graph_capture_health_check"
+            patch.setattr(torch.optim.Optimizer, name, lambda _: None, raising=False)
+
+    def __torch_function__(
+        self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None
+    ) -> Any:
+        if function is torch.Tensor.pin_memory:
+            self._count("pin_memory")
+            return args[0]
+        if function is torch.device:  # a device keeps its name
+            return function(*args, **(kwargs or {}))
+        args, kwargs = (self._on_cpu(value) for value in (args, kwargs or {}))
+        return function(*args, **kwargs)
+
+    def _on_cpu(self, value: Any) -> Any:
+        if isinstance(value, dict):
+            return {name: self._on_cpu(item) for name, item in value.items()}
+        if isinstance(value, tuple):
+            return tuple(self._on_cpu(item) for item in value)
+        is_gpu = isinstance(value, torch.device | str) and str(value).startswith("cuda")
+        return torch.device("cpu") if is_gpu else value
+
+    def _count(self, name: str) -> None:
+        self.calls[name] += 1
+
+    def _event(self, enable_timing: bool) -> Any:
+        event = SimpleNamespace(synchronize=lambda: self._count("event"))
+        event.record = lambda stream: setattr(event, "time", time.perf_counter())
+        event.elapsed_time = lambda later: 1000 * (later.time - event.time)
+        return event

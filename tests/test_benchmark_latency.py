@@ -174,6 +174,20 @@ def test_variants_of_training_are_compared(monkeypatch) -> None:
     assert (table["peak memory (MB)"] > 100).all()
 
 
+def test_compiled_steps_are_compared(monkeypatch) -> None:
+    compiled = []
+    monkeypatch.setattr(speedups, "_measure_isolated", measure)
+    monkeypatch.setattr(
+        nn.Module, "compile", lambda model: compiled.append(model)
+    )  # the real one takes minutes
+    table = speedups.compare("compile", [("vivit", 32)], 2, 2, 2, "cpu")
+    assert len(compiled) == 2
+    assert table["variant"].tolist() == ["train.py", "train.py --compile"]
+    assert table["x"].iloc[0] == 1
+    assert (table["first 2 steps (s)"] > 0).all()
+    assert not {"malloc", "x, same allocator"} & set(table)
+
+
 def test_a_measurement_is_a_process_of_its_own(monkeypatch) -> None:
     monkeypatch.delenv(SWITCH, raising=False)
     result = speedups._measure_isolated(

@@ -230,7 +230,7 @@ def test_a_run_continues_where_its_data_has_moved(
 
 
 # What may differ between checkpoints of equal runs; nothing draws from Python's generator.
-ACCIDENTAL = ("seconds", "resume", "early_stopping_patience", "python")
+ACCIDENTAL = ("seconds", "waiting", "resume", "early_stopping_patience", "python")
 
 
 def same(one: object, two: object) -> bool:

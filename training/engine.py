@@ -1,6 +1,10 @@
 """One epoch of training, and the evaluation of a split."""
 
 import contextlib
+import math
+import time
+from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import torch
@@ -29,8 +33,49 @@ from utils.workers import read_batches, show_batches
 from video.motion import Modality
 
 # Number of batches between two checks that the loss is finite. On a GPU a check waits for all
-# queued work, so it is not made after every batch; on a CPU it costs nothing.
+# queued work, so it is not made after every batch; on a CPU it costs nothing. Nothing else in an
+# epoch reads a value of the device (tests/training/test_host_reads.py), except that fp16, for GPUs
+# without bf16, reads at each step whether it overflowed.
 _CHECK_EVERY = 16
+
+
+class WaitClock:
+    """Adds up the seconds for which a device has nothing to do because no batch has come.
+
+    On a CPU these are the seconds for which the loop waits. A GPU still works on earlier batches
+    while the loop waits; there events mark when the GPU itself comes to the end of a batch and to
+    the beginning of the next one. Gaps within a batch are not counted.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._pairs: list[tuple[Any, Any]] = []
+
+    def watch(self, batches: Iterator[Batch]) -> Iterator[Batch]:
+        """Yield the batches; what is done with one is over when the next one is asked for."""
+        while True:
+            ended = self._now()
+            batch = next(batches, None)
+            if batch is None:
+                return
+            self._pairs.append((ended, self._now()))
+            yield batch
+
+    def seconds(self) -> float:
+        """The seconds since the last call, up to the newest batch; waits for the device to begin
+        that batch."""
+        pairs, self._pairs = self._pairs, []
+        if self.device.type != "cuda" or not pairs:
+            return sum(began - ended for ended, began in pairs)
+        pairs[-1][1].synchronize()
+        return sum(ended.elapsed_time(began) for ended, began in pairs) / 1000
+
+    def _now(self) -> Any:
+        if self.device.type != "cuda":
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record(torch.cuda.current_stream(self.device))
+        return event
 
 
 def train_one_epoch(
@@ -77,7 +122,7 @@ def train_one_epoch(
     model.train()
     keep_frozen_in_eval(model, config.freeze_batchnorm)
     optimizer.zero_grad(set_to_none=True)
-    clips_in_step = 0
+    clips_in_step, scale = 0, scaler.get_scale()
     bar = tqdm(
         total=progress.batches,
         initial=progress.step,
@@ -86,9 +131,10 @@ def train_one_epoch(
         leave=False,
         disable=distributed.rank() != 0,
     )
-    with bar:
-        while_waiting = interrupt if config.gradient_accumulation_steps == 1 else None
-        for batch in read_batches(loader, while_waiting):
+    clock = WaitClock(device)
+    while_waiting = interrupt if config.gradient_accumulation_steps == 1 else None
+    with bar, _checked_before_saving(unchecked, loader, config, progress):
+        for batch in clock.watch(read_batches(loader, while_waiting)):
             progress.step += 1
             progress.unreadable.update(batch.unreadable)
             last = progress.step == progress.batches
@@ -116,23 +162,19 @@ def train_one_epoch(
                     unchecked.append((progress.step, batch.indices, loss.detach()))
             clips_in_step += n
             if len(unchecked) >= check_every or last:
-                _require_finite(unchecked, loader, config, progress)
-                unchecked = []
+                mean_loss = _require_finite(unchecked, loader, config, progress)
+                unchecked.clear()
+                bar.set_postfix_str(f"loss {mean_loss:.3f}", refresh=False)
+                progress.waited += clock.seconds()  # the device has just been waited for
 
             # optimizer step
             if is_update_step:
-                _step(
-                    model, optimizer, scheduler, scaler, clips_in_step, clips_per_step, config, ema
-                )
-                clips_in_step = 0
-            if bar.update():  # only when the bar is redrawn: reading the mean waits for a GPU
-                bar.set_postfix_str(f"loss {progress.mean_loss:.3f}", refresh=False)
+                clips, clips_in_step = clips_in_step, 0
+                parts = model, optimizer, scheduler, scaler
+                scale = _step(*parts, clips, clips_per_step, config, ema, scale)
+            bar.update()
             if is_update_step and interrupt:
-                try:
-                    interrupt.check()
-                except Interrupted:  # before the state is saved
-                    _require_finite(unchecked, loader, config, progress)
-                    raise
+                interrupt.check()
     if not distributed.all_reduce_sum([progress.running_sums[2]])[0]:
         examples = list_some(sorted(progress.unreadable), separator="\n  ")
         raise UserError(f"none of the training clips can be read:\n  {examples}")
@@ -185,15 +227,34 @@ def _forward(
     return (loss if n else loss * 0), (logits.argmax(dim=1) == labels).sum()
 
 
+@contextlib.contextmanager
+def _checked_before_saving(
+    unchecked: list[tuple[int, list[int], torch.Tensor]],
+    loader: DataLoader,
+    config: TrainConfig,
+    progress: Progress,
+) -> Iterator[None]:
+    """Check the losses that are not checked yet when training is interrupted, whether after a step
+    or while a batch is waited for: the state is saved then."""
+    try:
+        yield
+    except Interrupted:
+        _require_finite(unchecked, loader, config, progress)
+        raise
+
+
 def _require_finite(
     batches: list[tuple[int, list[int], torch.Tensor]],
     loader: DataLoader,
     config: TrainConfig,
     progress: Progress,
-) -> None:
-    if not batches or torch.stack([loss for *_, loss in batches]).isfinite().all():
-        return
-    step, indices, loss = next(item for item in batches if not item[2].isfinite())
+) -> float:
+    """The mean loss of the epoch so far. A loss that is not finite, of one of these batches, makes
+    it not finite and is an error."""
+    mean_loss = progress.mean_loss  # the only value that is read from the device
+    if math.isfinite(mean_loss) or not batches:
+        return mean_loss
+    step, indices, loss = next((b for b in batches if not b[2].isfinite()), batches[-1])
     paths = [str(loader.dataset.rows[index].path) for index in indices]
     heading = (
         f"the loss became {loss.item()} in epoch {progress.epoch + 1}, batch {step}: lower "
@@ -211,15 +272,20 @@ def _step(
     clips_per_step: int,
     config: TrainConfig,
     ema: ModelEma | None,
-) -> None:
+    scale: float,
+) -> float:
     """Make an optimizer step with the mean gradient of `clips` clips; their gradients were divided
-    by `clips_per_step`."""
+    by `clips_per_step`, and their losses multiplied by `scale`.
+
+    Returns:
+        The scale of the next losses.
+    """
     world_size = distributed.world_size()  # DDP divides the sum of the gradients by it
     clips = distributed.all_reduce_sum([clips])[0]
     if not clips:  # none of them could be read
         optimizer.zero_grad(set_to_none=True)
         scheduler.step()
-        return
+        return scale
     scaler.unscale_(optimizer)
     parameters = [p for p in model.parameters() if p.grad is not None]
     if clips != clips_per_step * world_size:
@@ -227,14 +293,15 @@ def _step(
             parameter.grad.mul_(clips_per_step * world_size / clips)
     if config.max_grad_norm:
         nn.utils.clip_grad_norm_(parameters, config.max_grad_norm)
-    scale = scaler.get_scale()
     scaler.step(optimizer)
     scaler.update()
-    if scaler.get_scale() >= scale:  # a smaller scale: fp16 overflowed and the step was skipped
+    scale_before, scale = scale, scaler.get_scale()
+    if scale >= scale_before:  # a smaller scale: fp16 overflowed and the step was skipped
         scheduler.step()
         if ema:
             ema.update(model)
     optimizer.zero_grad(set_to_none=True)
+    return scale
 
 
 class NoClipError(UserError):
@@ -281,7 +348,7 @@ def evaluate(
             outputs are not finite.
     """
     model = prepare_for_inference(model, device, dtype)
-    indices, probabilities, distances, features, unreadable = [], [], [], [], []
+    indices, outputs, distances, features, unreadable = [], [], [], [], []
     record, quiet = means is not None or with_features, distributed.rank() != 0
     for batch in show_batches(loader, description, interrupt, quiet):
         unreadable += batch.unreadable
@@ -298,16 +365,18 @@ def evaluate(
                 distances.append(distance_to_means(vectors, means).mean(dim=1))  # (B,)
             if with_features:
                 features.append(vectors.mean(dim=1).float())  # (B, F)
-            logits = logits.cpu().double() - logit_adjustment
-            logits = logits.unflatten(0, views.shape[:2])  # (B, V, classes)
-            both = torch.stack((logits / temperature, logits)).softmax(dim=-1)
-            probabilities.append(both.mean(dim=2))  # (2, B, V, classes) -> (2, B, classes)
+            outputs.append(logits.unflatten(0, views.shape[:2]))  # (B, V, classes)
             indices += batch.indices
         # Processes have different numbers of batches, so they cannot agree to stop between batches.
         if interrupt and distributed.world_size() == 1:
             interrupt.check()
     own = None
     if indices:
+        probabilities = []
+        for logits in outputs:  # read here: between the batches a GPU would have to be waited for
+            logits = logits.cpu().double() - logit_adjustment
+            both = torch.stack((logits / temperature, logits)).softmax(dim=-1)
+            probabilities.append(both.mean(dim=2))  # (2, B, V, classes) -> (2, B, classes)
         own = [np.array(indices), torch.cat(probabilities, dim=1).numpy()]
         own += [torch.cat(arrays).numpy() for arrays in (distances, features) if arrays]
     gathered = distributed.all_gather((own, unreadable))

@@ -194,6 +194,7 @@ def feature_loader(
         loader.batch_size,
         sampler=loader.sampler,
         collate_fn=collate,
+        pin_memory=torch.cuda.is_available(),
         generator=torch.Generator(),  # as in training/loaders.py
     )
 

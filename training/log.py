@@ -113,7 +113,8 @@ def epoch_line(row: Mapping[str, Any], config: TrainConfig, better: bool) -> str
         f"epoch {row['epoch']:3d}/{config.epochs}  "
         f"train loss {row['train_loss']:.4f} accuracy {row['train_accuracy']:.3f}  "
         f"val loss {row['val_loss']:.4f} accuracy {row['val_accuracy']:.3f} "
-        f"macro-F1 {row['val_macro_f1']:.3f}  {row['seconds']:.1f} s{'  *' if better else ''}"
+        f"macro-F1 {row['val_macro_f1']:.3f}  {row['seconds']:.1f} s, waiting {row['waiting']:.0%}"
+        f"{'  *' if better else ''}"
     )
 
 

@@ -7,6 +7,8 @@ return two labels per clip, so that every loss can be used with them.
 
 import torch
 
+from utils.device import to_device
+
 
 def mixup_cutmix(
     clips: torch.Tensor, labels: torch.Tensor, mixup_alpha: float, cutmix_alpha: float
@@ -43,8 +45,8 @@ def mixup_cutmix(
         height, width = clips.shape[-2:]
         boxes = rand_bbox(lam, height, width)
         lam = 1 - (boxes[:, 1] - boxes[:, 0]).prod(dim=1) / (height * width)  # exact after rounding
-        clips = cutmix(clips, boxes.to(clips.device, non_blocking=True))
-    lam = lam.to(clips.device, non_blocking=True)
+        clips = cutmix(clips, to_device(boxes, clips.device))
+    lam = to_device(lam, clips.device)
     return clips if use_cutmix else mixup(clips, lam), labels.roll(1), lam
 
 

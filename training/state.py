@@ -39,6 +39,9 @@ class Progress:
         """batches of the current epoch that are done"""
         self.unreadable: set[str] = set()
         """error messages of the training clips that could not be read"""
+        self.waited = 0.0
+        """seconds for which the device had nothing to do in the current epoch, because no batch had
+        come; see `training.engine.WaitClock`"""
         self._sums: torch.Tensor | None = None  # (3,): loss, correct clips, clips
 
     def steps_per_epoch(self, batches_per_step: int) -> int:
@@ -51,9 +54,8 @@ class Progress:
         The sums stay on the device: reading them there would wait for all work that is queued.
         """
         dtype = torch.float32 if loss.device.type == "mps" else torch.float64
-        batch = torch.stack(
-            (loss.to(dtype), correct.to(dtype), loss.new_tensor(clips, dtype=dtype))
-        )
+        number = loss.new_full((), clips, dtype=dtype)  # new_tensor would wait for a GPU
+        batch = torch.stack((loss.to(dtype), correct.to(dtype), number))
         self._sums = batch if self._sums is None else self._sums.to(batch) + batch
 
     @property
@@ -73,7 +75,7 @@ class Progress:
 
     def end_epoch(self) -> None:
         """Count the epoch as finished and start the next one's sums."""
-        self.epoch, self.step, self._sums = self.epoch + 1, 0, None
+        self.epoch, self.step, self._sums, self.waited = self.epoch + 1, 0, None, 0.0
 
 
 class TrainState:

@@ -87,6 +87,16 @@ def _require_lstm(dtype: torch.dtype) -> None:
         ) from None
 
 
+def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Copy a small tensor from the CPU to a device, without waiting for the work of a GPU.
+
+    Only memory that the system may not move (pinned memory) is copied without waiting.
+    """
+    if device.type == "cuda" and tensor.device.type == "cpu":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
+
+
 def describe_device(device: torch.device) -> str:
     """The name of the hardware, for logs and tables of measurements."""
     if device.type == "cuda":

@@ -17,12 +17,15 @@ def init(device: torch.device) -> torch.device:
     A plain `python train.py` is a group of one and makes no call into torch.distributed.
     """
     if "WORLD_SIZE" not in os.environ or int(os.environ["WORLD_SIZE"]) == 1:
+        if device.type == "cuda" and device.index:
+            torch.cuda.set_device(device)  # pinned memory would take up the first GPU too
         return device
     if device.type == "cuda":
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
+    # Numbers of the CPU are summed on the CPU: nccl would make each step wait for the GPU.
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     # Process 0 may prepare data for hours, while the others wait; torch would give up in minutes.
-    backend = "nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(backend, timeout=timedelta(days=1))
     return device
 
@@ -58,9 +61,7 @@ def all_reduce_sum(values: Sequence[float]) -> list[float]:
     """The sum of each value over all processes."""
     if not dist.is_initialized():
         return list(values)
-    nccl = dist.get_backend() == "nccl"
-    device = torch.device("cuda", torch.cuda.current_device()) if nccl else torch.device("cpu")
-    sums = torch.tensor(values, dtype=torch.float64, device=device)
+    sums = torch.tensor(values, dtype=torch.float64)
     dist.all_reduce(sums)
     return sums.tolist()
 
