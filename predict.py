@@ -310,7 +310,7 @@ def predict(
     Raises:
         Interrupted: the process was asked to stop; the results so far are written.
     """
-    from timeline.archive import write_done
+    from timeline.archive import video_state, write_done
     from timeline.output import advice, summary
     from timeline.overlay import EVERY_FRAME, write_overlay
     from timeline.predictor import VideoPredictor
@@ -324,6 +324,9 @@ def predict(
     interrupt = Interrupt()
     for number, (source, folder) in enumerate(zip(sources, folders, strict=True), 1):
         counter = f"{number}/{len(sources)} " if len(sources) > 1 else ""
+        done = partial(write_done, source=source, computed=computed)
+        if isinstance(source, Path):
+            done = partial(done, state=video_state(source))
         try:
             options = predictor.fps, predictor.image_size, config.serve
             frames = open_source(source, *options, config.frame_rate, config.reconnect_timeout)
@@ -345,8 +348,7 @@ def predict(
             failures.append(str(error))
             print(f"error: {error}", file=sys.stderr)
             if isinstance(source, Path):  # if not even that can be written, it is not done
-                reason = partial(write_done, source=source, computed=computed, timeline=None)
-                try_write(folder, partial(reason, reason=error.reason))
+                try_write(folder, partial(done, timeline=None, reason=error.reason))
             continue
         timeline.notes += advice(timeline, calibration)
         rate = {"video": f"{frames.rate:.3g} frames per second"} if frames.rate else {}
@@ -374,8 +376,8 @@ def predict(
                 folder, timeline, path, about, frames, explainer, interrupt
             )
         if isinstance(source, Path) and not problems and not interrupt.signal:
-            done = partial(write_done, source=source, computed=computed, timeline=timeline)
-            problems += filter(None, [try_write(folder, partial(done, reason=video.broke_off))])
+            complete = partial(done, timeline=timeline, reason=video.broke_off)
+            problems += filter(None, [try_write(folder, complete)])
         if problems:
             failures.append("; ".join(problems))
             print(f"error: {failures[-1]}", file=sys.stderr)
@@ -502,7 +504,8 @@ def main() -> None:
     model_file = Path(config.run)
     model_file = model_file / "best.pt" if model_file.is_dir() else model_file
     settings = {k: v for k, v in vars(config).items() if k not in OF_THE_START}
-    computed = fingerprint(model_file, settings)
+    detector = [Path(config.out_of_body.rpartition(":")[0])] if config.out_of_body else []
+    computed = fingerprint([model_file, *detector], settings)
     pairs = list(zip(sources, folders, strict=True))
     todo = shard.part(pairs, [file_size(source) for source in sources]) if shard else pairs
     if shard or config.skip_done:

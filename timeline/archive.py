@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from clips.manifest import OUT_OF_BODY, UNCERTAIN
+from clips.perceptual_hash import sha256_file
 from timeline.segments import Timeline
 from utils.errors import UserError
 from utils.files import make_folder, read_json, write_json
@@ -38,20 +39,24 @@ _SHAPE = {
 }
 
 
-def fingerprint(checkpoint: Path, settings: Mapping[str, Any]) -> str:
-    """What a timeline depends on besides its video: the model's file, and the settings."""
-    with open(checkpoint, "rb") as file:
-        weights = hashlib.file_digest(file, "sha256").hexdigest()
-    text = repr(sorted(settings.items()))
-    return f"{weights[:32]} {hashlib.sha256(text.encode()).hexdigest()[:32]}"
+def fingerprint(files: Sequence[Path], settings: Mapping[str, Any]) -> str:
+    """What a timeline depends on besides its video: files, as the model's, and the settings."""
+    texts = [sha256_file(path) for path in files] + [repr(sorted(settings.items()))]
+    return hashlib.sha256(" ".join(texts).encode()).hexdigest()
 
 
 def write_done(
-    folder: Path, source: Path, computed: str, timeline: Timeline | None, reason: str = ""
+    folder: Path,
+    source: Path,
+    state: Sequence[int],
+    computed: str,
+    timeline: Timeline | None,
+    reason: str = "",
 ) -> None:
     """Write the record of a video, the last of its results.
 
     Args:
+        state: `video_state` before the video was read: a change since then makes it not done.
         computed: of `fingerprint`.
         timeline: of the video; None: it cannot be read.
         reason: why it cannot be read, or why the timeline ends early.
@@ -65,7 +70,7 @@ def write_done(
         folder / DONE,
         {
             "video": sanitize(str(source)),
-            "source": _state(source),
+            "source": list(state),
             "computed": computed,
             "status": status,
             "reason": sanitize(reason),
@@ -81,12 +86,12 @@ def read_done(folder: Path, source: Path, computed: str) -> dict[str, Any] | Non
         record = read_json(folder / DONE, _SHAPE) if (folder / DONE).exists() else {}
     except UserError:
         return None
-    if not record or record["computed"] != computed or record["source"] != _state(source):
+    if not record or record["computed"] != computed or record["source"] != video_state(source):
         return None
     return record
 
 
-def _state(source: Path) -> list[int]:
+def video_state(source: Path) -> list[int]:
     """Size and time of modification of a video, or of a folder of images."""
     try:
         status = source.stat()
