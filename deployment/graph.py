@@ -75,12 +75,7 @@ def trace_module(
     size is not possible, and the other one freezes the size in silence.
 
     Args:
-<<<<<<< HEAD
-        inputs: examples, tensors and lists of tensors; with `dynamic_batch`, of `EXAMPLE_BATCH`
-            clips.
-=======
         inputs: examples, tensors and lists of them; with `dynamic_batch`, of `EXAMPLE_BATCH` clips.
->>>>>>> export
     """
     batch = {0: Dim("batch", min=1, max=_MAX_BATCH)} if dynamic_batch else {}
     shapes = tree_map(lambda _: batch, inputs)
