@@ -20,6 +20,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
+from tqdm import tqdm
 
 from benchmarks.timing import interleave, random_clips
 from config import TrainConfig
@@ -218,7 +219,7 @@ def measure_rooflines(
     product, product_flops = matrix_product(device, dtype, SIDE[kind])
     copy, copied = large_copy(device, COPIED[kind])
     rows = []
-    for name, size in models:
+    for name, size in tqdm(models, "roofline", unit="model", leave=False):
         config = TrainConfig(model_name=name, n_frames=n_frames, image_size=size)
         torch.manual_seed(0)
         model = build_model(config, num_classes)
