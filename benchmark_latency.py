@@ -316,7 +316,7 @@ def time_streaming(config: BenchmarkConfig) -> None:
 
     import torch
 
-    from benchmarks.streaming import STREAMED, compare_streaming, measure_live
+    from benchmarks.streaming import INT8, STREAMED, compare_streaming, measure_live
     from benchmarks.timing import environment, report
     from utils.device import autocast_dtype, get_device
 
@@ -334,9 +334,9 @@ def time_streaming(config: BenchmarkConfig) -> None:
     }
     turns = f"{config.repeats} turns of 3 calls"
     report("streaming", ratios, environment(device, n=turns, **conditions), config.output, FORMATS)
-    engines: list[EngineName] = ["torch"]
+    engines = ["torch"]
     if device.type == "cpu" and dtype == torch.float32 and find_spec("openvino"):
-        engines.append("openvino")
+        engines += ["openvino"] + [INT8] * bool(find_spec("nncf"))
     live = measure_live(*shape, 60 * config.repeats, device, dtype, config.video, engines)
     video = f"1280 x 720 H.264, {config.video or 'rendered'}, decoded in the same thread"
     report("live", live, environment(device, video=video, **conditions), config.output, FORMATS)

@@ -74,8 +74,6 @@ class ExportConfig:
             raise UserError(f"num_workers = {self.num_workers}: must be 0 or more")
         if self.int8 and self.format != "openvino":
             raise UserError("--int8 needs --format openvino")
-        if self.int8 and self.streaming:
-            raise UserError("--int8 is for whole clips: leave out --streaming or --int8")
         suffix = ".onnx" if self.format == "onnx" else ".xml"
         if self.output and Path(self.output).suffix != suffix:
             raise UserError(f"--output {self.output}: with --format {self.format} the name of the "
@@ -292,6 +290,7 @@ def write_int8(
     from deployment import quantization
     from deployment.files import write_openvino
     from deployment.metadata import pack
+    from deployment.step import ClipsByStep
     from modeling.engines import OpenVINOEngine
     from training.engine import evaluate
     from training.loaders import eval_loader, load_splits, open_cache
@@ -309,26 +308,32 @@ def write_int8(
         f"CPUs with{'' if vnni else 'out'} VNNI",
         flush=True,
     )
+    clips = (clip for batch in eval_loader(rows, settings, cache) for clip in batch.clips)
+    if fp32.memory:
+        samples = (inputs for clip in clips for inputs in ClipsByStep(fp32).inputs(clip))
+    else:
+        samples = (clip[None].numpy() for clip in clips)
     network = quantization.quantize(
         # From memory: a file that is mapped cannot be replaced below.
         openvino.Core().read_model(path.read_bytes(), path.with_suffix(".bin").read_bytes()),
-        quantization.clip_arrays(batch.clips for batch in eval_loader(rows, settings, cache)),
+        samples,
         training.model_name in quantization.TOKEN_MODELS,
         vnni,
     )
     int8 = OpenVINOEngine(network, torch.get_num_threads())
-    int8.dynamic_batch = fp32.dynamic_batch
+    int8.dynamic_batch, int8.memory = fp32.dynamic_batch, fp32.memory
+    engines = (ClipsByStep(fp32), ClipsByStep(int8)) if fp32.memory else (fp32, int8)
     device = torch.device("cpu")
     before, after = (
         evaluate(engine, eval_loader(splits["val"], settings, cache), device, description="val")
-        for engine in (fp32, int8)
+        for engine in engines
     )
     cost = quantization.measure_cost(before, after)
     print(cost.describe(), flush=True)
     if not cost.acceptable:
         print(f"more than {quantization.MAX_LOSS} is lost: the file stays in fp32")
         return False
-    metadata = pack(state, "int8", config.dynamic_batch)
+    metadata = pack(state, "int8", config.dynamic_batch, fp32.memory)
     write_openvino(path, network, {**metadata, "int8": cost.describe()})
     return True
 

@@ -17,6 +17,7 @@ from config import TrainConfig
 from deployment.graph import to_openvino, trace
 from deployment.quantization import TOKEN_MODELS, has_vnni, quantize
 from deployment.runtime import build_engine
+from deployment.step import ClipsByStep, StepNames, trace_step
 from modeling.engines import OpenVINOEngine
 from modeling.inference import prepare_for_inference
 from models import build_model
@@ -80,6 +81,21 @@ def _build(name: str, model: torch.nn.Module, n_frames: int, size: int) -> dict[
         int8 = quantize(graph, [clip[None] for clip in noise], name in TOKEN_MODELS, has_vnni())
         runs["openvino int8"] = OpenVINOEngine(int8, torch.get_num_threads())
     return runs
+
+
+def int8_step(model: torch.nn.Module, n_frames: int, size: int) -> OpenVINOEngine:
+    """The network of one frame of a model in int8, calibrated on noise."""
+    program, memory = trace_step(model, n_frames, size)
+    names = StepNames(len(memory))
+    graph = to_openvino(program, names.inputs, names.outputs)
+    threads = torch.get_num_threads()
+    fp32 = OpenVINOEngine(graph, threads)
+    fp32.memory = memory
+    noise = random_clips(CALIBRATION_CLIPS, n_frames, size, torch.device("cpu"))
+    samples = [inputs for clip in noise for inputs in ClipsByStep(fp32).inputs(clip)]
+    int8 = OpenVINOEngine(quantize(graph, samples, False, has_vnni()), threads)
+    int8.memory = memory
+    return int8
 
 
 def _difference(logits: torch.Tensor, reference: torch.Tensor) -> str:

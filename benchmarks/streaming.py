@@ -12,9 +12,9 @@ import pandas as pd
 import torch
 from torch import nn
 
+from benchmarks.engines import int8_step
 from benchmarks.timing import interleave, random_clips
 from benchmarks.videos import write_benchmark_video
-from config import EngineName
 from deployment.runtime import build_engine
 from modeling.inference import pack_convolutions, prepare_for_inference
 from models import MODELS
@@ -22,7 +22,9 @@ from timeline.prefetch import Prefetcher
 from timeline.sources import FileSource, Frame
 from timeline.streaming import EngineStreamer, Streamer, to_probabilities
 
-Way = tuple[str, EngineName]
+INT8 = "openvino int8"
+
+Way = tuple[str, str]
 """a model by name, and what computes it"""
 
 OneVideo = Streamer | EngineStreamer
@@ -80,7 +82,7 @@ def measure_live(
     device: torch.device,
     dtype: torch.dtype,
     source: str = "",
-    engines: Sequence[EngineName] = ("torch",),
+    engines: Sequence[str] = ("torch",),
 ) -> pd.DataFrame:
     """Time every frame of a 1280 x 720 H.264 video from its packets to the prediction.
 
@@ -90,7 +92,7 @@ def measure_live(
     Args:
         frames: number of frames of the video.
         source: video whose frames are used (empty: a rendered scene).
-        engines: what computes the models.
+        engines: what computes the models: torch, openvino, onnxruntime, or `INT8`.
     """
     ways = [(name, engine) for name in names for engine in engines]
     with tempfile.TemporaryDirectory() as folder:
@@ -100,7 +102,9 @@ def measure_live(
         def start(way: Way) -> tuple[OneVideo, FileSource]:
             name, engine = way
             streamer: OneVideo = Streamer(_build(name), n_frames, device=device, dtype=dtype)
-            if engine != "torch":
+            if engine == INT8:
+                streamer = EngineStreamer(int8_step(_build(name), n_frames, image_size))
+            elif engine != "torch":
                 step = build_engine(_build(name), engine, n_frames, image_size, step=True)
                 streamer = EngineStreamer(step)
             return streamer, FileSource(video, 1000.0, image_size)  # 1000 fps: every frame

@@ -124,7 +124,9 @@ def read_exported(
     kind = OnnxRuntimeEngine if isinstance(source, bytes) else OpenVINOEngine
     try:
         engine = kind(source, threads)
-        engine.dynamic_batch = state["exported"]["dynamic_batch"]
+        exported = state["exported"]
+        engine.dynamic_batch = exported["dynamic_batch"]
+        engine.memory = {part["name"]: tuple(part["shape"]) for part in exported["memory"]}
         _try(engine, state)
     except UserError:
         raise

@@ -39,8 +39,6 @@ class ModelSource:
                     "runs in openvino or onnxruntime"
                 )
             self.state, self._file = read_exported(source, engine or "", torch.get_num_threads())
-            memory = self.state["exported"]["memory"]
-            self._file.memory = {part["name"]: tuple(part["shape"]) for part in memory}
             engine = self._file.name
         else:
             self.state = load_checkpoint(source)

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
-import torch
 
 from clips.manifest import ClipRow
 from clips.splits import patient_overlap
@@ -31,17 +30,24 @@ MAX_LOSS = 0.01
 
 TOKEN_MODELS = ("vivit", "timesformer", "video_swin", "mvit")
 
+COUNTED = {"memory_0", "memory_1"}
+"""inputs of a network of one frame, see deployment/step.py"""
+
 _VNNI = {"avx512_vnni", "avx_vnni", "avxvnni", "amx_int8"}
 
 
 def quantize(
-    model: "openvino.Model", clips: Iterable[np.ndarray], transformer: bool, vnni: bool
+    model: "openvino.Model",
+    samples: Iterable[np.ndarray | dict[str, np.ndarray]],
+    transformer: bool,
+    vnni: bool,
 ) -> "openvino.Model":
     """A model whose convolutions and matrix products compute in int8.
 
     Args:
         model: of `deployment.graph.to_openvino`; it is left as it is.
-        clips: `(1, T, C, H, W)`, uint8, for the scales of the activations.
+        samples: for the scales of the activations: clips `(1, T, C, H, W)`, uint8, or, for a
+            network of one frame, its inputs by their names.
         transformer: whether the model is one of `TOKEN_MODELS`, whose attention NNCF treats apart.
         vnni: whether the CPU that will run it sums products of int8 in 32 bits. Older ones (AVX2,
             AVX-512) sum pairs in 16 bits, which can overflow: weights then use 7 bits.
@@ -56,7 +62,7 @@ def quantize(
         import nncf
 
         fix = nncf.OverflowFix.DISABLE if vnni else nncf.OverflowFix.ENABLE
-        samples = list(clips)
+        samples = list(samples)
         return nncf.quantize(
             model.clone(),
             nncf.Dataset(samples),
@@ -64,8 +70,25 @@ def quantize(
             preset=nncf.QuantizationPreset.MIXED if transformer else None,
             model_type=nncf.ModelType.TRANSFORMER if transformer else None,
             fast_bias_correction=True,
+            ignored_scope=nncf.IgnoredScope(names=_of_counter(model), validate=False),
             advanced_parameters=nncf.AdvancedQuantizationParameters(overflow_fix=fix),
         )
+
+
+def _of_counter(model: "openvino.Model") -> list[str]:
+    """The operators that depend on the first two memories of a network of one frame: the number of
+    frames seen, which must stay exact, and the vectors of the last T frames. They cost little."""
+    names: dict[str, None] = {}
+    waiting = [port.get_node() for port in model.inputs if port.names & COUNTED]
+    while waiting:
+        node = waiting.pop()
+        for output in node.outputs():
+            for port in output.get_target_inputs():
+                user = port.get_node()
+                if user.get_friendly_name() not in names and user.get_type_name() != "Result":
+                    names[user.get_friendly_name()] = None
+                    waiting.append(user)
+    return list(names)
 
 
 @contextlib.contextmanager
@@ -164,9 +187,3 @@ def measure_cost(fp32: Predictions, int8: Predictions) -> Cost:
         int8.scores["macro_f1"],
         difference["macro_f1"] if known else None,
     )
-
-
-def clip_arrays(batches: Iterable[torch.Tensor]) -> Iterator[np.ndarray]:
-    """Batches `(B, T, C, H, W)` as single clips `(1, T, C, H, W)`."""
-    for batch in batches:
-        yield from (clip[None].numpy() for clip in batch)

@@ -7,6 +7,7 @@ fewer at the start. All memory is fp32 and starts as zeros; zeros again start a 
 
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 from torch.export import ExportedProgram
@@ -14,7 +15,7 @@ from torch.export import ExportedProgram
 from cnn_lstm import CNNLSTM, signed_root
 from deployment.files import FRAME, next_name
 from deployment.graph import EXAMPLE_BATCH, folded, trace_module
-from modeling.engines import LOGITS
+from modeling.engines import LOGITS, Engine
 from modeling.frame_encoder import FrameEncoder
 from tsm_resnet import TSM
 from utils.errors import UserError
@@ -218,3 +219,38 @@ def run_step(
     return torch.from_numpy(outputs[LOGITS].copy()), {
         name: outputs[next_name(name)].copy() for name in memory
     }
+
+
+class ClipsByStep(Engine):
+    """An engine of whole clips whose frames an engine of one frame computes one after the other.
+
+    At the last of T frames a step gives the logits of the clip. There are no features.
+    """
+
+    def __init__(self, step: Engine) -> None:
+        super().__init__()
+        self.step = step
+
+    def forward(self, clips: torch.Tensor) -> torch.Tensor:
+        """`(B, T, C, H, W)` uint8 to logits `(B, num_classes)`."""
+        return torch.cat([self._last_logits(clip) for clip in clips.split(1)])
+
+    def _last_logits(self, clip: torch.Tensor) -> torch.Tensor:
+        memory = self.empty_memory()
+        for frame in clip.unbind(1):
+            logits, memory = run_step(self.step, frame, memory)
+        return logits
+
+    def empty_memory(self) -> dict[str, np.ndarray]:
+        """The memory at the start of a stream."""
+        shapes = self.step.memory.items()
+        return {name: np.zeros((1, *shape), np.float32) for name, shape in shapes}
+
+    def inputs(self, clip: torch.Tensor) -> list[dict[str, np.ndarray]]:
+        """What the step takes at the middle frame and at the last one of a clip `(T, C, H, W)`."""
+        memory, kept = self.empty_memory(), []
+        for number, frame in enumerate(clip):
+            if number in (len(clip) // 2, len(clip) - 1):
+                kept.append({FRAME: frame[None].numpy(), **memory})
+            memory = run_step(self.step, frame[None], memory)[1]
+        return kept

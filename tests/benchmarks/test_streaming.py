@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks.streaming import STREAMED, compare_streaming, measure_live
+from benchmarks.streaming import INT8, STREAMED, compare_streaming, measure_live
 from models import MODELS
 from timeline.streaming import supports_streaming
 
@@ -24,9 +24,10 @@ def test_ratios_are_those_of_the_times() -> None:
 
 def test_every_frame_of_the_video_is_timed() -> None:
     pytest.importorskip("openvino")
-    engines = ("torch", "openvino")
+    pytest.importorskip("nncf")
+    engines = ("torch", "openvino", INT8)
     names = ["cnnlstm", "tsm_resnet"]
     table = measure_live(names, 2, 32, 6, CPU, torch.float32, engines=engines)
     assert table["Engine"].tolist() == [*engines, *engines]
-    assert table["Frames"].tolist() == [4] * 4  # without those that fill the window
+    assert table["Frames"].tolist() == [4] * 6  # without those that fill the window
     assert (table.drop(columns=["Model", "Engine"]).to_numpy(float) > 0).all()

@@ -13,6 +13,7 @@ from deployment import quantization
 from deployment.files import read_exported, read_metadata
 from deployment.graph import to_openvino, trace
 from deployment.quantization import Cost, calibration_rows, measure_cost, quantize
+from deployment.step import ClipsByStep, StepNames, trace_step
 from evaluation.predictions import Predictions
 from modeling.engines import OpenVINOEngine
 from utils.errors import UserError
@@ -187,3 +188,34 @@ def test_export_keeps_fp32_where_int8_loses_more_than_a_point(
     assert state["exported"]["precision"] == ("fp32" if lost else "int8")
     assert ("int8" in read_metadata(file)) != lost
     assert engine(torch.from_numpy(np.concatenate(clips(2)))).shape == (2, 3)
+
+
+def test_the_step_of_a_stream_in_int8() -> None:
+    """The number of frames seen stays exact, and every convolution reads int8."""
+    model = lively(shift_mode="causal")
+    program, memory = trace_step(model, N, SIZE)
+    names = StepNames(len(memory))
+    graph = to_openvino(program, names.inputs, names.outputs)
+    fp32 = OpenVINOEngine(graph, 1)
+    fp32.memory = memory
+    batch = torch.from_numpy(np.concatenate(clips(6)))
+    by_step = ClipsByStep(fp32)
+    with torch.inference_mode():
+        torch.testing.assert_close(by_step(batch), model(batch), atol=1e-5, rtol=0)
+    samples = [inputs for clip in batch for inputs in by_step.inputs(clip)]
+    assert [inputs["memory_0"].item() for inputs in samples] == [N // 2, N - 1] * len(batch)
+    quantised = quantize(graph, samples, transformer=False, vnni=False)
+    convs = [op for op in quantised.get_ordered_ops() if op.get_type_name() == "Convolution"]
+    moving = {"Reshape", "Slice", "StridedSlice", "Concat", "MaxPool", "Unsqueeze", "Squeeze"}
+    for conv in convs:
+        assert sources(conv, {*moving, "Multiply", "Convert"}) - {"Constant"} == {"FakeQuantize"}
+    int8 = OpenVINOEngine(quantised, 1)
+    int8.memory = memory
+    zeros = ClipsByStep(int8).empty_memory()
+    for seen in (1, 2, 3, 4, 4):
+        outputs = int8.compute({"frame": batch[:1, 0].numpy(), **zeros})
+        zeros = {name: outputs[f"{name}_next"].copy() for name in zeros}
+        assert zeros["memory_0"].item() == seen
+    logits = by_step(batch)
+    difference = (ClipsByStep(int8)(batch) - logits).abs().max() / logits.std()
+    assert 0 < difference < 0.5
