@@ -22,10 +22,9 @@ import dataclasses
 import math
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -36,12 +35,13 @@ from timeline.open_source import find_sources, open_source
 from utils.cli import cli_main, parse
 from utils.errors import UserError, require_package
 from utils.run_dir import sanitize, strip_credentials
-from utils.sharding import file_size, this_shard
+from utils.sharding import this_shard
 
 if TYPE_CHECKING:
     import numpy as np
 
     from evaluation.calibration import Calibration
+    from timeline.archive import Archive
     from timeline.relevance import WindowExplainer
     from timeline.segments import Timeline
     from timeline.smoothing import SmoothingConfig
@@ -289,20 +289,20 @@ def describe_window(predictor: "OnlinePredictor") -> str:
 
 def predict(
     config: PredictConfig,
-    sources: list[str | Path],
-    folders: list[Path],
+    archive: "Archive",
+    todo: "Sequence[tuple[str | Path, Path]]",
     predictor: "OnlinePredictor",
     smoothing: "SmoothingConfig",
     calibration: "Calibration",
     frame_filter: "Callable[[np.ndarray], bool] | None",
     metadata: dict[str, str],
     explainer: "WindowExplainer | None" = None,
-    computed: str = "",
 ) -> list[str]:
     """Predict the timeline of each source, and write its results into its folder.
 
     Args:
-        computed: of `timeline.archive.fingerprint`, for the records of what is done.
+        archive: keeps the record that a video is done.
+        todo: the sources, each with the folder of its results.
 
     Returns:
         One error message per source that could not be predicted or whose results not be written.
@@ -310,23 +310,21 @@ def predict(
     Raises:
         Interrupted: the process was asked to stop; the results so far are written.
     """
-    from timeline.archive import video_state, write_done
+    from timeline.archive import video_state
     from timeline.output import advice, summary
     from timeline.overlay import EVERY_FRAME, write_overlay
     from timeline.predictor import VideoPredictor
     from timeline.sources import FileSource
     from utils.device import describe_device
-    from utils.files import try_write
     from utils.interrupt import Interrupt
     from video.container import ClipError
 
     failures, device = [], describe_device(predictor.device)
     interrupt = Interrupt()
-    for number, (source, folder) in enumerate(zip(sources, folders, strict=True), 1):
-        counter = f"{number}/{len(sources)} " if len(sources) > 1 else ""
-        done = partial(write_done, source=source, computed=computed)
-        if isinstance(source, Path):
-            done = partial(done, state=video_state(source))
+    for number, (source, folder) in enumerate(todo, 1):
+        counter = f"{number}/{len(todo)} " if len(todo) > 1 else ""
+        is_file = isinstance(source, Path)
+        state = video_state(source) if is_file else []
         try:
             options = predictor.fps, predictor.image_size, config.serve
             frames = open_source(source, *options, config.frame_rate, config.reconnect_timeout)
@@ -347,8 +345,8 @@ def predict(
         except ClipError as error:
             failures.append(str(error))
             print(f"error: {error}", file=sys.stderr)
-            if isinstance(source, Path):  # if not even that can be written, it is not done
-                try_write(folder, partial(done, timeline=None, reason=error.reason))
+            if is_file:  # if not even that can be written, it is not done
+                archive.record(source, folder, state, None, error.reason)
             continue
         timeline.notes += advice(timeline, calibration)
         rate = {"video": f"{frames.rate:.3g} frames per second"} if frames.rate else {}
@@ -375,9 +373,9 @@ def predict(
             problems += write_explanation(
                 folder, timeline, path, about, frames, explainer, interrupt
             )
-        if isinstance(source, Path) and not problems and not interrupt.signal:
-            complete = partial(done, timeline=timeline, reason=video.broke_off)
-            problems += filter(None, [try_write(folder, complete)])
+        if is_file and not problems and not interrupt.signal:
+            problem = archive.record(source, folder, state, timeline, video.broke_off)
+            problems += [problem] * bool(problem)
         if problems:
             failures.append("; ".join(problems))
             print(f"error: {failures[-1]}", file=sys.stderr)
@@ -481,10 +479,10 @@ def main() -> None:
             f"--explain reads the video twice: for a file or a folder of images, not for {source}"
         )
 
-    from timeline.archive import COLUMNS, fingerprint, read_done, summary_path, write_summary
+    from timeline.archive import COLUMNS, Archive, fingerprint, summary_path
     from timeline.output import output_folders
     from timeline.predictor import load_frame_filter
-    from utils.files import require_writable, try_write
+    from utils.files import require_writable
     from utils.interrupt import Interrupted
     from utils.tables import require_own_table
 
@@ -498,55 +496,25 @@ def main() -> None:
     if shard:
         config = dataclasses.replace(config, device=own_device(config.device))
     predictor, smoothing, calibration, metadata = build_predictor(config)
-    explainer = build_explainer(config, predictor) if config.explain else None
 
-    # which videos
-    model_file = Path(config.run)
-    model_file = model_file / "best.pt" if model_file.is_dir() else model_file
+    run = Path(config.run)
+    files = [run / "best.pt" if run.is_dir() else run]
+    files += [Path(config.out_of_body.rpartition(":")[0])] if config.out_of_body else []
     settings = {k: v for k, v in vars(config).items() if k not in OF_THE_START}
-    detector = [Path(config.out_of_body.rpartition(":")[0])] if config.out_of_body else []
-    computed = fingerprint([model_file, *detector], settings)
-    pairs = list(zip(sources, folders, strict=True))
-    todo = shard.part(pairs, [file_size(source) for source in sources]) if shard else pairs
-    if shard or config.skip_done:
-        own = len(todo)
-        records = [read_done(folder, source, computed) for source, folder in todo]
-        # A video that could not be read is tried again: it may have been repaired.
-        todo = [
-            pair
-            for pair, record in zip(todo, records, strict=True)
-            if not record or record["status"] == "unreadable"
-        ]
-        part = f"part {shard}: " if shard else ""
-        print(f"{part}{own - len(todo):,} of {own:,} videos are done already", flush=True)
+    archive = Archive(list(zip(sources, folders, strict=True)), fingerprint(files, settings), shard)
+    todo = archive.remaining() if shard or config.skip_done else archive.videos
     print(f"the model sees {describe_window(predictor)}", flush=True)
-
-    # predict
-    failures = []
+    explainer = build_explainer(config, predictor) if config.explain else None
     try:
-        options = predictor, smoothing, calibration, frame_filter, metadata, explainer, computed
-        if todo:
-            failures = predict(config, *map(list, zip(*todo, strict=True)), *options)
+        options = predictor, smoothing, calibration, frame_filter, metadata, explainer
+        failures = predict(config, archive, todo, *options)
     except Interrupted:
         print("interrupted: the results so far are written", file=sys.stderr)
         sys.exit(130)
-
-    # summary
-    if len(sources) > 1:
-        records = [read_done(folder, source, computed) for source, folder in pairs]
-        if missing := records.count(None):
-            if shard:
-                print(
-                    f"{missing:,} of {len(records):,} videos are left to the other processes; if "
-                    "none of them runs any more, start again"
-                )
-        elif problem := try_write(table, lambda p: write_summary(p, records, predictor.classes)):
-            failures.append(problem)
-        else:
-            print(f"all {len(records):,} videos: {sanitize(str(table))}")
-    not_done = [folder for source, folder in todo if not read_done(folder, source, computed)]
-    if shard and not not_done:  # unreadable videos are in the summary, and end no other process
-        return
+    if len(sources) > 1 and (problem := archive.summarize(table, predictor.classes)):
+        failures.append(problem)
+    elif shard and all(archive.read(*video) for video in todo):
+        return  # what is unreadable is in the summary: torchrun would end the other processes
     if failures:
         count = f"{len(failures)} of {len(sources)} videos"
         raise UserError(f"{count} could not be predicted or written (see above)")

@@ -12,17 +12,21 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from clips.manifest import OUT_OF_BODY, UNCERTAIN
+from clips.manifest import OUT_OF_BODY, UNCERTAIN, UNREADABLE
 from clips.perceptual_hash import sha256_file
 from timeline.segments import Timeline
 from utils.errors import UserError
-from utils.files import make_folder, read_json, write_json
+from utils.files import make_folder, read_json, try_write, write_json
 from utils.run_dir import sanitize
+from utils.sharding import Shard, file_size
 from utils.tables import write_csv
 
 DONE = "done.json"
 
 SUMMARY = "summary.csv"
+
+OK, ENDED_EARLY = "ok", "ended early"
+"""status of a video, besides `UNREADABLE`"""
 
 COLUMNS = ("video", "status", "reason", "duration")
 """of summary.csv; then the seconds of each class, and the fraction that is uncertain and out of
@@ -45,50 +49,99 @@ def fingerprint(files: Sequence[Path], settings: Mapping[str, Any]) -> str:
     return hashlib.sha256(" ".join(texts).encode()).hexdigest()
 
 
-def write_done(
-    folder: Path,
-    source: Path,
-    state: Sequence[int],
-    computed: str,
-    timeline: Timeline | None,
-    reason: str = "",
-) -> None:
-    """Write the record of a video, the last of its results.
+class Archive:
+    """The videos of one start of predict.py, and what of them is done.
 
     Args:
-        state: `video_state` before the video was read: a change since then makes it not done.
+        videos: all of them, also those of other processes, each with the folder of its results.
         computed: of `fingerprint`.
-        timeline: of the video; None: it cannot be read.
-        reason: why it cannot be read, or why the timeline ends early.
+        shard: the part of this process; None: it does all.
     """
-    seconds: dict[str, float] = defaultdict(float)
-    for segment in timeline.segments if timeline else ():
-        seconds[segment.label] += segment.end - segment.start
-    status = "unreadable" if timeline is None else "ended early" if reason else "ok"
-    make_folder(folder)
-    write_json(
-        folder / DONE,
-        {
-            "video": sanitize(str(source)),
+
+    def __init__(
+        self, videos: Sequence[tuple[Path, Path]], computed: str, shard: Shard | None = None
+    ) -> None:
+        self.videos = videos
+        self.computed = computed
+        self.shard = shard
+
+    def remaining(self) -> list[tuple[Path, Path]]:
+        """The videos of this process that are not done; how many are is printed. One that could not
+        be read is among them: it may have been repaired."""
+        part = self.videos
+        if self.shard:
+            part = self.shard.part(part, [file_size(video) for video, _ in part])
+        remaining = [v for v in part if (self.read(*v) or {}).get("status") in (None, UNREADABLE)]
+        which = f"part {self.shard}: " if self.shard else ""
+        done = len(part) - len(remaining)
+        print(f"{which}{done:,} of {len(part):,} videos are done already", flush=True)
+        return remaining
+
+    def record(
+        self,
+        video: Path,
+        folder: Path,
+        state: Sequence[int],
+        timeline: Timeline | None,
+        reason: str = "",
+    ) -> str:
+        """Write the record of a video, the last of its results.
+
+        Args:
+            state: `video_state` before the video was read: a change since then makes it not done.
+            timeline: of the video; None: it cannot be read.
+            reason: why it cannot be read, or why the timeline ends early.
+
+        Returns:
+            Why the record could not be written, in one line; empty if it was.
+        """
+        seconds: dict[str, float] = defaultdict(float)
+        for segment in timeline.segments if timeline else ():
+            seconds[segment.label] += segment.end - segment.start
+        content = {
+            "video": sanitize(str(video)),
             "source": list(state),
-            "computed": computed,
-            "status": status,
+            "computed": self.computed,
+            "status": UNREADABLE if timeline is None else ENDED_EARLY if reason else OK,
             "reason": sanitize(reason),
             "duration": float(timeline.duration) if timeline else 0.0,
             "seconds": dict(seconds),
-        },
-    )
+        }
+        return try_write(folder, lambda _: _write_record(folder, content))
+
+    def read(self, video: Path, folder: Path) -> dict[str, Any] | None:
+        """The record of a video, if it is of this model, these settings and the video as it is."""
+        try:
+            record = read_json(folder / DONE, _SHAPE)
+        except (UserError, OSError):
+            return None
+        if not record or record["computed"] != self.computed:
+            return None
+        return record if record["source"] == video_state(video) else None
+
+    def summarize(self, path: Path, classes: Sequence[str]) -> str:
+        """Write the table over all videos if all are done, and print what became of it.
+
+        Returns:
+            Why it could not be written, in one line; empty if it was, or if videos are missing.
+        """
+        records = [self.read(*video) for video in self.videos]
+        if missing := records.count(None):
+            if self.shard:
+                print(
+                    f"{missing:,} of {len(records):,} videos are left to the other processes; if "
+                    "none of them runs any more, start again"
+                )
+            return ""
+        problem = try_write(path, lambda table: write_summary(table, records, classes))
+        if not problem:
+            print(f"all {len(records):,} videos: {sanitize(str(path))}")
+        return problem
 
 
-def read_done(folder: Path, source: Path, computed: str) -> dict[str, Any] | None:
-    """The record of a video, if it is of this model, these settings and the video as it is now."""
-    try:
-        record = read_json(folder / DONE, _SHAPE) if (folder / DONE).exists() else {}
-    except UserError:
-        return None
-    if not record or record["computed"] != computed or record["source"] != video_state(source):
-        return None
-    return record
+def _write_record(folder: Path, content: dict[str, Any]) -> None:
+    make_folder(folder)
+    write_json(folder / DONE, content)
 
 
 def video_state(source: Path) -> list[int]:
@@ -103,7 +156,10 @@ def video_state(source: Path) -> list[int]:
 def summary_path(folders: Sequence[Path]) -> Path:
     """Where the table over all videos lies: in the folder that holds all of their folders."""
     parents = [os.path.abspath(folder.parent) for folder in folders]
-    return Path(os.path.commonpath(parents)) / SUMMARY
+    try:
+        return Path(os.path.commonpath(parents)) / SUMMARY
+    except ValueError:  # on several drives of Windows
+        return Path(parents[0]) / SUMMARY
 
 
 def write_summary(path: Path, records: Sequence[Mapping[str, Any]], classes: Sequence[str]) -> None:
@@ -115,12 +171,11 @@ def write_summary(path: Path, records: Sequence[Mapping[str, Any]], classes: Seq
     rows = [[*COLUMNS, *(f"{name} (s)" for name in classes), UNCERTAIN, OUT_OF_BODY]]
     for record in records:
         seconds, duration = record["seconds"], record["duration"]
-        known = [f"{seconds.get(name, 0.0):.1f}" for name in classes]
-        fractions = [seconds.get(name, 0.0) / duration if duration else 0.0 for name in
-                     (UNCERTAIN, OUT_OF_BODY)]  # fmt: skip
-        if record["status"] == "unreadable":
-            known, fractions = [""] * len(classes), []
-        cells = [f"{fraction:.4f}" for fraction in fractions] or ["", ""]
         texts = [record["video"], record["status"], record["reason"], f"{duration:.1f}"]
-        rows.append([*texts, *known, *cells])
+        if record["status"] == UNREADABLE:
+            rows.append([*texts, *[""] * (len(classes) + 2)])
+            continue
+        known = [f"{seconds.get(name, 0.0):.1f}" for name in classes]
+        others = (seconds.get(name, 0.0) for name in (UNCERTAIN, OUT_OF_BODY))
+        rows.append([*texts, *known, *(f"{x / duration if duration else 0:.4f}" for x in others)])
     write_csv(path, rows)
