@@ -54,12 +54,16 @@ class Engine(nn.Module):
 class OpenVINOEngine(Engine):
     """A network in OpenVINO on the CPU.
 
+    A network for batches of any size is compiled for each size that comes, up to three: that takes
+    a second, and shapes that are known make each call 5 to 10 % faster.
+
     Args:
         model: an `openvino.Model`, or the path of an .xml or .onnx file.
         threads: number of threads (None: all cores).
     """
 
     name = "openvino"
+    _MAX_SIZES = 3
 
     def __init__(self, model: "openvino.Model | str | Path", threads: int | None = None) -> None:
         super().__init__()
@@ -67,19 +71,36 @@ class OpenVINOEngine(Engine):
         import openvino
 
         # fp32 although a CPU may compute bf16 faster: the logits are to be those of the model.
-        options: dict[str, Any] = {
+        self._options: dict[str, Any] = {
             "INFERENCE_PRECISION_HINT": "f32",
             "PERFORMANCE_HINT": "LATENCY",
         }
         if threads:
-            options["INFERENCE_NUM_THREADS"] = threads
-        source = str(model) if isinstance(model, str | Path) else model
-        self._model = openvino.Core().compile_model(source, "CPU", options)
-        self._request = self._model.create_infer_request()
+            self._options["INFERENCE_NUM_THREADS"] = threads
+        self._core = openvino.Core()
+        is_path = isinstance(model, str | Path)
+        self._graph = self._core.read_model(str(model)) if is_path else model
+        self._requests: dict[int, Any] = {}
+        """by batch size; 0: for every size"""
 
     def compute(self, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        outputs = self._request.infer(inputs)
-        return {output.any_name: outputs[output] for output in self._model.outputs}
+        outputs = self._request(len(next(iter(inputs.values())))).infer(inputs)
+        return {port.get_any_name(): outputs[port] for port in outputs}
+
+    def _request(self, batch: int) -> Any:
+        """What computes batches of this size."""
+        fixed = all(port.partial_shape[0].is_static for port in self._graph.inputs)
+        if fixed or (batch not in self._requests and len(self._requests) >= self._MAX_SIZES):
+            batch = 0
+        if batch not in self._requests:
+            graph = self._graph
+            if batch:
+                graph = graph.clone()
+                shapes = {port: [batch, *list(port.partial_shape)[1:]] for port in graph.inputs}
+                graph.reshape(shapes)
+            compiled = self._core.compile_model(graph, "CPU", self._options)
+            self._requests[batch] = compiled.create_infer_request()
+        return self._requests[batch]
 
 
 class OnnxRuntimeEngine(Engine):
