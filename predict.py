@@ -467,9 +467,9 @@ def main() -> None:
         return
     # Before the model is built: a misspelt name is found at once.
     sources = find_sources(config.sources, config.frame_rate)
-    shared = "torchrun and --shard" if shard else "--skip-done" if config.skip_done else ""
-    if shared and (other := [s for s in sources if not isinstance(s, Path)]):
-        raise UserError(f"{shared}: for files and folders, not for {strip_credentials(other[0])}")
+    flag = "torchrun and --shard" if shard else "--skip-done" if config.skip_done else ""
+    if flag and (other := [s for s in sources if not isinstance(s, Path)]):
+        raise UserError(f"{flag}: for files and folders, not for {strip_credentials(other[0])}")
     if config.overlay and (other := [s for s in sources if not Path(s).is_file()]):
         source = strip_credentials(str(other[0]))
         raise UserError(f"--overlay reads the video twice: for a file, not for {source}")
@@ -501,8 +501,9 @@ def main() -> None:
     files = [run / "best.pt" if run.is_dir() else run]
     files += [Path(config.out_of_body.rpartition(":")[0])] if config.out_of_body else []
     settings = {k: v for k, v in vars(config).items() if k not in OF_THE_START}
-    archive = Archive(list(zip(sources, folders, strict=True)), fingerprint(files, settings), shard)
-    todo = archive.remaining() if shard or config.skip_done else archive.videos
+    videos, shared = list(zip(sources, folders, strict=True)), bool(shard) or config.skip_done
+    archive = Archive(videos, fingerprint(files, settings), shard, shared)
+    todo = archive.remaining() if shared else videos
     print(f"the model sees {describe_window(predictor)}", flush=True)
     explainer = build_explainer(config, predictor) if config.explain else None
     try:

@@ -56,14 +56,22 @@ class Archive:
         videos: all of them, also those of other processes, each with the folder of its results.
         computed: of `fingerprint`.
         shard: the part of this process; None: it does all.
+        keep: also keep a record of a video that cannot be read, in a folder of its own: other
+            processes, or a later start, need it.
     """
 
     def __init__(
-        self, videos: Sequence[tuple[Path, Path]], computed: str, shard: Shard | None = None
+        self,
+        videos: Sequence[tuple[Path, Path]],
+        computed: str,
+        shard: Shard | None = None,
+        keep: bool = True,
     ) -> None:
         self.videos = videos
         self.computed = computed
         self.shard = shard
+        self.keep = keep
+        self._unreadable: dict[Path, dict[str, Any]] = {}  # by their folders, if not kept
 
     def remaining(self) -> list[tuple[Path, Path]]:
         """The videos of this process that are not done; how many are is printed. One that could not
@@ -107,10 +115,15 @@ class Archive:
             "duration": float(timeline.duration) if timeline else 0.0,
             "seconds": dict(seconds),
         }
+        if timeline is None and not self.keep:
+            self._unreadable[folder] = content
+            return ""
         return try_write(folder, lambda _: _write_record(folder, content))
 
     def read(self, video: Path, folder: Path) -> dict[str, Any] | None:
         """The record of a video, if it is of this model, these settings and the video as it is."""
+        if folder in self._unreadable:
+            return self._unreadable[folder]
         try:
             record = read_json(folder / DONE, _SHAPE)
         except (UserError, OSError):

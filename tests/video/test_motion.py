@@ -343,7 +343,7 @@ def test_cache_without_motion_is_refused(run_main, mistake, tiny_data, tmp_path)
 def test_what_cannot_follow_motion_says_so(mistake, tmp_path: Path, monkeypatch) -> None:
     write_video(tmp_path / "operation.mp4", pan(1, 1, 3))
     state = {"config": {"modality": "rgb+flow", "classes": ["a", "b"], "n_frames": 4}}
-    monkeypatch.setattr("checkpoint.load_checkpoint", lambda run: state)
+    monkeypatch.setattr("deployment.loading.load_checkpoint", lambda run: state)
     monkeypatch.setattr("training.losses.logit_adjustment", lambda *_: 0.0)
     said = mistake(predict.main, "run", "operation.mp4", cwd=tmp_path).stderr
     assert "trained with modality rgb+flow" in said
