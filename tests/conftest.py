@@ -43,6 +43,10 @@ def shared(factory: pytest.TempPathFactory, name: str) -> Iterator[tuple[Path, b
         filled.touch()
 
 
+# Tests import OpenVINO and NNCF themselves: see utils.errors.require_package.
+sys.modules.setdefault("openvino_telemetry", None)
+
+
 @pytest.fixture(scope="session")
 def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Three classes with 6 + 3 + 3 clips each; read-only."""

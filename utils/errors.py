@@ -57,6 +57,8 @@ def require_package(
     Raises:
         UserError: it cannot; `what` says in the message what needs it, `remedy` how to get it.
     """
+    # OpenVINO and NNCF send statistics of their use over the network if they find this package.
+    sys.modules.setdefault("openvino_telemetry", None)
     try:
         importlib.import_module(module)
     except ImportError:  # it is missing, or lacks something itself
