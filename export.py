@@ -283,7 +283,6 @@ def write_int8(
     Raises:
         UserError: there are no clips to calibrate on, or to measure the loss on.
     """
-    import openvino
     import torch
 
     from config import from_dict
@@ -291,7 +290,7 @@ def write_int8(
     from deployment.files import write_openvino
     from deployment.metadata import pack
     from deployment.step import ClipsByStep
-    from modeling.engines import OpenVINOEngine
+    from modeling.engines import OpenVINOEngine, openvino_core
     from training.engine import evaluate
     from training.loaders import eval_loader, load_splits, open_cache
 
@@ -315,7 +314,7 @@ def write_int8(
         samples = (clip[None].numpy() for clip in clips)
     network = quantization.quantize(
         # From memory: a file that is mapped cannot be replaced below.
-        openvino.Core().read_model(path.read_bytes(), path.with_suffix(".bin").read_bytes()),
+        openvino_core().read_model(path.read_bytes(), path.with_suffix(".bin").read_bytes()),
         samples,
         training.model_name in quantization.TOKEN_MODELS,
         vnni,

@@ -10,7 +10,15 @@ import numpy as np
 
 from config import from_dict
 from deployment.metadata import unpack
-from modeling.engines import CLIPS, FEATURES, LOGITS, Engine, OnnxRuntimeEngine, OpenVINOEngine
+from modeling.engines import (
+    CLIPS,
+    FEATURES,
+    LOGITS,
+    Engine,
+    OnnxRuntimeEngine,
+    OpenVINOEngine,
+    openvino_core,
+)
 from utils.errors import UserError, first_line, require_package
 from utils.files import atomic
 from video.motion import Modality
@@ -230,10 +238,9 @@ def _read_openvino(path: Path) -> tuple["openvino.Model", dict[str, str]]:
 
 def _parse_openvino(path: Path, model: bytes, weights: bytes = b"") -> "openvino.Model":
     require_package("openvino", path.name)
-    import openvino
 
     try:
-        return openvino.Core().read_model(model, weights)
+        return openvino_core().read_model(model, weights)
     except Exception as error:  # OpenVINO's own, for whatever is in the file
         raise _damaged(path, f"OpenVINO cannot read it ({_reason(error)})") from None
 

@@ -19,6 +19,7 @@ from clips.manifest import ClipRow
 from clips.splits import patient_overlap
 from evaluation.bootstrap import Interval, format_interval, paired_difference
 from evaluation.predictions import Predictions
+from modeling.engines import openvino_core
 from utils.errors import UserError, require_package
 
 if TYPE_CHECKING:
@@ -56,6 +57,7 @@ def quantize(
         UserError: NNCF is not installed.
     """
     require_package("nncf", "--int8")
+    openvino_core()
     with _quiet():
         import nncf
 

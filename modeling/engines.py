@@ -5,6 +5,7 @@ of its last call, so that it can stand wherever a prepared model does (`prepare_
 returns it as it is). It runs on the CPU.
 """
 
+import functools
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +20,17 @@ if TYPE_CHECKING:
 
 # The names of the input and of the outputs of every exported network.
 CLIPS, LOGITS, FEATURES = "clips", "logits", "features"
+
+
+@functools.cache
+def openvino_core() -> "openvino.Core":
+    """The only Core of this process. When the last one goes, OpenVINO unloads its CPU plugin, and
+    the plugin's threads, which still run, end the process with a segmentation fault."""
+    import openvino
+
+    core = openvino.Core()
+    core.get_property("CPU", "FULL_DEVICE_NAME")  # loads the plugin: NNCF has Cores of its own
+    return core
 
 
 class Engine(nn.Module):
@@ -68,8 +80,6 @@ class OpenVINOEngine(Engine):
     def __init__(self, model: "openvino.Model | str | Path", threads: int | None = None) -> None:
         super().__init__()
         require_package("openvino", "--engine openvino")
-        import openvino
-
         # fp32 although a CPU may compute bf16 faster: the logits are to be those of the model.
         self._options: dict[str, Any] = {
             "INFERENCE_PRECISION_HINT": "f32",
@@ -77,9 +87,8 @@ class OpenVINOEngine(Engine):
         }
         if threads:
             self._options["INFERENCE_NUM_THREADS"] = threads
-        self._core = openvino.Core()
         is_path = isinstance(model, str | Path)
-        self._graph = self._core.read_model(str(model)) if is_path else model
+        self._graph = openvino_core().read_model(str(model)) if is_path else model
         self._requests: dict[int, Any] = {}
         """by batch size; 0: for every size"""
 
@@ -98,7 +107,7 @@ class OpenVINOEngine(Engine):
                 graph = graph.clone()
                 shapes = {port: [batch, *list(port.partial_shape)[1:]] for port in graph.inputs}
                 graph.reshape(shapes)
-            compiled = self._core.compile_model(graph, "CPU", self._options)
+            compiled = openvino_core().compile_model(graph, "CPU", self._options)
             self._requests[batch] = compiled.create_infer_request()
         return self._requests[batch]
 

@@ -19,6 +19,7 @@ from deployment.files import (
     write_openvino,
 )
 from deployment.metadata import pack
+from modeling.engines import openvino_core
 from utils.errors import UserError
 from utils.files import remove_unfinished
 
@@ -67,7 +68,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("exported")
     write_onnx(folder / "tiny.onnx", network("tiny"), METADATA)
     for name in WEIGHTS:
-        model = openvino.Core().read_model(network(name))
+        model = openvino_core().read_model(network(name))
         write_openvino(folder / f"{name}.xml", model, METADATA)
     return folder
 
